@@ -1,0 +1,2 @@
+"""Quantize models to GGUF, and measure what it costs."""
+

@@ -1,0 +1,29 @@
+"""What the tests share: where the development data is, and which references are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("QUANTKIT_SHARED", ROOT.parent / "shared"))
+TINYLM = ROOT / "fixtures" / "tinylm"
+
+requires_shared = pytest.mark.skipif(
+    not (SHARED / "models").is_dir(), reason="the development checkpoint and texts (QUANTKIT_SHARED) are not here"
+)
+requires_reference = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python, the reference, is not installed"
+)
+requires_libgguf = pytest.mark.skipif(
+    importlib.util.find_spec("libgguf") is None, reason="libgguf, prebuilt reference encoders, has no wheel here"
+)
+
+
+@pytest.fixture(scope="session")
+def docs_llama() -> Path:
+    """The development checkpoint: a small trained Llama in seven shards."""
+    return SHARED / "models" / "docs-llama-45m"
