@@ -1,2 +1,57 @@
-"""Quantize models to GGUF, and measure what it costs."""
+"""Quantize models to GGUF, byte for byte as llama-quantize does, and measure what it costs."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quantkit.blocks.types import GGMLType
+from quantkit.errors import QuantkitError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__version__ = "0.1.0"
+__all__ = ["GGMLType", "QuantkitError", "dequantize_rows", "quantize_rows"]
+
+
+def quantize_rows(array: Any, type: str | GGMLType, weights: Any = None) -> np.ndarray:
+    """Quantize the rows (the last axis) of a float array to GGML type `type`, as ggml's `ggml_quantize_chunk` does.
+
+    `weights`, one number a column, say how much each column matters. Returns uint8 of shape
+    (..., bytes of a row). Raises QuantkitError for an unknown type or rows that its blocks do not divide.
+    """
+    import numpy as np
+
+    from quantkit import blocks
+
+    kind = type if isinstance(type, GGMLType) else GGMLType.parse(type)
+    rows = np.asarray(array, np.float32)
+    if rows.ndim == 0 or rows.shape[-1] == 0:
+        raise QuantkitError("quantize_rows needs rows: an array of at least one dimension, not empty")
+    if weights is not None and np.shape(weights) != rows.shape[-1:]:
+        raise QuantkitError(f"{np.shape(weights)} importance weights for rows of {rows.shape[-1]}")
+    encoded = blocks.encode(rows.reshape(-1, rows.shape[-1]), kind, weights)
+    return encoded.reshape(*rows.shape[:-1], -1)
+
+
+def dequantize_rows(data: Any, type: str | GGMLType, n_per_row: int | None = None) -> np.ndarray:
+    """Dequantize bytes of GGML type `type`, rows on the last axis, as ggml's `dequantize_row_*` do.
+
+    `n_per_row` cuts flat bytes into rows; left out, the last axis of `data` is a row. Returns float32 of shape
+    (..., n_per_row). Raises QuantkitError for an unknown type or bytes that do not make whole rows.
+    """
+    import numpy as np
+
+    from quantkit import blocks
+
+    kind = type if isinstance(type, GGMLType) else GGMLType.parse(type)
+    raw = np.frombuffer(data, np.uint8) if isinstance(data, (bytes, bytearray, memoryview)) else np.asarray(data)
+    if raw.dtype != np.uint8:
+        raise QuantkitError(f"dequantize_rows needs bytes (uint8), not {raw.dtype}")
+    if n_per_row is not None:
+        nbytes = kind.row_nbytes(n_per_row)
+        if raw.ndim > 1 and raw.shape[-1] != nbytes or raw.size % nbytes:
+            raise QuantkitError(f"{raw.shape} bytes do not make {kind.name} rows of {n_per_row} weights ({nbytes} bytes)")
+        raw = raw.reshape(*raw.shape[:-1], -1) if raw.ndim > 1 else raw.reshape(-1, nbytes)
+    decoded = blocks.decode(raw.reshape(-1, raw.shape[-1]), kind)
+    return decoded.reshape(*raw.shape[:-1], -1)

@@ -1,0 +1,81 @@
+"""Block formats: encode and decode rows of weights in GGML's types.
+
+`GGMLType` costs nothing to import; numba and the kernels are loaded by the first `encode` or `decode`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantkit.blocks.types import GGMLType
+from quantkit.errors import QuantkitError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from quantkit.blocks.base import Block
+
+__all__ = ["GGMLType", "block", "decode", "encode", "encodable", "first_nonfinite"]
+
+
+def _registry() -> dict[GGMLType, type[Block]]:
+    from quantkit.blocks import k_quants, legacy, plain  # noqa: F401  (a format is registered by being defined)
+    from quantkit.blocks.base import Block
+
+    return Block.registry
+
+
+def encodable() -> list[GGMLType]:
+    """The types that `encode` and `decode` know."""
+    return sorted(_registry())
+
+
+def block(kind: GGMLType) -> type[Block]:
+    """The format of `kind`. Raises QuantkitError for types that have none."""
+    try:
+        return _registry()[kind]
+    except KeyError:
+        raise QuantkitError(f"{kind.name} cannot be encoded or decoded") from None
+
+
+def encode(
+    rows: np.ndarray, kind: GGMLType, weights: np.ndarray | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Quantize float32 `rows` of shape (n_rows, n_per_row) to uint8 of shape (n_rows, bytes of a row).
+
+    `weights`, float32 of n_per_row, say how much each column matters. `out` receives the bytes if given. The bytes
+    are those of ggml's `ggml_quantize_chunk`. Raises QuantkitError when blocks do not divide the rows.
+    """
+    import numpy as np
+
+    n_rows, n_per_row = rows.shape
+    if out is None:
+        out = np.empty((n_rows, kind.row_nbytes(n_per_row)), np.uint8)
+    if weights is not None:
+        weights = np.ascontiguousarray(weights, np.float32)
+    flat = np.ascontiguousarray(rows, np.float32).reshape(-1)
+    block(kind).encode(flat, out.reshape(-1), n_per_row, weights)
+    return out
+
+
+def decode(rows: np.ndarray, kind: GGMLType, out: np.ndarray | None = None) -> np.ndarray:
+    """Dequantize uint8 `rows` of shape (n_rows, bytes of a row) to float32 of shape (n_rows, n_per_row).
+
+    `out` receives the weights if given. The values are those of ggml's `dequantize_row_*`, bit for bit.
+    """
+    import numpy as np
+
+    n_rows, nbytes = rows.shape
+    if nbytes % kind.type_size:
+        raise QuantkitError(f"rows of {nbytes} bytes do not hold {kind.name}: its blocks take {kind.type_size}")
+    if out is None:
+        out = np.empty((n_rows, nbytes // kind.type_size * kind.block_size), np.float32)
+    block(kind).decode(np.ascontiguousarray(rows).reshape(-1), out.reshape(-1))
+    return out
+
+
+def first_nonfinite(rows: np.ndarray) -> int:
+    """The index of the first NaN or infinity in contiguous float32 `rows`, flattened; -1 if there is none."""
+    from quantkit.blocks.plain import first_nonfinite as search
+
+    return int(search(rows.reshape(-1)))

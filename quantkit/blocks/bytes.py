@@ -1,0 +1,40 @@
+"""Numbers in the bytes of a block: pieces of kernels that several formats share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quantkit.blocks.base import piece
+from quantkit.blocks.lanes import half_bits, half_value
+
+
+@piece
+def put_half(out: Any, at: Any, value: Any) -> None:
+    """Store a float32 as float16 at byte `at`."""
+    half = half_bits(value)
+    out[at] = np.uint8(half & 0xFF)
+    out[at + 1] = np.uint8(half >> 8)
+
+
+@piece
+def get_half(data: Any, at: Any) -> Any:
+    """Load the float16 at byte `at` as float32."""
+    return half_value(np.uint16(data[at]) | np.uint16(np.uint16(data[at + 1]) << 8))
+
+
+@piece
+def put_word(out: Any, at: Any, value: Any) -> None:
+    """Store the low 32 bits of `value` at byte `at`, the lowest byte first."""
+    for i in range(4):
+        out[at + i] = np.uint8((value >> np.uint32(8 * i)) & 0xFF)
+
+
+@piece
+def get_word(data: Any, at: Any) -> Any:
+    """Load four bytes at `at` as uint32, the lowest first."""
+    value = np.uint32(0)
+    for i in range(4):
+        value |= np.uint32(np.uint32(data[at + i]) << np.uint32(8 * i))
+    return value

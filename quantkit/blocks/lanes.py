@@ -1,0 +1,381 @@
+"""Sixteen-lane vectors for numba: the arithmetic of a scalar algorithm, sixteen times at once.
+
+The reference encoders add long chains of float32 numbers in a fixed order, which a compiler must not reorder and so
+cannot vectorise. Put one sub-block in each lane and the same source line becomes one vector instruction, while
+every lane still does exactly the scalar sequence: IEEE float32, no fused multiply-add, no reassociation.
+
+`f32x16`, `i32x16` and `mask16` are numba types over LLVM's <16 x float>, <16 x i32> and <16 x i1>; LLVM splits them
+into the registers that the machine has. They live only inside compiled functions. Operators work between vectors of
+the same type; a scalar is spread with `splat`. Everything else is a function below.
+
+numba caches a compiled kernel by the date of the kernel's own file: after a change here, clear the cache.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.core.cgutils import gep_inbounds
+from numba.core.imputils import lower_builtin
+from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.extending import intrinsic, models, register_model
+from numba.np.arrayobj import make_array
+
+LANES = 16
+
+
+class LaneVector(types.Type):  # type: ignore[misc]
+    """The numba type of a vector of sixteen `element`s: "float", "i32" or "i1"."""
+
+    def __init__(self, name: str, element: str) -> None:
+        self.element = element
+        super().__init__(name=name)
+
+
+_ELEMENTS = {
+    "float": ir.FloatType(),
+    "i32": ir.IntType(32),
+    "i16": ir.IntType(16),
+    "i8": ir.IntType(8),
+    "i1": ir.IntType(1),
+}
+_NARROW = {types.int8: "i8", types.uint8: "i8", types.int16: "i16", types.uint16: "i16"}
+
+
+def _vector(element: str) -> ir.VectorType:
+    return ir.VectorType(_ELEMENTS[element], LANES)
+
+
+@register_model(LaneVector)
+class _LaneVectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, fe_type: LaneVector) -> None:
+        super().__init__(manager, fe_type, _vector(fe_type.element))
+
+
+f32x16 = LaneVector("f32x16", "float")
+i32x16 = LaneVector("i32x16", "i32")
+mask16 = LaneVector("mask16", "i1")
+
+
+def _operator(op: Any, cases: dict[tuple[LaneVector, ...], tuple[LaneVector, Callable[..., Any]]]) -> None:
+    """Give Python operator `op` a meaning on lane vectors: operand types -> (result type, code generator)."""
+    signatures = [signature(result, *operands) for operands, (result, _) in cases.items()]
+    infer_global(op)(type(f"Lane_{op.__name__}", (ConcreteTemplate,), {"cases": signatures}))
+    for operands, (_, generate) in cases.items():
+
+        def lower(context: Any, builder: Any, sig: Any, args: Any, generate: Any = generate) -> Any:
+            return generate(builder, *args)
+
+        lower_builtin(op, *operands)(lower)
+
+
+def _binary(method: str) -> Callable[..., Any]:
+    return lambda builder, a, b: getattr(builder, method)(a, b)
+
+
+def _float_compare(sign: str) -> Callable[..., Any]:
+    # "!=" is true of NaN, as in C; the other comparisons are false.
+    method = "fcmp_unordered" if sign == "!=" else "fcmp_ordered"
+    return lambda builder, a, b: getattr(builder, method)(sign, a, b)
+
+
+_FF, _II, _MM = (f32x16, f32x16), (i32x16, i32x16), (mask16, mask16)
+
+_operator(operator.add, {_FF: (f32x16, _binary("fadd")), _II: (i32x16, _binary("add"))})
+_operator(operator.sub, {_FF: (f32x16, _binary("fsub")), _II: (i32x16, _binary("sub"))})
+_operator(operator.mul, {_FF: (f32x16, _binary("fmul")), _II: (i32x16, _binary("mul"))})
+_operator(operator.truediv, {_FF: (f32x16, _binary("fdiv"))})
+_operator(operator.and_, {_II: (i32x16, _binary("and_")), _MM: (mask16, _binary("and_"))})
+_operator(operator.or_, {_II: (i32x16, _binary("or_")), _MM: (mask16, _binary("or_"))})
+_operator(operator.xor, {_II: (i32x16, _binary("xor")), _MM: (mask16, _binary("xor"))})
+_operator(operator.lshift, {_II: (i32x16, _binary("shl"))})
+_operator(operator.rshift, {_II: (i32x16, _binary("ashr"))})
+_operator(operator.neg, {(f32x16,): (f32x16, lambda builder, a: builder.fneg(a))})
+_operator(operator.invert, {(mask16,): (mask16, lambda builder, a: builder.not_(a))})
+for _op, _sign in [
+    (operator.lt, "<"),
+    (operator.le, "<="),
+    (operator.gt, ">"),
+    (operator.ge, ">="),
+    (operator.eq, "=="),
+    (operator.ne, "!="),
+]:
+
+    def _int_compare(builder: Any, a: Any, b: Any, sign: str = _sign) -> Any:
+        return builder.icmp_signed(sign, a, b)
+
+    _operator(_op, {_FF: (mask16, _float_compare(_sign)), _II: (mask16, _int_compare)})
+
+
+def _call(builder: Any, name: str, result: ir.Type, *args: Any) -> Any:
+    """Call an LLVM intrinsic by its full name: llvmlite's declare_intrinsic does not know vector overloads."""
+    function_type = ir.FunctionType(result, [a.type for a in args])
+    return builder.call(builder.module.declare_intrinsic(name, fnty=function_type), args)
+
+
+def _unary_float(name: str) -> Callable[..., Any]:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _call(builder, f"llvm.{name}.v16f32", _vector("float"), args[0])
+
+    return codegen
+
+
+@intrinsic
+def sqrt(typingctx: Any, a: Any) -> Any:
+    """Square roots, correctly rounded."""
+    return f32x16(f32x16), _unary_float("sqrt")
+
+
+@intrinsic
+def absolute(typingctx: Any, a: Any) -> Any:
+    """Absolute values."""
+    return f32x16(f32x16), _unary_float("fabs")
+
+
+@intrinsic
+def round_half_away(typingctx: Any, a: Any) -> Any:
+    """Rounded to the nearest integer, halves away from zero, as C's roundf."""
+    return f32x16(f32x16), _unary_float("round")
+
+
+def _pick(sign: str) -> Callable[..., Any]:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        a, b = args
+        if sig.return_type is i32x16 or sig.return_type == i32x16:
+            condition = builder.icmp_signed(sign, a, b)
+        else:
+            condition = builder.fcmp_ordered(sign, a, b)
+        return builder.select(condition, a, b)
+
+    return codegen
+
+
+@intrinsic
+def minimum(typingctx: Any, a: Any, b: Any) -> Any:
+    """`a < b ? a : b` in each lane; b where either is NaN."""
+    return a(a, b), _pick("<")
+
+
+@intrinsic
+def maximum(typingctx: Any, a: Any, b: Any) -> Any:
+    """`a > b ? a : b` in each lane; b where either is NaN."""
+    return a(a, b), _pick(">")
+
+
+@intrinsic
+def select(typingctx: Any, mask: Any, a: Any, b: Any) -> Any:
+    """`mask ? a : b` in each lane."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.select(*args)
+
+    return a(mask, a, b), codegen
+
+
+@intrinsic
+def splat(typingctx: Any, value: Any) -> Any:
+    """The scalar `value` (float32, or an int) in every lane."""
+    if isinstance(value, types.Float):
+        result, element = f32x16, types.float32
+    elif isinstance(value, (types.Integer, types.Boolean)):
+        result, element = i32x16, types.int32
+    else:
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        scalar = context.cast(builder, args[0], sig.args[0], element)
+        kind = _vector(result.element)
+        one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+        order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), order)
+
+    return result(value), codegen
+
+
+@intrinsic
+def as_int_bits(typingctx: Any, a: Any) -> Any:
+    """The bits of the floats, as integers."""
+    return i32x16(f32x16), lambda context, builder, sig, args: builder.bitcast(args[0], _vector("i32"))
+
+
+@intrinsic
+def as_float_bits(typingctx: Any, a: Any) -> Any:
+    """The floats that have these bits."""
+    return f32x16(i32x16), lambda context, builder, sig, args: builder.bitcast(args[0], _vector("float"))
+
+
+@intrinsic
+def to_float(typingctx: Any, a: Any) -> Any:
+    """Integers to float32."""
+    return f32x16(i32x16), lambda context, builder, sig, args: builder.sitofp(args[0], _vector("float"))
+
+
+@intrinsic
+def to_int(typingctx: Any, a: Any) -> Any:
+    """Floats to integers, towards zero. Undefined for values outside int32: see `truncate`."""
+    return i32x16(f32x16), lambda context, builder, sig, args: builder.fptosi(args[0], _vector("i32"))
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    return gep_inbounds(builder, make_array(array_type)(context, builder, array).data, index)
+
+
+def _contiguous(array: Any) -> bool:
+    return isinstance(array, types.Array) and array.ndim == 1 and array.layout == "C"
+
+
+@intrinsic
+def load(typingctx: Any, array: Any, index: Any) -> Any:
+    """Sixteen neighbours of a contiguous 1-D array from `index` on: float32 to f32x16, integers up to 32 bits to i32x16."""
+    if not _contiguous(array):
+        return None
+    result = f32x16 if array.dtype == types.float32 else i32x16
+    element = _NARROW.get(array.dtype, result.element)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        position = context.cast(builder, args[1], sig.args[1], types.intp)
+        at = _address(context, builder, sig.args[0], args[0], position)
+        pointer = builder.bitcast(at, ir.PointerType(_vector(element)))
+        value = builder.load(pointer, align=array.dtype.bitwidth // 8, typ=_vector(element))
+        if element != result.element:
+            value = (builder.sext if array.dtype.signed else builder.zext)(value, _vector("i32"))
+        return value
+
+    return result(array, index), codegen
+
+
+@intrinsic
+def store(typingctx: Any, array: Any, index: Any, vector: Any) -> Any:
+    """Write sixteen neighbours of a contiguous 1-D array from `index` on; integers are cut to the array's size."""
+    if not _contiguous(array):
+        return None
+    narrow = _NARROW.get(array.dtype)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        position = context.cast(builder, args[1], sig.args[1], types.intp)
+        at = _address(context, builder, sig.args[0], args[0], position)
+        value = builder.trunc(args[2], _vector(narrow)) if narrow else args[2]
+        builder.store(value, builder.bitcast(at, ir.PointerType(value.type)), align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, index, vector), codegen
+
+
+@intrinsic
+def get(typingctx: Any, vector: Any, lane: Any) -> Any:
+    """The scalar in lane `lane`."""
+    result = types.float32 if vector == f32x16 else types.int32
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.extract_element(args[0], builder.trunc(args[1], ir.IntType(32)))
+
+    return result(vector, types.int64), codegen
+
+
+def _reduce(sign: str) -> Callable[..., Any]:
+    """Halve the vector four times. LLVM's own reduction spends twice the instructions on the NaNs we do not have."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value, width = args[0], LANES
+        while width > 1:
+            width //= 2
+            index = ir.VectorType(ir.IntType(32), width)
+            low, high = list(range(width)), list(range(width, 2 * width))
+            undefined = ir.Constant(value.type, ir.Undefined)
+            a = builder.shuffle_vector(value, undefined, ir.Constant(index, low))
+            b = builder.shuffle_vector(value, undefined, ir.Constant(index, high))
+            value = builder.select(builder.fcmp_ordered(sign, a, b), a, b)
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return codegen
+
+
+@intrinsic
+def largest(typingctx: Any, a: Any) -> Any:
+    """The largest of the sixteen numbers, none of which is NaN; of -0 and 0 either."""
+    return types.float32(f32x16), _reduce(">")
+
+
+@intrinsic
+def smallest(typingctx: Any, a: Any) -> Any:
+    """The smallest of the sixteen numbers, none of which is NaN; of -0 and 0 either."""
+    return types.float32(f32x16), _reduce("<")
+
+
+@intrinsic
+def bits(typingctx: Any, mask: Any) -> Any:
+    """A mask as an integer: bit i is lane i."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.zext(builder.bitcast(args[0], ir.IntType(LANES)), ir.IntType(32))
+
+    return types.uint32(mask16), codegen
+
+
+@intrinsic
+def first_lane(typingctx: Any, mask_bits: Any) -> Any:
+    """The number of the lowest set bit of an unsigned 32-bit integer, 32 if there is none."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        no = ir.Constant(ir.IntType(1), 0)
+        return builder.zext(_call(builder, "llvm.cttz.i32", ir.IntType(32), args[0], no), ir.IntType(64))
+
+    return types.int64(types.uint32), codegen
+
+
+@intrinsic
+def half_bits(typingctx: Any, value: Any) -> Any:
+    """float32 to the bits of the nearest float16 (halves to even, overflow to infinity), as uint16."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), codegen
+
+
+@intrinsic
+def half_value(typingctx: Any, value: Any) -> Any:
+    """The bits of a float16, as uint16, to float32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def halves(typingctx: Any, a: Any) -> Any:
+    """Sixteen float32 to the bits of the nearest float16, as `half_bits`."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        half = builder.fptrunc(args[0], ir.VectorType(ir.HalfType(), LANES))
+        return builder.zext(builder.bitcast(half, ir.VectorType(ir.IntType(16), LANES)), _vector("i32"))
+
+    return i32x16(f32x16), codegen
+
+
+@intrinsic
+def from_halves(typingctx: Any, a: Any) -> Any:
+    """The bits of sixteen float16, in the low halves of integers, to float32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        half = builder.trunc(args[0], ir.VectorType(ir.IntType(16), LANES))
+        return builder.fpext(builder.bitcast(half, ir.VectorType(ir.HalfType(), LANES)), _vector("float"))
+
+    return f32x16(i32x16), codegen
+
+
+@intrinsic
+def float_bits(typingctx: Any, value: Any) -> Any:
+    """The bits of a float32, as int32."""
+    return types.int32(types.float32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+@intrinsic
+def bits_float(typingctx: Any, value: Any) -> Any:
+    """The float32 that has these bits, an int32."""
+    return types.float32(types.int32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())

@@ -1,0 +1,285 @@
+"""The formats of 32 weights with one scale each: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
+
+Layouts: ggml-common.h. Algorithms: quantize_row_*_ref in ggml-quants.c. Nothing here depends on the order of
+operations between weights, so a block is two lane vectors: no transposition.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quantkit.blocks.base import Block, kernel, piece
+from quantkit.blocks.bytes import get_half, get_word, put_half, put_word
+from quantkit.blocks.lanes import (
+    LANES,
+    absolute,
+    bits,
+    first_lane,
+    largest,
+    load,
+    maximum,
+    minimum,
+    round_half_away,
+    select,
+    smallest,
+    splat,
+    store,
+    to_int,
+)
+from quantkit.blocks.types import GGMLType
+
+QK = 32
+ZERO = np.float32(0)
+ONE = np.float32(1)
+HUGE = np.float32(np.inf)
+ALL = np.uint32(0xFFFF)
+
+
+@piece
+def first_match(x: Any, at: Any, low: Any, high: Any, key: Any) -> Any:
+    """The first of 32 weights at `at` whose entry in the two halves of keys equals `key`."""
+    match = bits(low == splat(key)) | (bits(high == splat(key)) << np.uint32(LANES))
+    return x[at + first_lane(np.uint32(match))]
+
+
+@piece
+def extreme(x: Any, at: Any) -> Any:
+    """The weight of largest magnitude among 32, the first of equals, and 0 for 0."""
+    low, high = absolute(load(x, at)), absolute(load(x, at + LANES))
+    amax = largest(maximum(low, high))
+    return first_match(x, at, low, high, amax) if amax > ZERO else ZERO
+
+
+@piece
+def span(x: Any, at: Any) -> Any:
+    """The smallest and the largest of 32 weights. Zero has two forms: the reference keeps the first that it meets."""
+    low, high = load(x, at), load(x, at + LANES)
+    least, most = smallest(minimum(low, high)), largest(maximum(low, high))
+    if least == ZERO:
+        least = first_match(x, at, low, high, ZERO)
+    if most == ZERO:
+        most = first_match(x, at, low, high, ZERO)
+    return least, most
+
+
+@piece
+def inverses(d: Any, out: Any) -> Any:
+    """Store 1/d of sixteen blocks, 0 for 0, and say whether all of d and 1/d are finite."""
+    zero, limit = splat(ZERO), splat(HUGE)
+    inverse = select(d != zero, splat(ONE) / d, zero)
+    store(out, 0, inverse)
+    return bits((absolute(d) < limit) & (absolute(inverse) < limit)) == ALL
+
+
+@piece
+def to_levels(values: Any, limit: Any, tame: Any) -> Any:
+    """C's `MIN(limit, (int8_t) value)` as x86-64 compiles it: cut to 32 bits (0 where it does not fit), then to 8.
+
+    `tame` values are known to fit 8 bits.
+    """
+    if tame:
+        whole = to_int(values)
+    else:
+        fits = absolute(values) < splat(np.float32(2147483648.0))
+        whole = (to_int(select(fits, values, splat(ZERO))) << splat(24)) >> splat(24)
+    return minimum(splat(limit), whole)
+
+
+@piece
+def put_levels(out: Any, at: Any, low: Any, high: Any, five: Any) -> None:
+    """16 bytes of nibbles, the first half of the block in the low ones; before them, with `five`, the fifth bits."""
+    if five:
+        sixteen = splat(16)
+        word = bits((low & sixteen) == sixteen) | (bits((high & sixteen) == sixteen) << np.uint32(LANES))
+        put_word(out, at, word)
+        at += 4
+    store(out, at, (low & splat(15)) | (high << splat(4)))
+
+
+@piece
+def symmetric_levels(x: Any, out: Any, first: Any, count: Any, inverse: Any, nbytes: Any, half: Any, tame: Any) -> None:
+    """Levels of `count` blocks: 0 to 2 * half - 1, `half` meaning 0, rounded by cutting."""
+    middle = splat(np.float32(half + 0.5))
+    for k in range(count):
+        start, scale = (first + k) * QK, splat(inverse[k])
+        low = to_levels(load(x, start) * scale + middle, 2 * half - 1, tame)
+        high = to_levels(load(x, start + LANES) * scale + middle, 2 * half - 1, tame)
+        put_levels(out, (first + k) * nbytes + 2, low, high, half == 16)
+
+
+@piece
+def encode_symmetric(x: Any, out: Any, nbytes: Any, half: Any) -> None:
+    """Q4_0 and Q5_0, sixteen blocks at a time so that their divisions overlap."""
+    found = np.zeros(LANES, np.float32)
+    inverse = np.empty(LANES, np.float32)
+    n_blocks = x.size // QK
+    for first in range(0, n_blocks, LANES):
+        count = min(LANES, n_blocks - first)
+        for k in range(count):
+            found[k] = extreme(x, (first + k) * QK)
+        d = load(found, 0) / splat(np.float32(-half))
+        tame = inverses(d, inverse)
+        for k in range(count):
+            put_half(out, (first + k) * nbytes, found[k] / np.float32(-half))
+        if tame:
+            symmetric_levels(x, out, first, count, inverse, nbytes, half, True)
+        else:
+            symmetric_levels(x, out, first, count, inverse, nbytes, half, False)
+
+
+@piece
+def affine_levels(
+    x: Any, out: Any, first: Any, count: Any, least: Any, inverse: Any, nbytes: Any, top: Any, limit: Any, tame: Any
+) -> None:
+    """Levels of `count` blocks: 0 to `top`; `limit` is what the reference clamps them to."""
+    rounding = splat(np.float32(0.5))
+    for k in range(count):
+        start, scale, m = (first + k) * QK, splat(inverse[k]), splat(least[k])
+        low = to_levels((load(x, start) - m) * scale + rounding, limit, tame)
+        high = to_levels((load(x, start + LANES) - m) * scale + rounding, limit, tame)
+        put_levels(out, (first + k) * nbytes + 4, low, high, top == 31)
+
+
+@piece
+def encode_affine(x: Any, out: Any, nbytes: Any, top: Any, limit: Any) -> None:
+    """Q4_1 and Q5_1, sixteen blocks at a time so that their divisions overlap."""
+    least = np.zeros(LANES, np.float32)
+    most = np.zeros(LANES, np.float32)
+    inverse = np.empty(LANES, np.float32)
+    n_blocks = x.size // QK
+    for first in range(0, n_blocks, LANES):
+        count = min(LANES, n_blocks - first)
+        for k in range(count):
+            least[k], most[k] = span(x, (first + k) * QK)
+        d = (load(most, 0) - load(least, 0)) / splat(np.float32(top))
+        tame = inverses(d, inverse)
+        store(most, 0, d)
+        for k in range(count):
+            at = (first + k) * nbytes
+            put_half(out, at, most[k])
+            put_half(out, at + 2, least[k])
+        if tame:
+            affine_levels(x, out, first, count, least, inverse, nbytes, top, limit, True)
+        else:
+            affine_levels(x, out, first, count, least, inverse, nbytes, top, limit, False)
+
+
+class Q4_0(Block, type=GGMLType.Q4_0):
+    """4 bits and a float16 scale."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_q4_0_ref."""
+        encode_symmetric(x, out, 18, 8)
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_q4_0."""
+        for block in range(out.size // QK):
+            at, to = block * 18, block * QK
+            d = get_half(data, at)
+            for i in range(16):
+                byte = np.int32(data[at + 2 + i])
+                out[to + i] = np.float32((byte & 15) - 8) * d
+                out[to + 16 + i] = np.float32((byte >> 4) - 8) * d
+
+
+class Q4_1(Block, type=GGMLType.Q4_1):
+    """4 bits, a float16 scale and a float16 minimum."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_q4_1_ref."""
+        encode_affine(x, out, 20, 15, 15)
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_q4_1."""
+        for block in range(out.size // QK):
+            at, to = block * 20, block * QK
+            d, m = get_half(data, at), get_half(data, at + 2)
+            for i in range(16):
+                byte = np.int32(data[at + 4 + i])
+                out[to + i] = np.float32(byte & 15) * d + m
+                out[to + 16 + i] = np.float32(byte >> 4) * d + m
+
+
+class Q5_0(Block, type=GGMLType.Q5_0):
+    """5 bits and a float16 scale."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_q5_0_ref."""
+        encode_symmetric(x, out, 22, 16)
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_q5_0."""
+        for block in range(out.size // QK):
+            at, to = block * 22, block * QK
+            d, top = get_half(data, at), np.int64(get_word(data, at + 2))
+            for i in range(16):
+                byte = np.int32(data[at + 6 + i])
+                low = (byte & 15) | np.int32(((top >> i) & 1) << 4)
+                high = (byte >> 4) | np.int32(((top >> (i + 16)) & 1) << 4)
+                out[to + i] = np.float32(low - 16) * d
+                out[to + 16 + i] = np.float32(high - 16) * d
+
+
+class Q5_1(Block, type=GGMLType.Q5_1):
+    """5 bits, a float16 scale and a float16 minimum."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_q5_1_ref, which does not clamp."""
+        encode_affine(x, out, 24, 31, 255)
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_q5_1."""
+        for block in range(out.size // QK):
+            at, to = block * 24, block * QK
+            d, m, top = get_half(data, at), get_half(data, at + 2), np.int64(get_word(data, at + 4))
+            for i in range(16):
+                byte = np.int32(data[at + 8 + i])
+                low = (byte & 15) | np.int32(((top >> i) & 1) << 4)
+                high = (byte >> 4) | np.int32(((top >> (i + 16)) & 1) << 4)
+                out[to + i] = np.float32(low) * d + m
+                out[to + 16 + i] = np.float32(high) * d + m
+
+
+class Q8_0(Block, type=GGMLType.Q8_0):
+    """8 bits and a float16 scale."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_q8_0_ref."""
+        for block in range(x.size // QK):
+            at, start = block * 34, block * QK
+            low, high = load(x, start), load(x, start + LANES)
+            d = largest(maximum(absolute(low), absolute(high))) / np.float32(127)
+            inverse = splat(ONE / d if d != ZERO else ZERO)
+            put_half(out, at, d)
+            store(out, at + 2, to_levels(round_half_away(low * inverse), 127, False))
+            store(out, at + 2 + LANES, to_levels(round_half_away(high * inverse), 127, False))
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_q8_0."""
+        for block in range(out.size // QK):
+            at, to = block * 34, block * QK
+            d = get_half(data, at)
+            for i in range(QK):
+                out[to + i] = np.float32(np.int8(data[at + 2 + i])) * d

@@ -1,0 +1,110 @@
+"""The formats without blocks: F32, F16, BF16. And the test that weights are finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quantkit.blocks.base import Block, kernel
+from quantkit.blocks.lanes import (
+    LANES,
+    as_float_bits,
+    as_int_bits,
+    bits,
+    bits_float,
+    float_bits,
+    from_halves,
+    half_bits,
+    half_value,
+    halves,
+    load,
+    splat,
+    store,
+)
+from quantkit.blocks.types import GGMLType
+
+
+@kernel
+def first_nonfinite(x: Any) -> Any:
+    """The index of the first NaN or infinity in float32 `x`, -1 if there is none."""
+    exponent = 0x7F800000
+    for start in range(0, x.size - LANES + 1, LANES):
+        if bits((as_int_bits(load(x, start)) & splat(exponent)) == splat(exponent)) != 0:
+            for i in range(start, start + LANES):
+                if not np.isfinite(x[i]):
+                    return i
+    for i in range(x.size - x.size % LANES, x.size):
+        if not np.isfinite(x[i]):
+            return i
+    return -1
+
+
+class F32(Block, type=GGMLType.F32):
+    """32-bit floats, copied."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block."""
+        to = out.view(np.float32)
+        for i in range(x.size):
+            to[i] = x[i]
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block."""
+        source = data.view(np.float32)
+        for i in range(out.size):
+            out[i] = source[i]
+
+
+class F16(Block, type=GGMLType.F16):
+    """16-bit IEEE floats, rounded half to even."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after ggml_fp32_to_fp16_row."""
+        to = out.view(np.uint16)
+        for i in range(0, x.size - LANES + 1, LANES):
+            store(to, i, halves(load(x, i)))
+        for i in range(x.size - x.size % LANES, x.size):
+            to[i] = half_bits(x[i])
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after ggml_fp16_to_fp32_row."""
+        source = data.view(np.uint16)
+        for i in range(0, out.size - LANES + 1, LANES):
+            store(out, i, from_halves(load(source, i)))
+        for i in range(out.size - out.size % LANES, out.size):
+            out[i] = half_value(source[i])
+
+
+class BF16(Block, type=GGMLType.BF16):
+    """The upper half of a 32-bit float, rounded half to even; NaNs are made quiet."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after ggml_compute_fp32_to_bf16."""
+        to = out.view(np.uint16)
+        for i in range(x.size):
+            word = np.int64(float_bits(x[i])) & 0xFFFFFFFF
+            if word & 0x7FFFFFFF > 0x7F800000:
+                to[i] = np.uint16((word >> 16) | 64)
+            else:
+                to[i] = np.uint16((word + 0x7FFF + ((word >> 16) & 1)) >> 16)
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after ggml_bf16_to_fp32_row."""
+        source = data.view(np.uint16)
+        for i in range(0, out.size - LANES + 1, LANES):
+            store(out, i, as_float_bits(load(source, i) << splat(16)))
+        for i in range(out.size - out.size % LANES, out.size):
+            out[i] = bits_float(np.int32(np.uint32(source[i]) << np.uint32(16)))

@@ -1,0 +1,211 @@
+"""The scale searches that block formats share, sixteen sub-blocks at once.
+
+A search looks for the scale, and for affine formats the minimum, that make the rounded sub-block closest to the
+original by weighted square error. Algorithms and orders of operations are those of ggml-quants.c, named in each
+docstring. Sub-blocks are stored transposed: element i of sixteen sub-blocks is `xs[16 * i : 16 * i + 16]`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quantkit.blocks.base import piece
+from quantkit.blocks.lanes import (
+    LANES,
+    absolute,
+    as_int_bits,
+    bits,
+    float_bits,
+    load,
+    maximum,
+    minimum,
+    select,
+    splat,
+    store,
+    to_float,
+)
+
+# Adding 1.5 * 2**23 leaves the number, rounded half to even, in the low bits: right up to 2**22 in magnitude.
+MAGIC = np.float32(12582912.0)
+MAGIC_LIMIT = np.float32(4194303.0)
+GROUP_MAX_EPS = np.float32(1e-15)
+ALL = np.uint32(0xFFFF)
+ZERO = np.float32(0)
+ONE = np.float32(1)
+
+
+@piece
+def nearest_int(value: Any) -> Any:
+    """A float32 rounded half to even as the reference does it, bit by bit, with its results beyond 2**22 and for NaN."""
+    return (float_bits(value + MAGIC) & np.int32(0x007FFFFF)) - np.int32(0x00400000)
+
+
+@piece
+def nearest_ints(values: Any) -> Any:
+    """`nearest_int` of each lane."""
+    return (as_int_bits(values + splat(MAGIC)) & splat(0x007FFFFF)) - splat(0x00400000)
+
+
+@piece
+def clamped_ints(values: Any, low: Any, high: Any) -> Any:
+    """`nearest_int` of each lane, held between the integers `low` and `high`."""
+    return maximum(splat(low), minimum(splat(high), nearest_ints(values)))
+
+
+@piece
+def clamped_floats(values: Any, low: Any, high: Any) -> Any:
+    """`clamped_ints` as floats, for values that are known to lie within 2**22: two instructions fewer."""
+    magic = splat(MAGIC)
+    return minimum(maximum(values + magic, splat(MAGIC + low)), splat(MAGIC + high)) - magic
+
+
+@piece
+def gather(x: Any, start: Any, stride: Any, n: Any, xs: Any, lane: Any, count: Any) -> None:
+    """Transpose `count` sub-blocks of `n` elements, `stride` apart in `x` from `start` on, into lanes from `lane` on."""
+    for i in range(n):
+        for k in range(count):
+            xs[i * LANES + lane + k] = x[start + k * stride + i]
+
+
+@piece
+def affine_search(xs: Any, ws: Any, ls: Any, n: Any, nmax: Any, rmin: Any, rdelta: Any, nstep: Any, use_mad: Any) -> Any:
+    """Scale and minimum for `x ~ scale * l + low`, l in 0..nmax (make_qkx2_quants and make_qkx3_quants).
+
+    `ws` are the weights, `ls` scratch of the size of `xs`. Tries `nstep + 1` inverse scales from `rmin` on, `rdelta`
+    apart. `use_mad` weighs absolute instead of square errors. Returns, for each lane, scale, low, and the inverse
+    scale and low that give the best levels: `l = clamp(nearest_int(inverse * (x - base)))`.
+    """
+    zero = splat(ZERO)
+    nmaxs = splat(np.float32(nmax))
+    x = load(xs, 0)
+    w = load(ws, 0)
+    lowest, high, sum_w, sum_x = x, x, w, w * x
+    for i in range(1, n):
+        x = load(xs, i * LANES)
+        w = load(ws, i * LANES)
+        lowest = minimum(x, lowest)
+        high = maximum(x, high)
+        sum_w = sum_w + w
+        sum_x = sum_x + w * x
+    data_low = select(lowest > zero, zero, lowest)
+    flat = high == data_low
+    # Flat lanes are answered at the end; until then give them a range that keeps their numbers small.
+    low = select(flat, zero, data_low)
+    high = select(flat, splat(ONE), high)
+
+    inverse = nmaxs / (high - low)
+    scale = splat(ONE) / inverse
+    best_inverse, best_base = inverse, low
+    error = zero
+    for i in range(n):
+        x = load(xs, i * LANES)
+        level = to_float(clamped_ints(inverse * (x - low), 0, nmax))
+        diff = scale * level + low - x
+        error = error + load(ws, i * LANES) * (absolute(diff) if use_mad else diff * diff)
+    best_error = error
+
+    for step in range(nstep + 1):
+        inverse = splat(rmin + rdelta * np.float32(step) + np.float32(nmax)) / (high - low)
+        sum_l, sum_l2, sum_xl = zero, zero, zero
+        # Rounding is monotonic, so when both ends of the data are within 2**22, all of it is.
+        ends = maximum(absolute(inverse * (high - low)), absolute(inverse * (lowest - low)))
+        if bits(ends <= splat(MAGIC_LIMIT)) == ALL:
+            for i in range(n):
+                x = load(xs, i * LANES)
+                level = clamped_floats(inverse * (x - low), ZERO, np.float32(nmax))
+                store(ls, i * LANES, level)
+                weighted = load(ws, i * LANES) * level
+                sum_l = sum_l + weighted
+                sum_l2 = sum_l2 + weighted * level
+                sum_xl = sum_xl + weighted * x
+        else:
+            for i in range(n):
+                x = load(xs, i * LANES)
+                level = to_float(clamped_ints(inverse * (x - low), 0, nmax))
+                store(ls, i * LANES, level)
+                weighted = load(ws, i * LANES) * level
+                sum_l = sum_l + weighted
+                sum_l2 = sum_l2 + weighted * level
+                sum_xl = sum_xl + weighted * x
+        determinant = sum_w * sum_l2 - sum_l * sum_l
+        this_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
+        this_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+        above = this_low > zero
+        this_low = select(above, zero, this_low)
+        this_scale = select(above, sum_xl / sum_l2, this_scale)
+        error = zero
+        for i in range(n):
+            diff = this_scale * load(ls, i * LANES) + this_low - load(xs, i * LANES)
+            error = error + load(ws, i * LANES) * (absolute(diff) if use_mad else diff * diff)
+        better = (determinant > zero) & (error < best_error)
+        best_inverse = select(better, inverse, best_inverse)
+        best_base = select(better, low, best_base)
+        best_error = select(better, error, best_error)
+        scale = select(better, this_scale, scale)
+        low = select(better, this_low, low)
+
+    scale = select(flat, zero, scale)
+    low = select(flat, data_low, low)
+    best_inverse = select(flat, zero, best_inverse)
+    best_base = select(flat, data_low, best_base)
+    return scale, low, best_inverse, best_base
+
+
+@piece
+def signed_search(xs: Any, ws: Any, n: Any, nmax: Any) -> Any:
+    """Scale for `x ~ scale * l`, l in -nmax..nmax-1 (make_qx_quants with rmse_type 1).
+
+    `ws` are the weights, or None for x squared. Returns scale and the inverse scale that gives the best levels;
+    both are 0 where the sub-block is all but zero.
+    """
+    zero = splat(ZERO)
+    one = splat(ONE)
+    amax, extreme = zero, zero
+    for i in range(n):
+        x = load(xs, i * LANES)
+        ax = absolute(x)
+        larger = ax > amax
+        amax = select(larger, ax, amax)
+        extreme = select(larger, x, extreme)
+    empty = amax < splat(GROUP_MAX_EPS)
+    extreme = select(empty, one, extreme)
+    best, scale, best_inverse = zero, zero, zero
+    for trial in range(19):
+        # The reference tries the plain scale first, then the 18 around it.
+        step = np.float32(0) if trial == 0 else np.float32(trial - 10 if trial < 10 else trial - 9)
+        inverse = splat(-(np.float32(nmax) + np.float32(0.1) * step)) / extreme
+        sum_lx, sum_l2 = zero, zero
+        if bits(absolute(inverse * extreme) <= splat(MAGIC_LIMIT)) == ALL:
+            for i in range(n):
+                x = load(xs, i * LANES)
+                level = clamped_floats(inverse * x, np.float32(-nmax), np.float32(nmax - 1))
+                w = x * x if ws is None else load(ws, i * LANES)
+                sum_lx = sum_lx + w * x * level
+                sum_l2 = sum_l2 + w * level * level
+        else:
+            for i in range(n):
+                x = load(xs, i * LANES)
+                level = to_float(clamped_ints(inverse * x, -nmax, nmax - 1))
+                w = x * x if ws is None else load(ws, i * LANES)
+                sum_lx = sum_lx + w * x * level
+                sum_l2 = sum_l2 + w * level * level
+        if trial == 0:
+            scale = select(sum_l2 != zero, sum_lx / sum_l2, zero)
+            best = scale * sum_lx
+            best_inverse = inverse
+        else:
+            better = (sum_l2 > zero) & (sum_lx * sum_lx > best * sum_l2)
+            this_scale = sum_lx / sum_l2
+            scale = select(better, this_scale, scale)
+            best = select(better, this_scale * sum_lx, best)
+            best_inverse = select(better, inverse, best_inverse)
+    return select(empty, zero, scale), select(empty, zero, best_inverse)
+
+
+@piece
+def level_of(x: Any, inverse: Any, base: Any, low: Any, high: Any) -> Any:
+    """One level of a search's result: `clamp(nearest_int(inverse * (x - base)), low, high)`."""
+    return max(np.int32(low), min(np.int32(high), nearest_int(inverse * (x - base))))
+
