@@ -1,0 +1,301 @@
+"""The vocabulary of a GGUF file: text to token ids and back, exactly as llama.cpp does it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf import Metadata, ValueType
+from quantkit.vocabulary import pretokenizers
+from quantkit.vocabulary.attributes import Attribute, attributes
+from quantkit.vocabulary.encoders import (
+    META_SPACE,
+    BytePairEncoder,
+    Encoder,
+    SentencePieceEncoder,
+    byte_alphabet,
+)
+
+log = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+
+_PREFIX = "tokenizer.ggml."
+# The keys of special tokens; the last three are older names.
+_SPECIAL_KEYS = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "eot": "eot_token_id",
+    "eom": "eom_token_id",
+    "fim_pre": "fim_pre_token_id",
+    "fim_suf": "fim_suf_token_id",
+    "fim_mid": "fim_mid_token_id",
+    "fim_pad": "fim_pad_token_id",
+    "fim_rep": "fim_rep_token_id",
+    "fim_sep": "fim_sep_token_id",
+}
+_OLDER_KEYS = {"fim_pre": "prefix_token_id", "fim_suf": "suffix_token_id", "fim_mid": "middle_token_id"}
+_MODELS = ("gpt2", "gemma4", "llama")
+_ASCII_SPACE = " \t\n\v\f\r"
+_SPLIT_OUT = Attribute.USER_DEFINED | Attribute.CONTROL | Attribute.UNKNOWN
+_HIDDEN = Attribute.CONTROL | Attribute.UNKNOWN
+
+
+class Vocabulary:
+    """A GGUF's vocabulary, made by `Vocabulary.from_metadata`.
+
+    `tokens` holds the tokens' texts as the file has them, `bos`, `eos` and `eot` the ids of special tokens or None,
+    `add_bos` and `add_eos` whether `encode` puts them around a text. Two vocabularies are equal when they encode
+    and decode alike: same `fingerprint`.
+    """
+
+    def __init__(self, metadata: Metadata) -> None:
+        """Read the vocabulary. See `from_metadata`."""
+        self.model = _read(metadata, "model", ValueType.STRING)
+        if self.model not in _MODELS:
+            raise QuantkitError(f"the tokenizer model {self.model!r} is not supported, only {', '.join(_MODELS)}")
+        is_spm = self.model == "llama"
+        self.pre = "gemma4" if self.model == "gemma4" else _read(metadata, "pre", ValueType.STRING, "default")
+        habits = pretokenizers.lookup("default" if is_spm else self.pre or "default")
+        self.tokens: list[str] = _read_tokens(metadata)
+        self._ids = {text: token for token, text in enumerate(self.tokens)}
+        if len(self._ids) < len(self.tokens):
+            twice = next(text for token, text in enumerate(self.tokens) if self._ids[text] != token)
+            raise QuantkitError(f"{_PREFIX}tokens has the token {twice!r} twice")
+        special = self._read_special(metadata, is_spm, habits.default_bos)
+        types = _read_array(metadata, "token_type", (ValueType.INT32,), len(self.tokens))
+        name = str(metadata.lookup("general.name", ""))
+        self._attributes = attributes(self._ids, types, special, pre=self.pre, model_name=name)
+        self.bos, self.eos, self.eot = special["bos"], special["eos"], special["eot"]
+        self._escapes_spaces = is_spm or habits.escape_spaces
+        self._cleans_spaces = not is_spm and habits.clean_spaces
+        self._space_prefix: bool = _read(metadata, "add_space_prefix", ValueType.BOOL, is_spm)
+        self.add_bos: bool = _read(metadata, "add_bos_token", ValueType.BOOL, is_spm or habits.add_bos)
+        self.add_eos: bool = _read(metadata, "add_eos_token", ValueType.BOOL, False)
+        self.add_bos = self.add_bos or habits.newlines_whole
+        for role, wanted, token in (("BOS", self.add_bos, self.bos), ("EOS", self.add_eos, self.eos)):
+            if wanted and token is None:
+                raise QuantkitError(f"the vocabulary adds {role} to every text but names no {role} token")
+        split_out = np.flatnonzero(self._attributes & _SPLIT_OUT).tolist()
+        self._special = sorted(split_out, key=lambda token: -len(self._bytes(token)))
+        self._encoder = self._make_encoder(metadata, is_spm)
+        self._pieces: list[bytes | None] = [None] * len(self.tokens)
+        self._fingerprint_parts = [
+            (key, int(value.type), bytes(value.raw))
+            for key, value in sorted(metadata.items())
+            if key.startswith(_PREFIX) or key == "general.name"
+        ]
+
+    @classmethod
+    def from_metadata(cls, metadata: Metadata) -> Vocabulary:
+        """The vocabulary that `metadata` describes: `tokenizer.ggml.model` gpt2 or gemma4 (BPE), or llama (SPM).
+
+        Raises QuantkitError when keys are missing, of the wrong type or contradictory, or the model is another.
+        """
+        return cls(metadata)
+
+    def _read_special(self, metadata: Metadata, is_spm: bool, default_bos: bool) -> dict[str, int | None]:
+        special: dict[str, int | None] = dict.fromkeys(_SPECIAL_KEYS)
+        if is_spm:
+            special.update(bos=1, eos=2)
+        elif self.model == "gpt2":
+            special.update(bos=11 if default_bos else None, eos=11)
+        for role, key in (*_SPECIAL_KEYS.items(), *_OLDER_KEYS.items()):
+            default = special[role]
+            if default is not None and default >= len(self.tokens):
+                special[role] = None
+            token = _read(metadata, key, ValueType.UINT32, None)
+            if token is None:
+                continue
+            if token < len(self.tokens):
+                special[role] = token
+            elif role in ("bos", "eos"):
+                raise QuantkitError(f"{_PREFIX}{key} is {token}, but there are only {len(self.tokens)} tokens")
+            else:
+                log.warning("%s%s is %d, but there are only %d tokens: ignored", _PREFIX, key, token, len(self.tokens))
+        return special
+
+    def _make_encoder(self, metadata: Metadata, is_spm: bool) -> Encoder:
+        if is_spm:
+            kinds = (ValueType.FLOAT32, ValueType.INT32)
+            scores = _read_array(metadata, "scores", kinds, len(self.tokens))
+            if scores is None:
+                scores = np.zeros(len(self.tokens), dtype=np.float32)
+            if np.isnan(scores).any():
+                raise QuantkitError(f"{_PREFIX}scores has a score that is not a number")
+            return SentencePieceEncoder(self._ids, scores.astype(np.float32))
+        merges = metadata.get(_PREFIX + "merges")
+        if merges is None:
+            raise QuantkitError(f"the metadata lacks {_PREFIX}merges")
+        if merges.type != ValueType.ARRAY or merges.item != ValueType.STRING:
+            raise QuantkitError(f"{_PREFIX}merges is not an array of strings")
+        return BytePairEncoder(self._ids, merges.value, self.pre or "default")
+
+    @property
+    def n_tokens(self) -> int:
+        """The number of tokens."""
+        return len(self.tokens)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that encoding and decoding depend on."""
+        digest = hashlib.sha256()
+        for key, kind, raw in self._fingerprint_parts:
+            digest.update(f"{key}\0{kind}\0{len(raw)}\0".encode())
+            digest.update(raw)
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and self._fingerprint_parts == other._fingerprint_parts
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def is_control(self, token: int) -> bool:
+        """Whether `token` steers the model instead of standing for text. Raises IndexError beyond the vocabulary."""
+        return bool(self._attributes[token] & Attribute.CONTROL)
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> Array:
+        """The token ids of `text`: int32 of shape (n,).
+
+        `add_special` puts BOS and EOS around them where the vocabulary asks for it. `parse_special` turns the texts
+        of control tokens into those tokens; without it they are ordinary text, but user-defined tokens are always
+        found. Lone surrogates in `text` count as U+FFFD. Raises QuantkitError when the vocabulary cannot express it.
+        """
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+        parts: list[Array] = []
+        if add_special and self.add_bos:
+            parts.append(np.array([self.bos], dtype=np.int32))
+        after_special = True
+        for piece in self._partition(text, parse_special):
+            if isinstance(piece, int):
+                parts.append(np.array([piece], dtype=np.int32))
+                after_special = True
+                continue
+            if self.model == "llama" and self._space_prefix and after_special:
+                piece = " " + piece
+            parts.append(self._encoder.encode(piece))
+            after_special = False
+        if add_special and self.add_eos:
+            parts.append(np.array([self.eos], dtype=np.int32))
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+
+    def _partition(self, text: str, parse_special: bool) -> list[str | int]:
+        """Split special tokens out of `text`, the longest first."""
+        pieces: list[str | int] = [text] if text else []
+        for token in self._special:
+            attribute, wanted = self._attributes[token], self.tokens[token]
+            if (attribute & _HIDDEN and not parse_special) or wanted not in text:
+                continue
+            split: list[str | int] = []
+            for piece in pieces:
+                if isinstance(piece, int):
+                    split.append(piece)
+                else:
+                    split += self._split_at(piece, token, wanted, int(attribute))
+            pieces = split
+        return pieces
+
+    @staticmethod
+    def _split_at(piece: str, token: int, wanted: str, attribute: int) -> Iterable[str | int]:
+        parts = piece.split(wanted)
+        last = len(parts) - 1
+        for i, part in enumerate(parts):
+            if i > 0:
+                yield token
+                if attribute & Attribute.RSTRIP:
+                    part = part.lstrip(_ASCII_SPACE)
+            if i < last and attribute & Attribute.LSTRIP:
+                part = part.rstrip(_ASCII_SPACE)
+            if part:
+                yield part
+
+    def decode(self, ids: Sequence[int] | Array, special: bool = True) -> str:
+        """The text of token ids; control tokens appear by name unless `special` is false.
+
+        Bytes that do not form UTF-8 become U+FFFD. Raises IndexError for ids beyond the vocabulary.
+        """
+        pieces = []
+        for i, token in enumerate(np.asarray(ids).tolist()):
+            if not 0 <= token < len(self.tokens):
+                raise IndexError(f"token {token} is not one of {len(self.tokens)}")
+            piece = b"" if not special and self._attributes[token] & _HIDDEN else self._piece(token)
+            if i == 0 and self._space_prefix and piece.startswith(b" "):
+                piece = piece[1:]
+            pieces.append(piece)
+        data = b"".join(pieces)
+        if self._cleans_spaces:
+            data = re.sub(rb" (?=[?!.,])", b"", data)
+            data = re.sub(rb" ' ", b"'", data)
+            data = re.sub(rb" (?='(?:[sm]|re|ve))", b"", data)
+        return data.decode("utf-8", "replace")
+
+    def _bytes(self, token: int) -> bytes:
+        return self.tokens[token].encode("utf-8", "surrogateescape")
+
+    def _piece(self, token: int) -> bytes:
+        """The bytes that `token` stands for in a text."""
+        piece = self._pieces[token]
+        if piece is None:
+            piece = self._pieces[token] = self._make_piece(token)
+        return piece
+
+    def _make_piece(self, token: int) -> bytes:
+        text, attribute = self.tokens[token], self._attributes[token]
+        if attribute & _SPLIT_OUT:
+            return self._bytes(token)
+        if attribute & Attribute.NORMAL:
+            if self._escapes_spaces:
+                return self._bytes(token).replace(META_SPACE.encode(), b" ")
+            return b"".join(_decode_character(character, text) for character in text)
+        if attribute & Attribute.BYTE:
+            found = re.match("[0-9a-fA-F]{1,2}", text[3:5])
+            return bytes([int(found[0], 16) if found else 0])
+        return b""
+
+
+def _decode_character(character: str, text: str) -> bytes:
+    byte = byte_alphabet().find(character)
+    if byte >= 0:
+        return bytes([byte])
+    name = character.encode("utf-8", "surrogateescape").hex()
+    return f"[UNK_BYTE_0x{name}{text}]".encode("utf-8", "surrogateescape")
+
+
+def _read(metadata: Metadata, key: str, kind: ValueType, default: Any = ...) -> Any:
+    value = metadata.get(_PREFIX + key)
+    if value is None:
+        if default is ...:
+            raise QuantkitError(f"the metadata lacks {_PREFIX}{key}")
+        return default
+    if value.type != kind:
+        raise QuantkitError(f"{_PREFIX}{key} has the type {value.type.name}, not {kind.name}")
+    return value.value
+
+
+def _read_tokens(metadata: Metadata) -> list[str]:
+    value = metadata.get(_PREFIX + "tokens")
+    if value is None:
+        raise QuantkitError(f"the metadata lacks {_PREFIX}tokens")
+    if value.type != ValueType.ARRAY or value.item != ValueType.STRING:
+        raise QuantkitError(f"{_PREFIX}tokens is not an array of strings")
+    return [text or f"[EMPTY_{token}]" for token, text in enumerate(value.value)]
+
+
+def _read_array(metadata: Metadata, key: str, items: Sequence[ValueType], count: int) -> Array | None:
+    value = metadata.get(_PREFIX + key)
+    if value is None:
+        return None
+    if value.type != ValueType.ARRAY or value.item not in items:
+        names = " or ".join(item.name for item in items)
+        raise QuantkitError(f"{_PREFIX}{key} is not an array of {names}")
+    if len(value) < count:
+        raise QuantkitError(f"{_PREFIX}{key} has {len(value)} items, fewer than the {count} tokens")
+    result: Array = value.value
+    return result[:count]
