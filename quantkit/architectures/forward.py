@@ -1,0 +1,318 @@
+"""The forward pass of a model as plain data: what an evaluator needs to run it, and nothing of how.
+
+An architecture makes a `ForwardSpec` from a model's GGUF metadata and tensor list. A backend (numpy, torch) carries it
+out. Weights are named, not held; sizes are counts of numbers; shapes are those of the GGUF tensors. What a field
+means when it is None or at its default is "the model does not have this", so most architectures set few of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf import Metadata, TensorInfo
+
+
+class NormKind(Enum):
+    """How a vector is normalised."""
+
+    RMS = "rms"  # divided by its root mean square
+    LAYER = "layer"  # mean taken away, divided by its standard deviation
+
+
+class RopeStyle(Enum):
+    """Which two numbers of a head are rotated together."""
+
+    NORMAL = "normal"  # neighbours: (0, 1), (2, 3), ... as Llama's GGUF tensors are permuted for
+    NEOX = "neox"  # the two halves: (0, n/2), (1, n/2 + 1), ...
+
+
+class Activation(Enum):
+    """The nonlinearity of a feed-forward block."""
+
+    SILU = "silu"
+    GELU = "gelu"  # the tanh approximation, as llama.cpp computes it
+    RELU2 = "relu2"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix product, `x @ weight.T + bias`, by the names of its tensors."""
+
+    weight: str
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation, scaled by `weight` and shifted by `bias`, by the names of these tensors."""
+
+    weight: str
+    eps: float
+    kind: NormKind = NormKind.RMS
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN's mixing of interpolated and original frequencies (Peng et al. 2023), with ggml's parameters."""
+
+    n_ctx_orig: int
+    ext_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rotary position embedding.
+
+    The first `n_dims` numbers of a head are rotated; pair i by the angle
+    `position * freq_scale * freq_base ** (-2 i / n_dims) / factors[i]`, and multiplied by `magnitude`.
+    `factors` names a tensor of n_dims / 2 numbers. With `yarn`, `freq_scale` holds only for the slow pairs.
+    """
+
+    n_dims: int
+    freq_base: float
+    style: RopeStyle
+    freq_scale: float = 1.0
+    magnitude: float = 1.0
+    factors: str | None = None
+    yarn: Yarn | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal self-attention of one layer.
+
+    Either `q`, `k` and `v` are given, or `qkv`, one product whose rows are q's, then k's, then v's. `scale` multiplies
+    q . k. `window` counts the positions that a query sees, itself included. `softcap` c turns a score s into
+    c * tanh(s / c). `q_norm` and `k_norm` run over each head, or over all of them when their weight is that long.
+    """
+
+    n_head: int
+    n_head_kv: int
+    head_k: int
+    head_v: int
+    scale: float
+    out: Linear
+    q: Linear | None = None
+    k: Linear | None = None
+    v: Linear | None = None
+    qkv: Linear | None = None
+    rope: Rope | None = None
+    window: int | None = None
+    softcap: float | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A dense feed-forward block: `down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))` without a gate.
+
+    `gate_up` is one product whose rows are the gate's, then the other's.
+    """
+
+    n_ff: int
+    down: Linear
+    activation: Activation = Activation.SILU
+    up: Linear | None = None
+    gate: Linear | None = None
+    gate_up: Linear | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of gated experts. `gate`, `up` and `down` name tensors with one matrix for each expert.
+
+    The softmax of `router` picks `n_used` of `n_expert`; with `normalise` their weights are made to sum to one.
+    """
+
+    n_ff: int
+    n_expert: int
+    n_used: int
+    router: Linear
+    gate: str
+    up: str
+    down: str
+    activation: Activation = Activation.SILU
+    normalise: bool = True
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block of the model.
+
+    Usually `x += attention(attention_norm(x))`, then `x += feed_forward(feed_forward_norm(x))`. A norm that is None is
+    left out; the `post_` norms run on a branch before it is added. With `parallel` both branches read the same x.
+    `branch_scale` multiplies each branch before it is added.
+    """
+
+    attention: Attention
+    feed_forward: FeedForward | Experts
+    attention_norm: Norm | None
+    feed_forward_norm: Norm | None
+    post_attention_norm: Norm | None = None
+    post_feed_forward_norm: Norm | None = None
+    parallel: bool = False
+    branch_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ForwardSpec:
+    """The forward pass of a model, from token ids to logits.
+
+    `embedding` and `position_embedding` name tensors whose rows are looked up; `embedding_scale` multiplies the token's.
+    `output` is the embedding's own tensor where the two are tied. `logit_scale` multiplies logits, then `logit_softcap`
+    bends them as `Attention.softcap` does scores.
+    """
+
+    architecture: str
+    n_vocab: int
+    n_embd: int
+    n_ctx_train: int
+    embedding: str
+    layers: tuple[Layer, ...]
+    output_norm: Norm
+    output: Linear
+    embedding_scale: float = 1.0
+    position_embedding: str | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output matrix is the token embedding."""
+        return self.output.weight == self.embedding
+
+
+def linear(tensors: Mapping[str, TensorInfo], stem: str) -> Linear:
+    """The matrix `stem`.weight, with `stem`.bias if the model has it."""
+    return Linear(f"{stem}.weight", f"{stem}.bias" if f"{stem}.bias" in tensors else None)
+
+
+def rope(metadata: Metadata, n_dims: int, style: RopeStyle, tensors: Mapping[str, TensorInfo]) -> Rope:
+    """The rotary embedding that a GGUF's `rope.*` keys and its `rope_freqs.weight` describe, as llama.cpp reads them."""
+    prefix = f"{metadata.architecture}.rope"
+    scaling = metadata.lookup(f"{prefix}.scaling.type", "linear")
+    factor = float(metadata.lookup(f"{prefix}.scaling.factor", metadata.lookup(f"{prefix}.scale_linear", 0.0)))
+    if scaling == "none" or factor <= 0.0:
+        factor = 1.0
+    magnitude = float(metadata.lookup(f"{prefix}.scaling.attn_factor", 1.0))
+    yarn = None
+    if scaling == "yarn":
+        n_ctx_orig = metadata.lookup(f"{metadata.architecture}.context_length", 0)
+        yarn = Yarn(
+            n_ctx_orig=int(metadata.lookup(f"{prefix}.scaling.original_context_length", n_ctx_orig)),
+            ext_factor=float(metadata.lookup(f"{prefix}.scaling.yarn_ext_factor", 1.0)),
+            beta_fast=float(metadata.lookup(f"{prefix}.scaling.yarn_beta_fast", 32.0)),
+            beta_slow=float(metadata.lookup(f"{prefix}.scaling.yarn_beta_slow", 1.0)),
+        )
+        # The published factor 0.1 ln(s) + 1, over that of "mscale_all_dim" where a model has one.
+        growth = max(0.0, 0.1 * math.log(factor))
+        magnitude *= (1.0 + growth) / (
+            1.0 + growth * float(metadata.lookup(f"{prefix}.scaling.yarn_log_multiplier", 0.0))
+        )
+    return Rope(
+        n_dims=n_dims,
+        freq_base=float(metadata.lookup(f"{prefix}.freq_base", 10000.0)),
+        style=style,
+        freq_scale=1.0 / factor,
+        magnitude=magnitude,
+        factors="rope_freqs.weight" if "rope_freqs.weight" in tensors else None,
+        yarn=yarn,
+    )
+
+
+def _per_layer(metadata: Metadata, key: str, n_layer: int, default: int | None = None) -> list[int]:
+    """A count that a GGUF gives once for all layers, or as an array with one for each."""
+    value = metadata.require(key) if default is None else metadata.lookup(key, default)
+    if isinstance(value, (int, float)):
+        return [int(value)] * n_layer
+    counts = [int(n) for n in value]
+    if len(counts) != n_layer:
+        raise QuantkitError(f"the metadata's {key} has {len(counts)} numbers for {n_layer} layers")
+    return counts
+
+
+def llama(metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+    """Llama and the models that share its GGUF architecture (Mistral, SmolLM2): RMS norms, gated SiLU, GQA."""
+    arch = metadata.architecture
+    n_embd, n_layer = int(metadata.require(f"{arch}.embedding_length")), int(metadata.require(f"{arch}.block_count"))
+    eps = float(metadata.require(f"{arch}.attention.layer_norm_rms_epsilon"))
+    if metadata.lookup(f"{arch}.expert_count", 0):
+        raise QuantkitError(f"evaluating {arch} models with experts is not supported yet")
+    if not 0 < n_layer <= len(tensors):
+        raise QuantkitError(f"the metadata says {n_layer} layers, which the model's {len(tensors)} tensors cannot hold")
+    heads = _per_layer(metadata, f"{arch}.attention.head_count", n_layer)
+    heads_kv = [
+        kv or n for kv, n in zip(_per_layer(metadata, f"{arch}.attention.head_count_kv", n_layer, 0), heads, strict=True)
+    ]
+    if min(heads) < 1:
+        raise QuantkitError(f"the metadata's {arch}.attention.head_count is {min(heads)}, which is less than 1")
+    head_k = int(metadata.lookup(f"{arch}.attention.key_length", n_embd // heads[0]))
+    head_v = int(metadata.lookup(f"{arch}.attention.value_length", n_embd // heads[0]))
+    scale = float(metadata.lookup(f"{arch}.attention.scale", 0.0)) or 1.0 / math.sqrt(head_k)
+    rotary = rope(metadata, int(metadata.lookup(f"{arch}.rope.dimension_count", head_k)), RopeStyle.NORMAL, tensors)
+    n_ffs = _per_layer(metadata, f"{arch}.feed_forward_length", n_layer)
+
+    def layer(i: int) -> Layer:
+        at = f"blk.{i}"
+        return Layer(
+            attention_norm=Norm(f"{at}.attn_norm.weight", eps),
+            attention=Attention(
+                n_head=heads[i],
+                n_head_kv=heads_kv[i],
+                head_k=head_k,
+                head_v=head_v,
+                scale=scale,
+                rope=rotary,
+                q=linear(tensors, f"{at}.attn_q"),
+                k=linear(tensors, f"{at}.attn_k"),
+                v=linear(tensors, f"{at}.attn_v"),
+                out=linear(tensors, f"{at}.attn_output"),
+            ),
+            feed_forward_norm=Norm(f"{at}.ffn_norm.weight", eps),
+            feed_forward=FeedForward(
+                n_ff=n_ffs[i],
+                gate=linear(tensors, f"{at}.ffn_gate"),
+                up=linear(tensors, f"{at}.ffn_up"),
+                down=linear(tensors, f"{at}.ffn_down"),
+            ),
+        )
+
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None:
+        raise QuantkitError("the model has no tensor token_embd.weight")
+    return ForwardSpec(
+        architecture=arch,
+        n_vocab=embedding.n_rows,
+        n_embd=n_embd,
+        n_ctx_train=int(metadata.lookup(f"{arch}.context_length", 0)),
+        embedding="token_embd.weight",
+        layers=tuple(layer(i) for i in range(n_layer)),
+        output_norm=Norm("output_norm.weight", eps),
+        output=linear(tensors, "output" if "output.weight" in tensors else "token_embd"),
+    )
+
+
+# The forward passes by GGUF architecture.
+FORWARD: dict[str, Callable[[Metadata, Mapping[str, TensorInfo]], ForwardSpec]] = {"llama": llama}
+
+
+def forward_spec(metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+    """The forward pass of the model with this metadata and these tensors.
+
+    Raises QuantkitError for an architecture that has none, and for metadata that lacks or contradicts what it needs.
+    """
+    make = FORWARD.get(metadata.architecture)
+    if make is None:
+        raise QuantkitError(
+            f"evaluating the architecture {metadata.architecture!r} is not supported, only {', '.join(sorted(FORWARD))}"
+        )
+    return make(metadata, tensors)

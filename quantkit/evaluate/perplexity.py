@@ -1,0 +1,129 @@
+"""Perplexity, by llama-perplexity's method."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from quantkit.errors import QuantkitError
+from quantkit.evaluate.transformer import Transformer
+from quantkit.pipeline.source import TensorSource
+from quantkit.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """The perplexity of a text under a model.
+
+    `ppl` is e to the mean negative log-likelihood, in nats, of the `n_tokens` scored tokens, and `error` its standard
+    error. `chunk_nll` is each chunk's mean, `running` the estimate after each chunk. `seconds` is the time of the forward
+    passes, and `tokens_per_second` counts all tokens that went through the model.
+    """
+
+    ppl: float
+    error: float
+    n_tokens: int
+    n_chunks: int
+    n_ctx: int
+    seconds: float
+    tokens_per_second: float
+    backend: str
+    precision: str
+    chunk_nll: list[float] = field(repr=False)
+    running: list[float] = field(repr=False)
+
+
+def chunked(tokens: np.ndarray, n_ctx: int, chunks: int | None, bos: int | None, label: str) -> np.ndarray:
+    """Cut token ids into int32 [n_chunks, n_ctx] as llama-perplexity does.
+
+    What does not fill a chunk is dropped; each chunk's first token becomes `bos` unless that is None. Raises
+    QuantkitError for a text of fewer than two chunks and for impossible sizes.
+    """
+    if n_ctx < 4:
+        raise QuantkitError(f"a context of {n_ctx} tokens is too short to score: use 4 or more")
+    if chunks is not None and chunks < 1:
+        raise QuantkitError(f"cannot measure over {chunks} chunks: use 1 or more")
+    if len(tokens) < 2 * n_ctx:
+        raise QuantkitError(
+            f"{label}: the text has {len(tokens)} tokens, but {2 * n_ctx} are needed with a context of {n_ctx}: use a longer text or a smaller context"
+        )
+    n_chunks = len(tokens) // n_ctx
+    if chunks is not None:
+        n_chunks = min(n_chunks, chunks)
+    cut = np.array(tokens[: n_chunks * n_ctx], dtype=np.int32).reshape(n_chunks, n_ctx)
+    if bos is not None:
+        cut[:, 0] = bos
+    return cut
+
+
+def tokenize(source: TensorSource, text: str | np.ndarray) -> tuple[np.ndarray, int | None]:
+    """The token ids of `text` (or `text` itself if it is token ids), and BOS's id where the vocabulary adds one."""
+    vocabulary = Vocabulary.from_metadata(source.metadata)
+    bos = vocabulary.bos if vocabulary.add_bos else None
+    if isinstance(text, str):
+        return np.asarray(vocabulary.encode(text), dtype=np.int32), bos
+    return np.asarray(text, dtype=np.int32), bos
+
+
+def perplexity(
+    source: TensorSource,
+    text: str | np.ndarray,
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    n_threads: int | None = None,
+    batch: int | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> PerplexityResult:
+    """The perplexity of `text`, a string or token ids, under the model `source`.
+
+    The method is llama-perplexity's: the whole text is tokenized once, special tokens not parsed, and cut into chunks
+    of `n_ctx` tokens, the first of each replaced by BOS where the vocabulary adds one; the second half of each chunk is
+    scored. `chunks` bounds their number, `batch` how many run together (by memory if None). After each chunk
+    `progress(chunks done, chunks, estimate)` is called.
+
+    Raises QuantkitError for a text that is too short, and when the model's logits are NaN.
+    """
+    model = Transformer(source, n_threads)
+    ids, bos = tokenize(source, text)
+    tokens = chunked(ids, n_ctx, chunks, bos, source.label)
+    first = n_ctx // 2
+    n_scored = n_ctx - 1 - first
+    step = batch or model.batch(n_ctx)
+    nll = squares = 0.0
+    chunk_nll: list[float] = []
+    running: list[float] = []
+    began = time.perf_counter()
+    for at in range(0, len(tokens), step):
+        for chunk in -model.log_likelihoods(tokens[at : at + step], first):
+            nll += float(chunk.sum())
+            squares += float(np.square(chunk).sum())
+            chunk_nll.append(float(chunk.mean()))
+            running.append(_exp(nll / (len(chunk_nll) * n_scored)))
+            if progress is not None:
+                progress(len(running), len(tokens), running[-1])
+    seconds = time.perf_counter() - began
+    count = len(tokens) * n_scored
+    mean = nll / count
+    variance = max(0.0, squares / count - mean * mean)
+    return PerplexityResult(
+        ppl=_exp(mean),
+        error=math.sqrt(variance / max(1, count - 1)) * _exp(mean),
+        n_tokens=count,
+        n_chunks=len(tokens),
+        n_ctx=n_ctx,
+        seconds=seconds,
+        tokens_per_second=tokens.size / seconds,
+        backend=model.backend,
+        precision=model.precision,
+        chunk_nll=chunk_nll,
+        running=running,
+    )
+
+
+def _exp(x: float) -> float:
+    """e^x, infinity where that is too large for a float."""
+    return math.exp(x) if x < 709.0 else math.inf

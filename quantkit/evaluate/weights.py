@@ -1,0 +1,137 @@
+"""A model's weights as float32, decoded when needed, kept when there is room."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from quantkit.blocks import decode
+from quantkit.errors import QuantkitError
+from quantkit.pipeline.source import TensorSource
+
+# Weights that one task decodes: enough to hide its overhead, little enough to share a matrix among threads.
+_DECODE_WEIGHTS = 1 << 19
+
+Runner = Callable[[Iterable[Callable[[], None]]], None]
+
+
+def available_memory() -> int:
+    """Bytes of memory that this machine could still give a process; a guess where it does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+                break
+        else:
+            raise ValueError
+        for name in ("memory.max", "memory.current"):
+            if not (Path("/sys/fs/cgroup") / name).is_file():
+                return available
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return available if limit == "max" else max(0, min(available, int(limit) - used))
+    except (OSError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, OSError, ValueError):
+        return 4 << 30
+
+
+class Weights:
+    """Decodes the tensors of `source` on the threads of `run`, a function that carries out tasks side by side.
+
+    With `keep` every matrix is decoded once and held; else the next matrix of the same role takes its place.
+    """
+
+    def __init__(self, source: TensorSource, run: Runner, keep: bool) -> None:
+        self.keep = keep
+        self._source, self._run = source, run
+        self._kept: dict[str, np.ndarray] = {}
+        self._scratch: dict[str, np.ndarray] = {}
+
+    def vector(self, name: str, size: int) -> np.ndarray:
+        """Tensor `name`, which must hold `size` numbers, as float32 [size]. Always kept."""
+        if name not in self._kept:
+            self._check(name, 1, size)
+            self._kept[name] = self._rows(name, 0, 1).reshape(-1)
+        return self._kept[name]
+
+    def matrix(self, role: str, parts: Sequence[tuple[str, int]], n_in: int) -> np.ndarray:
+        """Tensors below each other as float32 [all rows, n_in]; `parts` are their names and numbers of rows.
+
+        Valid until the next call with the same `role`.
+        """
+        key = parts[0][0]
+        if key in self._kept:
+            return self._kept[key]
+        for name, n_rows in parts:
+            self._check(name, n_rows, n_in)
+        out = self._new(role, sum(n for _, n in parts), n_in)
+        at, pieces = 0, []
+        for name, n_rows in parts:
+            pieces.append((name, 0, n_rows, out[at : at + n_rows]))
+            at += n_rows
+        self._decode(pieces, n_in)
+        if self.keep:
+            self._kept[key] = out
+        return out
+
+    def slab(self, name: str, n_rows: int, n_in: int, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of matrix `name`, which has `n_rows`, as float32; valid until the next call."""
+        if self.keep:
+            return self.matrix("slab", [(name, n_rows)], n_in)[start:stop]
+        self._check(name, n_rows, n_in)
+        out = self._new("slab", stop - start, n_in)
+        self._decode([(name, start, stop, out)], n_in)
+        return out
+
+    def lookup(self, name: str, rows: np.ndarray, n_in: int) -> np.ndarray:
+        """The rows of matrix `name` with these indices, as float32 [rows.shape, n_in]."""
+        info = self._source.tensors[name]
+        unique, inverse = np.unique(rows, return_inverse=True)
+        self._check(name, info.n_rows, n_in)
+        if unique.size and not 0 <= unique[0] <= unique[-1] < info.n_rows:
+            raise QuantkitError(
+                f"{self._source.label}: token {unique[-1] if unique[0] >= 0 else unique[0]} is not one of the {info.n_rows} of {name}"
+            )
+        encoded = self._source.read(name)[unique]
+        return decode(encoded, info.type)[inverse].reshape(*rows.shape, n_in)
+
+    def _new(self, role: str, n_rows: int, n_in: int) -> np.ndarray:
+        if self.keep:
+            return np.empty((n_rows, n_in), np.float32)
+        if role not in self._scratch or self._scratch[role].size < n_rows * n_in:
+            self._scratch[role] = np.empty(n_rows * n_in, np.float32)
+        return self._scratch[role][: n_rows * n_in].reshape(n_rows, n_in)
+
+    def _check(self, name: str, n_rows: int, n_in: int) -> None:
+        info = self._source.tensors.get(name)
+        if info is None:
+            raise QuantkitError(f"{self._source.label}: the tensor {name} is missing")
+        if (info.n_rows, info.n_per_row) != (n_rows, n_in):
+            raise QuantkitError(
+                f"{self._source.label}: tensor {name} has shape {list(info.shape)}, but the metadata asks for {n_rows} rows of {n_in}"
+            )
+
+    def _rows(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        return decode(self._source.read(name, start, stop), self._source.tensors[name].type, out)
+
+    def _decode(self, pieces: Iterable[tuple[str, int, int, np.ndarray]], n_in: int) -> None:
+        """Decode rows start to stop of each named tensor into its array, cut into tasks."""
+        step = max(1, _DECODE_WEIGHTS // n_in)
+
+        def task(name: str, start: int, stop: int, out: np.ndarray) -> Callable[[], None]:
+            return lambda: void(self._rows(name, start, stop, out))
+
+        def void(_: object) -> None:
+            return None
+
+        self._run(
+            task(name, at, min(at + step, stop), out[at - start : min(at + step, stop) - start])
+            for name, start, stop, out in pieces
+            for at in range(start, stop, step)
+        )
