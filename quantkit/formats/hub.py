@@ -1,0 +1,83 @@
+"""Checkpoints by name: a local directory, or a model of the Hugging Face hub, fetched into its cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from quantkit.errors import QuantkitError
+
+# What conversion reads, and nothing else: a repository often holds the same weights in several formats.
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer*",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "README.md",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+)
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def resolve(checkpoint: str, revision: str | None = None) -> Path:
+    """The directory of `checkpoint`: a local one, or a hub id `org/name`, downloaded once and cached.
+
+    `revision` is a branch, tag or commit of the hub's repository. huggingface_hub's own environment variables
+    apply (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE). Raises QuantkitError when there is no such directory
+    or repository, when access to it is restricted, and when it is neither cached nor reachable.
+    """
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise QuantkitError(f"{checkpoint}: a revision applies to a hub id, and this is a local directory")
+        return path
+    if path.exists():
+        raise QuantkitError(f"{checkpoint}: a file; a checkpoint is the directory that holds config.json and *.safetensors")
+    if not _REPO_ID.fullmatch(checkpoint):
+        raise QuantkitError(f"{checkpoint}: no such directory, and not a hub id like org/name")
+    return _download(checkpoint, revision)
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    at = repo_id if revision is None else f"{repo_id} at revision {revision}"
+    try:
+        directory = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
+    except errors.GatedRepoError:
+        raise QuantkitError(f"{repo_id}: access to it is gated: accept its terms on the hub, then run `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise QuantkitError(f"{repo_id}: no such directory, and no such public model on the hub; a private one needs `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise QuantkitError(f"{repo_id}: the hub has no revision {revision!r} of it") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise QuantkitError(f"{at}: no such directory, not in the hub's cache, and the hub cannot be reached") from None
+    except errors.HFValidationError as error:
+        raise QuantkitError(f"{repo_id}: not a hub id: {_line(error)}") from None
+    except errors.HfHubHTTPError as error:
+        raise QuantkitError(f"{at}: the hub refused: {_line(error)}") from None
+    except OSError as error:
+        raise QuantkitError(f"{at}: the download failed: {_line(error)}") from None
+    if not (directory / "config.json").is_file():
+        raise QuantkitError(f"{at}: it has no config.json, so it is no transformers checkpoint (or the download is not complete)")
+    return directory
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def repo_id_of(directory: Path) -> str | None:
+    """The hub id that `directory` is a cached snapshot of, or None when it is an ordinary directory."""
+    snapshots, repository = directory.parent, directory.parent.parent.name
+    if snapshots.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return None

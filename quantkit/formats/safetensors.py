@@ -1,0 +1,221 @@
+"""Safetensors checkpoints: the tensors of a directory, one file or many shards, read through memory maps.
+
+Source of the layout: the safetensors format (8 bytes of header length, a JSON header, the data). Files come from
+strangers: every length, count and offset is held against the size of the file before it is used, and the shards
+against the index that lists them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantkit.errors import QuantkitError
+
+INDEX = "model.safetensors.index.json"
+MAX_JSON = 100 * 1024 * 1024  # the format's own bound on a header
+
+# Bits of an element of each type that the format knows.
+_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+# numpy has no bfloat16: its bits travel as uint16.
+_NUMPY = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies. `shape` is the checkpoint's: the length of a row comes last. `start` is in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    nbytes: int
+
+
+def _listed(names: list[str]) -> str:
+    """The first few of `names`, and how many more there are."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _once(path: Path) -> Any:
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) != len(items):
+            seen: set[str] = set()
+            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise QuantkitError(f"{path}: the name {twice!r} occurs twice in its header")
+        return found
+
+    return pairs
+
+
+def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
+    """The JSON object in `path`. Raises QuantkitError when it cannot be read, is not one, or exceeds `limit` bytes."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise QuantkitError(f"{path}: {error.strerror or error}") from None
+    if len(data) > limit:
+        raise QuantkitError(f"{path}: larger than {limit} bytes, which no such file is")
+    return parse_json(data, path)
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object that `data`, found in `path`, holds. Raises QuantkitError when it is not one."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_once(path))
+    except (ValueError, RecursionError) as error:
+        raise QuantkitError(f"{path}: not valid JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(value, dict):
+        raise QuantkitError(f"{path}: not a JSON object")
+    return value
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+class _File:
+    """One safetensors file, mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < 10:
+                    raise QuantkitError(f"{path}: truncated: only {size} bytes; download it again")
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise QuantkitError(f"{path}: {error.strerror or error}") from None
+        length = int.from_bytes(self.map[:8], "little")
+        if length > MAX_JSON:
+            raise QuantkitError(f"{path}: not a safetensors file: it announces a header of {length} bytes")
+        if 8 + length > size:
+            raise QuantkitError(f"{path}: truncated: its header of {length} bytes ends beyond the file's {size}; download it again")
+        header = parse_json(self.map[8 : 8 + length], path)
+        header.pop("__metadata__", None)
+        self.tensors = {name: self._tensor(name, header[name], 8 + length, size) for name in sorted(header)}
+        self._refuse_overlap()
+
+    def _tensor(self, name: str, entry: Any, data: int, size: int) -> StoredTensor:
+        problem = f"{self.path}: tensor {name!r}"
+        if not isinstance(entry, dict):
+            raise QuantkitError(f"{problem}: its header entry is not an object")
+        dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if not isinstance(dtype, str) or dtype not in _BITS:
+            raise QuantkitError(f"{problem} has the unknown type {dtype!r}")
+        if not isinstance(shape, list) or len(shape) > 16 or not all(map(_is_count, shape)):
+            raise QuantkitError(f"{problem} has the impossible shape {str(shape)[:80]}")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+            raise QuantkitError(f"{problem} has the impossible data offsets {str(offsets)[:80]}")
+        begin, end = offsets
+        nbytes, rest = divmod(math.prod(shape) * _BITS[dtype], 8)
+        if rest or end - begin != nbytes:
+            raise QuantkitError(f"{problem} spans {end - begin} bytes, but {dtype} of shape {shape} takes {nbytes}")
+        if data + end > size:
+            raise QuantkitError(
+                f"{self.path}: truncated: tensor {name!r} ends at byte {data + end}, beyond the file's {size}; download it again"
+            )
+        return StoredTensor(name, dtype, tuple(shape), self.path, data + begin, nbytes)
+
+    def _refuse_overlap(self) -> None:
+        last: StoredTensor | None = None
+        for tensor in sorted((t for t in self.tensors.values() if t.nbytes), key=lambda t: t.start):
+            if last is not None and tensor.start < last.start + last.nbytes:
+                raise QuantkitError(f"{self.path}: tensors {last.name!r} and {tensor.name!r} overlap")
+            last = tensor
+
+
+class SafetensorsCheckpoint:
+    """The tensors of a checkpoint directory.
+
+    `tensors` holds them by name: files in the order of their names, the tensors of a file in the order of theirs,
+    which is the order that the reference converter follows. Raises QuantkitError, which names the file and the
+    tensor, for anything missing or malformed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        index = directory / INDEX
+        self._files: dict[Path, _File] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        weight_map = self._weight_map(index) if index.is_file() else None
+        names = sorted(set(weight_map.values())) if weight_map is not None else self._unindexed()
+        for name in names:
+            path = directory / name
+            if not path.is_file():
+                raise QuantkitError(f"{index}: lists the shard {name!r}, which is not there; download it")
+            file = self._files[path] = _File(path)
+            if weight_map is not None:
+                self._compare(file, {key for key, shard in weight_map.items() if shard == name})
+            for key, tensor in file.tensors.items():
+                if key in self.tensors:
+                    raise QuantkitError(f"{path}: tensor {key!r} is also in {self.tensors[key].path.name}")
+                self.tensors[key] = tensor
+        if not self.tensors:
+            raise QuantkitError(f"{directory}: its safetensors files hold no tensors")
+
+    @staticmethod
+    def _weight_map(index: Path) -> Mapping[str, str]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise QuantkitError(f"{index}: it has no weight_map")
+        for key, name in weight_map.items():
+            # A shard is a plain file name beside the index; anything else could lead out of the directory.
+            if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
+                raise QuantkitError(f"{index}: it puts tensor {key!r} into {str(name)[:120]!r}, which is not the name of a shard")
+        return weight_map
+
+    def _unindexed(self) -> list[str]:
+        try:
+            names = sorted(p.name for p in self.directory.iterdir() if p.name.startswith("model") and p.suffix == ".safetensors")
+        except OSError as error:
+            raise QuantkitError(f"{self.directory}: {error.strerror or error}") from None
+        if not names:
+            others = sorted(p.name for p in self.directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
+            found = f" (it has {_listed(others)})" if others else ""
+            raise QuantkitError(f"{self.directory}: no model*.safetensors here{found}; a checkpoint directory is needed")
+        for name in names:
+            if (shard := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name)) is not None:
+                whole = [f"{shard[1]}-{i + 1:05d}-of-{shard[2]}.safetensors" for i in range(int(shard[2]))]
+                if missing := sorted(set(whole) - set(names)):
+                    raise QuantkitError(f"{self.directory}: shards are missing: {_listed(missing)}; download them")
+        return names
+
+    def _compare(self, file: _File, listed: set[str]) -> None:
+        if missing := sorted(listed - file.tensors.keys()):
+            raise QuantkitError(f"{file.path}: lacks {_listed(missing)}, which {INDEX} puts there; download both again")
+        if extra := sorted(file.tensors.keys() - listed):
+            raise QuantkitError(f"{file.path}: holds {_listed(extra)}, which {INDEX} does not put there; download both again")
+
+    def data(self, name: str) -> np.ndarray:
+        """Tensor `name` in its shape: float32, float16, or uint16 that holds bfloat16's bits.
+
+        Read-only and mapped, not copied. Raises QuantkitError for any other type of element.
+        """
+        tensor = self.tensors[name]
+        dtype = _NUMPY.get(tensor.dtype)
+        if dtype is None:
+            raise QuantkitError(
+                f"{tensor.path}: tensor {name!r} is {tensor.dtype}; only F32, F16 and BF16 can be read: take the unquantized checkpoint"
+            )
+        source = self._files[tensor.path].map
+        flat = np.frombuffer(source, dtype=dtype, count=tensor.nbytes // dtype.itemsize, offset=tensor.start)
+        return flat.reshape(tensor.shape)
