@@ -31,7 +31,7 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 MAX_NAME = 64  # GGML_MAX_NAME counts the terminating zero
 
-Buffer = Union[bytes, memoryview]
+Buffer = Union[bytes, memoryview]  # noqa: UP007  (evaluated at run time, also by Python 3.10)
 
 
 class ValueType(IntEnum):
@@ -314,7 +314,7 @@ class GGUFFile:
         n_tensors, n_values = cursor.number("Q"), cursor.number("Q")
         # A tensor takes at least 24 bytes of header and a value 13: larger counts cannot be true.
         if n_tensors * 24 + n_values * 13 > self.nbytes:
-            raise cursor.fail(f"truncated: {n_tensors} tensors and {n_values} values cannot fit its {self.nbytes} bytes")
+            raise cursor.fail(f"truncated: {n_tensors} tensors and {n_values} values do not fit {self.nbytes} bytes")
         return n_tensors, n_values
 
     def _read_metadata(self, cursor: _Cursor, count: int) -> Metadata:
@@ -350,7 +350,7 @@ class GGUFFile:
                 raise cursor.fail(f"tensor {name!r} has the unknown type {number}") from None
             if shape and shape[0] % kind.block_size:
                 raise cursor.fail(
-                    f"tensor {name!r} has rows of {shape[0]} weights, which blocks of {kind.block_size} ({kind.name}) do not divide"
+                    f"tensor {name!r} has rows of {shape[0]} weights, not a multiple of {kind.name}'s {kind.block_size}"
                 )
             tensors[name] = TensorInfo(name, shape, kind)
             offsets[name] = cursor.number("Q")
@@ -375,6 +375,14 @@ class GGUFFile:
         flat = np.frombuffer(self._map, dtype=np.uint8, count=info.nbytes, offset=start)
         return flat.reshape(info.n_rows, -1) if info.nbytes else flat.reshape(0, 0)
 
+    def release(self, name: str) -> None:
+        """Give back the memory that reading tensor `name` has mapped; it can be read again."""
+        page = mmap.ALLOCATIONGRANULARITY
+        start = self._offsets[name] // page * page
+        length = self._offsets[name] + self.tensors[name].nbytes - start
+        if length and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, start, length)
+
 
 def padded(nbytes: int, alignment: int) -> int:
     """`nbytes` rounded up to a multiple of `alignment`."""
@@ -394,7 +402,7 @@ def encode_header(metadata: Mapping[str, Value], tensors: Iterable[TensorInfo], 
     offset = 0
     for info in infos:
         if len(info.name.encode()) >= MAX_NAME:
-            raise QuantkitError(f"the tensor name {info.name!r} is longer than GGUF readers accept ({MAX_NAME - 1} bytes)")
+            raise QuantkitError(f"the tensor name {info.name!r} is longer than {MAX_NAME - 1} bytes, GGUF's limit")
         dims = struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *info.shape)
         parts += (_encode_string(info.name), dims, struct.pack("<IQ", info.type, offset))
         offset += padded(info.nbytes, alignment)

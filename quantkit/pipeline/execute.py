@@ -1,0 +1,194 @@
+"""Carrying plans out: read, encode, write, as a stream, with bounded memory.
+
+The rows of every tensor are cut into pieces. A pool of threads decodes a piece to float32 and encodes it for every
+output; the calling thread writes the results in order. The kernels hold no lock, so reading, arithmetic and writing
+overlap. Memory is a few pieces for each thread, whatever the size of a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantkit import blocks
+from quantkit.blocks.types import GGMLType
+from quantkit.errors import QuantkitError
+from quantkit.formats.output import GGUFOutput
+from quantkit.pipeline.plan import Plan, PlannedTensor
+from quantkit.pipeline.source import TensorSource
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PIECE = 1 << 20  # weights handed to a thread at a time
+BITE = 1 << 16  # weights decoded at a time: their float32 fit the second-level cache
+FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+HALF_MAX = 65504.0
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `start` to `stop` of the tensor that every plan has at place `index`."""
+
+    index: int
+    start: int
+    stop: int
+    last: bool
+
+
+def default_threads() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def execute(
+    source: TensorSource,
+    outputs: Sequence[tuple[Plan, str | os.PathLike[str]]],
+    *,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    max_buffer_size: int | None = None,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Write every (plan, path) of `outputs` in one reading of `source`; returns the paths.
+
+    The plans hold the same tensors in the same order (those of one source do). `progress(tensor, nbytes)` is called
+    as bytes of the source are done with. `max_buffer_size`, in bytes, bounds the memory of pieces under way.
+    Raises QuantkitError for NaN or infinity in a weight (unless `allow_nonfinite`), for weights that a type cannot
+    hold, and when a file cannot be written; no output is left behind then.
+    """
+    plans = [plan for plan, _ in outputs]
+    paths = [Path(path) for _, path in outputs]
+    _check_outputs(source, plans, paths)
+    threads = threads or default_threads()
+    piece = PIECE
+    if max_buffer_size is not None:
+        # A piece costs its decoded bites and its encoded bytes, at most 4 bytes a weight and output.
+        piece = max(1, min(PIECE, max_buffer_size // (4 * (len(plans) + 1) * 3 * threads)))
+
+    def work(p: Piece) -> list[np.ndarray]:
+        return _encode_piece(source, [plan.tensors[p.index] for plan in plans], p, allow_nonfinite)
+
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(GGUFOutput(path, plan.metadata, [t.info for t in plan]))
+            for plan, path in zip(plans, paths, strict=True)
+        ]
+        pool = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="quantkit"))
+        waiting: deque[tuple[Piece, Future[list[np.ndarray]]]] = deque()
+        try:
+            for p in _pieces(plans[0], piece):
+                waiting.append((p, pool.submit(work, p)))
+                if len(waiting) >= 3 * threads:
+                    _write(waiting, files, plans[0], source, progress)
+            while waiting:
+                _write(waiting, files, plans[0], source, progress)
+        except BaseException:
+            for _, future in waiting:
+                future.cancel()
+            raise
+    return paths
+
+
+def _check_outputs(source: TensorSource, plans: Sequence[Plan], paths: Sequence[Path]) -> None:
+    if len({path.resolve() for path in paths}) != len(paths):
+        raise QuantkitError("two outputs have the same name")
+    inputs = {file.path.resolve() for file in getattr(source, "files", [])}
+    for path in paths:
+        if path.resolve() in inputs:
+            raise QuantkitError(f"{path}: is the input; write the output to another file")
+    for plan in plans[1:]:
+        if [t.source_name for t in plan] != [t.source_name for t in plans[0]]:
+            raise QuantkitError("plans that are carried out together must hold the same tensors in the same order")
+    tensors = [t for plan in plans for t in plan if not t.is_copy]
+    for kind in {t.info.type for t in tensors} | {t.source_type for t in tensors}:
+        blocks.block(kind)
+
+
+def _pieces(plan: Plan, size: int) -> Iterator[Piece]:
+    for index, tensor in enumerate(plan):
+        info = tensor.info
+        step = max(1, size // max(1, info.n_per_row))
+        # Each matrix of a 3-D tensor has importance weights of its own: pieces do not cross from one to the next.
+        per_matrix = info.shape[1] if len(info.shape) > 2 else info.n_rows
+        for matrix in range(0, info.n_rows, max(1, per_matrix)):
+            end = min(info.n_rows, matrix + per_matrix)
+            for start in range(matrix, end, step):
+                stop = min(end, start + step)
+                yield Piece(index, start, stop, last=stop == info.n_rows)
+
+
+def _write(
+    waiting: deque[tuple[Piece, Future[list[np.ndarray]]]],
+    files: Sequence[GGUFOutput],
+    plan: Plan,
+    source: TensorSource,
+    progress: Progress | None,
+) -> None:
+    piece, future = waiting.popleft()
+    for file, data in zip(files, future.result(), strict=True):
+        file.write(data)
+    tensor = plan.tensors[piece.index]
+    if piece.last:
+        source.release(tensor.source_name)
+    if progress is not None:
+        row = tensor.source_type.row_nbytes(tensor.info.n_per_row)
+        progress(tensor.info.name, (piece.stop - piece.start) * row)
+
+
+def _encode_piece(
+    source: TensorSource, tensors: Sequence[PlannedTensor], piece: Piece, allow_nonfinite: bool
+) -> list[np.ndarray]:
+    import numpy as np
+
+    info, kind = tensors[0].info, tensors[0].source_type
+    rows = source.read(tensors[0].source_name, piece.start, piece.stop)
+    check = kind in FLOAT_TYPES and not allow_nonfinite
+    if all(t.is_copy for t in tensors) and not check:
+        return [np.ascontiguousarray(rows) for _ in tensors]
+    results = []
+    for t in tensors:
+        encoded_shape = (len(rows), t.info.type.row_nbytes(info.n_per_row))
+        results.append(np.ascontiguousarray(rows) if t.is_copy else np.empty(encoded_shape, np.uint8))
+    matrix = piece.start // info.shape[1] if len(info.shape) > 2 else 0
+    step = max(1, BITE // max(1, info.n_per_row))
+    bite = np.empty((min(step, len(rows)), info.n_per_row), np.float32)
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        values = blocks.decode(part, kind, bite[: len(part)])
+        if check:
+            _check_finite(source, tensors[0], values, piece.start + start)
+        for tensor, result in zip(tensors, results, strict=True):
+            if not tensor.is_copy:
+                weights = None if tensor.weights is None else tensor.weights[matrix]
+                encoded = blocks.encode(values, tensor.info.type, weights, result[start : start + step])
+                if check and blocks.largest(values) > HALF_MAX:
+                    _check_range(source, tensor, encoded)
+    return results
+
+
+def _check_finite(source: TensorSource, tensor: PlannedTensor, values: np.ndarray, first_row: int) -> None:
+    at = blocks.first_nonfinite(values)
+    if at >= 0:
+        row, column = divmod(at, tensor.info.n_per_row)
+        raise QuantkitError(
+            f"{source.label}: tensor {tensor.source_name!r} holds {values[row, column]} at row {first_row + row}, "
+            f"column {column}; the checkpoint is damaged (--allow-nonfinite goes on regardless)"
+        )
+
+
+def _check_range(source: TensorSource, tensor: PlannedTensor, encoded: np.ndarray) -> None:
+    """A block's float16 scale cannot hold what weights beyond its range would need: it becomes infinite."""
+    if blocks.first_nonfinite(blocks.decode(encoded, tensor.info.type)) >= 0:
+        raise QuantkitError(
+            f"{source.label}: tensor {tensor.source_name!r} holds weights too large for {tensor.info.type.name} "
+            "(--allow-nonfinite goes on regardless)"
+        )
