@@ -54,7 +54,7 @@ _END_OF_GENERATION = (
     *END_OF_TURN, "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "</s>", "<|eom_id|>", "[EOS]", "<eos>", "<turn|>",
     "<|tool_response>", "[e~[",
 )  # fmt: skip
-# The tokens of each role, of which the first that a vocabulary has is a control token.
+# The texts of each role, of which the first that a vocabulary has is a control token.
 _ROLES = {
     "eot": END_OF_TURN,
     "eom": ("<|eom_id|>",),
@@ -93,8 +93,8 @@ def attributes(
     else:
         result = by_type[np.where((types < 0) | (types > 255), 0, types)]
     for role, texts in _ROLES.items():
-        # Where several texts of a role exist, the reference takes whichever its hash table yields first.
-        found = min((ids[text] for text in texts if text in ids), default=None)
+        # Where a vocabulary has several, the reference takes whichever its hash table yields first.
+        found = next((ids[text] for text in texts if text in ids), None)
         if special.get(role) is None and found is not None:
             special[role] = found
             result[found] |= Attribute.CONTROL
@@ -119,8 +119,8 @@ def _except_some(ids: Mapping[str, int], special: Mapping[str, int | None], resu
     if "<|end|>" in ids and (harmony or solar):
         result[ids["<|end|>"]] = Attribute.USER_DEFINED
     plamo = ids.get("<|plamo:eos|>")
-    has_plain_end = "<|tool_response>" in ids or (plamo is not None and plamo in (special.get("eos"), special.get("eot")))
-    if "</s>" in ids and has_plain_end:
+    plamo_ends = plamo is not None and plamo in (special.get("eos"), special.get("eot"))
+    if "</s>" in ids and ("<|tool_response>" in ids or plamo_ends):
         result[ids["</s>"]] = Attribute.NORMAL
 
 

@@ -98,6 +98,7 @@ class BytePairEncoder:
     """
 
     def __init__(self, ids: dict[str, int], merges: Sequence[str], pre: str) -> None:
+        """Raises QuantkitError when `pre` names no pre-tokenizer."""
         self._ids = ids
         self._habits = pretokenizers.lookup(pre)
         self._splitter = pretokenizers.splitter(pre)
@@ -181,10 +182,10 @@ class SentencePieceEncoder:
     """
 
     def __init__(self, ids: dict[str, int], scores: Array) -> None:
+        """Raises QuantkitError when a token is longer than MAX_TOKEN_LENGTH."""
         self._ids = ids
         symbols = _Symbols(ids)
-        best_first, ranks = np.unique(-scores, return_inverse=True)
-        del best_first
+        _, ranks = np.unique(-scores, return_inverse=True)
         rows: list[tuple[int, int, int]] = []
         for text, token in ids.items():
             length = len(text)

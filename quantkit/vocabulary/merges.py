@@ -23,6 +23,7 @@ class MergeTable:
     """
 
     def __init__(self, left: Array, right: Array, rank: Array, merged: Array) -> None:
+        """Build the table from the pairs."""
         size = 16
         while size < 2 * len(left):
             size *= 2
@@ -104,9 +105,7 @@ def _pair(symbols: Array, left: int, right: int) -> np.int64:
 
 
 @njit(nogil=True, cache=True)
-def _merge(
-    keys: Array, entries: Array, symbols: Array, ends: Array, whole: Array, out: Array, longest: int
-) -> int:
+def _merge(keys: Array, entries: Array, symbols: Array, ends: Array, whole: Array, out: Array, longest: int) -> int:
     word = np.empty(longest, dtype=np.int32)
     following = np.empty(longest, dtype=np.int64)
     previous = np.empty(longest, dtype=np.int64)

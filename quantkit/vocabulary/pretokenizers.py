@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -247,6 +247,7 @@ class Splitter:
     """Cuts text into words as one of the pre-tokenizers does."""
 
     def __init__(self, patterns: Iterable[str]) -> None:
+        """Compile the expressions."""
         self._steps = [_step(pattern) for pattern in patterns]
 
     def ends(self, text: str, codes: np.ndarray) -> list[int]:
@@ -258,7 +259,7 @@ class Splitter:
         return ends
 
 
-@lru_cache(maxsize=None)
+@cache
 def splitter(name: str) -> Splitter:
     """The splitter of the pre-tokenizer `name`, which `lookup` knows."""
     return Splitter(lookup(name).patterns)
@@ -273,7 +274,7 @@ def lookup(name: str) -> Pretokenizer:
         raise QuantkitError(f"the pre-tokenizer {name!r} is not one of {known}") from None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _step(pattern: str) -> _Step:
     if pattern == DIGIT_TRIPLES:
         digits = unicode_classes.compile_for_classes(r"\p{N}+")

@@ -152,9 +152,11 @@ class Vocabulary:
         return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
+        """Whether both encode and decode alike."""
         return isinstance(other, Vocabulary) and self._fingerprint_parts == other._fingerprint_parts
 
     def __hash__(self) -> int:
+        """Equal for equal vocabularies."""
         return hash(self.fingerprint)
 
     def is_control(self, token: int) -> bool:

@@ -1,0 +1,151 @@
+"""The tokenizer's files in a checkpoint directory, read with bounds and plain errors."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.errors import QuantkitError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# Special tokens by role, in the order in which a checkpoint's tokenizer takes them up.
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+# What a tokenizer class assumes where tokenizer_config.json is silent.
+_CLASS_DEFAULTS = {
+    "LlamaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
+    "CodeLlamaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
+    "GemmaTokenizer": {"bos": "<bos>", "eos": "<eos>", "unk": "<unk>", "pad": "<pad>"},
+    "GPT2Tokenizer": {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"},
+    "GPTNeoXTokenizer": {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"},
+    "Qwen2Tokenizer": {"eos": "<|endoftext|>", "unk": "<|endoftext|>", "pad": "<|endoftext|>"},
+}
+
+
+class CheckpointFiles:
+    """The tokenizer files of one checkpoint, each read when first asked for.
+
+    `config` is the content of config.json. Raises QuantkitError for files that are not what they should be.
+    """
+
+    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+        """Remember where the files are."""
+        self.directory = directory
+        self.config = config
+
+    @property
+    def vocab_size(self) -> int | None:
+        """`vocab_size` of the model, or of its text part; None when config.json does not say."""
+        text = self.config.get("text_config")
+        size = text.get("vocab_size") if isinstance(text, dict) else None
+        size = self.config.get("vocab_size") if size is None else size
+        if size is not None and not (isinstance(size, int) and 0 < size < 1 << 24):
+            raise QuantkitError(f"{self.directory / 'config.json'}: vocab_size is {size!r}")
+        return size
+
+    @cached_property
+    def tokenizer_json(self) -> dict[str, Any] | None:
+        """tokenizer.json, or None when there is none."""
+        return self.read("tokenizer.json")
+
+    @cached_property
+    def tokenizer_config(self) -> dict[str, Any] | None:
+        """tokenizer_config.json, or None when there is none."""
+        return self.read("tokenizer_config.json")
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The model of tokenizer.json, empty when there is none."""
+        model = (self.tokenizer_json or {}).get("model")
+        return model if isinstance(model, dict) else {}
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file that holds an object, or None when it does not exist."""
+        path = self.directory / name
+        if not path.is_file():
+            return None
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise QuantkitError(f"{path}: not readable as JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise QuantkitError(f"{path}: holds no JSON object")
+        return data
+
+    def read_text(self, name: str) -> str | None:
+        """A text file, or None when it does not exist."""
+        path = self.directory / name
+        if not path.is_file():
+            return None
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise QuantkitError(f"{path}: not readable: {error}") from None
+
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of the special tokens that the tokenizer declares, by role; further ones as "extra 0", ..."""
+        config = self.tokenizer_config or {}
+        declared = (self.read("special_tokens_map.json") or {}) | {k: v for k, v in config.items() if v is not None}
+        kind = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+        result: dict[str, str] = {}
+        for role in ROLES:
+            text = _content(declared.get(f"{role}_token")) or _CLASS_DEFAULTS.get(kind, {}).get(role)
+            if text:
+                result[role] = text
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            more = declared.get(key) or []
+            for entry in more.values() if isinstance(more, dict) else more:
+                text = _content(entry)
+                if text:
+                    result[f"extra {len(result)}"] = text
+        return result
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of tokenizer.json, with what the other files add to its special tokens.
+
+        tokenizer_config.json overrides the flags of added tokens, and a declared special token that tokenizer.json
+        does not list as added becomes one (as transformers' fast tokenizers do).
+        """
+        from tokenizers import AddedToken, Tokenizer
+
+        path = self.directory / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise QuantkitError(f"{path}: not a tokenizer: {error}") from None
+        declared = (self.tokenizer_config or {}).get("added_tokens_decoder") or {}
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        added = []
+        for _, entry in sorted(self.added_tokens_decoder(declared).items()):
+            added.append(AddedToken(entry["content"], **{flag: bool(entry[flag]) for flag in flags if flag in entry}))
+        known = {token.content for token in (*tokenizer.get_added_tokens_decoder().values(), *added)}
+        for text in self.special_tokens().values():
+            if text not in known:
+                known.add(text)
+                added.append(AddedToken(text, special=True, normalized=False))
+        for token in added:
+            if token.special:
+                tokenizer.add_special_tokens([token])
+            else:
+                tokenizer.add_tokens([token])
+        return tokenizer
+
+    def added_tokens_decoder(self, entries: Any) -> dict[int, dict[str, Any]]:
+        """`added_tokens_decoder` of tokenizer_config.json with its keys as numbers, checked."""
+        try:
+            result = {int(token): entry for token, entry in entries.items()}
+            if all(isinstance(entry["content"], str) for entry in result.values()):
+                return result
+        except (AttributeError, TypeError, ValueError, KeyError):
+            pass
+        path = self.directory / "tokenizer_config.json"
+        raise QuantkitError(f"{path}: added_tokens_decoder does not map token ids to tokens")
+
+
+def _content(entry: Any) -> str | None:
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    return entry if isinstance(entry, str) else None

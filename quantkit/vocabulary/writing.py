@@ -1,0 +1,309 @@
+"""A checkpoint's vocabulary as GGUF metadata: the keys, types, values and order of the reference converter."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.errors import QuantkitError
+from quantkit.vocabulary import pretokenizers, recognition
+from quantkit.vocabulary.attributes import TokenType
+from quantkit.vocabulary.checkpoint_files import CheckpointFiles
+from quantkit.vocabulary.special_tokens import SpecialTokens
+
+if TYPE_CHECKING:
+    import gguf
+
+log = logging.getLogger(__name__)
+
+_CODE_LLAMA_VOCABULARY = 32016
+_SMALL_GRANITE_VOCABULARY = 49152
+# Tokens that Gemma 4's chat parser has to see.
+_GEMMA4_VISIBLE = frozenset(
+    ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+)
+
+
+def write_vocabulary(
+    directory: Path,
+    config: dict[str, Any],
+    writer: gguf.GGUFWriter,
+    *,
+    style: str = "auto",
+    pre: str | None = None,
+) -> None:
+    """Add the `tokenizer.*` keys of the checkpoint in `directory` to `writer`.
+
+    `config` is the content of config.json as it stands. `style` is
+    "bpe" (byte-level BPE from tokenizer.json), "spm" (SentencePiece from tokenizer.model), "llama-hf" (SentencePiece
+    from a tokenizer.json with byte fallback), "phi3" and "gemma4" (what those families do with the last two), or
+    "auto": the first of spm, llama-hf and bpe whose files are there, with what the reference adds for Llama.
+    `pre` overrides the name of the pre-tokenizer in the style "bpe".
+
+    Raises QuantkitError when files are missing or malformed, or the pre-tokenizer is not recognised.
+    """
+    if pre is not None:
+        pretokenizers.lookup(pre)
+    files = CheckpointFiles(directory, config)
+    if style == "auto":
+        _write_auto(files, writer, pre)
+    elif style == "bpe":
+        _write_bpe(files, writer, pre)
+    elif style in _STYLES:
+        _STYLES[style](files, writer)
+    else:
+        raise QuantkitError(f"the vocabulary style {style!r} is not one of auto, bpe, {', '.join(_STYLES)}")
+
+
+def _write_auto(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    prefix = (files.tokenizer_config or {}).get("add_prefix_space")
+    if prefix is not None:
+        writer.add_bool("tokenizer.ggml.add_space_prefix", bool(prefix))
+    if (files.directory / "tokenizer.model").is_file():
+        _write_sentencepiece(files, writer)
+    elif _is_llama_hf(files):
+        _write_llama_hf(files, writer)
+    else:
+        _write_bpe(files, writer, pre)
+    n_vocab = files.vocab_size
+    if n_vocab == _CODE_LLAMA_VOCABULARY:
+        special = SpecialTokens(files, roles=("prefix", "suffix", "middle", "eot"))
+        special.set("eot", 32010)
+        special.write(writer)
+    if n_vocab == _SMALL_GRANITE_VOCABULARY:
+        writer.add_bool("tokenizer.ggml.add_bos_token", False)
+
+
+def _is_llama_hf(files: CheckpointFiles) -> bool:
+    decoder = (files.tokenizer_json or {}).get("decoder") or {}
+    model = files.model
+    return model.get("type") == "BPE" and bool(model.get("byte_fallback")) and decoder.get("type") == "Sequence"
+
+
+def looks_special(token: str) -> bool:
+    """Whether an added token is a control token by its text, whatever the checkpoint says."""
+    return (
+        token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+        or (token.startswith("<|") and token.endswith("|>"))
+        or (token.startswith("<｜") and token.endswith("｜>"))
+        or (token.startswith("<unused") and token.endswith(">"))
+    )
+
+
+# ---- byte-level BPE
+
+
+def _write_bpe(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    if files.tokenizer_json is None:
+        raise QuantkitError(f"{files.directory}: no tokenizer.model and no tokenizer.json, so no vocabulary to convert")
+    if files.model.get("type") != "BPE":
+        kind = files.model.get("type")
+        raise QuantkitError(f"{files.directory / 'tokenizer.json'}: a {kind} tokenizer, only BPE is supported")
+    tokens, types = _bpe_tokens(files)
+    special = SpecialTokens(files, merges=True)
+    if pre is None:
+        cleans = (files.tokenizer_config or {}).get("clean_up_tokenization_spaces")
+        pre = recognition.recognise(files.tokenizer_json, adds_bos=special.adds.get("bos"), cleans_spaces=cleans)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    special.write(writer)
+
+
+def _bpe_tokens(files: CheckpointFiles) -> tuple[list[str], list[int]]:
+    tokenizer = files.tokenizer()
+    vocab: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    texts = {token: text for text, token in vocab.items()}
+    n_vocab = files.vocab_size or len(vocab)
+    _check_size(files, max(texts, default=-1) + 1, n_vocab)
+    added = tokenizer.get_added_tokens_decoder()
+    tokens: list[str] = []
+    types: list[int] = []
+    for token in range(n_vocab):
+        text, kind = texts.get(token), TokenType.NORMAL
+        if text is None:
+            text, kind = f"[PAD{token}]", TokenType.UNUSED
+        elif token in added:
+            if not added[token].normalized:
+                # llama.cpp compares added tokens with the text after normalization.
+                ids = tokenizer.encode(text, add_special_tokens=False).ids
+                text = str(tokenizer.decode(ids, skip_special_tokens=False))
+            if added[token].special or looks_special(text):
+                kind = TokenType.CONTROL
+            else:
+                text, kind = text.replace("\u2581", " "), TokenType.USER_DEFINED
+        tokens.append(text)
+        types.append(int(kind))
+    return tokens, types
+
+
+def _check_size(files: CheckpointFiles, needed: int, n_vocab: int) -> None:
+    if needed > n_vocab:
+        raise QuantkitError(
+            f"{files.directory}: the tokenizer has {needed} tokens, more than vocab_size in config.json, {n_vocab}"
+        )
+
+
+# ---- SentencePiece
+
+
+class _Pieces:
+    """The tokens, scores and types of a SentencePiece vocabulary while they are put together."""
+
+    def __init__(self, n_vocab: int) -> None:
+        self.tokens = [f"[PAD{token}]".encode() for token in range(n_vocab)]
+        self.scores = [-10000.0] * n_vocab
+        self.types = [int(TokenType.UNUSED)] * n_vocab
+
+    def put(self, token: int, text: str, score: float, kind: TokenType) -> None:
+        """Set a token; one beyond the vocabulary is passed over."""
+        if not 0 <= token < len(self.tokens):
+            log.warning("the token %r has the id %d, beyond the vocabulary of %d", text, token, len(self.tokens))
+            return
+        self.tokens[token], self.scores[token], self.types[token] = text.encode(), score, int(kind)
+
+    def write(self, files: CheckpointFiles, writer: gguf.GGUFWriter) -> None:
+        """Add all keys of a SentencePiece vocabulary."""
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(self.tokens)
+        writer.add_token_scores(self.scores)
+        writer.add_token_types(self.types)
+        SpecialTokens(files, n_vocab=len(self.tokens)).write(writer)
+
+
+def _write_sentencepiece(files: CheckpointFiles, writer: gguf.GGUFWriter) -> None:
+    pieces = _read_sentencepiece(files)
+    for token, entry in _added_tokens(files).items():
+        text = entry["content"]
+        if entry.get("special") or looks_special(text):
+            kind = TokenType.CONTROL
+        else:
+            text, kind = text.replace("\u2581", " "), TokenType.USER_DEFINED
+        pieces.put(token, text, -1000.0, kind)
+    pieces.write(files, writer)
+
+
+def _write_phi3(files: CheckpointFiles, writer: gguf.GGUFWriter) -> None:
+    if (files.tokenizer_config or {}).get("tokenizer_class") == "GPT2Tokenizer":
+        _write_bpe(files, writer, None)
+        return
+    pieces = _read_sentencepiece(files)
+    listed = (files.tokenizer_json or {}).get("added_tokens") or []
+    try:
+        by_id = [(int(entry["id"]), entry) for entry in listed if isinstance(entry["content"], str)]
+    except (TypeError, KeyError, ValueError):
+        raise QuantkitError(f"{files.directory / 'tokenizer.json'}: added_tokens is malformed") from None
+    for token, entry in (*_added_tokens(files).items(), *by_id):
+        kind = TokenType.CONTROL if entry.get("special") else TokenType.USER_DEFINED
+        pieces.put(token, entry["content"], -1000.0, kind)
+    pieces.write(files, writer)
+
+
+def _added_tokens(files: CheckpointFiles) -> dict[int, dict[str, Any]]:
+    return files.added_tokens_decoder((files.tokenizer_config or {}).get("added_tokens_decoder") or {})
+
+
+def _read_sentencepiece(files: CheckpointFiles) -> _Pieces:
+    """tokenizer.model, with added_tokens.json."""
+    from sentencepiece import SentencePieceProcessor
+
+    path = files.directory / "tokenizer.model"
+    if not path.is_file():
+        raise QuantkitError(f"{path}: not found")
+    model = SentencePieceProcessor()
+    try:
+        model.LoadFromFile(str(path))
+    except (OSError, RuntimeError) as error:
+        raise QuantkitError(f"{path}: not a SentencePiece model: {error}") from None
+    n_pieces = model.vocab_size()
+    pieces = _Pieces(_per_layer_vocab_size(files) or files.vocab_size or n_pieces)
+    for token in range(min(n_pieces, len(pieces.tokens))):
+        kind = TokenType.NORMAL
+        for holds, other in (
+            (model.IsUnknown, TokenType.UNKNOWN),
+            (model.IsControl, TokenType.CONTROL),
+            (model.IsUnused, TokenType.UNUSED),
+            (model.IsByte, TokenType.BYTE),
+        ):
+            if holds(token):
+                kind = other
+                break
+        pieces.put(token, model.IdToPiece(token), model.GetScore(token), kind)
+    for text, token in (files.read("added_tokens.json") or {}).items():
+        if not isinstance(token, int):
+            raise QuantkitError(f"{files.directory / 'added_tokens.json'}: the token {text!r} has no number")
+        pieces.put(token, text, -1000.0, TokenType.USER_DEFINED)
+    return pieces
+
+
+def _per_layer_vocab_size(files: CheckpointFiles) -> int | None:
+    text = files.config.get("text_config")
+    merged = files.config | (text if isinstance(text, dict) else {})
+    size = merged.get("vocab_size_per_layer_input")
+    return size if isinstance(size, int) and 0 < size < 1 << 24 else None
+
+
+# ---- SentencePiece as tokenizer.json tells it
+
+
+def _llama_hf_tokens(files: CheckpointFiles) -> tuple[list[bytes], list[float], list[int]]:
+    if not _is_llama_hf(files):
+        raise QuantkitError(f"{files.directory / 'tokenizer.json'}: not a BPE tokenizer with byte fallback")
+    tokenizer = files.tokenizer()
+    n_base = tokenizer.get_vocab_size(with_added_tokens=False)
+    vocab: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    texts = {token: text for text, token in vocab.items()}
+    special = {vocab[text] for text in files.special_tokens().values() if text in vocab}
+    added = sorted(token for token in tokenizer.get_added_tokens_decoder() if token >= n_base)
+    tokens: list[bytes] = []
+    types: list[int] = []
+    for token in range(n_base):
+        if token not in texts:
+            raise QuantkitError(f"{files.directory / 'tokenizer.json'}: no token has the id {token}")
+        text = texts[token]
+        kind = TokenType.CONTROL if token in special else TokenType.NORMAL
+        if re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
+            kind = TokenType.BYTE
+        tokens.append(text.encode())
+        types.append(int(kind))
+    for token in added:
+        tokens.append(texts[token].encode())
+        types.append(int(TokenType.CONTROL if token in special else TokenType.USER_DEFINED))
+    return tokens, [-1000.0] * len(tokens), types
+
+
+def _write_llama_hf(files: CheckpointFiles, writer: gguf.GGUFWriter) -> None:
+    tokens, scores, types = _llama_hf_tokens(files)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    SpecialTokens(files, n_vocab=len(tokens)).write(writer)
+
+
+def _write_gemma4(files: CheckpointFiles, writer: gguf.GGUFWriter) -> None:
+    tokens, scores, types = _llama_hf_tokens(files)
+    writer.add_tokenizer_model("gemma4")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    visible = [
+        int(TokenType.USER_DEFINED) if t.decode() in _GEMMA4_VISIBLE else k for t, k in zip(tokens, types, strict=True)
+    ]
+    writer.add_token_types(visible)
+    SpecialTokens(files, merges=True).write(writer)
+    writer.add_bool("tokenizer.ggml.add_space_prefix", False)
+    writer.add_bool("tokenizer.ggml.add_bos_token", True)
+
+
+_STYLES: dict[str, Callable[[CheckpointFiles, Any], None]] = {
+    "spm": _write_sentencepiece,
+    "llama-hf": _write_llama_hf,
+    "phi3": _write_phi3,
+    "gemma4": _write_gemma4,
+}
