@@ -22,6 +22,11 @@ requires_libgguf = pytest.mark.skipif(
     importlib.util.find_spec("libgguf") is None, reason="libgguf, prebuilt reference encoders, has no wheel here"
 )
 
+REFERENCE_SOURCE = Path(os.environ.get("QUANTKIT_REFERENCE_SOURCE", "reference source not set"))
+requires_reference_source = pytest.mark.skipif(
+    not REFERENCE_SOURCE.is_dir(), reason="the source of llama.cpp (QUANTKIT_REFERENCE_SOURCE) is not here"
+)
+
 
 @pytest.fixture(scope="session")
 def docs_llama() -> Path:

@@ -46,7 +46,7 @@ class MergeTable:
 
 
 @njit(nogil=True, cache=True)
-def _slot(keys: Array, key: np.int64) -> np.int64:
+def _slot(keys: Array, key: Any) -> Any:
     """Where `key` is in the open hash table, or the empty place where it would be."""
     mask = np.uint64(keys.size - 1)
     mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
@@ -100,7 +100,7 @@ def _pop(heap: Array, size: int) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _pair(symbols: Array, left: int, right: int) -> np.int64:
+def _pair(symbols: Array, left: int, right: int) -> Any:
     return (np.int64(symbols[left]) << 32) | np.int64(symbols[right])
 
 

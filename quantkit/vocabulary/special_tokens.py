@@ -245,11 +245,13 @@ class SpecialTokens:
 
 
 def _special(part: dict[str, Any]) -> str | None:
-    return part.get("SpecialToken", {}).get("id")
+    text = part.get("SpecialToken", {}).get("id")
+    return text if isinstance(text, str) else None
 
 
 def _sequence(part: dict[str, Any]) -> str | None:
-    return part.get("Sequence", {}).get("id")
+    text = part.get("Sequence", {}).get("id")
+    return text if isinstance(text, str) else None
 
 
 def _merges(merges: Any) -> list[str]:

@@ -53,7 +53,8 @@ def code_points(text: str) -> np.ndarray:
 
 def classes(codes: np.ndarray) -> str:
     """A string as long as `codes`: ASCII characters as they are, others replaced by their class."""
-    return _table()[codes].tobytes().decode("latin-1")
+    stand_ins: bytes = _table()[codes].tobytes()
+    return stand_ins.decode("latin-1")
 
 
 def plain(text: str) -> str:
