@@ -23,7 +23,8 @@ def load_architecture(directory: Path) -> Architecture:
     name = config.model_class
     family = _BY_CLASS.get(name)
     if family is None:
-        raise QuantkitError(f"{config.path}: the architecture {name} is not supported; supported: {', '.join(sorted(_BY_CLASS))}")
+        known = ", ".join(sorted(_BY_CLASS))
+        raise QuantkitError(f"{config.path}: the architecture {name} is not supported; supported: {known}")
     return family(config)
 
 

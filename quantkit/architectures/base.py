@@ -28,6 +28,31 @@ Rearrange = Callable[[Config, np.ndarray], np.ndarray]
 Arithmetic = Callable[[np.ndarray], np.ndarray]
 
 
+# Parts of the names of tensors that a multimodal checkpoint holds beside its text model.
+_NOT_TEXT = ("visual.", "vision_", "vision.", "audio_", "audio.", "projector.", "image_newline")
+
+# Hyper-parameters that most families share: the method of gguf.GGUFWriter that adds one, and the names that
+# config.json may have for it. In the reference converter's order.
+Fields = tuple[tuple[str, tuple[str, ...]], ...]
+_SIZES: Fields = (
+    ("add_context_length", ("max_position_embeddings", "n_ctx", "n_positions", "max_length")),
+    ("add_embedding_length", ("hidden_size", "n_embd", "dim")),
+    ("add_feed_forward_length", ("intermediate_size", "n_inner", "hidden_dim")),
+    ("add_head_count", ("num_attention_heads", "n_head", "n_heads")),
+    ("add_head_count_kv", ("num_key_value_heads", "n_kv_heads")),
+)
+_NORMS: Fields = (
+    ("add_layer_norm_rms_eps", ("rms_norm_eps", "norm_eps")),
+    ("add_layer_norm_eps", ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")),
+)
+_EXPERTS_AND_HEADS: Fields = (
+    ("add_expert_count", ("num_local_experts", "num_experts", "n_routed_experts")),
+    ("add_expert_used_count", ("num_experts_per_tok", "num_experts_per_token", "top_k_experts")),
+    ("add_key_length", ("head_dim",)),
+    ("add_value_length", ("head_dim",)),
+)
+
+
 @dataclass(frozen=True)
 class Transform:
     """What happens to a stored tensor on its way: first its values move, then they may change."""
@@ -55,8 +80,9 @@ class Assembly:
 class Experts:
     """Experts that a checkpoint keeps one by one, and GGUF stacked.
 
-    `marker` is in the names of their tensors, `count` names the config field with their number, `merged` maps the
-    name of a projection to the checkpoint name that the stack is looked up under. `{layer}` and `{expert}` are filled in.
+    `marker` is in the names of their tensors, and `count` names the config field with their number. `part` is the
+    name of one expert's tensor, `merged` the name that the stack of a projection is looked up under; `{layer}`,
+    `{expert}` and `{projection}` are filled in. The stacks come in the order of `projections`.
     """
 
     marker: str
@@ -88,6 +114,7 @@ class Architecture:
     unused: ClassVar[tuple[str, ...]] = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 
     def __init__(self, config: Config) -> None:
+        """Take the family with the hyper-parameters of `config`."""
         self.config = self.complete(config.with_defaults(self.checkpoints.get(config.model_class, {})))
 
     def complete(self, config: Config) -> Config:
@@ -111,33 +138,17 @@ class Architecture:
 
         These are what most families share, `general.file_type` among them; a family adds its own after them.
         """
-        config = self.config
         writer.add_block_count(self.n_layers)
-        for names, add in (
-            (("max_position_embeddings", "n_ctx", "n_positions", "max_length"), writer.add_context_length),
-            (("hidden_size", "n_embd", "dim"), writer.add_embedding_length),
-            (("intermediate_size", "n_inner", "hidden_dim"), writer.add_feed_forward_length),
-            (("num_attention_heads", "n_head", "n_heads"), writer.add_head_count),
-            (("num_key_value_heads", "n_kv_heads"), writer.add_head_count_kv),
-        ):
-            if (count := config.integer(*names)) is not None:
-                add(count)
+        self._write_fields(writer, _SIZES, self.config.integer)
         self.rope.write(writer)
-        for names, add_number in (
-            (("rms_norm_eps", "norm_eps"), writer.add_layer_norm_rms_eps),
-            (("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"), writer.add_layer_norm_eps),
-        ):
-            if (number := config.number(*names)) is not None:
-                add_number(number)
-        for names, add in (
-            (("num_local_experts", "num_experts", "n_routed_experts"), writer.add_expert_count),
-            (("num_experts_per_tok", "num_experts_per_token", "top_k_experts"), writer.add_expert_used_count),
-            (("head_dim",), writer.add_key_length),
-            (("head_dim",), writer.add_value_length),
-        ):
-            if (count := config.integer(*names)) is not None:
-                add(count)
+        self._write_fields(writer, _NORMS, self.config.number)
+        self._write_fields(writer, _EXPERTS_AND_HEADS, self.config.integer)
         writer.add_file_type(file_type)
+
+    def _write_fields(self, writer: GGUFWriter, fields: Fields, read: Callable[..., float | None]) -> None:
+        for add, names in fields:
+            if (value := read(*names)) is not None:
+                getattr(writer, add)(value)
 
     # Tensors
 
@@ -147,7 +158,7 @@ class Architecture:
 
     def canonical_name(self, name: str) -> str | None:
         """The name of a stored tensor without what a multimodal wrapper adds, or None for one of its other parts."""
-        if any(part in name for part in ("visual.", "vision_", "vision.", "audio_", "audio.", "projector.", "image_newline")):
+        if any(part in name for part in _NOT_TEXT):
             return None
         return name.replace("language_model.", "")
 
@@ -157,7 +168,9 @@ class Architecture:
         Raises QuantkitError for a stored tensor that the family has no place for.
         """
         if self.n_layers > len(stored):
-            raise QuantkitError(f"{self.config.path}: it announces {self.n_layers} layers, but there are only {len(stored)} tensors")
+            raise QuantkitError(
+                f"{self.config.path}: it announces {self.n_layers} layers, but there are only {len(stored)} tensors"
+            )
         yield from self.computed_tensors()
         waiting: dict[str, dict[str, str]] = {}
         for stored_name in stored:
@@ -169,7 +182,9 @@ class Architecture:
             else:
                 yield from self.assemble(name, stored_name)
         for layer, parts in waiting.items():
-            raise QuantkitError(f"{self.config.path}: layer {layer} lacks experts: only {len(parts)} of their tensors are there")
+            raise QuantkitError(
+                f"{self.config.path.parent}: layer {layer} lacks experts: only {len(parts)} of their tensors are there"
+            )
 
     def assemble(self, name: str, stored_name: str) -> Iterator[Assembly]:
         """What the stored tensor `stored_name`, called `name` without wrappers, becomes."""
@@ -205,7 +220,7 @@ class Architecture:
         found = self._name_map.get_name(key=name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise QuantkitError(
-                f"{self.config.path.parent}: tensor {name!r} has no place in {self.gguf_name} with {self.n_layers} layers; "
-                "is this another kind of model, or a quantized checkpoint?"
+                f"{self.config.path.parent}: tensor {name!r} has no place in {self.gguf_name} with {self.n_layers} "
+                "layers; is this another kind of model, or a quantized checkpoint?"
             )
         return str(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.safetensors import read_json
 
 MAX_INTEGER = 1 << 31  # hyper-parameters are 32-bit in GGUF
+MAX_FLOAT = 3e38
 
 
 class Config:
@@ -22,6 +22,7 @@ class Config:
     """
 
     def __init__(self, values: Mapping[str, Any], path: Path) -> None:
+        """Take `values` as the hyper-parameters; `path` is the file that messages name."""
         self.values, self.path = dict(values), path
 
     @classmethod
@@ -57,7 +58,7 @@ class Config:
         value = self.find(*names)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value != int(value):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or value % 1 != 0:
             raise self.wrong(names, value, "a whole number")
         if not 0 <= value < MAX_INTEGER:
             raise self.wrong(names, value, f"between 0 and {MAX_INTEGER - 1}")
@@ -82,11 +83,12 @@ class Config:
             raise self.wrong(names, value, "an object")
         return value
 
-    def finite(self, value: object, names: tuple[str, ...]) -> float:
+    def finite(self, value: Any, names: tuple[str, ...]) -> float:
         """`value` as a finite number that float32 can hold. `names` are for the message of the QuantkitError."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or abs(value) > 3e38:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not abs(value) < MAX_FLOAT:
             raise self.wrong(names, value, "a finite number")
-        return value
+        return float(value)
 
     def wrong(self, names: tuple[str, ...], value: object, wanted: str) -> QuantkitError:
         """The error that says that `value` of the first of `names` is not `wanted`."""

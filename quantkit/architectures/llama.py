@@ -22,7 +22,8 @@ def interleave_rotary(heads: str) -> Rearrange:
 
     def rearrange(config: Config, stored: np.ndarray) -> np.ndarray:
         n_heads = config.require(heads)
-        return stored.reshape(n_heads, 2, stored.shape[0] // n_heads // 2, *stored.shape[1:]).swapaxes(1, 2)
+        halves = stored.reshape(n_heads, 2, stored.shape[0] // n_heads // 2, *stored.shape[1:])
+        return np.swapaxes(halves, 1, 2)
 
     return rearrange
 
@@ -59,7 +60,7 @@ class Llama(Architecture):
         for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads"))
         for kind in ("weight", "bias")
     }
-    vocabulary = "llama"
+    vocabulary = "auto"
 
     def complete(self, config: Config) -> Config:
         """One key-value head for each head, and heads that share the hidden size, unless the config says otherwise."""

@@ -34,6 +34,7 @@ class Rope:
     """
 
     def __init__(self, config: Config) -> None:
+        """Find the rotary parameters of `config`, in whichever spelling it uses."""
         self.config = config
         found = config.table("rope_parameters") or config.table("rope_scaling") or {}
         parameters = {key: value for key, value in found.items() if value is not None}
@@ -98,7 +99,7 @@ class Rope:
         elif self.type in ("su", "longrope"):
             writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
         elif self.type not in (None, "default", "dynamic", "llama3"):
-            raise QuantkitError(f"{self.config.path}: the rope scaling {self.type!r} is not supported, so it cannot be converted")
+            raise QuantkitError(f"{self.config.path}: the rope scaling {self.type!r} is not supported")
         if (theta := self.number("rope_theta")) is not None:
             writer.add_rope_freq_base(theta)
         if (theta := self.local.get("rope_theta")) is not None:
@@ -123,14 +124,15 @@ class Rope:
         context = self._positive("original_max_position_embeddings", 8192)
         one = f32(1)
         wavelengths = (one / (one / powers)) * f32(2 * math.pi)
-        smooth = ((one / wavelengths) * f32(context) - f32(low)) / f32(high - low) if high != low else np.zeros_like(powers)
-        blended = one / ((one - smooth) / f32(factor) + smooth)
+        with np.errstate(all="ignore"):  # where the two bounds meet nothing is blended
+            smooth = ((one / wavelengths) * f32(context) - f32(low)) / f32(high - low)
+            blended = one / ((one - smooth) / f32(factor) + smooth)
         kept, stretched = wavelengths < f32(context / high), wavelengths > f32(context / low)
-        return np.where(kept, one, np.where(stretched, f32(factor), blended)).astype(f32)
+        factors: np.ndarray = np.where(kept, one, np.where(stretched, f32(factor), blended)).astype(f32)
+        return factors
 
     def _positive(self, name: str, default: float) -> float:
         value = self.number(name, default=default)
         if value is None or value <= 0:
             raise QuantkitError(f"{self.config.path}: rope scaling has {name} = {value}, which must be above 0")
         return value
-

@@ -34,12 +34,12 @@ def resolve(checkpoint: str, revision: str | None = None) -> Path:
     or repository, when access to it is restricted, and when it is neither cached nor reachable.
     """
     path = Path(checkpoint).expanduser()
-    if path.is_dir():
+    if checkpoint and path.is_dir():
         if revision is not None:
             raise QuantkitError(f"{checkpoint}: a revision applies to a hub id, and this is a local directory")
         return path
-    if path.exists():
-        raise QuantkitError(f"{checkpoint}: a file; a checkpoint is the directory that holds config.json and *.safetensors")
+    if path.is_file():
+        raise QuantkitError(f"{checkpoint}: a file; a checkpoint is the directory with config.json and *.safetensors")
     if not _REPO_ID.fullmatch(checkpoint):
         raise QuantkitError(f"{checkpoint}: no such directory, and not a hub id like org/name")
     return _download(checkpoint, revision)
@@ -52,9 +52,11 @@ def _download(repo_id: str, revision: str | None) -> Path:
     try:
         directory = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
     except errors.GatedRepoError:
-        raise QuantkitError(f"{repo_id}: access to it is gated: accept its terms on the hub, then run `hf auth login`") from None
+        raise QuantkitError(f"{repo_id}: gated: accept its terms on the hub, then run `hf auth login`") from None
     except errors.RepositoryNotFoundError:
-        raise QuantkitError(f"{repo_id}: no such directory, and no such public model on the hub; a private one needs `hf auth login`") from None
+        raise QuantkitError(
+            f"{repo_id}: no such directory, and no such public model on the hub; a private one needs `hf auth login`"
+        ) from None
     except errors.RevisionNotFoundError:
         raise QuantkitError(f"{repo_id}: the hub has no revision {revision!r} of it") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
@@ -66,7 +68,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     except OSError as error:
         raise QuantkitError(f"{at}: the download failed: {_line(error)}") from None
     if not (directory / "config.json").is_file():
-        raise QuantkitError(f"{at}: it has no config.json, so it is no transformers checkpoint (or the download is not complete)")
+        raise QuantkitError(f"{at}: it has no config.json, so it is no transformers checkpoint")
     return directory
 
 

@@ -31,7 +31,7 @@ _BITS = {
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 # numpy has no bfloat16: its bits travel as uint16.
-_NUMPY = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+NUMPY_TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _File:
         if length > MAX_JSON:
             raise QuantkitError(f"{path}: not a safetensors file: it announces a header of {length} bytes")
         if 8 + length > size:
-            raise QuantkitError(f"{path}: truncated: its header of {length} bytes ends beyond the file's {size}; download it again")
+            raise QuantkitError(f"{path}: truncated: its header ends at byte {8 + length} of {size}; download it again")
         header = parse_json(self.map[8 : 8 + length], path)
         header.pop("__metadata__", None)
         self.tensors = {name: self._tensor(name, header[name], 8 + length, size) for name in sorted(header)}
@@ -131,7 +131,7 @@ class _File:
             raise QuantkitError(f"{problem} spans {end - begin} bytes, but {dtype} of shape {shape} takes {nbytes}")
         if data + end > size:
             raise QuantkitError(
-                f"{self.path}: truncated: tensor {name!r} ends at byte {data + end}, beyond the file's {size}; download it again"
+                f"{self.path}: truncated: tensor {name!r} ends at byte {data + end} of {size}; download it again"
             )
         return StoredTensor(name, dtype, tuple(shape), self.path, data + begin, nbytes)
 
@@ -152,6 +152,7 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, directory: Path) -> None:
+        """Map every shard of `directory` and check it against its header and the index."""
         self.directory = directory
         index = directory / INDEX
         self._files: dict[Path, _File] = {}
@@ -180,18 +181,19 @@ class SafetensorsCheckpoint:
         for key, name in weight_map.items():
             # A shard is a plain file name beside the index; anything else could lead out of the directory.
             if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
-                raise QuantkitError(f"{index}: it puts tensor {key!r} into {str(name)[:120]!r}, which is not the name of a shard")
+                raise QuantkitError(f"{index}: it puts tensor {key!r} into {str(name)[:120]!r}, which names no shard")
         return weight_map
 
     def _unindexed(self) -> list[str]:
         try:
-            names = sorted(p.name for p in self.directory.iterdir() if p.name.startswith("model") and p.suffix == ".safetensors")
+            present = sorted(path.name for path in self.directory.iterdir())
         except OSError as error:
             raise QuantkitError(f"{self.directory}: {error.strerror or error}") from None
+        names = [name for name in present if name.startswith("model") and name.endswith(".safetensors")]
         if not names:
-            others = sorted(p.name for p in self.directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
-            found = f" (it has {_listed(others)})" if others else ""
-            raise QuantkitError(f"{self.directory}: no model*.safetensors here{found}; a checkpoint directory is needed")
+            others = [name for name in present if name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
+            instead = f", only {_listed(others)}" if others else ""
+            raise QuantkitError(f"{self.directory}: it holds no model*.safetensors{instead}")
         for name in names:
             if (shard := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name)) is not None:
                 whole = [f"{shard[1]}-{i + 1:05d}-of-{shard[2]}.safetensors" for i in range(int(shard[2]))]
@@ -203,7 +205,7 @@ class SafetensorsCheckpoint:
         if missing := sorted(listed - file.tensors.keys()):
             raise QuantkitError(f"{file.path}: lacks {_listed(missing)}, which {INDEX} puts there; download both again")
         if extra := sorted(file.tensors.keys() - listed):
-            raise QuantkitError(f"{file.path}: holds {_listed(extra)}, which {INDEX} does not put there; download both again")
+            raise QuantkitError(f"{file.path}: {INDEX} does not put {_listed(extra)} there; download both again")
 
     def data(self, name: str) -> np.ndarray:
         """Tensor `name` in its shape: float32, float16, or uint16 that holds bfloat16's bits.
@@ -211,11 +213,21 @@ class SafetensorsCheckpoint:
         Read-only and mapped, not copied. Raises QuantkitError for any other type of element.
         """
         tensor = self.tensors[name]
-        dtype = _NUMPY.get(tensor.dtype)
+        dtype = NUMPY_TYPES.get(tensor.dtype)
         if dtype is None:
             raise QuantkitError(
-                f"{tensor.path}: tensor {name!r} is {tensor.dtype}; only F32, F16 and BF16 can be read: take the unquantized checkpoint"
+                f"{tensor.path}: tensor {name!r} is {tensor.dtype}; only F32, F16 and BF16 can be read: "
+                "take the unquantized checkpoint"
             )
         source = self._files[tensor.path].map
-        flat = np.frombuffer(source, dtype=dtype, count=tensor.nbytes // dtype.itemsize, offset=tensor.start)
+        flat: np.ndarray = np.frombuffer(
+            source, dtype=dtype, count=tensor.nbytes // dtype.itemsize, offset=tensor.start
+        )
         return flat.reshape(tensor.shape)
+
+    def release(self, name: str) -> None:
+        """Give back the memory that reading tensor `name` has mapped; it can be read again."""
+        tensor, page = self.tensors[name], mmap.ALLOCATIONGRANULARITY
+        start = tensor.start // page * page
+        if tensor.nbytes and hasattr(mmap, "MADV_DONTNEED"):
+            self._files[tensor.path].map.madvise(mmap.MADV_DONTNEED, start, tensor.start + tensor.nbytes - start)

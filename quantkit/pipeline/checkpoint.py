@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from quantkit import blocks
 from quantkit.architectures import Architecture, Assembly, load_architecture
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import MAX_DIMENSIONS, Metadata, TensorInfo, Value, ValueType
 from quantkit.formats.hub import repo_id_of
-from quantkit.formats.safetensors import SafetensorsCheckpoint, StoredTensor
+from quantkit.formats.safetensors import NUMPY_TYPES, SafetensorsCheckpoint, StoredTensor
 from quantkit.pipeline.gguf_gaps import complete_sampling
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _STORED = {"F32": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16}
 _FILE_TYPES = {GGMLType.F32: 0, GGMLType.F16: 1, GGMLType.Q8_0: 7, GGMLType.BF16: 32}
 # Matrices that runtimes expect in float32, by their GGUF name within a layer.
 _ALWAYS_F32 = frozenset(
-    ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types", "ssm_conv1d", "shortconv.conv", "indexer.proj")
+    ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types", "ssm_conv1d", "shortconv.conv")
 )
 # The fields of general.sampling.* and, where it differs, their name in generation_config.json.
 _SAMPLING = (
@@ -54,7 +55,10 @@ class CheckpointSource:
     Raises QuantkitError for a checkpoint that is incomplete, malformed or of an unknown architecture.
     """
 
-    def __init__(self, directory: Path, outtype: OutType = "auto", pre: str | None = None, name: str | None = None) -> None:
+    def __init__(
+        self, directory: Path, outtype: OutType = "auto", pre: str | None = None, name: str | None = None
+    ) -> None:
+        """Read the headers and lay out the tensors; no weight is read yet."""
         self.directory, self._pre, self._name = Path(directory), pre, name
         self.architecture: Architecture = load_architecture(self.directory)
         self._refuse_quantized()
@@ -70,7 +74,7 @@ class CheckpointSource:
             self._assemblies[assembly.name] = assembly
             shape = self._arrange(assembly)
             if len(shape) > MAX_DIMENSIONS:
-                raise QuantkitError(f"{self.directory}: tensor {assembly.name!r} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
+                raise QuantkitError(f"{self.directory}: {assembly.name} has more than {MAX_DIMENSIONS} dimensions")
             self._tensors[assembly.name] = TensorInfo(assembly.name, shape[::-1], self._type_of(assembly.name, shape))
 
     def _refuse_quantized(self) -> None:
@@ -78,7 +82,8 @@ class CheckpointSource:
         if quantization:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None
             raise QuantkitError(
-                f"{self.architecture.config.path}: the weights are already quantized ({method or 'unnamed method'}): take the original checkpoint"
+                f"{self.architecture.config.path}: the weights are quantized already ({method}); "
+                "take the original checkpoint"
             )
 
     def _guess(self, stored: Mapping[str, StoredTensor]) -> GGMLType:
@@ -118,13 +123,13 @@ class CheckpointSource:
             view = rearrange(self.architecture.config, data)
         except (ValueError, IndexError):
             raise QuantkitError(
-                f"{self.directory}: tensor {part!r} of shape {data.shape} does not fit the hyper-parameters of config.json"
+                f"{self.directory}: tensor {part!r} of shape {data.shape} does not fit what config.json says of heads"
             ) from None
         # One axis: all of it is one row, so the order must be made now; it is small.
         return view.reshape(-1) if data.ndim == 1 else view
 
     def _type_of(self, name: str, shape: tuple[int, ...]) -> GGMLType:
-        """The type of a tensor: float32 for vectors, norms and what is no weight, else the file's, if its blocks fit."""
+        """The type of a tensor: float32 for vectors, norms and what is no weight, else the file's if its blocks fit."""
         stem = re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
         if len(shape) <= 1 or name.endswith("_norm.weight") or not name.endswith(".weight") or stem in _ALWAYS_F32:
             return GGMLType.F32
@@ -167,7 +172,7 @@ class CheckpointSource:
     def _write_general(self, writer: gguf.GGUFWriter) -> None:
         """Add general.*: from the model card, the configs, and the name of the model."""
         import gguf
-        import yaml
+        import yaml  # type: ignore[import-untyped]
 
         counts = writer.get_total_parameter_count()
         repo_id = repo_id_of(self.directory.absolute())
@@ -189,7 +194,7 @@ class CheckpointSource:
             metadata.set_gguf_meta_model(writer)
         except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
             problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise QuantkitError(f"{self.directory}: its model card (README.md) or configs are malformed: {problem}") from None
+            raise QuantkitError(f"{self.directory}: README.md or a config is malformed: {problem}") from None
 
     def _encode(self, key: str, value: gguf.GGUFValue) -> Value:
         kind = ValueType(value.type)
@@ -200,7 +205,7 @@ class CheckpointSource:
             item = value.sub_type if value.sub_type is not None else _item_type(items[0])
             return Value.of(kind, items, ValueType(item))
         except (struct.error, AttributeError, TypeError, ValueError) as error:
-            raise QuantkitError(f"{self.directory}: {key} cannot be written to GGUF: {str(error).splitlines()[0]}") from None
+            raise QuantkitError(f"{self.directory}: {key} cannot be written to GGUF: {error}") from None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of tensor `name`, encoded in its type: uint8 of shape (rows, bytes of a row).
@@ -214,8 +219,15 @@ class CheckpointSource:
             raise IndexError(f"rows {start} to {stop} of {name}, which has {info.n_rows}")
         rows = self._gather(name, start, stop)
         if assembly.transform.arithmetic is not None:
-            rows = assembly.transform.arithmetic(_widen(rows) if rows.dtype == np.uint16 else rows)
+            # torch, and so the reference, has arithmetic for float16, which rounds each result to it.
+            values = rows if rows.dtype == np.float16 else _float32(rows)
+            rows = np.ascontiguousarray(assembly.transform.arithmetic(values))
         return _encode(rows, info.type)
+
+    def release(self, name: str) -> None:
+        """Let go of the memory that reading tensor `name` has mapped. It can be read again."""
+        for part in self._assemblies[name].parts:
+            self._checkpoint.release(part)
 
     def _gather(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of a tensor as they are stored: float32, float16, or bfloat16 as uint16, of shape (rows, row length)."""
@@ -233,9 +245,14 @@ def output_name(metadata: Metadata, kind: str) -> str:
     """The default file name of a model in type `kind` (F16, Q4_K_M, ...), by the GGUF naming convention."""
     import gguf
 
-    parts = [metadata.lookup(f"general.{key}") for key in ("name", "basename", "finetune", "version", "size_label")]
+    def general(key: str) -> str | None:
+        value = metadata.lookup(f"general.{key}")
+        return None if value is None else str(value)
+
+    name = gguf.naming_convention(
+        general("name"), general("basename"), general("finetune"), general("version"), general("size_label"), kind
+    )
     # The convention replaces slashes in a name only; any other part could lead out of the directory.
-    name = gguf.naming_convention(*(part and str(part) for part in parts), kind)
     return re.sub(r"[/\\\0]", "-", name) + ".gguf"
 
 
@@ -246,7 +263,8 @@ def _text(value: Any) -> Any:
 
 def _item_type(item: Any) -> ValueType:
     """The type that the reference gives an array from its first item."""
-    for python, kind in ((str, ValueType.STRING), (bool, ValueType.BOOL), (int, ValueType.INT32), (float, ValueType.FLOAT32)):
+    kinds = {str: ValueType.STRING, bool: ValueType.BOOL, int: ValueType.INT32, float: ValueType.FLOAT32}
+    for python, kind in kinds.items():
         if isinstance(item, python):
             return kind
     raise TypeError(f"no GGUF type for {type(item).__name__}")
@@ -267,33 +285,15 @@ def _take(view: np.ndarray, start: int, stop: int) -> np.ndarray:
     return rows
 
 
-def _widen(bits: np.ndarray) -> np.ndarray:
-    """float32 of bfloat16's bits."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+def _float32(rows: np.ndarray) -> np.ndarray:
+    """float32 of rows as they are stored."""
+    return rows if rows.dtype == np.float32 else blocks.decode(rows.view(np.uint8), _stored_type(rows))
 
 
-def _narrow(rows: np.ndarray) -> np.ndarray:
-    """bfloat16's bits of float32, rounded to nearest even; NaN stays a quiet NaN."""
-    bits = np.ascontiguousarray(rows).view(np.uint32)
-    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return np.where(nan, (bits >> 16) | 64, rounded).astype(np.uint16)
+def _stored_type(rows: np.ndarray) -> GGMLType:
+    return next(_STORED[name] for name, dtype in NUMPY_TYPES.items() if dtype == rows.dtype)
 
 
 def _encode(rows: np.ndarray, kind: GGMLType) -> np.ndarray:
-    """Rows of float32, float16 or bfloat16 (uint16) as uint8 rows of `kind`."""
-    stored = {np.dtype(np.float32): GGMLType.F32, np.dtype(np.float16): GGMLType.F16}.get(rows.dtype, GGMLType.BF16)
-    if stored != kind:
-        rows = _widen(rows) if stored == GGMLType.BF16 else rows
-        if kind == GGMLType.F16:
-            with np.errstate(over="ignore"):
-                rows = rows.astype(np.float16)
-        else:
-            rows = rows.astype(np.float32, copy=False)
-            if kind == GGMLType.BF16:
-                rows = _narrow(rows)
-            elif kind != GGMLType.F32:
-                import gguf
-
-                return np.asarray(gguf.quants.quantize(rows, gguf.GGMLQuantizationType(kind)))
-    return np.ascontiguousarray(rows).view(np.uint8)
+    """Contiguous rows of float32, float16 or bfloat16 (uint16) as uint8 rows of `kind`."""
+    return rows.view(np.uint8) if _stored_type(rows) == kind else blocks.encode(_float32(rows), kind)

@@ -1,0 +1,334 @@
+"""Tiny random checkpoints, the same bytes on every machine, for the conversion tests and their goldens.
+
+    python scripts/make_checkpoints.py DIRECTORY
+
+Weights come from the raw bits of a counter-based generator, the vocabulary from a list of merges, so nothing
+depends on the version of a library.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# fmt: off
+MERGES = (
+    "Ġ t", "h e", "Ġ a", "i n", "r e", "o n", "Ġt he", "e r", "Ġ s", "a t", "e n", "o r", "Ġ w", "Ġ c", "i t", "i s",
+    "a n", "e s", "Ġ o", "Ġ f", "e d", "in g", "Ġ b", "Ġ p", "o u", "a l", "Ġ m", "a r", "Ġ in", "Ġt o", "Ġo f",
+    "Ġa n", "Ġan d", "l l", "Ġ d", "1 2", "12 3", "Ġ Ġ", "ĠĠ ĠĠ", "Ċ Ċ",
+)
+# fmt: on
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+CARD = """---
+license: apache-2.0
+language:
+- en
+- no
+tags:
+- tiny
+- test
+pipeline_tag: text-generation
+base_model: example-org/Base-Model-7B-v1.5
+datasets:
+- example-org/some-data
+---
+
+# A model of a test
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One checkpoint: its config.json, how its weights are stored, and the files beside them."""
+
+    config: dict[str, Any]
+    dtype: str = "BF16"
+    norm_dtype: str | None = None
+    shards: int = 1
+    tied: bool = False
+    biases: bool = False
+    tokenizer_config: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def _config(**changes: Any) -> dict[str, Any]:
+    base = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "bos_token_id": 296,
+        "eos_token_id": 297,
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "max_position_embeddings": 512,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-05,
+        "tie_word_embeddings": False,
+        "vocab_size": 320,
+    }
+    base.update(changes)
+    return {key: value for key, value in base.items() if value is not None}
+
+
+# By directory name, from which general.* takes its share.
+RECIPES = {
+    "Tiny-Llama-0.1M-Instruct-v0.2": Recipe(
+        _config(
+            tie_word_embeddings=True,
+            max_position_embeddings=8192,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 32.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 256,
+            },
+        ),
+        shards=2,
+        tied=True,
+        files={
+            "README.md": CARD,
+            "chat_template.jinja": TEMPLATE,
+            "generation_config.json": json.dumps(
+                {"temperature": 0.6, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": [297, 299]}
+            ),
+        },
+    ),
+    "tiny-llama3-scaling": Recipe(
+        _config(
+            rope_theta=10000.0,
+            rope_scaling={
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.5,
+                "high_freq_factor": 6.0,
+                "original_max_position_embeddings": 128,
+            },
+            num_key_value_heads=1,
+        ),
+        dtype="F16",
+        files={"generation_config.json": "{ not json"},
+    ),
+    "tiny-linear": Recipe(
+        _config(
+            num_key_value_heads=None,
+            max_position_embeddings=None,
+            rms_norm_eps=None,
+            attention_bias=True,
+            mlp_bias=True,
+            rope_scaling={"type": "linear", "factor": 4.0},
+            _name_or_path="example-org/Linear-13B-chat",
+        ),
+        dtype="F32",
+        biases=True,
+    ),
+    "tiny-yarn": Recipe(
+        _config(
+            head_dim=24,
+            intermediate_size=100,
+            rope_parameters={
+                "rope_type": "yarn",
+                "rope_theta": 1000000,
+                "factor": 4,
+                "original_max_position_embeddings": 128,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "attention_factor": 1.25,
+            },
+        ),
+        norm_dtype="F32",
+    ),
+    "tiny-mistral": Recipe(
+        _config(
+            architectures=["MistralForCausalLM"],
+            model_type="mistral",
+            head_dim=None,
+            num_attention_heads=8,
+            num_key_value_heads=None,
+            max_position_embeddings=None,
+            sliding_window=128,
+            rope_theta=100000.0,
+        ),
+        shards=3,
+        tokenizer_config={
+            "add_bos_token": False,
+            "add_prefix_space": False,
+            "chat_template": [
+                {"name": "default", "template": TEMPLATE},
+                {"name": "tool_use", "template": "{{ tools }}" + TEMPLATE},
+            ],
+        },
+    ),
+}
+ADDED = (
+    ("<|begin|>", True),
+    ("<|finish|>", True),
+    ("<|start|>", True),
+    ("<|end|>", True),
+    ("<tool>", False),
+    (" two words ", False),
+)
+
+
+def _byte_alphabet() -> list[str]:
+    """A printable character for each byte, as byte-level BPE writes them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [b for b in range(256) if b not in printable]
+    return [chr(b) if b in printable else chr(256 + hidden.index(b)) for b in range(256)]
+
+
+def tokenizer() -> dict[str, Any]:
+    """A tokenizer.json: byte-level BPE of 296 tokens with Llama 3's pre-tokenizer, and six added tokens."""
+    tokens = _byte_alphabet() + [merge.replace(" ", "") for merge in MERGES]
+    first = len(tokens)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    bos = {"id": ADDED[0][0], "ids": [first], "tokens": [ADDED[0][0]]}
+    single = [{"SpecialToken": {"id": ADDED[0][0], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": first + i, "content": text, **flags, "normalized": not special, "special": special}
+            for i, (text, special) in enumerate(ADDED)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": LLAMA3_SPLIT}, "behavior": "Isolated", "invert": False},
+                byte_level,
+            ],
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": pair,
+            "special_tokens": {ADDED[0][0]: bos},
+        },
+        "decoder": {**byte_level, "add_prefix_space": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [merge.split(" ") for merge in MERGES],
+        },
+    }
+
+
+def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    config = recipe.config
+    hidden, feed, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    default_kv = 8 if config["model_type"] == "mistral" else heads
+    head = config.get("head_dim", hidden // heads)
+    queries, keys = heads * head, config.get("num_key_value_heads", default_kv) * head
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        block = f"model.layers.{layer}."
+        for name, rows, columns in (
+            ("self_attn.q_proj", queries, hidden),
+            ("self_attn.k_proj", keys, hidden),
+            ("self_attn.v_proj", keys, hidden),
+            ("self_attn.o_proj", hidden, queries),
+            ("mlp.gate_proj", feed, hidden),
+            ("mlp.up_proj", feed, hidden),
+            ("mlp.down_proj", hidden, feed),
+        ):
+            shapes[f"{block}{name}.weight"] = (rows, columns)
+            if recipe.biases:
+                shapes[f"{block}{name}.bias"] = (rows,)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{block}{name}.weight"] = (hidden,)
+        shapes[f"{block}self_attn.rotary_emb.inv_freq"] = (head // 2,)  # a buffer that old checkpoints carry
+    shapes["model.norm.weight"] = (hidden,)
+    if not recipe.tied:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return shapes
+
+
+def _weights(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Weights of about the size of trained ones, some exactly halfway between two narrower values."""
+    count = int(np.prod(shape))
+    raw = np.random.Philox(key=zlib.crc32(name.encode())).random_raw(count)
+    values = (raw >> np.uint64(40)).astype(np.int64) - (1 << 23)
+    weights = np.ldexp(values.astype(np.float32), -27)  # exact: 24 bits, within 1/16
+    weights.view(np.uint32)[::7] = weights.view(np.uint32)[::7] & 0xFFFF8000 | 0x8000
+    if name.endswith("norm.weight"):
+        weights += np.float32(1)
+    if dtype == "BF16":
+        return (weights.view(np.uint32) >> 16).astype(np.uint16).reshape(shape)
+    return weights.astype(np.float16 if dtype == "F16" else np.float32).reshape(shape)
+
+
+def _safetensors(tensors: dict[str, tuple[str, np.ndarray]]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": data.shape, "data_offsets": [offset, offset + data.nbytes]}
+        offset += data.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + b"".join(data.tobytes() for _, data in tensors.values())
+
+
+def make_checkpoint(name: str, parent: Path) -> Path:
+    """Write the checkpoint called `name` into a directory of that name under `parent`, and return it."""
+    recipe, directory = RECIPES[name], parent / name
+    directory.mkdir(parents=True)
+
+    def write(file: str, value: object) -> None:
+        text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        (directory / file).write_text(text, encoding="utf-8", newline="\n")
+
+    write("config.json", recipe.config)
+    write("tokenizer.json", tokenizer())
+    special = {"bos_token": ADDED[0][0], "eos_token": ADDED[1][0], "pad_token": ADDED[1][0]}
+    write("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special, **recipe.tokenizer_config})
+    for file, text in recipe.files.items():
+        write(file, text)
+    shapes = _shapes(recipe)
+    tensors = {}
+    for key, shape in shapes.items():
+        dtype = recipe.dtype if len(shape) > 1 or recipe.norm_dtype is None else recipe.norm_dtype
+        dtype = "F32" if key.endswith("inv_freq") else dtype
+        tensors[key] = (dtype, _weights(key, shape, dtype))
+    if recipe.shards == 1:
+        (directory / "model.safetensors").write_bytes(_safetensors(tensors))
+        return directory
+    weight_map = {}
+    for i in range(recipe.shards):
+        file = f"model-{i + 1:05d}-of-{recipe.shards:05d}.safetensors"
+        part = dict(list(tensors.items())[i * len(tensors) // recipe.shards : (i + 1) * len(tensors) // recipe.shards])
+        (directory / file).write_bytes(_safetensors(part))
+        weight_map.update(dict.fromkeys(part, file))
+    write("model.safetensors.index.json", {"metadata": {}, "weight_map": dict(sorted(weight_map.items()))})
+    return directory
+
+
+if __name__ == "__main__":
+    for recipe_name in RECIPES:
+        make_checkpoint(recipe_name, Path(sys.argv[1]))
