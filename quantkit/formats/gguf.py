@@ -119,14 +119,15 @@ class Value:
             return struct.unpack_from("<" + _FORMATS[self.type], raw)[0]
         item = self.item
         if item == ValueType.STRING:
-            return list(self._strings())
+            return list(self.strings())
         if item == ValueType.ARRAY:
             raise QuantkitError("arrays of arrays in metadata are not supported")
         import numpy as np
 
         return np.frombuffer(raw, dtype=np.dtype(_FORMATS[item]).newbyteorder("<"), offset=12)
 
-    def _strings(self) -> Iterator[str]:
+    def strings(self) -> Iterator[str]:
+        """The items of an array of strings, one by one."""
         raw, at = bytes(self.raw), 12
         unpack = struct.Struct("<Q").unpack_from
         for _ in range(len(self)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
@@ -85,6 +85,26 @@ class Plan:
     def bits_per_weight(self) -> float:
         """Average bits of storage for a weight."""
         return self.nbytes * 8 / max(1, self.n_elements)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan for programs."""
+        return {
+            "type": self.name,
+            "size": self.file_size,
+            "n_weights": self.n_elements,
+            "bits_per_weight": self.bits_per_weight,
+            "tensors": [
+                {
+                    "name": t.info.name,
+                    "shape": list(t.info.shape),
+                    "from": t.source_type.name,
+                    "to": t.info.type.name,
+                    "size": t.info.nbytes,
+                    "note": t.reason,
+                }
+                for t in self.tensors
+            ],
+        }
 
     def __str__(self) -> str:
         """A table of every tensor, its shape, its types and sizes."""

@@ -13,6 +13,8 @@ from quantkit.formats.gguf import GGUFFile, Metadata, TensorInfo
 if TYPE_CHECKING:
     import numpy as np
 
+    from quantkit.pipeline.checkpoint import OutType
+
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 _SPLIT_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -110,7 +112,7 @@ def split_name(prefix: str, index: int, count: int) -> str:
 
 
 def open_source(
-    model: str | Path, *, revision: str | None = None, outtype: str = "auto", pre: str | None = None
+    model: str | Path, *, revision: str | None = None, outtype: OutType = "auto", pre: str | None = None
 ) -> TensorSource:
     """A model as the user names it: a GGUF file (any shard), a checkpoint directory, or a hub id `org/name`.
 

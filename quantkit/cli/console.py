@@ -1,0 +1,112 @@
+"""What every command shares: logging, errors, progress bars and tables. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quantkit.errors import QuantkitError
+
+Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: debug messages.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and results.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads to use.  [default: all]")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub checkpoint.")]
+Pre = Annotated[str | None, typer.Option(help="Name of the pre-tokenizer, where it is not recognised.")]
+Text = Annotated[str, typer.Option("--text", "--file", "-f", help="Text file, UTF-8.")]
+Context = Annotated[int, typer.Option("--n-ctx", "--ctx-size", "-c", min=4, help="Tokens in a chunk.")]
+Chunks = Annotated[int | None, typer.Option(min=1, help="Chunks to measure.  [default: all]")]
+
+_quiet = False
+
+
+def setup(verbose: int = 0, quiet: bool = False) -> None:
+    """Set the amount of talk: warnings by default, `verbose` for more, `quiet` for errors alone."""
+    global _quiet
+    _quiet = quiet
+    level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    for name in ("numba", "llvmlite", "httpx", "filelock"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def note(text: str) -> None:
+    """A line for the reader, on stderr, unless --quiet."""
+    if not _quiet:
+        typer.echo(text, err=True)
+
+
+def emit(text: str, data: Any, as_json: bool) -> None:
+    """Print a result on stdout: `text`, or `data` with --json."""
+    typer.echo(json.dumps(data, indent=2, allow_nan=False, default=str) if as_json else text)
+
+
+def announce_compilation() -> None:
+    """Tell the user once when kernels are compiled: the first run on a machine takes some seconds longer."""
+    from numba.core import event
+
+    class Announcer(event.Listener):  # type: ignore[misc]
+        said = False
+
+        def on_start(self, event: Any) -> None:
+            if not self.said:
+                Announcer.said = True
+                note("Compiling kernels for this machine; later runs skip this.")
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    event.register("numba:compile", Announcer())
+
+
+@contextmanager
+def byte_progress(total: int, title: str) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar over `total` bytes, with the tensor under way and the remaining time."""
+    from tqdm import tqdm
+
+    hidden = True if _quiet else None  # None: hidden unless stderr is a terminal
+    with tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=hidden, leave=False) as bar:
+
+        def advance(tensor: str, nbytes: int) -> None:
+            bar.set_postfix_str(tensor, refresh=False)
+            bar.update(nbytes)
+
+        yield advance
+
+
+@contextmanager
+def chunk_progress(title: str, unit: str = "chunk") -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar over chunks: call it with those done, their number, and a running result."""
+    from tqdm import tqdm
+
+    hidden = True if _quiet else None
+    with tqdm(unit=unit, desc=title, disable=hidden, leave=False) as bar:
+
+        def advance(done: int, total: int, result: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(result, refresh=False)
+            bar.update(done - bar.n)
+
+        yield advance
+
+
+def read_text(name: str) -> str:
+    """The text in the file `name`. Raises QuantkitError when it cannot be read."""
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QuantkitError(f"{name}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise QuantkitError(f"{name}: {error.strerror or error}") from None
+
+
+def split_list(values: Sequence[str]) -> list[str]:
+    """The items of a repeatable option that also takes commas."""
+    return [item.strip() for value in values for item in value.split(",") if item.strip()]

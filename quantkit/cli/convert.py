@@ -1,0 +1,65 @@
+"""`quantkit convert`: a checkpoint as a GGUF file."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.console import (
+    Pre,
+    Quiet,
+    Revision,
+    Threads,
+    Verbose,
+    announce_compilation,
+    byte_progress,
+    note,
+    setup,
+)
+
+
+class OutType(str, Enum):
+    """The type of the matrices in the file."""
+
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    auto = "auto"
+
+
+def command(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, or hub id ORG/NAME.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", "--outfile", help="File to write.")] = None,
+    outtype: Annotated[OutType, typer.Option(help="auto keeps 16-bit weights as they are stored.")] = OutType.auto,
+    model_name: Annotated[str | None, typer.Option(help="Name of the model, for general.name.")] = None,
+    pre: Pre = None,
+    revision: Revision = None,
+    allow_nonfinite: Annotated[bool, typer.Option(help="Write weights that are NaN or infinite.")] = False,
+    threads: Threads = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write a Hugging Face checkpoint as a GGUF file, as llama.cpp's convert_hf_to_gguf.py does.
+
+    The default name follows the GGUF naming convention. It is written into the checkpoint's directory, or, for a
+    checkpoint from the hub, into the current one.
+    """
+    setup(verbose, quiet)
+    announce_compilation()
+    from quantkit.formats.hub import resolve
+    from quantkit.pipeline.checkpoint import CheckpointSource, output_name
+    from quantkit.pipeline.execute import execute
+    from quantkit.pipeline.plan import plan_copy
+
+    directory = resolve(checkpoint, revision)
+    source = CheckpointSource(directory, outtype=outtype.value, pre=pre, name=model_name)
+    home = directory if Path(checkpoint).is_dir() else Path()
+    path = output or home / output_name(source.metadata, source.type.name)
+    plan = plan_copy(source)
+    with byte_progress(plan.nbytes, "convert") as progress:
+        execute(source, [(plan, path)], threads=threads, allow_nonfinite=allow_nonfinite, progress=progress)
+    note(f"{path}: {plan.file_size / 1e6:.1f} MB, {len(plan.tensors)} tensors, {source.type.name}")

@@ -1,0 +1,82 @@
+"""The command `quantkit`: one module a command, loaded when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+import typer.main
+from typer.core import TyperCommand, TyperGroup
+
+import quantkit
+from quantkit.errors import QuantkitError
+
+# Command -> (module under quantkit.cli, one line for --help). Modules are imported only when their command runs.
+COMMANDS = {
+    "convert": ("convert", "Write a Hugging Face checkpoint as a GGUF file."),
+    "quantize": ("quantize", "Quantize a checkpoint or a GGUF file, to one type or several."),
+    "perplexity": ("perplexity", "Measure the perplexity of a model on a text."),
+    "report": ("report", "Convert, quantize and measure in one go, and write the report."),
+    "inspect": ("inspect", "Show a GGUF file's metadata and tensors."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """A command group that lists its commands without importing them."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        """The commands, in the order in which a newcomer meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
+        """Import a command; for --help and completion of the group, a stand-in that carries its one line."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, summary = COMMANDS[cmd_name]
+        # Shells ask for completions with the command line in the environment.
+        words = [*sys.argv[1:], *os.environ.get("COMP_WORDS", os.environ.get("_TYPER_COMPLETE_ARGS", "")).split()]
+        if cmd_name not in words:
+            return TyperCommand(cmd_name, help=summary, short_help=summary)
+        app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        app.command(cmd_name, help=None)(importlib.import_module(f"quantkit.cli.{module}").command)
+        return typer.main.get_command(app)
+
+
+app = typer.Typer(
+    cls=LazyGroup, name="quantkit", rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantkit {quantkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Quantize models to GGUF, byte for byte as llama-quantize does, and measure what it costs."""
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 fine, 1 a problem with the input or the machine, 2 wrong usage."""
+    try:
+        app()
+    except QuantkitError as problem:
+        fail(str(problem))
+    except MemoryError:
+        fail("out of memory; use fewer --threads")
+    except OSError as problem:
+        name = f"{problem.filename}: " if problem.filename else ""
+        fail(f"{name}{problem.strerror or problem}")
+
+
+def fail(problem: str) -> None:
+    """One line on stderr, and exit code 1."""
+    typer.echo(f"error: {' '.join(problem.split())}", err=True)
+    sys.exit(1)

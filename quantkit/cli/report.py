@@ -1,0 +1,76 @@
+"""`quantkit report`: convert, quantize and measure in one go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.console import (
+    Chunks,
+    Context,
+    Json,
+    Pre,
+    Quiet,
+    Revision,
+    Text,
+    Threads,
+    Verbose,
+    announce_compilation,
+    byte_progress,
+    chunk_progress,
+    emit,
+    note,
+    read_text,
+    setup,
+    split_list,
+)
+
+
+def command(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, hub id ORG/NAME, or 16-bit GGUF file.")],
+    text: Text,
+    types: Annotated[list[str], typer.Option("--types", help="File types, with commas.")] = ["Q8_0", "Q4_K_M", "Q4_0"],  # noqa: B006
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory.  [default: NAME-GGUF]")] = None,
+    n_ctx: Context = 512,
+    chunks: Chunks = None,
+    pre: Pre = None,
+    revision: Revision = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Convert, quantize and measure in one go: a table of what each type costs, and report.md and report.json.
+
+    The files, and the report beside them, go to the directory given with -o.
+    """
+    setup(verbose, quiet)
+    words = read_text(text)
+    announce_compilation()
+    from quantkit.pipeline.mixtures import file_type
+    from quantkit.pipeline.naming import stem
+    from quantkit.pipeline.source import open_source
+    from quantkit.report.ladder import build, measure
+
+    model = open_source(checkpoint, revision=revision, pre=pre)
+    files = [file_type(name) for name in split_list(types)]
+    directory = output or Path(f"{stem(model)}-GGUF")
+    total = sum(info.nbytes for info in model.tensors.values())
+    with byte_progress(total, "quantize") as progress:
+        built = build(model, files, directory, threads=threads, progress=progress)
+    with chunk_progress("measure") as bar:
+        ladder = measure(
+            model,
+            built,
+            words,
+            text_name=Path(text).name,
+            n_ctx=n_ctx,
+            chunks=chunks,
+            threads=threads,
+            progress=lambda name, done, all_of_them, ppl: bar(done, all_of_them, f"{name} PPL = {ppl:.4f}"),
+        )
+    emit(str(ladder), ladder.as_dict(), as_json)
+    for path in ladder.write(directory):
+        note(f"wrote {path}")
