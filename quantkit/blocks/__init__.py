@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
     from quantkit.blocks.base import Block
 
-__all__ = ["GGMLType", "block", "decode", "encode", "encodable", "first_nonfinite"]
+__all__ = ["GGMLType", "block", "decode", "encodable", "encode", "first_nonfinite", "largest"]
 
 
 def _registry() -> dict[GGMLType, type[Block]]:
-    from quantkit.blocks import k_quants, legacy, plain  # noqa: F401  (a format is registered by being defined)
+    from quantkit.blocks import k_affine, k_symmetric, legacy, plain  # noqa: F401  (a format is registered by being defined)
     from quantkit.blocks.base import Block
 
     return Block.registry
@@ -79,3 +79,10 @@ def first_nonfinite(rows: np.ndarray) -> int:
     from quantkit.blocks.plain import first_nonfinite as search
 
     return int(search(rows.reshape(-1)))
+
+
+def largest(rows: np.ndarray) -> float:
+    """The largest magnitude in contiguous float32 `rows`."""
+    from quantkit.blocks.plain import largest_magnitude
+
+    return float(largest_magnitude(rows.reshape(-1)))

@@ -18,14 +18,18 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+from numba import extending
 from numba.core import types
 from numba.core.cgutils import gep_inbounds
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
 from numba.np.arrayobj import make_array
 
 LANES = 16
+
+# Typed as a plain callable: numba's own annotation shows the typing context, which callers never pass.
+intrinsic: Callable[..., Any] = extending.intrinsic
 
 
 class LaneVector(types.Type):  # type: ignore[misc]
@@ -379,3 +383,45 @@ def float_bits(typingctx: Any, value: Any) -> Any:
 def bits_float(typingctx: Any, value: Any) -> Any:
     """The float32 that has these bits, an int32."""
     return types.float32(types.int32), lambda context, builder, sig, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def pair(typingctx: Any, a: Any, b: Any) -> Any:
+    """The float32 `a` in the first eight lanes and `b` in the other eight."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = _vector("float")
+        undefined, index = ir.Constant(kind, ir.Undefined), ir.IntType(32)
+        first = builder.insert_element(undefined, args[0], ir.Constant(index, 0))
+        second = builder.insert_element(undefined, args[1], ir.Constant(index, 0))
+        order = ir.Constant(ir.VectorType(index, LANES), [0] * 8 + [LANES] * 8)
+        return builder.shuffle_vector(first, second, order)
+
+    return f32x16(types.float32, types.float32), codegen
+
+
+@intrinsic
+def lookup(typingctx: Any, table: Any, index: Any) -> Any:
+    """Each lane's entry of a table of eight, the first eight lanes of `table`: the low three bits of `index` choose.
+
+    LLVM has no name for this, but knows the pattern: with AVX2 it is one permutation of each half.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        number = ir.IntType(32)
+        eight = ir.Constant(ir.VectorType(number, 8), list(range(8)))
+        low = builder.shuffle_vector(args[0], ir.Constant(_vector("float"), ir.Undefined), eight)
+        index = builder.and_(args[1], ir.Constant(_vector("i32"), [7] * LANES))
+        value: Any = ir.Constant(_vector("float"), ir.Undefined)
+        for lane in range(LANES):
+            at = builder.extract_element(index, ir.Constant(number, lane))
+            value = builder.insert_element(value, builder.extract_element(low, at), ir.Constant(number, lane))
+        return value
+
+    return f32x16(f32x16, i32x16), codegen
+
+
+@intrinsic
+def lane_numbers(typingctx: Any) -> Any:
+    """0 to 15, each lane its own number."""
+    return i32x16(), lambda context, builder, sig, args: ir.Constant(_vector("i32"), list(range(LANES)))

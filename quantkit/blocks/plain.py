@@ -9,6 +9,7 @@ import numpy as np
 from quantkit.blocks.base import Block, kernel
 from quantkit.blocks.lanes import (
     LANES,
+    absolute,
     as_float_bits,
     as_int_bits,
     bits,
@@ -18,7 +19,9 @@ from quantkit.blocks.lanes import (
     half_bits,
     half_value,
     halves,
+    largest,
     load,
+    maximum,
     splat,
     store,
 )
@@ -38,6 +41,18 @@ def first_nonfinite(x: Any) -> Any:
         if not np.isfinite(x[i]):
             return i
     return -1
+
+
+@kernel
+def largest_magnitude(x: Any) -> Any:
+    """The largest magnitude in float32 `x`, 0 if it is empty."""
+    most = splat(np.float32(0))
+    for start in range(0, x.size - LANES + 1, LANES):
+        most = maximum(absolute(load(x, start)), most)
+    result = largest(most)
+    for i in range(x.size - x.size % LANES, x.size):
+        result = max(result, abs(x[i]))
+    return result
 
 
 class F32(Block, type=GGMLType.F32):

@@ -154,15 +154,12 @@ def affine_search(xs: Any, ws: Any, ls: Any, n: Any, nmax: Any, rmin: Any, rdelt
 
 
 @piece
-def signed_search(xs: Any, ws: Any, n: Any, nmax: Any) -> Any:
-    """Scale for `x ~ scale * l`, l in -nmax..nmax-1 (make_qx_quants with rmse_type 1).
+def extremes(xs: Any, n: Any) -> Any:
+    """The element of largest magnitude, the first of equals, and the mask of sub-blocks that are all but zero.
 
-    `ws` are the weights, or None for x squared. Returns scale and the inverse scale that gives the best levels;
-    both are 0 where the sub-block is all but zero.
+    There the extreme is 1, to keep what is computed from it small.
     """
-    zero = splat(ZERO)
-    one = splat(ONE)
-    amax, extreme = zero, zero
+    amax, extreme = splat(ZERO), splat(ZERO)
     for i in range(n):
         x = load(xs, i * LANES)
         ax = absolute(x)
@@ -170,7 +167,18 @@ def signed_search(xs: Any, ws: Any, n: Any, nmax: Any) -> Any:
         amax = select(larger, ax, amax)
         extreme = select(larger, x, extreme)
     empty = amax < splat(GROUP_MAX_EPS)
-    extreme = select(empty, one, extreme)
+    return select(empty, splat(ONE), extreme), empty
+
+
+@piece
+def signed_search(xs: Any, ws: Any, n: Any, nmax: Any) -> Any:
+    """Scale for `x ~ scale * l`, l in -nmax..nmax-1 (make_qx_quants with rmse_type 1).
+
+    `ws` are the weights, or None for x squared. Returns scale, the inverse scale that gives the best levels, and the
+    mask of sub-blocks that are all but zero, where both are 0.
+    """
+    zero = splat(ZERO)
+    extreme, empty = extremes(xs, n)
     best, scale, best_inverse = zero, zero, zero
     for trial in range(19):
         # The reference tries the plain scale first, then the 18 around it.
@@ -201,7 +209,117 @@ def signed_search(xs: Any, ws: Any, n: Any, nmax: Any) -> Any:
             scale = select(better, this_scale, scale)
             best = select(better, this_scale * sum_lx, best)
             best_inverse = select(better, inverse, best_inverse)
-    return select(empty, zero, scale), select(empty, zero, best_inverse)
+    return select(empty, zero, scale), select(empty, zero, best_inverse), empty
+
+
+@piece
+def refined_search(xs: Any, ls: Any, n: Any, nmax: Any) -> Any:
+    """Scale for `x ~ scale * l`, l in -nmax..nmax-1, by moving one level at a time (make_q3_quants with do_rmse).
+
+    Leaves the levels, counted from 0 (0 too where the sub-block is all but zero), as float32 in `ls`.
+    """
+    zero = splat(ZERO)
+    extreme, empty = extremes(xs, n)
+    inverse = splat(-np.float32(nmax)) / extreme
+    sum_lx, sum_l2 = zero, zero
+    for i in range(n):
+        x = load(xs, i * LANES)
+        level = to_float(clamped_ints(inverse * x, -nmax, nmax - 1))
+        store(ls, i * LANES, level)
+        w = x * x
+        sum_lx = sum_lx + w * x * level
+        sum_l2 = sum_l2 + w * level * level
+    # A lane in which nothing changed stays as it is in later rounds, so all may go on until the last has settled.
+    for _ in range(5):
+        settled = ALL
+        for i in range(n):
+            x = load(xs, i * LANES)
+            old = load(ls, i * LANES)
+            w = x * x
+            wx = w * x
+            rest_lx = sum_lx - wx * old
+            rest_l2 = sum_l2 - w * old * old
+            level = to_float(clamped_ints(x * rest_l2 / rest_lx, -nmax, nmax - 1))
+            new_lx = rest_lx + wx * level
+            new_l2 = rest_l2 + w * level * level
+            better = (rest_lx > zero) & (level != old) & (new_l2 > zero)
+            better = better & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
+            sum_lx = select(better, new_lx, sum_lx)
+            sum_l2 = select(better, new_l2, sum_l2)
+            store(ls, i * LANES, select(better, level, old))
+            settled &= ~bits(better)
+        if settled == ALL:
+            break
+    for i in range(n):
+        store(ls, i * LANES, select(empty, zero, load(ls, i * LANES) + splat(np.float32(nmax))))
+    return select(empty | ~(sum_l2 > zero), zero, sum_lx / sum_l2)
+
+
+@piece
+def positive_search(xs: Any, ws: Any, codes: Any, n: Any, nmax: Any) -> Any:
+    """Scale for `x ~ scale * l`, l in 0..nmax, for x that should not be negative (make_qp_quants).
+
+    `ws` are the weights. Leaves the levels, as the 8 bits that the reference keeps, in the int32 `codes`.
+    """
+    zero, byte, top = splat(ZERO), splat(0xFF), splat(nmax)
+    most = zero
+    for i in range(n):
+        most = maximum(most, load(xs, i * LANES))
+    empty = most < splat(GROUP_MAX_EPS)
+    most = select(empty, splat(ONE), most)
+    plain = splat(np.float32(nmax)) / most
+    best_inverse, best = plain, zero
+    for i in range(n):
+        x = load(xs, i * LANES)
+        level = to_float(nearest_ints(plain * x) & byte)
+        diff = x - splat(ONE) / plain * level
+        best = best + load(ws, i * LANES) * diff * diff
+    for trial in range(-4, 5):
+        if trial == 0:
+            continue
+        inverse = splat(np.float32(0.1) * np.float32(trial) + np.float32(nmax)) / most
+        scale = splat(ONE) / inverse
+        error = zero
+        for i in range(n):
+            x = load(xs, i * LANES)
+            diff = x - scale * to_float(minimum(top, nearest_ints(inverse * x)))
+            error = error + load(ws, i * LANES) * diff * diff
+        better = error < best
+        best = select(better, error, best)
+        best_inverse = select(better, inverse, best_inverse)
+    sum_lx, sum_l2 = zero, zero
+    for i in range(n):
+        x = load(xs, i * LANES)
+        code = minimum(top, nearest_ints(best_inverse * x))
+        store(codes, i * LANES, code & byte)
+        level = to_float(code)
+        w = load(ws, i * LANES)
+        sum_lx = sum_lx + w * x * level
+        sum_l2 = sum_l2 + w * level * level
+    for _ in range(5):
+        settled = ALL
+        for i in range(n):
+            x = load(xs, i * LANES)
+            w = load(ws, i * LANES)
+            old_code = load(codes, i * LANES)
+            old = to_float(old_code)
+            rest_lx = sum_lx - w * x * old
+            rest_l2 = sum_l2 - w * old * old
+            code = minimum(top, nearest_ints(x * rest_l2 / rest_lx))
+            level = to_float(code)
+            new_lx = rest_lx + w * x * level
+            new_l2 = rest_l2 + w * level * level
+            better = (rest_lx > zero) & (rest_l2 > zero) & (code != old_code)
+            better = better & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
+            sum_lx = select(better, new_lx, sum_lx)
+            sum_l2 = select(better, new_l2, sum_l2)
+            store(codes, i * LANES, select(better, code & byte, old_code))
+            settled &= ~bits(better)
+        if settled == ALL:
+            break
+    for i in range(n):
+        store(codes, i * LANES, select(empty, splat(0), load(codes, i * LANES)))
+    return select(empty | ~(sum_l2 > zero), zero, sum_lx / sum_l2)
 
 
 @piece

@@ -1,0 +1,287 @@
+"""The K-quants with a scale and a minimum for each sub-block: Q2_K, Q4_K, Q5_K.
+
+Layouts: ggml-common.h. Algorithms: quantize_row_*_ref and quantize_row_*_impl in ggml-quants.c.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quantkit.blocks.base import Block, kernel, piece
+from quantkit.blocks.bytes import get_half, put_half
+from quantkit.blocks.lanes import LANES, absolute, load, maximum, minimum, select, splat, sqrt, store
+from quantkit.blocks.searches import affine_search, clamped_ints, level_of, nearest_ints, positive_search
+from quantkit.blocks.super_blocks import SUPER, mean_square, transpose, weigh
+from quantkit.blocks.types import GGMLType
+
+ZERO = np.float32(0)
+
+
+@piece
+def put_scales(out: Any, at: Any, j: Any, ls: Any, lm: Any) -> None:
+    """Pack the 6-bit scale and minimum of sub-block `j` into the 12 bytes at `at`, in order of j (Q4_K, Q5_K)."""
+    if j < 4:
+        out[at + j] = np.uint8(ls)
+        out[at + j + 4] = np.uint8(lm)
+    else:
+        out[at + j + 4] = np.uint8((ls & 0xF) | ((lm & 0xF) << 4))
+        out[at + j - 4] |= np.uint8((ls >> 4) << 6)
+        out[at + j] |= np.uint8((lm >> 4) << 6)
+
+
+@piece
+def get_scales(data: Any, at: Any, j: Any) -> Any:
+    """The 6-bit scale and minimum of sub-block `j`."""
+    if j < 4:
+        return np.int32(data[at + j] & 63), np.int32(data[at + j + 4] & 63)
+    scale = (data[at + j + 4] & 0xF) | ((data[at + j - 4] >> 6) << 4)
+    low = (data[at + j + 4] >> 4) | ((data[at + j] >> 6) << 4)
+    return np.int32(scale), np.int32(low)
+
+
+@piece
+def put_head_6(out: Any, at: Any, d: Any, dmin: Any, codes: Any, lane: Any) -> None:
+    """The first 16 bytes of Q4_K, from the codes of 8 scales and 8 minimums in `lane`."""
+    put_half(out, at, d)
+    put_half(out, at + 2, dmin)
+    for j in range(8):
+        put_scales(out, at + 4, j, codes[j * LANES + lane], codes[(8 + j) * LANES + lane])
+
+
+@piece
+def put_clamped_head_6(out: Any, at: Any, d: Any, dmin: Any, codes: Any, lane: Any) -> None:
+    """The same for Q5_K, which alone clamps the codes that a search has wrapped around 0."""
+    for j in range(16):
+        codes[j * LANES + lane] = min(np.int32(63), codes[j * LANES + lane])
+    put_head_6(out, at, d, dmin, codes, lane)
+
+
+@piece
+def get_step_6(data: Any, at: Any, j: Any) -> Any:
+    """The scale and the minimum of sub-block `j` of Q4_K and Q5_K, as float32."""
+    scale, low = get_scales(data, at + 4, j)
+    return get_half(data, at) * np.float32(scale), get_half(data, at + 2) * np.float32(low)
+
+
+@piece
+def put_head_4(out: Any, at: Any, d: Any, dmin: Any, codes: Any, lane: Any) -> None:
+    """The scales, minimums and float16 of Q2_K, from the codes of 16 scales and 16 minimums in `lane`."""
+    put_half(out, at + 80, d)
+    put_half(out, at + 82, dmin)
+    for j in range(16):
+        out[at + j] = np.uint8((codes[j * LANES + lane] | (codes[(16 + j) * LANES + lane] << 4)) & 0xFF)
+
+
+@piece
+def get_step_4(data: Any, at: Any, j: Any) -> Any:
+    """The scale and the minimum of sub-block `j` of Q2_K, as float32."""
+    code = np.int32(data[at + j])
+    return get_half(data, at + 80) * np.float32(code & 15), get_half(data, at + 82) * np.float32(code >> 4)
+
+
+@piece
+def pack_q2(levels: Any, out: Any, at: Any) -> None:
+    """Four runs of 32 weights share 32 bytes, the first in the lowest bits."""
+    for half in range(2):
+        for i in range(0, 32, LANES):
+            v = half * 128 + i
+            low = load(levels, v) | (load(levels, v + 32) << splat(2))
+            high = (load(levels, v + 64) << splat(4)) | (load(levels, v + 96) << splat(6))
+            store(out, at + 16 + half * 32 + i, low | high)
+
+
+@piece
+def pack_q4(levels: Any, out: Any, at: Any) -> None:
+    """Two sub-blocks share 32 bytes: the even one in the low nibbles."""
+    for pair in range(4):
+        for i in range(0, 32, LANES):
+            low = load(levels, pair * 64 + i)
+            high = load(levels, pair * 64 + 32 + i)
+            store(out, at + 16 + pair * 32 + i, low | (high << splat(4)))
+
+
+@piece
+def pack_q5(levels: Any, out: Any, at: Any) -> None:
+    """As Q4_K, the fifth bits apart: sub-block j's are bit j of 32 bytes before."""
+    for i in range(0, 32, LANES):
+        top = splat(0)
+        for pair in range(4):
+            low = load(levels, pair * 64 + i)
+            high = load(levels, pair * 64 + 32 + i)
+            store(out, at + 48 + pair * 32 + i, (low & splat(15)) | ((high & splat(15)) << splat(4)))
+            top = top | ((low >> splat(4)) << splat(2 * pair)) | ((high >> splat(4)) << splat(2 * pair + 1))
+        store(out, at + 16 + i, top)
+
+
+@piece
+def weigh_by_size(xs: Any, n: Any, ws: Any) -> None:
+    """Without importance weights, Q4_K and Q5_K weigh by the sub-block's root mean square plus the magnitude."""
+    total = splat(ZERO)
+    for i in range(n):
+        v = load(xs, i * LANES)
+        total = total + v * v
+    average = sqrt(total / splat(np.float32(n)))
+    for i in range(n):
+        store(ws, i * LANES, average + absolute(load(xs, i * LANES)))
+
+
+@piece
+def weigh_by_magnitude(xs: Any, n: Any, ws: Any) -> None:
+    """Without importance weights, Q2_K weighs by the magnitude."""
+    for i in range(n):
+        store(ws, i * LANES, absolute(load(xs, i * LANES)))
+
+
+@piece
+def code_by_largest(values: Any, codes: Any, n: Any, top: Any) -> Any:
+    """Quantize the scales (or minimums) of each super-block to 0..top so that the largest is `top`. Returns the step."""
+    zero, limit = splat(ZERO), splat(np.float32(top))
+    most = zero
+    for j in range(n):
+        most = maximum(load(values, j * LANES), most)
+    inverse = select(most > zero, limit / most, zero)
+    for j in range(n):
+        code = nearest_ints(inverse * load(values, j * LANES)) & splat(0xFF)
+        store(codes, j * LANES, minimum(splat(top), code))
+    return most / limit
+
+
+@piece
+def encode_affine(
+    x: Any, out: Any, n_per_row: Any, weights: Any, n: Any, nmax: Any, top: Any, plain: Any, factor: Any, nbytes: Any,
+    weigh_plain: Any, put_head: Any, get_step: Any, pack: Any,
+) -> None:  # fmt: skip
+    """Encode super-blocks with sub-blocks of `n` weights and levels 0..nmax, sixteen at a time.
+
+    Scales and minimums have codes 0..top. `plain` is (rmin, nstep, use_mad) of the search without importance weights,
+    whose weights are `weigh_plain`'s; `factor` times the mean square goes into the importance weights. `put_head`
+    writes scales and minimums, `get_step` reads them back, `pack` lays out the levels.
+    """
+    rmin, nstep, use_mad = plain
+    count = SUPER // n
+    xs = np.empty(SUPER * LANES, np.float32)
+    ws = np.empty(n * LANES, np.float32)
+    ls = np.empty(n * LANES, np.float32)
+    values = np.empty(2 * count * LANES, np.float32)  # scales, then minimums
+    answers = np.empty(2 * count * LANES, np.float32)  # inverse scales and bases of the best levels
+    codes = np.empty(2 * count * LANES, np.int32)
+    sums = np.empty(count * LANES, np.float32)
+    steps = np.empty(2 * LANES, np.float32)
+    levels = np.empty(SUPER, np.uint8)
+    n_blocks = x.size // SUPER
+    for first in range(0, n_blocks, LANES):
+        transpose(x, first, n_blocks, xs)
+        if weights is not None:
+            sigma = mean_square(xs, factor)
+        for j in range(count):
+            part = xs[j * n * LANES : (j + 1) * n * LANES]
+            if weights is None:
+                weigh_plain(part, n, ws)
+                found = affine_search(part, ws, ls, n, nmax, rmin, np.float32(0.1), nstep, use_mad)
+            else:
+                store(sums, j * LANES, weigh(weights, first, n_blocks, n_per_row, j * n, part, sigma, n, ws))
+                found = affine_search(part, ws, ls, n, nmax, np.float32(-0.9), np.float32(0.05), 36, False)
+            store(values, j * LANES, found[0])
+            store(values, (count + j) * LANES, -found[1])
+            store(answers, j * LANES, found[2])
+            store(answers, (count + j) * LANES, found[3])
+        for which in range(2):  # scales, minimums
+            part = values[which * count * LANES : (which + 1) * count * LANES]
+            part_codes = codes[which * count * LANES : (which + 1) * count * LANES]
+            if weights is None:
+                store(steps, which * LANES, code_by_largest(part, part_codes, count, top))
+            else:
+                store(steps, which * LANES, positive_search(part, sums, part_codes, count, top))
+        for lane in range(min(LANES, n_blocks - first)):
+            at, start = (first + lane) * nbytes, (first + lane) * SUPER
+            put_head(out, at, steps[lane], steps[LANES + lane], codes, lane)
+            for j in range(count):
+                step, low = get_step(out, at, j)
+                if step != ZERO:
+                    for i in range(j * n, (j + 1) * n, LANES):
+                        level = clamped_ints((load(x, start + i) + splat(low)) / splat(step), 0, nmax)
+                        store(levels, i, level)
+                else:  # the search's own levels stay
+                    inverse, base = answers[j * LANES + lane], answers[(count + j) * LANES + lane]
+                    for i in range(j * n, (j + 1) * n):
+                        levels[i] = level_of(x[start + i], inverse, base, 0, nmax)
+            pack(levels, out, at)
+
+
+class Q2_K(Block, type=GGMLType.Q2_K):
+    """2 bits with 4-bit scales and minimums for every 16 weights."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_q2_K_ref and quantize_row_q2_K_impl."""
+        plain = (np.float32(-0.5), 15, True)
+        encode_affine(
+            x, out, n_per_row, weights, 16, 3, 15, plain, 1, 84, weigh_by_magnitude, put_head_4, get_step_4, pack_q2
+        )
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_q2_K."""
+        for block in range(out.size // SUPER):
+            at = block * 84
+            for j in range(16):
+                step, low = get_step_4(data, at, j)
+                source, to, shift = at + 16 + (j // 8) * 32 + (j & 1) * 16, block * SUPER + j * 16, (j // 2 & 3) * 2
+                for i in range(16):
+                    out[to + i] = step * np.float32((data[source + i] >> shift) & 3) - low
+
+
+class Q4_K(Block, type=GGMLType.Q4_K):
+    """4 bits with 6-bit scales and minimums for every 32 weights."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_q4_K_ref and quantize_row_q4_K_impl."""
+        plain = (np.float32(-1), 20, False)
+        encode_affine(
+            x, out, n_per_row, weights, 32, 15, 63, plain, 2, 144, weigh_by_size, put_head_6, get_step_6, pack_q4
+        )
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_q4_K."""
+        for block in range(out.size // SUPER):
+            at = block * 144
+            for j in range(8):
+                step, low = get_step_6(data, at, j)
+                source, to, shift = at + 16 + (j // 2) * 32, block * SUPER + j * 32, (j & 1) * 4
+                for i in range(32):
+                    out[to + i] = step * np.float32((data[source + i] >> shift) & 15) - low
+
+
+class Q5_K(Block, type=GGMLType.Q5_K):
+    """5 bits with 6-bit scales and minimums for every 32 weights."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_q5_K_ref and quantize_row_q5_K_impl."""
+        plain = (np.float32(-0.5), 15, False)
+        encode_affine(
+            x, out, n_per_row, weights, 32, 31, 63, plain, 2, 176, weigh_by_size, put_clamped_head_6, get_step_6,
+            pack_q5,
+        )
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_q5_K."""
+        for block in range(out.size // SUPER):
+            at = block * 176
+            for j in range(8):
+                step, low = get_step_6(data, at, j)
+                source, to, shift = at + 48 + (j // 2) * 32, block * SUPER + j * 32, (j & 1) * 4
+                for i in range(32):
+                    level = ((data[source + i] >> shift) & 15) + (((data[at + 16 + i] >> j) & 1) << 4)
+                    out[to + i] = step * np.float32(level) - low

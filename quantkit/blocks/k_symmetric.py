@@ -1,0 +1,237 @@
+"""The K-quants with a scale for each sub-block and no minimum: Q3_K, Q6_K.
+
+Layouts: ggml-common.h. Algorithms: quantize_row_*_ref and quantize_row_*_impl in ggml-quants.c.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quantkit.blocks.base import Block, kernel, piece
+from quantkit.blocks.bytes import get_half, put_half
+from quantkit.blocks.lanes import LANES, absolute, load, maximum, minimum, select, splat, store
+from quantkit.blocks.searches import (
+    GROUP_MAX_EPS,
+    clamped_ints,
+    gather,
+    level_of,
+    nearest_int,
+    nearest_ints,
+    refined_search,
+    signed_search,
+)
+from quantkit.blocks.super_blocks import SUPER, mean_square, transpose, weigh
+from quantkit.blocks.types import GGMLType
+
+ZERO = np.float32(0)
+
+
+@piece
+def code_by_extreme(scales: Any, codes: Any) -> Any:
+    """Quantize 16 scales of each super-block to 0..63 (32 is zero), the scale of largest magnitude to 0 (Q3_K)."""
+    zero = splat(ZERO)
+    amax, extreme = zero, zero
+    for j in range(16):
+        scale = load(scales, j * LANES)
+        larger = absolute(scale) > amax
+        amax = select(larger, absolute(scale), amax)
+        extreme = select(larger, scale, extreme)
+    some = extreme != zero
+    inverse = splat(np.float32(-32)) / extreme
+    for j in range(16):
+        code = (nearest_ints(inverse * load(scales, j * LANES)) << splat(24)) >> splat(24)
+        code = maximum(splat(-32), minimum(splat(31), code)) + splat(32)
+        store(codes, j * LANES, select(some, code, splat(0)))
+    return select(some, splat(np.float32(1)) / inverse, zero)
+
+
+@piece
+def code_by_search(scales: Any, sums: Any, codes: Any) -> Any:
+    """The same by a search, each sub-block weighed by the sum of its weights."""
+    step, inverse, empty = signed_search(scales, sums, 16, 32)
+    for j in range(16):
+        code = clamped_ints(inverse * load(scales, j * LANES), -32, 31) + splat(32)
+        store(codes, j * LANES, select(empty, splat(0), code))
+    return step
+
+
+@piece
+def put_scales_3(out: Any, at: Any, codes: Any, lane: Any) -> None:
+    """Pack 16 scales of 6 bits into 12 bytes: the low nibbles of j and j + 8, then the high pairs of four."""
+    for j in range(8):
+        low, high = codes[j * LANES + lane], codes[(j + 8) * LANES + lane]
+        out[at + j] = np.uint8((low & 15) | ((high & 15) << 4))
+    for j in range(4):
+        top = 0
+        for quarter in range(4):
+            top |= (codes[(quarter * 4 + j) * LANES + lane] >> 4) << (2 * quarter)
+        out[at + 8 + j] = np.uint8(top)
+
+
+@piece
+def get_scale_3(data: Any, at: Any, j: Any) -> Any:
+    """The scale of sub-block `j` of Q3_K, -32..31."""
+    low = (np.int32(data[at + j % 8]) >> (4 * (j // 8))) & 15
+    return np.int32(low | (((np.int32(data[at + 8 + j % 4]) >> (2 * (j // 4))) & 3) << 4)) - np.int32(32)
+
+
+@piece
+def pack_q3(levels: Any, out: Any, at: Any) -> None:
+    """The top bits: run j of 32 weights is bit j of 32 bytes. The low pairs: as in Q2_K."""
+    three = splat(3)
+    for i in range(0, 32, LANES):
+        top = splat(0)
+        for half in range(2):
+            v = half * 128 + i
+            low = splat(0)
+            for quarter in range(4):
+                level = load(levels, v + quarter * 32)
+                low = low | ((level & three) << splat(2 * quarter))
+                top = top | ((level >> splat(2)) << splat(4 * half + quarter))
+            store(out, at + 32 + half * 32 + i, low)
+        store(out, at + i, top)
+
+
+class Q3_K(Block, type=GGMLType.Q3_K):
+    """3 bits with a 6-bit scale for every 16 weights."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_q3_K_ref and quantize_row_q3_K_impl."""
+        xs = np.empty(SUPER * LANES, np.float32)
+        ls = np.empty(SUPER * LANES, np.float32)  # weights, or what the refined search found
+        scales = np.empty(16 * LANES, np.float32)
+        sums = np.empty(16 * LANES, np.float32)
+        inverses = np.empty(16 * LANES, np.float32)
+        codes = np.empty(16 * LANES, np.int32)
+        steps = np.empty(LANES, np.float32)
+        levels = np.empty(SUPER, np.uint8)
+        n_blocks = x.size // SUPER
+        for first in range(0, n_blocks, LANES):
+            transpose(x, first, n_blocks, xs)
+            if weights is not None:
+                sigma = mean_square(xs, 2)
+            for j in range(16):
+                part = xs[j * 16 * LANES : (j + 1) * 16 * LANES]
+                if weights is None:
+                    store(scales, j * LANES, refined_search(part, ls[j * 16 * LANES : (j + 1) * 16 * LANES], 16, 4))
+                else:
+                    store(sums, j * LANES, weigh(weights, first, n_blocks, n_per_row, j * 16, part, sigma, 16, ls))
+                    scale, inverse, _ = signed_search(part, ls, 16, 4)
+                    store(scales, j * LANES, scale)
+                    store(inverses, j * LANES, inverse)
+            if weights is None:
+                store(steps, 0, code_by_extreme(scales, codes))
+            else:
+                store(steps, 0, code_by_search(scales, sums, codes))
+            for lane in range(min(LANES, n_blocks - first)):
+                at, start = (first + lane) * 110, (first + lane) * SUPER
+                put_scales_3(out, at + 96, codes, lane)
+                put_half(out, at + 108, steps[lane])
+                d = get_half(out, at + 108)
+                for j in range(16):
+                    step = d * np.float32(codes[j * LANES + lane] - 32)
+                    if step != ZERO:
+                        level = clamped_ints(load(x, start + j * 16) / splat(step), -4, 3) + splat(4)
+                        store(levels, j * 16, level)
+                    elif weights is None:  # the search's own levels stay
+                        for i in range(j * 16, (j + 1) * 16):
+                            levels[i] = np.uint8(ls[i * LANES + lane])
+                    else:
+                        keep_levels(x, start, j, inverses[j * LANES + lane], 4, levels)
+                pack_q3(levels, out, at)
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_q3_K."""
+        for block in range(out.size // SUPER):
+            at = block * 110
+            d = get_half(data, at + 108)
+            for j in range(16):
+                step = d * np.float32(get_scale_3(data, at + 96, j))
+                high, to = at + (j & 1) * 16, block * SUPER + j * 16
+                low, shift, bit = high + 32 + (j // 8) * 32, (j // 2 & 3) * 2, j // 2
+                for i in range(16):
+                    level = ((data[low + i] >> shift) & 3) | (((data[high + i] >> bit) & 1) << 2)
+                    out[to + i] = step * np.float32(np.int32(level) - 4)
+
+
+@piece
+def keep_levels(x: Any, start: Any, j: Any, inverse: Any, nmax: Any, levels: Any) -> None:
+    """The levels of a signed search for sub-block `j`; an all but empty one has 0, not the middle."""
+    for i in range(j * 16, (j + 1) * 16):
+        levels[i] = level_of(x[start + i], inverse, ZERO, -nmax, nmax - 1) + nmax if inverse != ZERO else 0
+
+
+class Q6_K(Block, type=GGMLType.Q6_K):
+    """6 bits with an 8-bit scale for every 16 weights."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_q6_K_ref and quantize_row_q6_K_impl. The 16 lanes hold one super-block."""
+        xs = np.empty(16 * LANES, np.float32)
+        ws = np.empty(16 * LANES, np.float32)
+        scales = np.empty(LANES, np.float32)
+        inverses = np.empty(LANES, np.float32)
+        levels = np.empty(SUPER, np.uint8)
+        for block in range(x.size // SUPER):
+            start, at = block * SUPER, block * 210
+            gather(x, start, 16, 16, xs, 0, LANES)
+            if weights is None:
+                scale, inverse, _ = signed_search(xs, None, 16, 32)
+            else:
+                gather(weights, start % n_per_row, 16, 16, ws, 0, LANES)
+                scale, inverse, _ = signed_search(xs, ws, 16, 32)
+            store(scales, 0, scale)
+            store(inverses, 0, inverse)
+            max_abs, max_scale = ZERO, ZERO
+            for j in range(16):
+                if abs(scales[j]) > max_abs:
+                    max_abs, max_scale = abs(scales[j]), scales[j]
+            if max_abs < GROUP_MAX_EPS:
+                out[at : at + 210] = 0
+                continue
+            iscale = np.float32(-128) / max_scale
+            put_half(out, at + 208, np.float32(1) / iscale)
+            d = get_half(out, at + 208)
+            for j in range(16):
+                code = min(127, nearest_int(iscale * scales[j]))
+                out[at + 192 + j] = np.uint8(code & 0xFF)
+                step = d * np.float32(np.int8(code & 0xFF))
+                if step != ZERO:
+                    level = clamped_ints(load(x, start + j * 16) / splat(step), -32, 31) + splat(32)
+                    store(levels, j * 16, level)
+                else:
+                    keep_levels(x, start, j, inverses[j], 32, levels)
+            for half in range(2):
+                for i in range(0, 32, LANES):
+                    v = half * 128 + i
+                    a, b = load(levels, v), load(levels, v + 32)
+                    c, e = load(levels, v + 64), load(levels, v + 96)
+                    low, four = splat(15), splat(4)
+                    store(out, at + half * 64 + i, (a & low) | ((c & low) << four))
+                    store(out, at + half * 64 + 32 + i, (b & low) | ((e & low) << four))
+                    top = (a >> four) | ((b >> four) << splat(2)) | ((c >> four) << four) | ((e >> four) << splat(6))
+                    store(out, at + 128 + half * 32 + i, top)
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_q6_K."""
+        for block in range(out.size // SUPER):
+            at = block * 210
+            d = get_half(data, at + 208)
+            for half in range(2):
+                ql, qh, to = at + half * 64, at + 128 + half * 32, block * SUPER + half * 128
+                for quarter in range(4):
+                    source, shift = ql + (quarter & 1) * 32, (quarter >> 1) * 4
+                    for i in range(32):
+                        scale = np.float32(np.int8(data[at + 192 + half * 8 + quarter * 2 + i // 16]))
+                        top = ((data[qh + i] >> (2 * quarter)) & 3) << 4
+                        level = np.float32(np.int32(((data[source + i] >> shift) & 15) | top) - 32)
+                        out[to + quarter * 32 + i] = d * scale * level

@@ -1,0 +1,88 @@
+"""Bytes and values are the reference's: ggml 0.25.3 in llama_cpp, and libgguf, which needs no compiler."""
+
+from __future__ import annotations
+
+import block_rows
+import numpy as np
+import pytest
+from block_reference import Ggml
+from conftest import requires_libgguf, requires_reference
+
+from quantkit import GGMLType, blocks
+
+KINDS = blocks.encodable()
+WEIGHTS = block_rows.importance()
+# llama.cpp decides where libgguf 0.2.2 differs from it; and what it lacks.
+NOT_IN_LIBGGUF = {GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.Q2_0}
+DIFFERS_IN_LIBGGUF = {GGMLType.IQ1_M}
+
+
+@pytest.fixture(scope="module")
+def ggml() -> Ggml:
+    return Ggml()
+
+
+@pytest.fixture(scope="module")
+def rows() -> np.ndarray:
+    return block_rows.all_rows()
+
+
+def same_floats(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Equal bit for bit, any NaN being as good as another."""
+    return (a.view(np.uint32) == b.view(np.uint32)) | (np.isnan(a) & np.isnan(b))
+
+
+def wrong_rows(ours: np.ndarray, theirs: np.ndarray) -> list[str]:
+    """The names (or numbers) of rows whose bytes differ."""
+    names = list(block_rows.named_rows())
+    bad = np.nonzero((ours != theirs).any(axis=1))[0]
+    return [names[i] if i < len(names) else f"random {i - len(names)}" for i in bad]
+
+
+@requires_reference
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_encode_is_ggmls(ggml: Ggml, rows: np.ndarray, kind: GGMLType, weights: str) -> None:
+    if WEIGHTS[weights] is None and ggml.requires_weights(kind):
+        return  # ggml aborts; ours has its own test
+    ours = blocks.encode(rows, kind, WEIGHTS[weights])
+    assert wrong_rows(ours, ggml.encode(rows, kind, WEIGHTS[weights])) == []
+
+
+@requires_reference
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_decode_is_ggmls(ggml: Ggml, kind: GGMLType) -> None:
+    n_blocks = 9 * 256 // kind.block_size if kind.is_quantized else 5003  # an odd length for the plain types
+    data = np.random.default_rng(4).integers(0, 256, (64, n_blocks * kind.type_size), np.uint8)
+    assert same_floats(blocks.decode(data, kind), ggml.decode(data, kind)).all()
+
+
+@requires_libgguf
+@pytest.mark.parametrize("weights", ["none", "uneven", "with zeros"])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in NOT_IN_LIBGGUF], ids=lambda kind: kind.name)
+def test_encode_and_decode_are_libggufs(rows: np.ndarray, kind: GGMLType, weights: str) -> None:
+    import libgguf
+
+    if WEIGHTS[weights] is None and libgguf.quantize_requires_imatrix(int(kind)):
+        return
+    rows = rows[::3]
+    ours = blocks.encode(rows, kind, WEIGHTS[weights])
+    theirs = libgguf.quantize_rows(rows, int(kind), WEIGHTS[weights])
+    if kind in DIFFERS_IN_LIBGGUF:
+        assert (ours != theirs).sum() <= 2
+    else:
+        assert np.array_equal(ours, theirs)
+    assert same_floats(blocks.decode(theirs, kind), libgguf.dequantize_rows(theirs, int(kind))).all()
+
+
+@requires_reference
+@pytest.mark.parametrize("kind", [GGMLType.MXFP4, GGMLType.NVFP4], ids=lambda kind: kind.name)
+def test_float4_scales_follow_the_logarithm_of_the_reference(ggml: Ggml, kind: GGMLType) -> None:
+    # log2f rounds up just below powers of two, how far below depends on the power; and UE4M3 rounds in its own way.
+    below = (2**24 - np.arange(64)[None, :]) * 2.0**-24
+    largest = np.ldexp(below, np.arange(-148, 129)[:, None]).reshape(-1).astype(np.float32)
+    largest = largest[np.isfinite(largest)]
+    rows = np.zeros((largest.size, 64), np.float32)
+    rows[:] = largest[:, None] * np.random.default_rng(5).uniform(-1, 1, rows.shape).astype(np.float32)
+    rows[:, ::16] = largest[:, None]
+    assert np.array_equal(blocks.encode(rows, kind), ggml.encode(rows, kind))
