@@ -167,9 +167,9 @@ class Layer:
 class ForwardSpec:
     """The forward pass of a model, from token ids to logits.
 
-    `embedding` and `position_embedding` name tensors whose rows are looked up; `embedding_scale` multiplies the token's.
-    `output` is the embedding's own tensor where the two are tied. `logit_scale` multiplies logits, then `logit_softcap`
-    bends them as `Attention.softcap` does scores.
+    `embedding` and `position_embedding` name tensors whose rows are looked up; `embedding_scale` multiplies the
+    token's. `output` is the embedding's own tensor where the two are tied. `logit_scale` multiplies logits, then
+    `logit_softcap` bends them as `Attention.softcap` does scores.
     """
 
     architecture: str
@@ -197,7 +197,7 @@ def linear(tensors: Mapping[str, TensorInfo], stem: str) -> Linear:
 
 
 def rope(metadata: Metadata, n_dims: int, style: RopeStyle, tensors: Mapping[str, TensorInfo]) -> Rope:
-    """The rotary embedding that a GGUF's `rope.*` keys and its `rope_freqs.weight` describe, as llama.cpp reads them."""
+    """The rotary embedding of a GGUF's `rope.*` keys and its `rope_freqs.weight`, as llama.cpp reads them."""
     prefix = f"{metadata.architecture}.rope"
     scaling = metadata.lookup(f"{prefix}.scaling.type", "linear")
     factor = float(metadata.lookup(f"{prefix}.scaling.factor", metadata.lookup(f"{prefix}.scale_linear", 0.0)))
@@ -251,7 +251,8 @@ def llama(metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
         raise QuantkitError(f"the metadata says {n_layer} layers, which the model's {len(tensors)} tensors cannot hold")
     heads = _per_layer(metadata, f"{arch}.attention.head_count", n_layer)
     heads_kv = [
-        kv or n for kv, n in zip(_per_layer(metadata, f"{arch}.attention.head_count_kv", n_layer, 0), heads, strict=True)
+        kv or n
+        for kv, n in zip(_per_layer(metadata, f"{arch}.attention.head_count_kv", n_layer, 0), heads, strict=True)
     ]
     if min(heads) < 1:
         raise QuantkitError(f"the metadata's {arch}.attention.head_count is {min(heads)}, which is less than 1")

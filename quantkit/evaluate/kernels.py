@@ -184,7 +184,9 @@ def split_heads(
 
 
 @kernel
-def causal_softmax(scores: np.ndarray, heads: int, first_query: int, first_key: int, window: int, sums: np.ndarray) -> None:
+def causal_softmax(
+    scores: np.ndarray, heads: int, first_query: int, first_key: int, window: int, sums: np.ndarray
+) -> None:
     """Scores to exponentials less the row's maximum, in place, and their sums: softmax but for the division.
 
     `scores` is [queries * heads, keys]: `heads` rows for each query from position `first_query` on, and the keys from

@@ -20,8 +20,8 @@ class PerplexityResult:
     """The perplexity of a text under a model.
 
     `ppl` is e to the mean negative log-likelihood, in nats, of the `n_tokens` scored tokens, and `error` its standard
-    error. `chunk_nll` is each chunk's mean, `running` the estimate after each chunk. `seconds` is the time of the forward
-    passes, and `tokens_per_second` counts all tokens that went through the model.
+    error. `chunk_nll` is each chunk's mean, `running` the estimate after each chunk. `seconds` is the time of the
+    forward passes, and `tokens_per_second` counts all tokens that went through the model.
     """
 
     ppl: float
@@ -49,7 +49,8 @@ def chunked(tokens: np.ndarray, n_ctx: int, chunks: int | None, bos: int | None,
         raise QuantkitError(f"cannot measure over {chunks} chunks: use 1 or more")
     if len(tokens) < 2 * n_ctx:
         raise QuantkitError(
-            f"{label}: the text has {len(tokens)} tokens, but {2 * n_ctx} are needed with a context of {n_ctx}: use a longer text or a smaller context"
+            f"{label}: the text has {len(tokens)} tokens, but {2 * n_ctx} are needed with a context of "
+            f"{n_ctx}: use a longer text or a smaller context"
         )
     n_chunks = len(tokens) // n_ctx
     if chunks is not None:

@@ -13,7 +13,9 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from contextlib import AbstractContextManager
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -107,7 +109,8 @@ class _LayerWeights:
             if all(part.bias is None for part, _ in present):
                 return matrix, None
             biases = [
-                weights.vector(part.bias, n) if part.bias is not None else np.zeros(n, np.float32) for part, n in present
+                weights.vector(part.bias, n) if part.bias is not None else np.zeros(n, np.float32)
+                for part, n in present
             ]
             return matrix, np.concatenate(biases)
 
@@ -164,7 +167,7 @@ class Transformer:
         `tokens` is int32 [n_seq, n_ctx]; the result float32 [n_seq, positions, n_vocab].
         """
         hidden = self._hidden(tokens, first, tokens.shape[1] if stop is None else stop)
-        n_seq, n_rows, n_embd = hidden.shape
+        n_seq, n_rows = hidden.shape[:2]
         out = np.empty((n_seq, n_rows, self.spec.n_vocab), np.float32)
 
         def compute(slab: np.ndarray, bias: np.ndarray | None, at: int, seq: int) -> None:
@@ -177,7 +180,7 @@ class Transformer:
 
         with self._blas(n_seq):
             self._over_vocabulary(compute, n_seq)
-        self._refuse_nan(tokens, out[:, :, 0])
+        self._refuse_nan(tokens, out.max(axis=2, initial=-np.inf))
         return out
 
     def log_likelihoods(self, tokens: np.ndarray, first: int = 0) -> np.ndarray:
@@ -229,10 +232,13 @@ class Transformer:
     def _controller(self) -> ThreadpoolController:
         return ThreadpoolController()
 
-    def _blas(self, n_tasks: int) -> object:
+    def _blas(self, n_tasks: int) -> AbstractContextManager[Any]:
         """BLAS's share of the threads while `n_tasks` tasks run: one each if these fill the threads, else all."""
         self._side_by_side = n_tasks >= self.n_threads > 1
-        return self._controller.limit(limits=1 if self._side_by_side else self.n_threads, user_api="blas")
+        limits: AbstractContextManager[Any] = self._controller.limit(
+            limits=1 if self._side_by_side else self.n_threads, user_api="blas"
+        )
+        return limits
 
     def _run(self, tasks: Iterable[Callable[[], None]]) -> None:
         """Carry out tasks on the pool and wait for all; the first exception is raised here."""
@@ -251,7 +257,7 @@ class Transformer:
     # -- the forward pass
 
     def _hidden(self, tokens: np.ndarray, first: int, stop: int, nan_check: bool = False) -> np.ndarray:
-        """The normalised output of the last layer at positions `first` to `stop`: float32 [n_seq, positions, n_embd]."""
+        """The last layer's output, normalised, at positions `first` to `stop`: float32 [n_seq, positions, n_embd]."""
         n_seq, n_ctx = tokens.shape
         spec = self.spec
         x = self._weights.lookup(spec.embedding, tokens, spec.n_embd)
@@ -267,9 +273,8 @@ class Transformer:
                 weights = _LayerWeights(self._weights, layer, spec.n_embd)
                 norms = self._norm(layer.attention_norm), self._norm(layer.feed_forward_norm)
                 tables = self._rope(layer.attention, n_ctx)
-                span, to = (first, stop), last
-                if i + 1 < len(spec.layers):
-                    span, to = (0, n_ctx), x
+                in_place = i + 1 < len(spec.layers)
+                span, to = ((0, n_ctx), x) if in_place else ((first, stop), last)
 
                 def step(
                     u: int,
@@ -280,12 +285,17 @@ class Transformer:
                     span: tuple[int, int] = span,
                     to: np.ndarray = to,
                 ) -> None:
-                    self._layer(layer, weights, norms, tables, x[units[u]], span, to[units[u]])
+                    before, after = x[units[u]], to[units[u]]
+                    mixed = self._attend(layer, weights, norms[0], tables, before, span)
+                    if to is not x:
+                        after[:] = before[:, span[0] : span[1]]
+                    self._feed_forward(layer, weights, norms[1], mixed, after.reshape(-1, spec.n_embd))
 
                 self._each(step, len(units))
                 if nan_check and np.isnan(to).any():
                     raise QuantkitError(
-                        f"{self.source.label}: layer {i} (blk.{i}) is the first whose output holds NaN; its weights are damaged or out of float32's range"
+                        f"{self.source.label}: layer {i} (blk.{i}) is the first whose output holds NaN; "
+                        "its weights are damaged or out of float32's range"
                     )
             if not spec.layers:
                 last[:] = x[:, first:stop]
@@ -298,32 +308,20 @@ class Transformer:
             self._each(finish, len(units))
         return last
 
-    def _layer(
-        self,
-        layer: Layer,
-        weights: _LayerWeights,
-        norms: tuple[np.ndarray, np.ndarray],
-        tables: tuple[np.ndarray, np.ndarray],
-        x: np.ndarray,
-        span: tuple[int, int],
-        to: np.ndarray,
+    def _feed_forward(
+        self, layer: Layer, weights: _LayerWeights, norm: np.ndarray, mixed: np.ndarray, x: np.ndarray
     ) -> None:
-        """Take `x` [n_seq, n_ctx, n_embd] through a layer; its output at positions `span` goes to `to`, perhaps x."""
-        attention, ff = layer.attention, layer.feed_forward
-        assert isinstance(ff, FeedForward)
-        assert layer.attention_norm is not None and layer.feed_forward_norm is not None
-        mixed = self._attend(attention, weights, layer.attention_norm.eps, norms[0], tables, x, span)
-        n_embd = x.shape[2]
-        if to.shape != x.shape or to.base is not x.base:
-            to[:] = x[:, span[0] : span[1]]
-        rows = to.reshape(-1, n_embd)
+        """Add both branches of a layer to `x` [rows, n_embd]; `mixed` is the attention's part, before its product."""
+        ff = layer.feed_forward
+        assert isinstance(ff, FeedForward) and layer.feed_forward_norm is not None
+        n_embd = x.shape[1]
         take = self._workspace.take
-        for start in range(0, len(rows), _ROWS):
-            block = rows[start : start + _ROWS]
+        for start in range(0, len(x), _ROWS):
+            block = x[start : start + _ROWS]
             n = len(block)
             branch, normed = take("branch", n, n_embd), take("normed", n, n_embd)
             _multiply(mixed[start : start + n], weights.out, branch)
-            kernels.add_rms_norm(block, branch, norms[1], layer.feed_forward_norm.eps, normed)
+            kernels.add_rms_norm(block, branch, norm, layer.feed_forward_norm.eps, normed)
             gate_up = _multiply(normed, weights.gate_up, take("gate_up", n, 2 * ff.n_ff))
             active = take("active", n, ff.n_ff)
             kernels.silu_gate(gate_up, active)
@@ -332,21 +330,22 @@ class Transformer:
 
     def _attend(
         self,
-        attention: Attention,
+        layer: Layer,
         weights: _LayerWeights,
-        eps: float,
         norm: np.ndarray,
         tables: tuple[np.ndarray, np.ndarray],
         x: np.ndarray,
         span: tuple[int, int],
     ) -> np.ndarray:
         """Attention of each sequence of `x`, before its output product: [n_seq * positions, heads * head size]."""
+        attention = layer.attention
+        assert layer.attention_norm is not None
         n_seq, n_ctx, n_embd = x.shape
         groups, head_k, head_v = attention.n_head_kv, attention.head_k, attention.head_v
         heads = attention.n_head // groups
         n_q, n_k = attention.n_head * head_k, groups * head_k
         neighbours = attention.rope is not None and attention.rope.style is RopeStyle.NORMAL
-        still = tables[0][:, :0]
+        still, one = np.ascontiguousarray(tables[0][:, :0]), np.float32(1.0)
         take = self._workspace.take
         q, k = take("q", n_seq, groups, n_ctx, heads, head_k), take("k", n_seq, groups, n_ctx, 1, head_k)
         v = take("v", n_seq, groups, n_ctx, 1, head_v)
@@ -355,14 +354,13 @@ class Transformer:
         for start in range(0, len(rows), step):
             block = rows[start : start + step]
             normed = take("normed", len(block), n_embd)
-            kernels.rms_norm(block, norm, eps, normed)
+            kernels.rms_norm(block, norm, layer.attention_norm.eps, normed)
             qkv = _multiply(normed, weights.qkv, take("qkv", len(block), len(weights.qkv[0])))
             done = 0
             while done < len(block):
                 seq, position = divmod(start + done, n_ctx)
                 n = min(len(block) - done, n_ctx - position)
                 part = qkv[done : done + n]
-                one = np.float32(1.0)
                 kernels.split_heads(part, 0, *tables, position, neighbours, np.float32(attention.scale), q[seq])
                 kernels.split_heads(part, n_q, *tables, position, neighbours, one, k[seq])
                 kernels.split_heads(part, n_q + n_k, still, still, position, neighbours, one, v[seq])
@@ -384,9 +382,7 @@ class Transformer:
                     kernels.merge_heads(values, sums, mixed[seq, start - first : end - first], group * heads * head_v)
         return mixed.reshape(-1, attention.n_head * head_v)
 
-    def _over_vocabulary(
-        self, compute: Callable[[np.ndarray, np.ndarray | None, int, int], None], n_seq: int
-    ) -> None:
+    def _over_vocabulary(self, compute: Callable[[np.ndarray, np.ndarray | None, int, int], None], n_seq: int) -> None:
         """Call `compute(rows of the output matrix, their bias, their first token, sequence)` for all of both."""
         spec = self.spec
         bias = None if spec.output.bias is None else self._weights.vector(spec.output.bias, spec.n_vocab)
@@ -395,7 +391,7 @@ class Transformer:
             stop = min(start + step, spec.n_vocab)
             slab = self._weights.slab(spec.output.weight, spec.n_vocab, spec.n_embd, start, stop)
             part = None if bias is None else bias[start:stop]
-            self._each(lambda seq, slab=slab, part=part, start=start: compute(slab, part, start, seq), n_seq)  # type: ignore[misc]
+            self._each(partial(compute, slab, part, start), n_seq)
 
     # -- small things
 
@@ -419,7 +415,8 @@ class Transformer:
         if bad.size:
             self._hidden(tokens[bad[:1]], 0, tokens.shape[1], nan_check=True)
             raise QuantkitError(
-                f"{self.source.label}: the logits are NaN though no layer's output is: {self.spec.output_norm.weight} or {self.spec.output.weight} is damaged"
+                f"{self.source.label}: the logits are NaN though no layer's output is: "
+                f"{self.spec.output_norm.weight} or {self.spec.output.weight} is damaged"
             )
 
     def _refuse_unsupported(self) -> None:
@@ -440,7 +437,9 @@ class Transformer:
                 "soft-capped scores": attention.softcap is not None,
                 "norms of queries and keys": bool(attention.q_norm or attention.k_norm),
                 "norms after a branch": bool(layer.post_attention_norm or layer.post_feed_forward_norm),
-                "norms other than RMS": any(norm is None or norm.bias or norm.kind is not NormKind.RMS for norm in norms),
+                "norms other than RMS": any(
+                    norm is None or norm.bias or norm.kind is not NormKind.RMS for norm in norms
+                ),
                 "parallel branches": layer.parallel,
                 "scaled branches": layer.branch_scale != 1.0,
             }
@@ -448,9 +447,12 @@ class Transformer:
             sizes = attention.n_head, attention.n_head_kv, attention.head_k, attention.head_v, ff.n_ff
             if min(sizes) < 1 or attention.n_head % attention.n_head_kv:
                 raise QuantkitError(
-                    f"{label}: {attention.n_head} heads of {attention.head_k} over {attention.n_head_kv} of keys and values cannot be"
+                    f"{label}: impossible sizes: {attention.n_head} heads of {attention.head_k}, "
+                    f"{attention.n_head_kv} for keys and values of {attention.head_v}, {ff.n_ff} in the feed-forward block"
                 )
             if attention.rope is not None and not 0 <= attention.rope.n_dims <= attention.head_k:
-                raise QuantkitError(f"{label}: {attention.rope.n_dims} rotated dimensions in heads of {attention.head_k}")
+                raise QuantkitError(
+                    f"{label}: {attention.rope.n_dims} rotated dimensions in heads of {attention.head_k}"
+                )
         if missing:
             raise QuantkitError(f"{label}: the forward pass does not know {', '.join(missing)} yet")

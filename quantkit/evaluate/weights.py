@@ -95,9 +95,8 @@ class Weights:
         unique, inverse = np.unique(rows, return_inverse=True)
         self._check(name, info.n_rows, n_in)
         if unique.size and not 0 <= unique[0] <= unique[-1] < info.n_rows:
-            raise QuantkitError(
-                f"{self._source.label}: token {unique[-1] if unique[0] >= 0 else unique[0]} is not one of the {info.n_rows} of {name}"
-            )
+            wrong = unique[-1] if unique[0] >= 0 else unique[0]
+            raise QuantkitError(f"{self._source.label}: token {wrong} is not one of the {info.n_rows} of {name}")
         encoded = self._source.read(name)[unique]
         return decode(encoded, info.type)[inverse].reshape(*rows.shape, n_in)
 
@@ -114,7 +113,8 @@ class Weights:
             raise QuantkitError(f"{self._source.label}: the tensor {name} is missing")
         if (info.n_rows, info.n_per_row) != (n_rows, n_in):
             raise QuantkitError(
-                f"{self._source.label}: tensor {name} has shape {list(info.shape)}, but the metadata asks for {n_rows} rows of {n_in}"
+                f"{self._source.label}: tensor {name} has shape {list(info.shape)}, "
+                f"but the metadata asks for {n_rows} rows of {n_in}"
             )
 
     def _rows(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
@@ -125,13 +125,16 @@ class Weights:
         step = max(1, _DECODE_WEIGHTS // n_in)
 
         def task(name: str, start: int, stop: int, out: np.ndarray) -> Callable[[], None]:
-            return lambda: void(self._rows(name, start, stop, out))
+            def decode_rows() -> None:
+                self._rows(name, start, stop, out)
 
-        def void(_: object) -> None:
-            return None
+            return decode_rows
 
+        pieces = list(pieces)
         self._run(
             task(name, at, min(at + step, stop), out[at - start : min(at + step, stop) - start])
             for name, start, stop, out in pieces
             for at in range(start, stop, step)
         )
+        for name, *_ in pieces:
+            self._source.release(name)

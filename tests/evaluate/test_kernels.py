@@ -1,0 +1,106 @@
+"""The kernels between the products, against float64 numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantkit.evaluate import kernels
+
+
+def test_exponential_keeps_its_stated_bound_over_its_whole_range():
+    x = np.linspace(-87.0, 88.0, 4_000_001).astype(np.float32)
+    out = np.empty_like(x)
+    kernels.exponentials(x, out)
+    assert np.abs(out / np.exp(x.astype(np.float64)) - 1).max() < 1.5e-7
+
+
+def test_exponential_at_the_ends():
+    x = np.array([-np.inf, -200.0, 0.0, -0.0, 200.0, np.inf, np.nan], np.float32)
+    out = np.empty_like(x)
+    kernels.exponentials(x, out)
+    assert out[0] == out[1] < 2e-38
+    assert out[2] == out[3] == 1.0
+    assert out[4] == out[5] > 1e38
+    assert np.isnan(out[6])
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    n=st.integers(1, 70),
+    heads=st.integers(1, 4),
+    first=st.integers(0, 40),
+    window=st.integers(1, 90),
+    seed=st.integers(0, 99),
+)
+def test_softmax_sees_its_window_and_no_later_key(n, heads, first, window, seed):
+    rng = np.random.default_rng(seed)
+    first_key = max(0, first - window + 1)
+    scores = rng.standard_normal((n * heads, first + n - first_key)).astype(np.float32) * 5
+    query = first + np.arange(n * heads)[:, None] // heads
+    key = first_key + np.arange(scores.shape[1])
+    seen = (key <= query) & (key > query - window)
+    expected = np.where(seen, np.exp(np.where(seen, scores, -np.inf).astype(np.float64)), 0)
+    expected /= expected.sum(1, keepdims=True)
+    sums = np.empty(n * heads, np.float32)
+    kernels.causal_softmax(scores, heads, first, first_key, window, sums)
+    assert (scores[~seen] == 0).all()
+    np.testing.assert_allclose(scores / sums[:, None], expected, rtol=2e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("neighbours", [True, False])
+def test_rotation_turns_pairs_and_leaves_the_rest(neighbours):
+    rng = np.random.default_rng(1)
+    groups, heads, size, pairs, n, start = 2, 3, 10, 4, 5, 2
+    x = rng.standard_normal((n, 7 + groups * heads * size)).astype(np.float32)
+    angle = rng.uniform(0, 6, (n + start, pairs))
+    out = np.full((groups, n + start, heads, size), np.nan, np.float32)
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    kernels.split_heads(x, 7, cos, sin, start, neighbours, np.float32(0.5), out)
+    whole = x[:, 7:].reshape(n, groups, heads, size).astype(np.float64)
+    a, b = (whole[..., 0:8:2], whole[..., 1:8:2]) if neighbours else (whole[..., :4], whole[..., 4:8])
+    turned = (a + 1j * b) * np.exp(1j * angle[start:, None, None])
+    expected = whole.copy()
+    if neighbours:
+        expected[..., 0:8:2], expected[..., 1:8:2] = turned.real, turned.imag
+    else:
+        expected[..., :4], expected[..., 4:8] = turned.real, turned.imag
+    np.testing.assert_allclose(out[:, start:], expected.transpose(1, 0, 2, 3) * 0.5, rtol=1e-5, atol=1e-6)
+    assert np.isnan(out[:, :start]).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 100), seed=st.integers(0, 99))
+def test_norm_and_gate(n, seed):
+    rng = np.random.default_rng(seed)
+    x, branch = rng.standard_normal((2, 3, n)).astype(np.float32)
+    weight = rng.standard_normal(n).astype(np.float32)
+    y = (x + branch).astype(np.float64)
+    expected = y / np.sqrt((y * y).mean(1, keepdims=True) + 1e-3) * weight
+    out = np.empty_like(x)
+    kernels.add_rms_norm(x, branch, weight, 1e-3, out)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(x, y.astype(np.float32))
+    kernels.rms_norm(x, weight, 1e-3, out)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    gate_up = np.concatenate([x * 30, branch], axis=1)
+    g = gate_up[:, :n].astype(np.float64)
+    kernels.silu_gate(gate_up, out)
+    np.testing.assert_allclose(out, g / (1 + np.exp(-g)) * branch, rtol=1e-6, atol=1e-35)
+
+
+@settings(deadline=None, max_examples=30)
+@given(n_vocab=st.integers(1, 300), tile=st.integers(1, 300), scale=st.floats(0.1, 60), seed=st.integers(0, 99))
+def test_log_likelihood_does_not_depend_on_tiles(n_vocab, tile, scale, seed):
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal((4, n_vocab)) * scale).astype(np.float32)
+    targets = rng.integers(0, n_vocab, 4).astype(np.int32)
+    wide = logits.astype(np.float64)
+    top = wide.max(1)
+    expected = wide[np.arange(4), targets] - top - np.log(np.exp(wide - top[:, None]).sum(1))
+    maxima, sums, chosen = np.full(4, -np.inf), np.zeros(4), np.zeros(4)
+    for at in range(0, n_vocab, tile):
+        kernels.score_tile(np.ascontiguousarray(logits[:, at : at + tile]), at, targets, maxima, sums, chosen)
+    np.testing.assert_allclose(chosen - maxima - np.log(sums), expected, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,84 @@
+"""The forward pass against llama.cpp itself, and the perplexity that llama-perplexity reports."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SHARED, requires_reference, requires_shared
+from tiny import N_VOCAB, relative_error, tiny_metadata, tiny_weights, write_gguf
+
+from quantkit.blocks.types import GGMLType
+from quantkit.evaluate.perplexity import perplexity
+from quantkit.evaluate.transformer import Transformer
+from quantkit.formats.gguf import ValueType
+from quantkit.pipeline.checkpoint import CheckpointSource
+from quantkit.pipeline.source import GGUFSource
+
+YARN = {
+    "rope__scaling__type": (ValueType.STRING, "yarn"),
+    "rope__scaling__factor": (ValueType.FLOAT32, 4.0),
+    "rope__scaling__original_context_length": (ValueType.UINT32, 64),
+}
+LINEAR = {"rope__scaling__type": (ValueType.STRING, "linear"), "rope__scaling__factor": (ValueType.FLOAT32, 2.0)}
+
+
+def reference_logits(path: Path, tokens: np.ndarray) -> np.ndarray:
+    """llama.cpp's logits at every position of tokens [n_ctx], its attention in float32."""
+    import llama_cpp as lib
+
+    lib.llama_backend_init()
+    model_params = lib.llama_model_default_params()
+    model = lib.llama_model_load_from_file(str(path).encode(), model_params)
+    assert model
+    params = lib.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = -(-len(tokens) // 256) * 256
+    params.n_threads = params.n_threads_batch = 2
+    params.type_k = params.type_v = lib.GGML_TYPE_F32
+    context = lib.llama_init_from_model(model, params)
+    batch = lib.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens.tolist()):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, True
+    assert lib.llama_decode(context, batch) == 0
+    n_vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    pointer = ctypes.cast(lib.llama_get_logits(context), ctypes.POINTER(ctypes.c_float))
+    logits = np.ctypeslib.as_array(pointer, (len(tokens), n_vocab)).copy()
+    lib.llama_batch_free(batch)
+    lib.llama_free(context)
+    lib.llama_model_free(model)
+    return logits
+
+
+@requires_reference
+@pytest.mark.parametrize(
+    ("kind", "extra", "options"),
+    [
+        (GGMLType.F16, {}, {}),
+        (GGMLType.F32, {}, {"tied": True, "biases": True}),
+        (GGMLType.F16, {}, {"factors": True}),
+        (GGMLType.F16, LINEAR, {}),
+        (GGMLType.F16, YARN, {}),
+        (GGMLType.F16, {**YARN, "rope__scaling__yarn_log_multiplier": (ValueType.FLOAT32, 0.5)}, {}),
+        (GGMLType.F16, {**YARN, "rope__scaling__attn_factor": (ValueType.FLOAT32, 0.8)}, {}),
+    ],
+)
+def test_logits_equal_llama_cpps(tmp_path, kind, extra, options):
+    path = write_gguf(tmp_path / "m.gguf", tiny_metadata(**extra), tiny_weights(4, **options), kind)
+    tokens = np.random.default_rng(5).integers(0, N_VOCAB, 200).astype(np.int32)
+    ours = Transformer(GGUFSource(path), 2).logits(tokens[None])[0]
+    # llama.cpp rounds the activations that it multiplies with F16 weights to F16; with F32 weights it does not.
+    assert relative_error(ours, reference_logits(path, tokens)) < (2e-3 if kind == GGMLType.F16 else 2e-5)
+
+
+@requires_shared
+def test_perplexity_of_the_development_checkpoint(docs_llama):
+    """llama-perplexity's own numbers for its F16 conversion; the checkpoint's BF16 weights are exact in float32."""
+    text = (SHARED / "data" / "docs-test.txt").read_text(encoding="utf-8")
+    result = perplexity(CheckpointSource(docs_llama), text)
+    assert result.n_chunks == 424
+    assert result.running[79] == pytest.approx(6.1494, rel=1e-3)
+    assert result.ppl == pytest.approx(8.3333, rel=1e-3)
+    assert result.error == pytest.approx(0.0677, rel=1e-2)

@@ -1,0 +1,175 @@
+"""The whole forward pass, against the same written plainly in float64, and against itself in other batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tiny import BOS, N_EMBD, N_VOCAB, plain_logits, relative_error, tiny_metadata, tiny_weights, write_gguf
+
+from quantkit.blocks.types import GGMLType
+from quantkit.errors import QuantkitError
+from quantkit.evaluate.perplexity import perplexity
+from quantkit.evaluate.transformer import Transformer
+from quantkit.formats.gguf import ValueType
+from quantkit.pipeline.source import GGUFSource
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf", tiny_metadata(), tiny_weights())
+
+
+def some_tokens(n_seq: int, n_ctx: int, seed: int = 3) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, N_VOCAB, (n_seq, n_ctx)).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (GGMLType.F32, {}),
+        (GGMLType.F16, {"tied": True}),
+        (GGMLType.Q8_0, {"biases": True}),
+        (GGMLType.BF16, {"factors": True}),
+    ],
+)
+@pytest.mark.parametrize("n_ctx", [7, 150])
+def test_logits_equal_the_plain_forward_pass(tmp_path, kind, options, n_ctx):
+    path = write_gguf(tmp_path / "m.gguf", tiny_metadata(), tiny_weights(1, **options), kind)
+    tokens = some_tokens(2, n_ctx)
+    logits = Transformer(GGUFSource(path), 2).logits(tokens)
+    for row, expected in zip(logits, (plain_logits(path, t) for t in tokens), strict=True):
+        assert relative_error(row, expected) < 2e-6
+
+
+def test_linear_rope_scaling(tmp_path):
+    extra = {"rope__scaling__type": (ValueType.STRING, "linear"), "rope__scaling__factor": (ValueType.FLOAT32, 4.0)}
+    path = write_gguf(tmp_path / "m.gguf", tiny_metadata(**extra), tiny_weights(2))
+    tokens = some_tokens(1, 40)
+    assert relative_error(Transformer(GGUFSource(path)).logits(tokens)[0], plain_logits(path, tokens[0], 0.25)) < 2e-6
+
+
+@pytest.mark.parametrize("n_ctx", [10, 300])
+def test_results_do_not_depend_on_batch_threads_or_memory(model_path, n_ctx):
+    tokens = some_tokens(7, n_ctx)
+    source = GGUFSource(model_path)
+    base = Transformer(source, 1).log_likelihoods(tokens, n_ctx // 2)
+    for n_threads, memory, step in [(1, None, 1), (2, None, 7), (3, None, 2), (4, 0, 3), (16, None, 7)]:
+        model = Transformer(source, n_threads, memory)
+        other = np.concatenate([model.log_likelihoods(tokens[i : i + step], n_ctx // 2) for i in range(0, 7, step)])
+        np.testing.assert_allclose(other, base, rtol=1e-5)
+
+
+def test_scored_positions_alone_equal_all_of_them(model_path):
+    tokens = some_tokens(3, 100)
+    model = Transformer(GGUFSource(model_path), 2)
+    full = model.logits(tokens)
+    np.testing.assert_allclose(model.logits(tokens, 37, 61), full[:, 37:61], rtol=1e-4, atol=1e-4)
+    wide = full.astype(np.float64)
+    expected = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    expected = np.take_along_axis(expected[:, 50:-1], tokens[:, 51:, None], axis=2)[..., 0]
+    np.testing.assert_allclose(model.log_likelihoods(tokens, 50), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_later_tokens_change_nothing_before_them(model_path):
+    model = Transformer(GGUFSource(model_path), 1)
+    tokens = some_tokens(1, 90)
+    changed = tokens.copy()
+    changed[0, 60:] = (changed[0, 60:] + 1) % N_VOCAB
+    np.testing.assert_array_equal(model.logits(tokens, 0, 60), model.logits(changed, 0, 60))
+
+
+def test_perplexity_scores_the_second_half_of_chunks_that_begin_with_bos(model_path):
+    text = "The quick brown fox jumps over the lazy dog. " * 20
+    source = GGUFSource(model_path)
+    seen = []
+    result = perplexity(source, text, n_ctx=64, n_threads=2, progress=lambda *args: seen.append(args))
+    ids = np.concatenate([[BOS], np.frombuffer(text.encode(), np.uint8)])
+    chunks = ids[: len(ids) // 64 * 64].reshape(-1, 64)
+    nll = []
+    for chunk in chunks:
+        logits = plain_logits(model_path, np.concatenate([[BOS], chunk[1:]]))[32:63]
+        nll.append(np.log(np.exp(logits).sum(1)) - logits[np.arange(31), chunk[33:]])
+    nll = np.array(nll)
+    assert (result.n_chunks, result.n_tokens) == (len(chunks), nll.size)
+    assert result.ppl == pytest.approx(np.exp(nll.mean()), rel=1e-5)
+    assert result.error == pytest.approx(nll.std() / np.sqrt(nll.size - 1) * np.exp(nll.mean()), rel=1e-4)
+    assert result.chunk_nll == pytest.approx(nll.mean(1), rel=1e-5)
+    assert result.running[-1] == result.ppl
+    assert [done for done, *_ in seen] == list(range(1, len(chunks) + 1))
+    limited = perplexity(source, ids, n_ctx=64, chunks=3, batch=2)
+    assert limited.n_chunks == 3
+    assert limited.ppl == pytest.approx(result.running[2], rel=1e-6)
+
+
+def test_text_that_is_too_short(model_path):
+    with pytest.raises(QuantkitError, match=r"15 tokens, but 16 are needed"):
+        perplexity(GGUFSource(model_path), "x" * 14, n_ctx=8)
+
+
+@pytest.mark.parametrize("arguments", [{"n_ctx": 2}, {"chunks": 0}])
+def test_sizes_that_cannot_be(model_path, arguments):
+    with pytest.raises(QuantkitError):
+        perplexity(GGUFSource(model_path), "x" * 5000, **arguments)
+
+
+def test_nan_names_the_first_layer_that_made_it(tmp_path):
+    weights = tiny_weights()
+    weights["blk.1.ffn_down.weight"][5, 7] = np.nan
+    path = write_gguf(tmp_path / "m.gguf", tiny_metadata(), weights)
+    model = Transformer(GGUFSource(path), 1)
+    for call in (model.logits, model.log_likelihoods):
+        with pytest.raises(QuantkitError, match=r"blk\.1\b.*NaN"):
+            call(some_tokens(2, 20))
+
+
+def test_nan_in_the_output_matrix(tmp_path):
+    weights = tiny_weights()
+    weights["output.weight"][100, 7] = np.nan
+    path = write_gguf(tmp_path / "m.gguf", tiny_metadata(), weights)
+    model = Transformer(GGUFSource(path), 1)
+    for call in (model.logits, model.log_likelihoods):
+        with pytest.raises(QuantkitError, match=r"output\.weight"):
+            call(some_tokens(2, 20))
+
+
+def test_unknown_architecture_lists_the_known_ones(tmp_path):
+    metadata = tiny_metadata()
+    metadata.set("general.architecture", ValueType.STRING, "nonesuch")
+    path = write_gguf(tmp_path / "m.gguf", metadata, tiny_weights())
+    with pytest.raises(QuantkitError, match=r"nonesuch.*llama"):
+        Transformer(GGUFSource(path))
+
+
+def test_missing_and_misshapen_tensors_are_named(tmp_path):
+    weights = tiny_weights()
+    del weights["blk.1.attn_v.weight"]
+    path = write_gguf(tmp_path / "missing.gguf", tiny_metadata(), weights)
+    with pytest.raises(QuantkitError, match=r"blk\.1\.attn_v\.weight is missing"):
+        Transformer(GGUFSource(path)).logits(some_tokens(1, 5))
+    weights = tiny_weights()
+    weights["blk.0.ffn_up.weight"] = weights["blk.0.ffn_up.weight"][:, : N_EMBD // 2].copy()
+    path = write_gguf(tmp_path / "misshapen.gguf", tiny_metadata(), weights)
+    with pytest.raises(QuantkitError, match=r"blk\.0\.ffn_up\.weight has shape"):
+        Transformer(GGUFSource(path)).logits(some_tokens(1, 5))
+
+
+def test_token_outside_the_vocabulary(model_path):
+    with pytest.raises(QuantkitError, match="token 258"):
+        Transformer(GGUFSource(model_path)).logits(np.array([[1, 258]], np.int32))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.head_count", 0),
+        ("attention.head_count_kv", 4),
+        ("block_count", 1 << 30),
+        ("rope.dimension_count", 99),
+    ],
+)
+def test_impossible_metadata(tmp_path, key, value):
+    metadata = tiny_metadata()
+    metadata.set(f"llama.{key}", ValueType.UINT32, value)
+    path = write_gguf(tmp_path / "m.gguf", metadata, tiny_weights())
+    with pytest.raises(QuantkitError):
+        Transformer(GGUFSource(path))
