@@ -11,7 +11,7 @@ from quantkit.errors import QuantkitError
 
 FAMILIES: tuple[type[Architecture], ...] = (Llama,)
 
-_BY_CLASS = {name: family for family in FAMILIES for name in family.checkpoints}
+BY_CLASS = {name: family for family in FAMILIES for name in family.checkpoints}
 
 
 def load_architecture(directory: Path) -> Architecture:
@@ -21,9 +21,9 @@ def load_architecture(directory: Path) -> Architecture:
     """
     config = Config.load(directory)
     name = config.model_class
-    family = _BY_CLASS.get(name)
+    family = BY_CLASS.get(name)
     if family is None:
-        known = ", ".join(sorted(_BY_CLASS))
+        known = ", ".join(sorted(BY_CLASS))
         raise QuantkitError(f"{config.path}: the architecture {name} is not supported; supported: {known}")
     return family(config)
 

@@ -233,11 +233,12 @@ class CheckpointSource:
         """Rows of a tensor as they are stored: float32, float16, or bfloat16 as uint16, of shape (rows, row length)."""
         parts = self._rows[name]
         n_each = math.prod(parts[0].shape[:-1])
-        pieces = []
-        first, last = (start // n_each, -(-stop // n_each)) if n_each else (0, 0)
-        for i in range(first, max(last, first + 1)):
-            low, high = max(start - i * n_each, 0), min(stop - i * n_each, n_each)
-            pieces.append(_take(parts[i], low, high))
+        if start == stop:
+            return _take(parts[0], 0, 0)
+        pieces = [
+            _take(parts[i], max(start - i * n_each, 0), min(stop - i * n_each, n_each))
+            for i in range(start // n_each, -(-stop // n_each))
+        ]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 

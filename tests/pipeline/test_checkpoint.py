@@ -1,0 +1,313 @@
+"""Checkpoints seen as GGUF: whole files equal to the reference converter's, rows on request, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, requires_reference, requires_shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantkit import architectures
+from quantkit.architectures.base import Architecture, Experts, Transform
+from quantkit.blocks.types import GGMLType
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf import GGUFFile, Metadata, Value, ValueType
+from quantkit.pipeline.checkpoint import CheckpointSource, output_name
+from quantkit.pipeline.execute import execute
+from quantkit.pipeline.plan import plan_copy
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from make_checkpoints import RECIPES, make_checkpoint
+
+GOLDENS = ROOT / "tests" / "goldens" / "convert"
+OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+LLAMA3, LINEAR, YARN = "Tiny-Llama-0.1M-Instruct-v0.2", "tiny-linear", "tiny-yarn"
+
+
+def golden(name: str) -> dict[str, Any]:
+    return json.loads((GOLDENS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def write(source: CheckpointSource, path: Path) -> Path:
+    execute(source, [(plan_copy(source), path)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    parent = tmp_path_factory.mktemp("checkpoints")
+    return {name: make_checkpoint(name, parent) for name in RECIPES}
+
+
+@pytest.fixture
+def copy(tiny: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """A checkpoint to damage, with changes to its config.json."""
+
+    def make(name: str = YARN, **changes: Any) -> Path:
+        directory = Path(shutil.copytree(tiny[name], tmp_path / name))
+        config = {**json.loads((directory / "config.json").read_text()), **changes}
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    return make
+
+
+@pytest.mark.parametrize("outtype", OUTTYPES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_file_is_the_reference_converters(tiny: dict[str, Path], tmp_path: Path, name: str, outtype: Any) -> None:
+    source = CheckpointSource(tiny[name], outtype)
+    wanted = golden(name)[outtype]
+    if outtype == "auto":  # first what is told record by record, so that a difference is named
+        records = []
+        for key, value in source.metadata.items():
+            kind = int(value.type).to_bytes(4, "little")
+            raw = len(key.encode()).to_bytes(8, "little") + key.encode() + kind + bytes(value.raw)
+            records.append((key, sha256(raw)))
+        assert records == [(key, digest) for key, _, digest, _ in wanted["metadata"]]
+        tensors = [
+            [t.name, t.type.name, list(t.shape), sha256(source.read(t.name).tobytes())] for t in source.tensors.values()
+        ]
+        assert tensors == wanted["tensors"]
+    assert output_name(source.metadata, source.type.name) == wanted["file"]
+    assert sha256(write(source, tmp_path / "out.gguf").read_bytes()) == wanted["sha256"]
+
+
+@requires_shared
+@pytest.mark.parametrize("outtype", OUTTYPES)
+def test_the_development_checkpoint_converts_like_the_reference(docs_llama: Path, tmp_path: Path, outtype: Any) -> None:
+    source = CheckpointSource(docs_llama, outtype)
+    with open(write(source, tmp_path / "out.gguf"), "rb") as file:
+        assert sha256(file.read()) == golden("docs-llama-45m")[outtype]["sha256"]
+    assert output_name(source.metadata, source.type.name) == golden("docs-llama-45m")[outtype]["file"]
+
+
+@requires_reference
+@pytest.mark.parametrize("name", RECIPES)
+def test_llama_cpp_loads_the_file_and_computes(tiny: dict[str, Path], tmp_path: Path, name: str) -> None:
+    import llama_cpp
+
+    source = CheckpointSource(tiny[name], "f16")
+    path = write(source, tmp_path / "out.gguf")
+    model = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False)
+    try:
+        assert model.metadata["general.name"] == source.metadata.require("general.name")
+        ids = model.tokenize(b"the 123 hats<|end|>", add_bos=True, special=True)
+        assert ids[0] == 296 and ids[-1] == 299
+        model.eval(ids)
+        assert np.isfinite(np.array(model.scores[: len(ids)])).all()
+        assert np.ptp(model.scores[len(ids) - 1]) > 0
+    finally:
+        model.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_rows_are_those_of_the_whole(tiny: dict[str, Path], data: st.DataObject) -> None:
+    source = CheckpointSource(tiny[data.draw(st.sampled_from(sorted(RECIPES)))], data.draw(st.sampled_from(OUTTYPES)))
+    info = source.tensors[data.draw(st.sampled_from(sorted(source.tensors)))]
+    start = data.draw(st.integers(0, info.n_rows))
+    stop = data.draw(st.integers(start, info.n_rows))
+    whole, rows = source.read(info.name), source.read(info.name, start, stop)
+    assert whole.shape == (info.n_rows, info.nbytes // info.n_rows) and whole.dtype == np.uint8
+    np.testing.assert_array_equal(rows, whole[start:stop])
+
+
+def test_rows_that_stand_in_the_file_are_views_of_it(tiny: dict[str, Path]) -> None:
+    source = CheckpointSource(tiny[YARN])
+    plain = source.read("blk.0.ffn_gate.weight", 2, 5)
+    assert not plain.flags.owndata and not plain.flags.writeable
+    assert np.shares_memory(plain, source.read("blk.0.ffn_gate.weight"))
+    assert source.tensors["blk.0.attn_norm.weight"].type == GGMLType.F32
+    assert not source.read("blk.0.attn_norm.weight").flags.owndata  # stored as F32 here
+    source.release("blk.0.ffn_gate.weight")
+    np.testing.assert_array_equal(source.read("blk.0.ffn_gate.weight", 2, 5), plain)
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q.weight", "token_embd.weight"])
+def test_reading_a_row_takes_the_memory_of_a_row(tiny: dict[str, Path], name: str) -> None:
+    source = CheckpointSource(tiny[YARN], "f32")
+    source.read(name, 0, 1)  # kernels are compiled and caches filled
+    tracemalloc.start()
+    try:
+        row = source.read(name, 3, 4)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert source.tensors[name].nbytes > 20_000 > peak > row.nbytes / 2
+
+
+def test_reading_from_several_threads_gives_the_same(tiny: dict[str, Path]) -> None:
+    source = CheckpointSource(tiny[LINEAR], "q8_0")
+    names = list(source.tensors) * 8
+    alone = {name: source.read(name) for name in source.tensors}
+    with ThreadPoolExecutor(8) as pool:
+        for name, data in zip(names, pool.map(source.read, names), strict=True):
+            np.testing.assert_array_equal(data, alone[name])
+
+
+def test_rows_outside_the_tensor_are_refused(tiny: dict[str, Path]) -> None:
+    source = CheckpointSource(tiny[YARN])
+    for start, stop in ((-1, 2), (0, 10_000), (3, 2)):
+        with pytest.raises(IndexError):
+            source.read("token_embd.weight", start, stop)
+
+
+def test_a_snapshot_of_the_hubs_cache_is_named_after_its_repository(tiny: dict[str, Path], tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--some-org--Tiny-0.1B-chat" / "snapshots" / ("0" * 40)
+    shutil.copytree(tiny[YARN], snapshot)
+    metadata = CheckpointSource(snapshot).metadata
+    assert metadata.require("general.name") == "Tiny 0.1B Chat"
+    assert metadata.require("general.organization") == "Some Org"
+    assert CheckpointSource(snapshot, name="Mine").metadata.require("general.name") == "Mine"
+
+
+def test_a_name_cannot_lead_out_of_the_directory() -> None:
+    metadata = Metadata({"general.version": Value.of(ValueType.STRING, "/../../etc/x")})
+    assert "/" not in output_name(metadata, "F16")
+
+
+# Families that the abstraction has to carry, reduced to what they do to tensors.
+
+
+class Odd(Architecture):
+    gguf_name = "llama"
+    checkpoints = {"OddForCausalLM": {"num_hidden_layers": 1}}  # noqa: RUF012
+    transforms = {  # noqa: RUF012
+        "norm.weight": Transform(arithmetic=lambda rows: rows + rows.dtype.type(1)),
+        "o_proj.weight": Transform(rearrange=lambda config, stored: stored.T),
+    }
+    experts = Experts(
+        marker="block_sparse_moe.experts",
+        count=("num_local_experts",),
+        part="model.layers.{layer}.block_sparse_moe.experts.{expert}.{projection}.weight",
+        merged="layers.{layer}.feed_forward.experts.{projection}.weight",
+        projections=("w1", "w2", "w3"),
+    )
+
+
+def odd_checkpoint(directory: Path, dtype: type[np.floating[Any]], n_experts: int = 3) -> dict[str, np.ndarray]:
+    from safetensors.numpy import save_file
+
+    draw = np.random.default_rng(7)
+    shapes = {"model.norm.weight": (64,), "model.layers.0.self_attn.o_proj.weight": (96, 64)}
+    part = "model.layers.0.block_sparse_moe.experts.{}.w{}.weight"
+    shapes |= {part.format(e, w): ((64, 32) if w == 2 else (32, 64)) for e in range(n_experts) for w in (1, 2, 3)}
+    tensors = {name: draw.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps({"architectures": ["OddForCausalLM"], "num_local_experts": 3}))
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_transposed_stacked_and_shifted_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any) -> None:
+    monkeypatch.setitem(architectures.BY_CLASS, "OddForCausalLM", Odd)
+    tensors = odd_checkpoint(tmp_path, dtype)
+    source = CheckpointSource(tmp_path, "f32")
+
+    def read(name: str, *rows: int) -> np.ndarray:
+        return source.read(name, *rows).view(np.float32)
+
+    stacks = {"ffn_gate_exps": 1, "ffn_down_exps": 2, "ffn_up_exps": 3}
+    assert list(source.tensors)[:3] == [f"blk.0.{name}.weight" for name in stacks]
+    for name, w in stacks.items():
+        parts = [tensors[f"model.layers.0.block_sparse_moe.experts.{e}.w{w}.weight"] for e in range(3)]
+        wanted = np.stack(parts).astype(np.float32)
+        info = source.tensors[f"blk.0.{name}.weight"]
+        assert info.shape == wanted.shape[::-1]
+        np.testing.assert_array_equal(read(info.name), wanted.reshape(-1, info.n_per_row))
+        n = info.n_rows // 3
+        np.testing.assert_array_equal(
+            read(info.name, n - 2, 2 * n + 1), wanted.reshape(-1, info.n_per_row)[n - 2 : 2 * n + 1]
+        )
+    assert source.tensors["blk.0.attn_output.weight"].shape == (96, 64)
+    np.testing.assert_array_equal(
+        read("blk.0.attn_output.weight", 5, 9),
+        tensors["model.layers.0.self_attn.o_proj.weight"].T[5:9].astype(np.float32),
+    )
+    shifted = (tensors["model.norm.weight"] + dtype(1)).astype(np.float32)
+    np.testing.assert_array_equal(read("output_norm.weight")[0], shifted)
+
+
+def test_a_missing_expert_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(architectures.BY_CLASS, "OddForCausalLM", Odd)
+    odd_checkpoint(tmp_path, np.float32, n_experts=2)
+    with pytest.raises(QuantkitError, match="layer 0 lacks experts: only 6 of their tensors are there"):
+        CheckpointSource(tmp_path)
+
+
+BAD_CONFIGS = {
+    "unknown architecture": (
+        {"architectures": ["BananaForCausalLM"]},
+        "BananaForCausalLM is not supported; supported: .*LlamaForCausalLM",
+    ),
+    "no architecture": ({"architectures": None}, "names no model class"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq"}}, r"quantized already \(gptq\)"),
+    "no heads": ({"num_attention_heads": 0}, "lacks num_attention_heads"),
+    "too many heads": ({"num_attention_heads": 7}, "'model.layers.0.self_attn.q_proj.weight' of shape .* does not fit"),
+    "heads as text": ({"num_attention_heads": "four"}, "num_attention_heads is 'four', not a whole number"),
+    "fractional layers": ({"num_hidden_layers": 1.5}, "num_hidden_layers is '1.5', not a whole number"),
+    "a billion layers": ({"num_hidden_layers": 10**9}, "announces 1000000000 layers"),
+    "too few layers": ({"num_hidden_layers": 1}, "'model.layers.1.* has no place in llama with 1 layers"),
+    "huge context": ({"max_position_embeddings": 10**30}, "max_position_embeddings is .*, not between 0 and"),
+    "infinite epsilon": ({"rms_norm_eps": math.inf}, "rms_norm_eps is 'inf', not a finite number"),
+    "rope as list": ({"rope_parameters": [1]}, "rope_parameters is .*, not an object"),
+    "unknown rope": ({"rope_parameters": {"rope_type": "spiral"}}, "the rope scaling 'spiral' is not supported"),
+    "rope factor as text": ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor is '2', not a finite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_a_bad_config_is_refused_in_one_line(copy: Callable[..., Path], case: str) -> None:
+    changes, told = BAD_CONFIGS[case]
+    with pytest.raises(QuantkitError, match=told) as caught:
+        assert CheckpointSource(copy(**changes)).metadata
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("config.json", "{", "not valid JSON"),
+        ("config.json", "[]", "not a JSON object"),
+        ("README.md", "---\nlicense: [\n---\n", "README.md or a config is malformed"),
+        ("README.md", "---\nversion: 1.0\n---\n", "general.version cannot be written"),
+        ("README.md", "---\ntags: [1, two]\n---\n", "general.tags cannot be written"),
+        ("generation_config.json", '{"temperature": "hot"}', "general.sampling.temp cannot be written"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(copy: Callable[..., Path], file: str, content: str, told: str) -> None:
+    directory = copy()
+    (directory / file).write_text(content)
+    with pytest.raises(QuantkitError, match=told) as caught:
+        assert CheckpointSource(directory).metadata
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_that_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(QuantkitError, match=r"has no config\.json"):
+        CheckpointSource(tmp_path)
+
+
+def test_the_written_file_reads_back(tiny: dict[str, Path], tmp_path: Path) -> None:
+    source = CheckpointSource(tiny[LLAMA3])
+    file = GGUFFile(write(source, tmp_path / "out.gguf"))
+    assert file.metadata == source.metadata
+    assert file.tensors == dict(source.tensors)
+    assert next(iter(file.tensors)) == "rope_freqs.weight"
+    assert "output.weight" not in file.tensors  # tied
