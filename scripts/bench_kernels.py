@@ -1,6 +1,7 @@
 """Speed of the block kernels against ggml's own, per thread, in the same run: a markdown table.
 
-Ours and the reference take turns on the same arrays; each number is the fastest of the repetitions. Needs llama_cpp,
+Ours and the reference take turns on the same arrays; each number is from the repetition that took the least processor
+time (so other programs that share the machine disturb little). Needs llama_cpp,
 whose libggml-base is the reference. Example: scripts/bench_kernels.py --types Q4_K,Q6_K --rows 1024
 """
 
@@ -28,9 +29,9 @@ BUDGET = 0.1  # seconds of the reference in one repetition: slow formats get few
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     call()
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
 def fastest(ours: Callable[[], Any], theirs: Callable[[], Any], repeat: int) -> tuple[float, float]:
@@ -49,9 +50,9 @@ def measure(ggml: Ggml, kind: GGMLType, rows: np.ndarray, weights: np.ndarray, r
     cases["weighted"] = (lambda r: blocks.encode(r, kind, weights), lambda r: ggml.encode(r, kind, weights), rows)
     cases["decode"] = (lambda r: blocks.decode(r, kind), lambda r: ggml.decode(r, kind), data)
     for name, (ours, theirs, array) in cases.items():
-        start = time.perf_counter()
+        start = time.thread_time()
         ours(array[:1])  # compiled, or loaded from the cache
-        result[f"{name}_ready"] = time.perf_counter() - start
+        result[f"{name}_ready"] = time.thread_time() - start
         once = seconds(lambda theirs=theirs, array=array: theirs(array[:16])) / 16  # type: ignore[misc]
         some = array[: max(16, min(len(array), int(BUDGET / once)))]
         a, b = fastest(lambda: ours(some), lambda: theirs(some), repeat)  # noqa: B023

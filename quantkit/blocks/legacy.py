@@ -1,7 +1,8 @@
 """The formats of 32 weights with one scale each: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
 
-Layouts: ggml-common.h. Algorithms: quantize_row_*_ref in ggml-quants.c. Nothing here depends on the order of
-operations between weights, so a block is two lane vectors: no transposition.
+Layouts: ggml-common.h. Algorithms: quantize_row_*_ref in ggml-quants.c. Without importance weights nothing depends on
+the order of operations between the weights of a block, so it is two lane vectors: no transposition. With importance
+weights (quantize_row_*_impl) scales are searched for, one block in each lane.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from quantkit.blocks.lanes import (
     select,
     smallest,
     splat,
+    sqrt,
     store,
     to_int,
 )
+from quantkit.blocks.searches import affine_search, clamped_ints, gather, signed_search
 from quantkit.blocks.types import GGMLType
 
 QK = 32
@@ -166,14 +169,80 @@ def encode_affine(x: Any, out: Any, nbytes: Any, top: Any, limit: Any) -> None:
             affine_levels(x, out, first, count, least, inverse, nbytes, top, limit, False)
 
 
+@piece
+def row_mean_squares(x: Any, n_per_row: Any, n_rows: Any, out: Any) -> None:
+    """The mean square of each row, added up in order: sixteen rows at once. `out` has room for LANES more."""
+    xs = np.zeros(QK * LANES, np.float32)
+    for first in range(0, n_rows, LANES):
+        total = splat(ZERO)
+        for start in range(first * n_per_row, (first + 1) * n_per_row, QK):
+            gather(x, start, n_per_row, QK, xs, 0, min(LANES, n_rows - first))
+            for i in range(QK):
+                v = load(xs, i * LANES)
+                total = total + v * v
+        store(out, first, total / splat(np.float32(n_per_row)))
+
+
+@piece
+def encode_weighted(
+    x: Any, out: Any, n_per_row: Any, weights: Any, nbytes: Any, low: Any, high: Any, affine: Any
+) -> None:
+    """All four with importance weights: levels low..high, sixteen blocks at a time. `affine` formats have a minimum."""
+    xs = np.zeros(QK * LANES, np.float32)
+    ws = np.zeros(QK * LANES, np.float32)
+    ls = np.empty(QK * LANES, np.float32)
+    sigma = np.zeros(LANES, np.float32)
+    scales = np.empty(LANES, np.float32)
+    lows = np.empty(LANES, np.float32)
+    inverse = np.empty(LANES, np.float32)
+    base = np.zeros(LANES, np.float32)
+    n_blocks, blocks_per_row, n_rows = x.size // QK, n_per_row // QK, x.size // n_per_row
+    squares = np.empty(n_rows + LANES, np.float32)
+    row_mean_squares(x, n_per_row, n_rows, squares)
+    for first in range(0, n_blocks, LANES):
+        count = min(LANES, n_blocks - first)
+        gather(x, first * QK, QK, QK, xs, 0, count)
+        for k in range(count):
+            row = (first + k) // blocks_per_row
+            sigma[k] = squares[row]
+            gather(weights, (first + k - row * blocks_per_row) * QK, 0, QK, ws, k, 1)
+        for i in range(QK):
+            v = load(xs, i * LANES)
+            store(ws, i * LANES, load(ws, i * LANES) * sqrt(load(sigma, 0) + v * v))
+        if affine:
+            found = affine_search(xs, ws, ls, QK, high, np.float32(-0.9), np.float32(0.05), 36, False)
+            store(scales, 0, found[0])
+            store(lows, 0, found[1])
+            store(inverse, 0, found[2])
+            store(base, 0, found[3])
+        else:
+            scale, best, _ = signed_search(xs, ws, QK, -low)
+            store(scales, 0, scale)
+            store(inverse, 0, best)
+        for k in range(count):
+            at, start, scale, zero = (first + k) * nbytes, (first + k) * QK, splat(inverse[k]), splat(base[k])
+            put_half(out, at, scales[k])
+            at += 2
+            if affine:
+                put_half(out, at, lows[k])
+                at += 2
+            offset = splat(-low if inverse[k] != ZERO else 0)  # an all but empty block has levels of 0
+            first_half = clamped_ints(scale * (load(x, start) - zero), low, high) + offset
+            second_half = clamped_ints(scale * (load(x, start + LANES) - zero), low, high) + offset
+            put_levels(out, at, first_half, second_half, high - low == 31)
+
+
 class Q4_0(Block, type=GGMLType.Q4_0):
     """4 bits and a float16 scale."""
 
     @staticmethod
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
-        """See Block; after quantize_row_q4_0_ref."""
-        encode_symmetric(x, out, 18, 8)
+        """See Block; after quantize_row_q4_0_ref and quantize_row_q4_0_impl."""
+        if weights is None:
+            encode_symmetric(x, out, 18, 8)
+        else:
+            encode_weighted(x, out, n_per_row, weights, 18, -8, 7, False)
 
     @staticmethod
     @kernel
@@ -194,8 +263,11 @@ class Q4_1(Block, type=GGMLType.Q4_1):
     @staticmethod
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
-        """See Block; after quantize_row_q4_1_ref."""
-        encode_affine(x, out, 20, 15, 15)
+        """See Block; after quantize_row_q4_1_ref and quantize_row_q4_1_impl."""
+        if weights is None:
+            encode_affine(x, out, 20, 15, 15)
+        else:
+            encode_weighted(x, out, n_per_row, weights, 20, 0, 15, True)
 
     @staticmethod
     @kernel
@@ -216,8 +288,11 @@ class Q5_0(Block, type=GGMLType.Q5_0):
     @staticmethod
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
-        """See Block; after quantize_row_q5_0_ref."""
-        encode_symmetric(x, out, 22, 16)
+        """See Block; after quantize_row_q5_0_ref and quantize_row_q5_0_impl."""
+        if weights is None:
+            encode_symmetric(x, out, 22, 16)
+        else:
+            encode_weighted(x, out, n_per_row, weights, 22, -16, 15, False)
 
     @staticmethod
     @kernel
@@ -240,8 +315,11 @@ class Q5_1(Block, type=GGMLType.Q5_1):
     @staticmethod
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
-        """See Block; after quantize_row_q5_1_ref, which does not clamp."""
-        encode_affine(x, out, 24, 31, 255)
+        """See Block; after quantize_row_q5_1_ref (which does not clamp) and quantize_row_q5_1_impl."""
+        if weights is None:
+            encode_affine(x, out, 24, 31, 255)
+        else:
+            encode_weighted(x, out, n_per_row, weights, 24, 0, 31, True)
 
     @staticmethod
     @kernel
