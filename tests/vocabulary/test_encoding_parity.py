@@ -29,6 +29,7 @@ VOCABULARY_FILES = (
 )  # fmt: skip
 # These vocabulary files come without recorded cases.
 FILES_WITHOUT_CASES = ("aquila", "baichuan", "gpt-neox")
+SEPARATOR = "\n__ggml_vocab_test__\n"
 UNHURRIED = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
@@ -59,33 +60,35 @@ def assert_same(pair: Pair, text: str, add_special: bool, parse_special: bool) -
 def test_recorded_cases_of_the_reference(name: str) -> None:
     path = vocabulary_file(name)
     vocabulary = Vocabulary.from_metadata(GGUFFile(path).metadata)
-    texts = Path(f"{path}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    texts = Path(f"{path}.inp").read_bytes().decode().removesuffix(SEPARATOR).split(SEPARATOR)
     expected = Path(f"{path}.out").read_text().splitlines()
     assert len(texts) == len(expected) > 40
     for text, ids in zip(texts, expected, strict=True):
         assert vocabulary.encode(text, add_special=False).tolist() == [int(token) for token in ids.split()]
 
 
+@pytest.fixture(scope="module", params=VOCABULARY_FILES + FILES_WITHOUT_CASES)
+def file_pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """One vocabulary file, loaded by us and by llama.cpp."""
+    yield from load(vocabulary_file(request.param))
+
+
 @requires_reference_source
 @requires_reference
 class TestVocabularyFiles:
-    @pytest.fixture(scope="class", params=VOCABULARY_FILES + FILES_WITHOUT_CASES)
-    def pair(self, request: pytest.FixtureRequest) -> Iterator[Pair]:
-        yield from load(vocabulary_file(request.param))
-
     @UNHURRIED
     @given(text=TEXTS, add_special=st.booleans(), parse_special=st.booleans())
-    def test_random_text(self, pair: Pair, text: str, add_special: bool, parse_special: bool) -> None:
-        assert_same(pair, text, add_special, parse_special)
+    def test_random_text(self, file_pair: Pair, text: str, add_special: bool, parse_special: bool) -> None:
+        assert_same(file_pair, text, add_special, parse_special)
 
     @requires_shared
-    def test_documentation(self, pair: Pair) -> None:
+    def test_documentation(self, file_pair: Pair) -> None:
         text = (SHARED / "data" / "docs-test.txt").read_text()
         for start in range(0, len(text), len(text) // 5):
-            assert_same(pair, text[start : start + 12_000], True, False)
+            assert_same(file_pair, text[start : start + 12_000], True, False)
 
-    def test_facts_and_pieces(self, pair: Pair) -> None:
-        ours, theirs = pair
+    def test_facts_and_pieces(self, file_pair: Pair) -> None:
+        ours, theirs = file_pair
         assert (ours.bos, ours.eos, ours.eot, ours.add_bos, ours.add_eos) == theirs.facts()
         for token in range(0, ours.n_tokens, 1 + ours.n_tokens // 3000):
             assert ours.is_control(token) == theirs.is_control(token)

@@ -15,14 +15,17 @@ from quantkit.formats.gguf import Metadata, ValueType, encode_header
 SAMPLE = (
     "It's what you'd expect: we'll tokenize, they've tokenized, he's TOKENIZING. 'Tis 1234567 + 89 = 3.14159!\n\n"
     "def f(x):\n    return x**2  # a comment\n\tprint('élève', \"naïve\")\r\n"
-    "Der Fluß, ÀÉÎ, Ελληνικά, Русский текст, 日本語のテキスト、中文文本。한국어 텍스트 ไทย हिन्दी العربية 😀🎉 x² ½ Ⅷ ٣٤٥\n"
+    "Der Fluß, ÀÉÎ, Ελληνικά, Русский текст, 日本語のテキスト、中文文本。한국어 텍스트 ไทย "
+    "हिन्दी العربية 😀🎉 x² ½ Ⅷ ٣٤٥\n"
 ) * 3
 # What text in the tests is made of: all that the splitters tell apart, common and rare.
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from([*"abzEStTmMdDrRvVlL'' \t\n\r!?.,:;/-_<>|()[]{}0123456789$+=^~`\"&#%@*\\\x00\x0b\x0c\x1c\x7f"]),
         st.sampled_from(["'s", "'RE", "  ", "   ", "\n\n", " \n", "\r\n", "123", "4567", "<s>", "</s>", "<|user|>"]),
-        st.sampled_from([*"\u0301\u0308\u0e31ÀßñЖщΩ中文日本ひカ한국😀\u200d\ufe0f\u00a0\u2003\u3000\x85٣५²½Ⅷªºſ\u2028\u2581"]),
+        st.sampled_from(
+            [*"\u0301\u0308\u0e31ÀßñЖщΩ中文日本ひカ한국😀\u200d\ufe0f\u00a0\u2003\u3000\x85٣५²½Ⅷªºſ\u2028\u2581"]
+        ),
         st.characters(exclude_categories=["Cs"]),
     ),
     max_size=60,
