@@ -55,8 +55,7 @@ def describe(path: Path) -> dict[str, Any]:
         [t.name, t.tensor_type.name, [int(n) for n in t.shape], hashlib.sha256(t.data.tobytes()).hexdigest()]
         for t in reader.tensors
     ]
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return {"file": path.name, "sha256": digest, "metadata": metadata, "tensors": tensors}
 
 

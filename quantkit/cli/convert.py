@@ -56,7 +56,7 @@ def command(
     from quantkit.pipeline.plan import plan_copy
 
     directory = resolve(checkpoint, revision)
-    source = CheckpointSource(directory, outtype=outtype.value, pre=pre, name=model_name)
+    source = CheckpointSource(directory, outtype.value, pre, model_name, allow_nonfinite)
     home = directory if Path(checkpoint).is_dir() else Path()
     path = output or home / output_name(source.metadata, source.type.name)
     plan = plan_copy(source)

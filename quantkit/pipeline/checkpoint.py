@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -51,15 +52,22 @@ class CheckpointSource:
     """The TensorSource of a checkpoint directory.
 
     `outtype` is the type of its matrices; "auto" keeps 16-bit weights in the type that they have and makes F32 ones
-    F16. `pre` names the pre-tokenizer where its definition is not recognised; `name` overrides `general.name`.
+    F16. `pre` names the pre-tokenizer where its definition is not recognised; `name` overrides `general.name`;
+    `allow_nonfinite` lets NaN and infinity into blocks.
     Raises QuantkitError for a checkpoint that is incomplete, malformed or of an unknown architecture.
     """
 
     def __init__(
-        self, directory: Path, outtype: OutType = "auto", pre: str | None = None, name: str | None = None
+        self,
+        directory: Path,
+        outtype: OutType = "auto",
+        pre: str | None = None,
+        name: str | None = None,
+        allow_nonfinite: bool = False,
     ) -> None:
         """Read the headers and lay out the tensors; no weight is read yet."""
         self.directory, self._pre, self._name = Path(directory), pre, name
+        self._allow_nonfinite = allow_nonfinite
         self.architecture: Architecture = load_architecture(self.directory)
         self._refuse_quantized()
         self._checkpoint = SafetensorsCheckpoint(self.directory)
@@ -175,9 +183,10 @@ class CheckpointSource:
         import yaml  # type: ignore[import-untyped]
 
         counts = writer.get_total_parameter_count()
-        repo_id = repo_id_of(self.directory.absolute())
         # The directory's own name tells things too; a snapshot in the hub's cache is named after its commit.
-        directory = Path(repo_id) if repo_id else self.directory.resolve()
+        directory = Path(os.path.abspath(self.directory))  # a symbolic link keeps its own name
+        repo_id = repo_id_of(directory)
+        directory = Path(repo_id) if repo_id else directory
         load = gguf.Metadata
         try:
             card, generation = load.load_model_card(self.directory), load.load_generation_config(self.directory)
@@ -211,7 +220,7 @@ class CheckpointSource:
         """Rows `start` to `stop` of tensor `name`, encoded in its type: uint8 of shape (rows, bytes of a row).
 
         A read-only view of the shard where the bytes stand there as they are; otherwise only these rows are gathered
-        and converted. Safe from several threads.
+        and converted. Safe from several threads. Raises QuantkitError for NaN or infinity where blocks are made of it.
         """
         info, assembly = self._tensors[name], self._assemblies[name]
         stop = info.n_rows if stop is None else stop
@@ -222,7 +231,19 @@ class CheckpointSource:
             # torch, and so the reference, has arithmetic for float16, which rounds each result to it.
             values = rows if rows.dtype == np.float16 else _float32(rows)
             rows = np.ascontiguousarray(assembly.transform.arithmetic(values))
+        if info.type.is_quantized and not self._allow_nonfinite:
+            self._refuse_nonfinite(name, _float32(rows), start)
         return _encode(rows, info.type)
+
+    def _refuse_nonfinite(self, name: str, values: np.ndarray, first_row: int) -> None:
+        """Whoever reads blocks cannot see any more what went into them; plain floats are the reader's to check."""
+        at = blocks.first_nonfinite(values)
+        if at >= 0:
+            row, column = divmod(at, values.shape[1])
+            raise QuantkitError(
+                f"{self.directory}: tensor {name!r} holds {values[row, column]} at row {first_row + row}, "
+                f"column {column}; the checkpoint is damaged (--allow-nonfinite goes on regardless)"
+            )
 
     def release(self, name: str) -> None:
         """Let go of the memory that reading tensor `name` has mapped. It can be read again."""

@@ -24,6 +24,7 @@ from quantkit.architectures.base import Architecture, Experts, Transform
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import GGUFFile, Metadata, Value, ValueType
+from quantkit.formats.safetensors import SafetensorsCheckpoint
 from quantkit.pipeline.checkpoint import CheckpointSource, output_name
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.plan import plan_copy
@@ -159,6 +160,39 @@ def test_reading_from_several_threads_gives_the_same(tiny: dict[str, Path]) -> N
     with ThreadPoolExecutor(8) as pool:
         for name, data in zip(names, pool.map(source.read, names), strict=True):
             np.testing.assert_array_equal(data, alone[name])
+
+
+def test_data_at_an_odd_offset_reads_the_same(tiny: dict[str, Path], copy: Callable[..., Path]) -> None:
+    """The format wants headers padded to 8 bytes, and old writers did not pad."""
+    directory = copy()
+    path = directory / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    path.write_bytes((length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :])
+    for outtype in OUTTYPES:
+        odd, even = CheckpointSource(directory, outtype), CheckpointSource(tiny[YARN], outtype)
+        for name in odd.tensors:
+            np.testing.assert_array_equal(odd.read(name), even.read(name))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_blocks_are_not_made_of_nan_or_infinity(tiny: dict[str, Path], copy: Callable[..., Path], value: float) -> None:
+    directory = copy(LINEAR)
+    tensor = SafetensorsCheckpoint(directory).tensors["model.layers.1.mlp.up_proj.weight"]
+    with open(directory / "model.safetensors", "r+b") as file:
+        file.seek(tensor.start + 4 * (7 * 64 + 5))
+        file.write(np.float32(value).tobytes())
+    told = rf"tensor 'blk.1.ffn_up.weight' holds {value} at row 7, column 5; the checkpoint is damaged"
+    with pytest.raises(QuantkitError, match=told):
+        CheckpointSource(directory, "q8_0").read("blk.1.ffn_up.weight", 6, 9)
+    with pytest.raises(QuantkitError, match=told):
+        write(CheckpointSource(directory, "f32"), directory / "out.gguf")
+    allowed = CheckpointSource(directory, "q8_0", allow_nonfinite=True)
+    rows, clean = (
+        allowed.read("blk.1.ffn_up.weight"),
+        CheckpointSource(tiny[LINEAR], "q8_0").read("blk.1.ffn_up.weight"),
+    )
+    assert np.nonzero((rows != clean).any(axis=1))[0].tolist() == [7]
 
 
 def test_rows_outside_the_tensor_are_refused(tiny: dict[str, Path]) -> None:
