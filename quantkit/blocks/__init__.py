@@ -19,7 +19,8 @@ __all__ = ["GGMLType", "block", "decode", "encodable", "encode", "first_nonfinit
 
 
 def _registry() -> dict[GGMLType, type[Block]]:
-    from quantkit.blocks import k_affine, k_symmetric, legacy, plain  # noqa: F401  (a format is registered by being defined)
+    # A format is registered by being defined.
+    from quantkit.blocks import float4, k_affine, k_symmetric, legacy, nonlinear, one_scale, plain  # noqa: F401
     from quantkit.blocks.base import Block
 
     return Block.registry

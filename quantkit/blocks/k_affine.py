@@ -12,8 +12,16 @@ import numpy as np
 from quantkit.blocks.base import Block, kernel, piece
 from quantkit.blocks.bytes import get_half, put_half
 from quantkit.blocks.lanes import LANES, absolute, load, maximum, minimum, select, splat, sqrt, store
-from quantkit.blocks.searches import affine_search, clamped_ints, level_of, nearest_ints, positive_search
-from quantkit.blocks.super_blocks import SUPER, mean_square, transpose, weigh
+from quantkit.blocks.searches import (
+    affine_search,
+    clamped_ints,
+    level_of,
+    nearest_ints,
+    positive_search,
+    sum_of_squares,
+    weigh,
+)
+from quantkit.blocks.super_blocks import SUPER, gather_importance, transpose
 from quantkit.blocks.types import GGMLType
 
 ZERO = np.float32(0)
@@ -118,11 +126,7 @@ def pack_q5(levels: Any, out: Any, at: Any) -> None:
 @piece
 def weigh_by_size(xs: Any, n: Any, ws: Any) -> None:
     """Without importance weights, Q4_K and Q5_K weigh by the sub-block's root mean square plus the magnitude."""
-    total = splat(ZERO)
-    for i in range(n):
-        v = load(xs, i * LANES)
-        total = total + v * v
-    average = sqrt(total / splat(np.float32(n)))
+    average = sqrt(sum_of_squares(xs, n) / splat(np.float32(n)))
     for i in range(n):
         store(ws, i * LANES, average + absolute(load(xs, i * LANES)))
 
@@ -174,14 +178,15 @@ def encode_affine(
     for first in range(0, n_blocks, LANES):
         transpose(x, first, n_blocks, xs)
         if weights is not None:
-            sigma = mean_square(xs, factor)
+            sigma = splat(np.float32(factor)) * sum_of_squares(xs, SUPER) / splat(np.float32(SUPER))
         for j in range(count):
             part = xs[j * n * LANES : (j + 1) * n * LANES]
             if weights is None:
                 weigh_plain(part, n, ws)
                 found = affine_search(part, ws, ls, n, nmax, rmin, np.float32(0.1), nstep, use_mad)
             else:
-                store(sums, j * LANES, weigh(weights, first, n_blocks, n_per_row, j * n, part, sigma, n, ws))
+                gather_importance(weights, first, n_blocks, n_per_row, j * n, n, ws)
+                store(sums, j * LANES, weigh(part, ws, n, sigma))
                 found = affine_search(part, ws, ls, n, nmax, np.float32(-0.9), np.float32(0.05), 36, False)
             store(values, j * LANES, found[0])
             store(values, (count + j) * LANES, -found[1])

@@ -21,8 +21,10 @@ from quantkit.blocks.searches import (
     nearest_ints,
     refined_search,
     signed_search,
+    sum_of_squares,
+    weigh,
 )
-from quantkit.blocks.super_blocks import SUPER, mean_square, transpose, weigh
+from quantkit.blocks.super_blocks import SUPER, gather_importance, transpose
 from quantkit.blocks.types import GGMLType
 
 ZERO = np.float32(0)
@@ -113,13 +115,14 @@ class Q3_K(Block, type=GGMLType.Q3_K):
         for first in range(0, n_blocks, LANES):
             transpose(x, first, n_blocks, xs)
             if weights is not None:
-                sigma = mean_square(xs, 2)
+                sigma = splat(np.float32(2)) * sum_of_squares(xs, SUPER) / splat(np.float32(SUPER))
             for j in range(16):
                 part = xs[j * 16 * LANES : (j + 1) * 16 * LANES]
                 if weights is None:
                     store(scales, j * LANES, refined_search(part, ls[j * 16 * LANES : (j + 1) * 16 * LANES], 16, 4))
                 else:
-                    store(sums, j * LANES, weigh(weights, first, n_blocks, n_per_row, j * 16, part, sigma, 16, ls))
+                    gather_importance(weights, first, n_blocks, n_per_row, j * 16, 16, ls)
+                    store(sums, j * LANES, weigh(part, ls, 16, sigma))
                     scale, inverse, _ = signed_search(part, ls, 16, 4)
                     store(scales, j * LANES, scale)
                     store(inverses, j * LANES, inverse)

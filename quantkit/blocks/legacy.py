@@ -26,11 +26,10 @@ from quantkit.blocks.lanes import (
     select,
     smallest,
     splat,
-    sqrt,
     store,
     to_int,
 )
-from quantkit.blocks.searches import affine_search, clamped_ints, gather, signed_search
+from quantkit.blocks.searches import affine_search, clamped_ints, gather, signed_search, weigh
 from quantkit.blocks.types import GGMLType
 
 QK = 32
@@ -206,9 +205,7 @@ def encode_weighted(
             row = (first + k) // blocks_per_row
             sigma[k] = squares[row]
             gather(weights, (first + k - row * blocks_per_row) * QK, 0, QK, ws, k, 1)
-        for i in range(QK):
-            v = load(xs, i * LANES)
-            store(ws, i * LANES, load(ws, i * LANES) * sqrt(load(sigma, 0) + v * v))
+        weigh(xs, ws, QK, load(sigma, 0))
         if affine:
             found = affine_search(xs, ws, ls, QK, high, np.float32(-0.9), np.float32(0.05), 36, False)
             store(scales, 0, found[0])

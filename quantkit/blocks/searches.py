@@ -23,6 +23,7 @@ from quantkit.blocks.lanes import (
     minimum,
     select,
     splat,
+    sqrt,
     store,
     to_float,
 )
@@ -67,6 +68,28 @@ def gather(x: Any, start: Any, stride: Any, n: Any, xs: Any, lane: Any, count: A
     for i in range(n):
         for k in range(count):
             xs[i * LANES + lane + k] = x[start + k * stride + i]
+
+
+@piece
+def sum_of_squares(xs: Any, n: Any) -> Any:
+    """The sum of squares of each lane's first `n` elements, added up in order."""
+    total = splat(ZERO)
+    for i in range(n):
+        x = load(xs, i * LANES)
+        total = total + x * x
+    return total
+
+
+@piece
+def weigh(xs: Any, ws: Any, n: Any, sigma: Any) -> Any:
+    """Turn importances in `ws` into weights: times sqrt(sigma + x squared). Returns their sums."""
+    total = splat(ZERO)
+    for i in range(n):
+        x = load(xs, i * LANES)
+        w = load(ws, i * LANES) * sqrt(sigma + x * x)
+        store(ws, i * LANES, w)
+        total = total + w
+    return total
 
 
 @piece

@@ -1,0 +1,200 @@
+"""The formats of 4 bits that choose from a table of 16 uneven values: IQ4_NL, IQ4_XS.
+
+Layouts: ggml-common.h. Algorithm: quantize_row_iq4_nl_impl in ggml-quants.c.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gguf
+import numpy as np
+
+from quantkit.blocks.base import Block, kernel, piece
+from quantkit.blocks.bytes import get_half, put_half
+from quantkit.blocks.lanes import LANES, absolute, load, select, splat, store, to_float
+from quantkit.blocks.searches import clamped_ints, extremes, gather, sum_of_squares, weigh
+from quantkit.blocks.super_blocks import SUPER, gather_importance, transpose
+from quantkit.blocks.types import GGMLType
+
+QK = 32
+ZERO = np.float32(0)
+ONE = np.float32(1)
+VALUES = np.array(gguf.quants.IQ4_NL.kvalues, np.float32)
+STEPS = np.diff(VALUES)
+# Half way between neighbours the upper one is taken. The reference compares two distances, which are exact near there.
+BORDERS = (VALUES[1:] + VALUES[:-1]) / np.float32(2)
+
+
+@piece
+def nearest_values(x: Any) -> Any:
+    """The table's value nearest to each lane; the largest for NaN."""
+    value = splat(VALUES[0])
+    for i in range(15):
+        value = value + select(x < splat(BORDERS[i]), splat(ZERO), splat(STEPS[i]))
+    return value
+
+
+@piece
+def nearest_indices(x: Any) -> Any:
+    """The index of `nearest_values`."""
+    index = splat(0)
+    for i in range(15):
+        index = index + select(x < splat(BORDERS[i]), splat(0), splat(1))
+    return index
+
+
+@piece
+def table_search(xs: Any, ws: Any) -> Any:
+    """Scale for `x ~ scale * value`, of 32 weights; 0 where they are all but zero. `ws` None stands for x squared."""
+    zero = splat(ZERO)
+    extreme, empty = extremes(xs, QK)
+    scale, best = zero, zero
+    for trial in range(-8, 8):
+        if trial == -8:  # the plain scale, which the reference computes in its own way
+            inverse = splat(ONE) / (-extreme / splat(VALUES[0]))
+        else:
+            inverse = splat(np.float32(trial) + VALUES[0]) / extreme
+        sum_qx, sum_q2 = zero, zero
+        for i in range(QK):
+            x = load(xs, i * LANES)
+            w = x * x if ws is None else load(ws, i * LANES)
+            q = nearest_values(inverse * x)
+            wq = w * q
+            sum_qx = sum_qx + wq * x
+            sum_q2 = sum_q2 + wq * q
+        this_scale = sum_qx / sum_q2
+        some = sum_q2 > zero
+        if trial == -8:
+            scale = select(some, this_scale, zero)
+            best = scale * sum_qx
+        else:
+            better = some & (sum_qx * sum_qx > best * sum_q2)
+            scale = select(better, this_scale, scale)
+            best = select(better, this_scale * sum_qx, best)
+    return select(empty, zero, scale)
+
+
+@piece
+def reciprocals(x: Any) -> Any:
+    """1 / x, and 0 for 0."""
+    return select(x != splat(ZERO), splat(ONE) / x, splat(ZERO))
+
+
+@piece
+def put_nibbles(x: Any, start: Any, inverse: Any, out: Any, at: Any) -> None:
+    """The indices of 32 weights in 16 bytes, the first half in the low nibbles."""
+    low = nearest_indices(splat(inverse) * load(x, start))
+    high = nearest_indices(splat(inverse) * load(x, start + LANES))
+    store(out, at, low | (high << splat(4)))
+
+
+@piece
+def get_nibbles(data: Any, at: Any, scale: Any, out: Any, to: Any) -> None:
+    """The values that 16 bytes stand for, times `scale`."""
+    for i in range(16):
+        byte = data[at + i]
+        out[to + i] = scale * VALUES[byte & 15]
+        out[to + 16 + i] = scale * VALUES[byte >> 4]
+
+
+class IQ4_NL(Block, type=GGMLType.IQ4_NL):
+    """4 bits, the index of a table's value, and a float16 scale for 32 weights."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_iq4_nl. Sixteen blocks at a time."""
+        xs = np.zeros(QK * LANES, np.float32)
+        ws = np.zeros(QK * LANES, np.float32)
+        scales = np.empty(LANES, np.float32)
+        inverses = np.empty(LANES, np.float32)
+        n_blocks = x.size // QK
+        for first in range(0, n_blocks, LANES):
+            count = min(LANES, n_blocks - first)
+            gather(x, first * QK, QK, QK, xs, 0, count)
+            if weights is None:
+                scale = table_search(xs, None)
+            else:
+                for k in range(count):
+                    gather(weights, (first + k) * QK % n_per_row, 0, QK, ws, k, 1)
+                weigh(xs, ws, QK, sum_of_squares(xs, QK) * splat(np.float32(2 / QK)))
+                scale = table_search(xs, ws)
+            store(scales, 0, scale)
+            store(inverses, 0, reciprocals(scale))
+            for k in range(count):
+                at = (first + k) * 18
+                put_half(out, at, scales[k])
+                put_nibbles(x, (first + k) * QK, inverses[k], out, at + 2)
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_iq4_nl."""
+        for block in range(out.size // QK):
+            at = block * 18
+            get_nibbles(data, at + 2, get_half(data, at), out, block * QK)
+
+
+class IQ4_XS(Block, type=GGMLType.IQ4_XS):
+    """4 bits, the index of a table's value, with a 6-bit scale for every 32 weights."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_iq4_xs."""
+        xs = np.empty(SUPER * LANES, np.float32)
+        ws = np.empty(QK * LANES, np.float32)
+        scales = np.empty(8 * LANES, np.float32)
+        inverses = np.empty(8 * LANES, np.float32)
+        codes = np.empty(8 * LANES, np.int32)
+        steps = np.empty(LANES, np.float32)
+        n_blocks = x.size // SUPER
+        for first in range(0, n_blocks, LANES):
+            transpose(x, first, n_blocks, xs)
+            if weights is not None:
+                sigma = sum_of_squares(xs, SUPER) * splat(np.float32(2 / SUPER))
+            amax, extreme = splat(ZERO), splat(ZERO)
+            for j in range(8):
+                part = xs[j * QK * LANES : (j + 1) * QK * LANES]
+                if weights is None:
+                    scale = table_search(part, None)
+                else:
+                    gather_importance(weights, first, n_blocks, n_per_row, j * QK, QK, ws)
+                    weigh(part, ws, QK, sigma)
+                    scale = table_search(part, ws)
+                store(scales, j * LANES, scale)
+                larger = absolute(scale) > amax
+                amax = select(larger, absolute(scale), amax)
+                extreme = select(larger, scale, extreme)
+            step = -extreme / splat(np.float32(32))
+            store(steps, 0, step)
+            for j in range(8):
+                code = clamped_ints(reciprocals(step) * load(scales, j * LANES), -32, 31)
+                store(codes, j * LANES, code + splat(32))
+                store(inverses, j * LANES, reciprocals(step * to_float(code)))
+            for lane in range(min(LANES, n_blocks - first)):
+                at = (first + lane) * 136
+                put_half(out, at, steps[lane])
+                top = 0
+                for j in range(8):
+                    top |= (codes[j * LANES + lane] >> 4) << (2 * j)
+                    put_nibbles(x, (first + lane) * SUPER + j * QK, inverses[j * LANES + lane], out, at + 8 + j * 16)
+                out[at + 2] = np.uint8(top & 0xFF)
+                out[at + 3] = np.uint8(top >> 8)
+                for j in range(4):
+                    low, high = codes[2 * j * LANES + lane], codes[(2 * j + 1) * LANES + lane]
+                    out[at + 4 + j] = np.uint8((low & 15) | ((high & 15) << 4))
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_iq4_xs."""
+        for block in range(out.size // SUPER):
+            at = block * 136
+            d = get_half(data, at)
+            top = np.int32(data[at + 2]) | (np.int32(data[at + 3]) << 8)
+            for j in range(8):
+                low = (np.int32(data[at + 4 + j // 2]) >> (4 * (j % 2))) & 15
+                step = d * np.float32((low | (((top >> (2 * j)) & 3) << 4)) - 32)
+                get_nibbles(data, at + 8 + j * 16, step, out, block * SUPER + j * QK)

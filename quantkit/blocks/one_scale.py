@@ -1,0 +1,215 @@
+"""The formats of one or two bits, and of ternary digits, with one float16 scale: Q1_0, Q2_0, TQ1_0, TQ2_0.
+
+Layouts: ggml-common.h. Algorithms: quantize_row_*_ref in ggml-quants.c. None of them uses importance weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quantkit.blocks.base import Block, kernel, piece
+from quantkit.blocks.bytes import get_half, put_half
+from quantkit.blocks.lanes import (
+    LANES,
+    absolute,
+    bits,
+    largest,
+    load,
+    maximum,
+    select,
+    splat,
+    store,
+)
+from quantkit.blocks.searches import gather
+from quantkit.blocks.super_blocks import SUPER
+from quantkit.blocks.types import GGMLType
+
+ZERO = np.float32(0)
+ONE = np.float32(1)
+HALF = np.float32(0.5)
+POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)
+
+
+@piece
+def largest_magnitude(x: Any, start: Any, n: Any) -> Any:
+    """The largest magnitude among `n` weights at `start`."""
+    most = absolute(load(x, start))
+    for i in range(LANES, n, LANES):
+        most = maximum(absolute(load(x, start + i)), most)
+    return largest(most)
+
+
+@piece
+def reciprocal(d: Any) -> Any:
+    """1 / d, and 0 for 0. Infinite for the smallest denormals."""
+    return ONE / d if d > ZERO else ZERO
+
+
+@piece
+def digits(values: Any, lost: Any) -> Any:
+    """0, 1, 2 for lanes that round (halves away from zero) to -1, 0, 1; `lost` where they are not finite."""
+    one, half = splat(1), splat(HALF)
+    digit = one + select(values >= half, one, splat(0)) - select(values <= -half, one, splat(0))
+    return select(absolute(values) < splat(np.float32(2)), digit, splat(lost))
+
+
+class Q1_0(Block, type=GGMLType.Q1_0):
+    """The signs of 128 weights and their mean magnitude."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_q1_0_ref. The magnitudes of sixteen blocks are added up side by side."""
+        xs = np.zeros(128 * LANES, np.float32)
+        means = np.empty(LANES, np.float32)
+        n_blocks = x.size // 128
+        for first in range(0, n_blocks, LANES):
+            count = min(LANES, n_blocks - first)
+            gather(x, first * 128, 128, 128, xs, 0, count)
+            total = splat(ZERO)
+            for i in range(128):
+                total = total + absolute(load(xs, i * LANES))
+            store(means, 0, total / splat(np.float32(128)))
+            for k in range(count):
+                at = (first + k) * 18
+                put_half(out, at, means[k])
+                for i in range(8):
+                    signs = bits(load(x, (first + k) * 128 + i * LANES) >= splat(ZERO))
+                    out[at + 2 + 2 * i] = np.uint8(signs & 0xFF)
+                    out[at + 3 + 2 * i] = np.uint8(signs >> 8)
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_q1_0."""
+        for block in range(out.size // 128):
+            at = block * 18
+            d = get_half(data, at)
+            for i in range(128):
+                out[block * 128 + i] = d if (data[at + 2 + i // 8] >> (i % 8)) & 1 else -d
+
+
+class Q2_0(Block, type=GGMLType.Q2_0):
+    """-1, 0, 1 (or 2, which no encoder writes) times the largest of 64 weights."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_q2_0_ref."""
+        levels = np.empty(64, np.uint8)
+        for block in range(x.size // 64):
+            at, start = block * 18, block * 64
+            d = largest_magnitude(x, start, 64)
+            inverse = splat(reciprocal(d))
+            put_half(out, at, d)
+            for i in range(0, 64, LANES):
+                store(levels, i, digits(load(x, start + i) * inverse, 0))
+            for i in range(16):
+                low, high = levels[4 * i] | (levels[4 * i + 1] << 2), levels[4 * i + 2] | (levels[4 * i + 3] << 2)
+                out[at + 2 + i] = np.uint8(low | (high << 4))
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_q2_0."""
+        for block in range(out.size // 64):
+            at = block * 18
+            d = get_half(data, at)
+            for i in range(64):
+                out[block * 64 + i] = np.float32(np.int32((data[at + 2 + i // 4] >> (2 * (i % 4))) & 3) - 1) * d
+
+
+@piece
+def put_trits(x: Any, start: Any, stride: Any, n: Any, inverse: Any, out: Any, at: Any) -> None:
+    """Sixteen bytes of five base-3 digits each, of which the first `n` are weights `stride` apart.
+
+    A byte is the five-digit fraction scaled to 256 and rounded up, so that a multiplication brings each digit out.
+    """
+    number = splat(0)
+    for j in range(5):
+        number = number * splat(3)
+        if j < n:
+            number = number + digits(load(x, start + j * stride) * inverse, 1)
+    # (256 * number + 242) // 243, by a multiplication that is exact for numbers this small
+    rest = ((number * splat(13) + splat(242)) * splat(17261)) >> splat(22)
+    store(out, at, number + rest)
+
+
+@piece
+def get_trits(data: Any, at: Any, n: Any, stride: Any, d: Any, out: Any, to: Any) -> None:
+    """The weights of `stride` bytes: first all first digits, then all second ones, `n` of each."""
+    for j in range(n):
+        for i in range(stride):
+            fraction = np.int32((data[at + i] * POWERS_OF_3[j]) & 0xFF)
+            out[to + j * stride + i] = np.float32(((fraction * 3) >> 8) - 1) * d
+
+
+class TQ1_0(Block, type=GGMLType.TQ1_0):
+    """Ternary digits, five to a byte, times the largest of 256 weights."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_tq1_0_ref."""
+        tail = np.zeros(4 * LANES, np.float32)
+        last = np.empty(LANES, np.uint8)
+        for block in range(x.size // SUPER):
+            at, start = block * 54, block * SUPER
+            d = largest_magnitude(x, start, SUPER)
+            inverse = splat(reciprocal(d))
+            put_half(out, at + 52, d)
+            put_trits(x, start, 32, 5, inverse, out, at)
+            put_trits(x, start + 16, 32, 5, inverse, out, at + 16)
+            put_trits(x, start + 160, 16, 5, inverse, out, at + 32)
+            for j in range(4):  # the last 16 weights fill four bytes: four of the sixteen lanes
+                for i in range(4):
+                    tail[j * LANES + i] = x[start + 240 + j * 4 + i]
+            put_trits(tail, 0, LANES, 4, inverse, last, 0)
+            for i in range(4):
+                out[at + 48 + i] = last[i]
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_tq1_0."""
+        for block in range(out.size // SUPER):
+            at, to = block * 54, block * SUPER
+            d = get_half(data, at + 52)
+            get_trits(data, at, 5, 32, d, out, to)
+            get_trits(data, at + 32, 5, 16, d, out, to + 160)
+            get_trits(data, at + 48, 4, 4, d, out, to + 240)
+
+
+class TQ2_0(Block, type=GGMLType.TQ2_0):
+    """Ternary digits, four to a byte, times the largest of 256 weights."""
+
+    @staticmethod
+    @kernel
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_tq2_0_ref."""
+        for block in range(x.size // SUPER):
+            at, start = block * 66, block * SUPER
+            d = largest_magnitude(x, start, SUPER)
+            inverse = splat(reciprocal(d))
+            put_half(out, at + 64, d)
+            for half in range(2):
+                for i in range(0, 32, LANES):
+                    byte = splat(0)
+                    for j in range(4):
+                        digit = digits(load(x, start + half * 128 + j * 32 + i) * inverse, 1)
+                        byte = byte | (digit << splat(2 * j))
+                    store(out, at + half * 32 + i, byte)
+
+    @staticmethod
+    @kernel
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_tq2_0."""
+        for block in range(out.size // SUPER):
+            d = get_half(data, block * 66 + 64)
+            for half in range(2):
+                at, to = block * 66 + half * 32, block * SUPER + half * 128
+                for j in range(4):
+                    for i in range(32):
+                        out[to + j * 32 + i] = np.float32(np.int32((data[at + i] >> (2 * j)) & 3) - 1) * d
