@@ -28,7 +28,8 @@ _CLASS_DEFAULTS = {
 class CheckpointFiles:
     """The tokenizer files of one checkpoint, each read when first asked for.
 
-    `config` is the content of config.json. Raises QuantkitError for files that are not what they should be.
+    `config` holds the hyper-parameters, whose `vocab_size` counts. Raises QuantkitError for files that are not what
+    they should be.
     """
 
     def __init__(self, directory: Path, config: dict[str, Any]) -> None:
@@ -45,6 +46,12 @@ class CheckpointFiles:
         if size is not None and not (isinstance(size, int) and 0 < size < 1 << 24):
             raise QuantkitError(f"{self.directory / 'config.json'}: vocab_size is {size!r}")
         return size
+
+    @cached_property
+    def config_json(self) -> dict[str, Any]:
+        """config.json as it stands, where the ids of special tokens are looked up; else the hyper-parameters."""
+        found = self.read("config.json")
+        return self.config if found is None else found
 
     @cached_property
     def tokenizer_json(self) -> dict[str, Any] | None:

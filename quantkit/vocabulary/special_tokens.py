@@ -77,10 +77,11 @@ class SpecialTokens:
         if config:
             self.chat_template = self._find_chat_template(config)
             self._read_tokenizer_config(config, (tokenizer or {}).get("added_tokens") or [])
+        hyper_parameters = self._files.config_json
         for role in self._roles:
-            token = self._files.config.get(f"{role}_token_id")
+            token = hyper_parameters.get(f"{role}_token_id")
             if token is None:
-                token = (self._files.config.get("text_config") or {}).get(f"{role}_token_id")
+                token = (hyper_parameters.get("text_config") or {}).get(f"{role}_token_id")
             self.set(role, token)
         if merges and not self.merges:
             self.merges = _merges_of_text(self._files.read_text("merges.txt") or "")

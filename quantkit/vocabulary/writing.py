@@ -37,35 +37,31 @@ def write_vocabulary(
 ) -> None:
     """Add the `tokenizer.*` keys of the checkpoint in `directory` to `writer`.
 
-    `config` is the content of config.json as it stands. `style` is
+    `config` holds the model's hyper-parameters, as config.json has them or with its text part merged in. `style` is
     "bpe" (byte-level BPE from tokenizer.json), "spm" (SentencePiece from tokenizer.model), "llama-hf" (SentencePiece
-    from a tokenizer.json with byte fallback), "phi3" and "gemma4" (what those families do with the last two), or
-    "auto": the first of spm, llama-hf and bpe whose files are there, with what the reference adds for Llama.
-    `pre` overrides the name of the pre-tokenizer in the style "bpe".
+    from a tokenizer.json with byte fallback), "spm-or-bpe" (spm if there is a tokenizer.model), "gemma" (that, without
+    a space in front of text), "phi3" and "gemma4" (what those families do with spm and llama-hf), or "auto": the first
+    of spm, llama-hf and bpe whose files are there, with what the reference adds for Llama.
+    `pre` overrides the name of the pre-tokenizer wherever byte-level BPE is written.
 
     Raises QuantkitError when files are missing or malformed, or the pre-tokenizer is not recognised.
     """
     if pre is not None:
         pretokenizers.lookup(pre)
     files = CheckpointFiles(directory, config)
-    if style == "auto":
-        _write_auto(files, writer, pre)
-    elif style == "bpe":
-        _write_bpe(files, writer, pre)
-    elif style in _STYLES:
-        _STYLES[style](files, writer)
-    else:
-        raise QuantkitError(f"the vocabulary style {style!r} is not one of auto, bpe, {', '.join(_STYLES)}")
+    if style not in _STYLES:
+        raise QuantkitError(f"the vocabulary style {style!r} is not one of {', '.join(_STYLES)}")
+    _STYLES[style](files, writer, pre)
 
 
 def _write_auto(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
     prefix = (files.tokenizer_config or {}).get("add_prefix_space")
     if prefix is not None:
         writer.add_bool("tokenizer.ggml.add_space_prefix", bool(prefix))
-    if (files.directory / "tokenizer.model").is_file():
-        _write_sentencepiece(files, writer)
+    if _has_sentencepiece(files):
+        _write_sentencepiece(files, writer, pre)
     elif _is_llama_hf(files):
-        _write_llama_hf(files, writer)
+        _write_llama_hf(files, writer, pre)
     else:
         _write_bpe(files, writer, pre)
     n_vocab = files.vocab_size
@@ -75,6 +71,21 @@ def _write_auto(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None
         special.write(writer)
     if n_vocab == _SMALL_GRANITE_VOCABULARY:
         writer.add_bool("tokenizer.ggml.add_bos_token", False)
+
+
+def _write_sentencepiece_or_bpe(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    write = _write_sentencepiece if _has_sentencepiece(files) else _write_bpe
+    write(files, writer, pre)
+
+
+def _write_gemma(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    _write_sentencepiece_or_bpe(files, writer, pre)
+    if _has_sentencepiece(files):
+        writer.add_bool("tokenizer.ggml.add_space_prefix", False)
+
+
+def _has_sentencepiece(files: CheckpointFiles) -> bool:
+    return (files.directory / "tokenizer.model").is_file()
 
 
 def _is_llama_hf(files: CheckpointFiles) -> bool:
@@ -176,7 +187,7 @@ class _Pieces:
         SpecialTokens(files, n_vocab=len(self.tokens)).write(writer)
 
 
-def _write_sentencepiece(files: CheckpointFiles, writer: gguf.GGUFWriter) -> None:
+def _write_sentencepiece(files: CheckpointFiles, writer: gguf.GGUFWriter, _pre: str | None) -> None:
     pieces = _read_sentencepiece(files)
     for token, entry in _added_tokens(files).items():
         text = entry["content"]
@@ -188,9 +199,9 @@ def _write_sentencepiece(files: CheckpointFiles, writer: gguf.GGUFWriter) -> Non
     pieces.write(files, writer)
 
 
-def _write_phi3(files: CheckpointFiles, writer: gguf.GGUFWriter) -> None:
+def _write_phi3(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
     if (files.tokenizer_config or {}).get("tokenizer_class") == "GPT2Tokenizer":
-        _write_bpe(files, writer, None)
+        _write_bpe(files, writer, pre)
         return
     pieces = _read_sentencepiece(files)
     listed = (files.tokenizer_json or {}).get("added_tokens") or []
@@ -277,7 +288,7 @@ def _llama_hf_tokens(files: CheckpointFiles) -> tuple[list[bytes], list[float], 
     return tokens, [-1000.0] * len(tokens), types
 
 
-def _write_llama_hf(files: CheckpointFiles, writer: gguf.GGUFWriter) -> None:
+def _write_llama_hf(files: CheckpointFiles, writer: gguf.GGUFWriter, _pre: str | None) -> None:
     tokens, scores, types = _llama_hf_tokens(files)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
@@ -287,7 +298,7 @@ def _write_llama_hf(files: CheckpointFiles, writer: gguf.GGUFWriter) -> None:
     SpecialTokens(files, n_vocab=len(tokens)).write(writer)
 
 
-def _write_gemma4(files: CheckpointFiles, writer: gguf.GGUFWriter) -> None:
+def _write_gemma4(files: CheckpointFiles, writer: gguf.GGUFWriter, _pre: str | None) -> None:
     tokens, scores, types = _llama_hf_tokens(files)
     writer.add_tokenizer_model("gemma4")
     writer.add_token_list(tokens)
@@ -301,9 +312,13 @@ def _write_gemma4(files: CheckpointFiles, writer: gguf.GGUFWriter) -> None:
     writer.add_bool("tokenizer.ggml.add_bos_token", True)
 
 
-_STYLES: dict[str, Callable[[CheckpointFiles, Any], None]] = {
+_STYLES: dict[str, Callable[[CheckpointFiles, Any, str | None], None]] = {
+    "auto": _write_auto,
+    "bpe": _write_bpe,
     "spm": _write_sentencepiece,
     "llama-hf": _write_llama_hf,
+    "spm-or-bpe": _write_sentencepiece_or_bpe,
+    "gemma": _write_gemma,
     "phi3": _write_phi3,
     "gemma4": _write_gemma4,
 }

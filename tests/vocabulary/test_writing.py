@@ -56,6 +56,16 @@ def test_development_checkpoint(docs_llama: Path) -> None:
     assert values["tokenizer.ggml.tokens"][0] == 8192
 
 
+def test_styles_that_choose_by_the_files() -> None:
+    spm, bpe = EXPECTED["spm"]["values"], EXPECTED["gemma_bpe"]["values"]
+    assert convert(GOLDENS / "spm", style="spm-or-bpe") == spm
+    assert convert(GOLDENS / "spm", style="gemma") == [*spm, ["tokenizer.ggml.add_space_prefix", 7, False]]
+    for style in ("spm-or-bpe", "gemma"):
+        assert convert(GOLDENS / "gemma_bpe", style=style) == bpe
+    with pytest.raises(QuantkitError, match="'wordpiece' is not one of auto, bpe"):
+        convert(GOLDENS / "spm", style="wordpiece")
+
+
 def test_pre_overrides_recognition(case: Path) -> None:
     change(case / "tokenizer.json", lambda data: data.update(pre_tokenizer={"type": "Whitespace"}))
     with pytest.raises(QuantkitError, match=r'"Whitespace".*--pre NAME'):
