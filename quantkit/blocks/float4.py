@@ -53,6 +53,17 @@ def slow_index(x: Any, scale: Any) -> Any:
 
 
 @piece
+def put_levels(x: Any, start: Any, scale: Any, amax: Any, levels: Any, to: Any) -> None:
+    """The indices of sixteen weights, whose block has the largest magnitude `amax`."""
+    # Beyond these limits the reference's distances overflow or are rounded.
+    if scale > ZERO and amax < min(np.float32(65536) * scale, np.float32(2.0**126)):
+        store(levels, to, indices(load(x, start), scale))
+    else:
+        for i in range(LANES):
+            levels[to + i] = slow_index(x[start + i], scale)
+
+
+@piece
 def get_nibbles(data: Any, at: Any, n: Any, scale: Any, out: Any, to: Any) -> None:
     """The values that `n` bytes stand for, times `scale`: the low nibbles, then the high ones."""
     for i in range(n):
@@ -70,7 +81,7 @@ def floor_log2(x: Any) -> Any:
     bits = float_bits(x)
     exponent = np.int64(bits >> 23) - 127 - shift
     short = (1 << 24) - ((1 << 23) | (np.int64(bits) & 0x7FFFFF))  # x = (1 - short * 2**-24) * 2**(exponent + 1)
-    if short < 64:
+    if short < 128:
         above = np.float64(exponent + 1)
         if np.float32(above - np.float64(short) * (2.0**-24 / 0.6931471805599453)) == np.float32(above):
             exponent += 1
@@ -90,15 +101,17 @@ class MXFP4(Block, type=GGMLType.MXFP4):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_mxfp4_ref."""
+        levels = np.empty(2 * LANES, np.uint8)
         for block in range(x.size // 32):
             at, start = block * 17, block * 32
-            low, high = load(x, start), load(x, start + LANES)
-            amax = largest(maximum(absolute(low), absolute(high)))
+            amax = largest(maximum(absolute(load(x, start)), absolute(load(x, start + LANES))))
             # The smallest weights wrap around to the largest powers, and so become 0.
             code = (floor_log2(amax) - 2 + 127) & 0xFF if amax > ZERO else 0
             d = half_power(code)
             out[at] = np.uint8(code)
-            store(out, at + 1, indices(low, d) | (indices(high, d) << splat(4)))
+            put_levels(x, start, d, amax, levels, 0)
+            put_levels(x, start + LANES, d, amax, levels, LANES)
+            store(out, at + 1, load(levels, 0) | (load(levels, LANES) << splat(4)))
 
     @staticmethod
     @kernel
@@ -144,16 +157,11 @@ class NVFP4(Block, type=GGMLType.NVFP4):
         for block in range(x.size // 64):
             for j in range(4):
                 start, at = block * 64 + j * LANES, block * 36
-                v = load(x, start)
-                amax = largest(absolute(v))
+                amax = largest(absolute(load(x, start)))
                 code = to_ue4m3(amax / np.float32(6))
                 d = half_ue4m3(code)
                 out[at + j] = np.uint8(code)
-                if d > ZERO and amax < np.float32(65536) * d:
-                    store(levels, 0, indices(v, d))
-                else:
-                    for i in range(LANES):
-                        levels[i] = slow_index(x[start + i], d)
+                put_levels(x, start, d, amax, levels, 0)
                 for i in range(8):
                     out[at + 4 + j * 8 + i] = levels[i] | (levels[8 + i] << np.uint8(4))
 
