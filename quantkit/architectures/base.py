@@ -48,6 +48,8 @@ _NORMS: Fields = (
 _EXPERTS_AND_HEADS: Fields = (
     ("add_expert_count", ("num_local_experts", "num_experts", "n_routed_experts")),
     ("add_expert_used_count", ("num_experts_per_tok", "num_experts_per_token", "top_k_experts")),
+    ("add_expert_group_count", ("n_group",)),
+    ("add_expert_group_used_count", ("topk_group",)),
     ("add_key_length", ("head_dim",)),
     ("add_value_length", ("head_dim",)),
 )
@@ -140,6 +142,8 @@ class Architecture:
         """
         writer.add_block_count(self.n_layers)
         self._write_fields(writer, _SIZES, self.config.integer)
+        if self.config.find("is_causal") is False:
+            writer.add_causal_attention(False)
         self.rope.write(writer)
         self._write_fields(writer, _NORMS, self.config.number)
         self._write_fields(writer, _EXPERTS_AND_HEADS, self.config.integer)

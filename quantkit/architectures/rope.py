@@ -36,7 +36,7 @@ class Rope:
     def __init__(self, config: Config) -> None:
         """Find the rotary parameters of `config`, in whichever spelling it uses."""
         self.config = config
-        found = config.table("rope_parameters") or config.table("rope_scaling") or {}
+        found = config.table("rope_scaling") or config.table("rope_parameters") or {}
         parameters = {key: value for key, value in found.items() if value is not None}
         if any(name in parameters for name in _PER_ATTENTION):
             self.full = self._table(parameters.get("full_attention", parameters))

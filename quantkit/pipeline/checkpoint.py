@@ -184,7 +184,7 @@ class CheckpointSource:
 
         counts = writer.get_total_parameter_count()
         # The directory's own name tells things too; a snapshot in the hub's cache is named after its commit.
-        directory = Path(os.path.abspath(self.directory))  # a symbolic link keeps its own name
+        directory = Path(os.path.abspath(self.directory))  # noqa: PTH100  (a symbolic link keeps its own name)
         repo_id = repo_id_of(directory)
         directory = Path(repo_id) if repo_id else directory
         load = gguf.Metadata

@@ -211,6 +211,12 @@ def test_a_snapshot_of_the_hubs_cache_is_named_after_its_repository(tiny: dict[s
     assert CheckpointSource(snapshot, name="Mine").metadata.require("general.name") == "Mine"
 
 
+def test_a_symbolic_link_names_the_model(tiny: dict[str, Path], tmp_path: Path) -> None:
+    link = tmp_path / "Linked-3B-v9"
+    link.symlink_to(tiny[YARN])
+    assert CheckpointSource(link).metadata.require("general.version") == "v9"
+
+
 def test_a_name_cannot_lead_out_of_the_directory() -> None:
     metadata = Metadata({"general.version": Value.of(ValueType.STRING, "/../../etc/x")})
     assert "/" not in output_name(metadata, "F16")
