@@ -230,9 +230,11 @@ PRETOKENIZERS: dict[str, Pretokenizer] = {
         rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_LINES_AND_SPACES}",
     ),
     "afmoe": _strict(DIGIT_TRIPLES, _AFMOE_SCRIPTS, f"{_DEEPSEEK3_WORDS}[\\r\\n]*|{_LINES_AND_SPACES}"),
-    "exaone-moe": _strict(
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
-        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?|\s*[\r\n]|{_SPACES}"
+    "exaone-moe": Pretokenizer(
+        (
+            rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+            rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?|\s*[\r\n]|{_SPACES}",
+        )
     ),
     "gemma4": _GEMMA4,
     "granite-embed-multi-311m": _GEMMA4,
