@@ -206,18 +206,12 @@ def rope(metadata: Metadata, n_dims: int, style: RopeStyle, tensors: Mapping[str
     magnitude = float(metadata.lookup(f"{prefix}.scaling.attn_factor", 1.0))
     yarn = None
     if scaling == "yarn":
-        n_ctx_orig = metadata.lookup(f"{metadata.architecture}.context_length", 0)
-        yarn = Yarn(
-            n_ctx_orig=int(metadata.lookup(f"{prefix}.scaling.original_context_length", n_ctx_orig)),
-            ext_factor=float(metadata.lookup(f"{prefix}.scaling.yarn_ext_factor", 1.0)),
-            beta_fast=float(metadata.lookup(f"{prefix}.scaling.yarn_beta_fast", 32.0)),
-            beta_slow=float(metadata.lookup(f"{prefix}.scaling.yarn_beta_slow", 1.0)),
-        )
-        # The published factor 0.1 ln(s) + 1, over that of "mscale_all_dim" where a model has one.
-        growth = max(0.0, 0.1 * math.log(factor))
-        magnitude *= (1.0 + growth) / (
-            1.0 + growth * float(metadata.lookup(f"{prefix}.scaling.yarn_log_multiplier", 0.0))
-        )
+        # The yarn_* keys are not read: llama.cpp reads them for a few families alone (deepseek2, grok, mistral3).
+        n_ctx_train = metadata.lookup(f"{metadata.architecture}.context_length", 0)
+        yarn = Yarn(int(metadata.lookup(f"{prefix}.scaling.original_context_length", n_ctx_train)))
+        if yarn.n_ctx_orig < 1:
+            raise QuantkitError(f"the metadata lacks {prefix}.scaling.original_context_length, which YaRN needs")
+        magnitude *= 1.0 + max(0.0, 0.1 * math.log(factor))
     return Rope(
         n_dims=n_dims,
         freq_base=float(metadata.lookup(f"{prefix}.freq_base", 10000.0)),

@@ -37,6 +37,7 @@ def reference_logits(path: Path, tokens: np.ndarray) -> np.ndarray:
     params.n_ctx = params.n_batch = params.n_ubatch = -(-len(tokens) // 256) * 256
     params.n_threads = params.n_threads_batch = 2
     params.type_k = params.type_v = lib.GGML_TYPE_F32
+    params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = lib.llama_init_from_model(model, params)
     batch = lib.llama_batch_init(len(tokens), 0, 1)
     batch.n_tokens = len(tokens)
@@ -58,11 +59,11 @@ def reference_logits(path: Path, tokens: np.ndarray) -> np.ndarray:
     [
         (GGMLType.F16, {}, {}),
         (GGMLType.F32, {}, {"tied": True, "biases": True}),
-        (GGMLType.F16, {}, {"factors": True}),
-        (GGMLType.F16, LINEAR, {}),
-        (GGMLType.F16, YARN, {}),
-        (GGMLType.F16, {**YARN, "rope__scaling__yarn_log_multiplier": (ValueType.FLOAT32, 0.5)}, {}),
-        (GGMLType.F16, {**YARN, "rope__scaling__attn_factor": (ValueType.FLOAT32, 0.8)}, {}),
+        (GGMLType.F32, {}, {"factors": True}),
+        (GGMLType.F32, LINEAR, {}),
+        (GGMLType.F32, YARN, {}),
+        (GGMLType.F32, {**YARN, "rope__scaling__yarn_log_multiplier": (ValueType.FLOAT32, 0.5)}, {}),
+        (GGMLType.F32, {**YARN, "rope__scaling__attn_factor": (ValueType.FLOAT32, 0.8)}, {}),
     ],
 )
 def test_logits_equal_llama_cpps(tmp_path, kind, extra, options):
