@@ -111,8 +111,9 @@ class CheckpointSource:
         views: list[np.ndarray] = []
         for part in assembly.parts:
             view = self._rearranged(assembly, part)
-            if views and view.shape != views[0].shape:
-                raise QuantkitError(f"{self.directory}: tensor {part!r} has not the shape of {assembly.parts[0]!r}")
+            if views and (view.shape, view.dtype) != (views[0].shape, views[0].dtype):
+                first = assembly.parts[0]
+                raise QuantkitError(f"{self.directory}: tensor {part!r} has not the shape and type of {first!r}")
             views.append(view)
         self._rows[assembly.name] = [_as_rows(view) for view in views]
         # A rearrangement may split the rows' axis; in GGUF the tensor has as many axes as in the checkpoint.

@@ -291,6 +291,20 @@ def test_a_missing_expert_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         CheckpointSource(tmp_path)
 
 
+@pytest.mark.parametrize(("shape", "dtype"), [((32, 64), np.float16), ((32, 96), np.float32)])
+def test_experts_must_be_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: Any, dtype: Any) -> None:
+    from safetensors.numpy import save_file
+
+    monkeypatch.setitem(architectures.BY_CLASS, "OddForCausalLM", Odd)
+    tensors = odd_checkpoint(tmp_path, np.float32)
+    tensors["model.layers.0.block_sparse_moe.experts.2.w1.weight"] = np.zeros(shape, dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(
+        QuantkitError, match=r"experts\.2\.w1\.weight' has not the shape and type of '.*experts.0.w1.weight'"
+    ):
+        CheckpointSource(tmp_path)
+
+
 BAD_CONFIGS = {
     "unknown architecture": (
         {"architectures": ["BananaForCausalLM"]},
