@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gguf
 import pytest
 from conftest import REFERENCE_SOURCE, SHARED, requires_reference, requires_reference_source, requires_shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from vocabulary_reference import (
     SAMPLE,
     TEXTS,
@@ -19,8 +22,8 @@ from vocabulary_reference import (
     write_gguf,
 )
 
-from quantkit.formats.gguf import GGUFFile, Metadata
-from quantkit.vocabulary import Vocabulary
+from quantkit.formats.gguf import GGUFFile, Metadata, ValueType
+from quantkit.vocabulary import Vocabulary, write_vocabulary
 from quantkit.vocabulary.pretokenizers import PRETOKENIZERS
 
 VOCABULARY_FILES = (
@@ -121,3 +124,23 @@ def test_every_pretokenizer(pre: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [sentencepiece_metadata, gemma4_metadata])
 def test_vocabularies_of_characters(make: Callable[[], Metadata], tmp_path: Path) -> None:
     compare(make(), tmp_path / "vocabulary.gguf", 300)
+
+
+@requires_reference
+@requires_shared
+def test_development_checkpoint(docs_llama: Path, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(path=None, arch="llama")
+    write_vocabulary(docs_llama, json.loads((docs_llama / "config.json").read_text()), writer)
+    metadata = Metadata()
+    for key, value in writer.kv_data[0].items():
+        item = None
+        if isinstance(value.value, list):
+            item = ValueType.STRING if isinstance(value.value[0], str) else ValueType.INT32
+        metadata.set(key, ValueType(int(value.type)), value.value, item)
+    text = (SHARED / "data" / "docs-test.txt").read_text()
+    # The library's tokenizer always looks for special tokens, so their texts are taken out.
+    library = Tokenizer.from_file(str(docs_llama / "tokenizer.json"))
+    part = text[:200_000].replace("<|endoftext|>", "").replace("<|begin_of_text|>", "")
+    for pair in load(write_gguf(tmp_path / "vocabulary.gguf", metadata)):
+        assert_same(pair, text, True, False)
+        assert pair[0].encode(part).tolist() == library.encode(part).ids

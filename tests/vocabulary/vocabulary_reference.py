@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -59,7 +60,7 @@ class LlamaCpp:
 
     def decode(self, ids: Sequence[int], special: bool = True) -> str:
         given = (self._api.llama_token * len(ids))(*ids)
-        buffer = ctypes.create_string_buffer(1 << 20)
+        buffer = ctypes.create_string_buffer(1 << 22)
         count = self._api.llama_detokenize(self.vocab, given, len(ids), buffer, len(buffer), False, special)
         assert count >= 0
         return buffer.raw[:count].decode("utf-8", "replace")
@@ -111,8 +112,6 @@ def byte_level_vocabulary() -> tuple[tuple[str, ...], tuple[str, ...]]:
     )
     words = [SAMPLE[i : i + 9] for i in range(len(SAMPLE))]
     tokenizer.train_from_iterator(words, trainer)
-    import json
-
     model = json.loads(tokenizer.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
@@ -172,8 +171,6 @@ def gemma4_metadata() -> Metadata:
     words = [SAMPLE.replace(" ", "\u2581")[i : i + 9].replace("\n", "") for i in range(len(SAMPLE))]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.train_from_iterator(words, trainers.BpeTrainer(vocab_size=700, show_progress=False, min_frequency=1))
-    import json
-
     model = json.loads(tokenizer.to_str())["model"]
     learned = sorted(model["vocab"], key=model["vocab"].__getitem__)
     learned = [token for token in learned if token not in ("日", "語")]
