@@ -21,6 +21,7 @@ from quantkit.cli.console import (
     setup,
     split_list,
 )
+from quantkit.errors import QuantkitError
 
 
 def command(
@@ -59,6 +60,11 @@ def command(
     paths = output_paths(source, model, [file.name for file in files], output)
     plans = [plan_quantize(model, file, Options(pure=pure), allow_requantize=allow_requantize) for file in files]
     if dry_run:
+        for plan in plans:
+            try:
+                plan.check()
+            except QuantkitError as problem:
+                note(f"warning: {problem}")
         emit("\n\n".join(map(str, plans)), [plan.as_dict() for plan in plans], as_json)
         return
     total = sum(info.nbytes for info in model.tensors.values())

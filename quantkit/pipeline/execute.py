@@ -105,6 +105,8 @@ def _check_outputs(source: TensorSource, plans: Sequence[Plan], paths: Sequence[
     for path in paths:
         if path.resolve() in inputs:
             raise QuantkitError(f"{path}: is the input; write the output to another file")
+    for plan in plans:
+        plan.check()
     for plan in plans[1:]:
         if [t.source_name for t in plan] != [t.source_name for t in plans[0]]:
             raise QuantkitError("plans that are carried out together must hold the same tensors in the same order")

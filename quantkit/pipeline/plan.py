@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,8 @@ from quantkit.pipeline.source import TensorSource
 if TYPE_CHECKING:
     import numpy as np
 
+log = logging.getLogger(__name__)
+
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
 
@@ -24,7 +27,8 @@ QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 class PlannedTensor:
     """One line of a plan: tensor `source_name` of the source becomes `info`, and why, where it is not the default.
 
-    `weights` are its importance weights: float32 of n_per_row for each matrix, or None.
+    `weights` are its importance weights: float32 of n_per_row for each matrix, or None. `needs_weights` says that
+    it would come out as noise without them.
     """
 
     source_name: str
@@ -32,6 +36,7 @@ class PlannedTensor:
     info: TensorInfo
     reason: str = ""
     weights: np.ndarray | None = None
+    needs_weights: bool = False
 
     @property
     def is_copy(self) -> bool:
@@ -63,6 +68,15 @@ class Plan:
                 tensor.info, tensor.reason = replace(tensor.info, type=kind), "edited"
                 return
         raise QuantkitError(f"the plan has no tensor {name!r}")
+
+    def check(self) -> None:
+        """Raise QuantkitError, naming the tensor, when a type needs importance weights that it lacks."""
+        for tensor in self.tensors:
+            if tensor.needs_weights and tensor.weights is None:
+                raise QuantkitError(
+                    f"{self.name} needs an importance matrix: without one, {tensor.info.name!r} as "
+                    f"{tensor.info.type.name} would be noise; make one with `quantkit imatrix`, pass it with --imatrix"
+                )
 
     @property
     def n_elements(self) -> int:
@@ -135,8 +149,8 @@ def plan_quantize(
     """What llama-quantize would write from `source` as `file`.
 
     `imatrix` are importance weights by tensor name; `overrides` are metadata values (key, type, value) to set.
-    Raises QuantkitError when a tensor is quantized already (unless `allow_requantize`), when a type needs an
-    importance matrix, or when weights do not fit their tensor.
+    Raises QuantkitError when a tensor is quantized already (unless `allow_requantize`), or when importance weights do
+    not fit their tensor. A type that needs an importance matrix is planned without one, but `execute` refuses it.
     """
     tensors = sorted(source.tensors.values(), key=_file_order)
     recipe = Recipe(file, ModelFacts.of(source.metadata), options or Options(), has_imatrix=imatrix is not None)
@@ -149,8 +163,10 @@ def plan_quantize(
                     f"{source.label}: tensor {info.name!r} is {info.type.name} already, and quantizing twice adds the "
                     "errors of both; start from the F16, BF16 or F32 model, or pass --allow-requantize"
                 )
-        weights = _weights_for(info, choice.type, file, imatrix, source.label)
-        lines.append(PlannedTensor(info.name, info.type, replace(info, type=choice.type), choice.reason, weights))
+        becomes = replace(info, type=choice.type)
+        weights = None if imatrix is None or choice.type == info.type else _weights_for(info, imatrix, source.label)
+        needs = choice.type != info.type and needs_imatrix(info.name, choice.type, file)
+        lines.append(PlannedTensor(info.name, info.type, becomes, choice.reason, weights, needs))
     metadata = Metadata(source.metadata)
     metadata.set("general.quantization_version", ValueType.UINT32, QUANTIZATION_VERSION)
     metadata.set("general.file_type", ValueType.UINT32, _number(file, source.metadata))
@@ -179,22 +195,16 @@ def _check_blocks(info: TensorInfo, kind: GGMLType) -> None:
         )
 
 
-def _weights_for(
-    info: TensorInfo, kind: GGMLType, file: FileType, imatrix: Mapping[str, np.ndarray] | None, label: str
-) -> np.ndarray | None:
-    weights = None if imatrix is None or kind == info.type else imatrix.get(info.name)
-    if weights is not None:
-        n_matrices = info.shape[2] if len(info.shape) > 2 else 1
-        if weights.size == info.n_per_row * n_matrices:
-            return weights.reshape(n_matrices, info.n_per_row)
-        if info.name not in ("token_embd.weight", "per_layer_token_embd.weight"):
-            raise QuantkitError(
-                f"the importance matrix has {weights.size} weights for {info.name!r}, which needs "
-                f"{info.n_per_row * n_matrices}: it was made for another model than {label}"
-            )
-    if kind != info.type and needs_imatrix(info.name, kind, file):
+def _weights_for(info: TensorInfo, imatrix: Mapping[str, np.ndarray], label: str) -> np.ndarray | None:
+    weights = imatrix.get(info.name)
+    n_matrices = info.shape[2] if len(info.shape) > 2 else 1
+    if weights is None:
+        log.info("no importance weights for %s", info.name)
+    elif weights.size == info.n_per_row * n_matrices:
+        return weights.reshape(n_matrices, info.n_per_row)
+    elif info.name not in ("token_embd.weight", "per_layer_token_embd.weight"):
         raise QuantkitError(
-            f"{file.name} needs an importance matrix: without one, {info.name!r} as {kind.name} would be noise; "
-            "make one with `quantkit imatrix` and pass it with --imatrix"
+            f"the importance matrix has {weights.size} weights for {info.name!r}, which needs "
+            f"{info.n_per_row * n_matrices}: it was made for another model than {label}"
         )
     return None
