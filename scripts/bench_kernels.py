@@ -1,8 +1,8 @@
 """Speed of the block kernels against ggml's own, per thread, in the same run: a markdown table.
 
 Ours and the reference take turns on the same arrays; each number is from the repetition that took the least processor
-time (so other programs that share the machine disturb little). Needs llama_cpp,
-whose libggml-base is the reference. Example: scripts/bench_kernels.py --types Q4_K,Q6_K --rows 1024
+time, so that programs which share the machine disturb little. Needs llama_cpp, whose libggml-base is the reference.
+Example: scripts/bench_kernels.py --types Q4_K,Q6_K --rows 1024
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ BUDGET = 0.1  # seconds of the reference in one repetition: slow formats get few
 
 
 def seconds(call: Callable[[], Any]) -> float:
+    """Processor time of one call."""
     start = time.thread_time()
     call()
     return time.thread_time() - start
@@ -62,12 +63,14 @@ def measure(ggml: Ggml, kind: GGMLType, rows: np.ndarray, weights: np.ndarray, r
 
 
 def cell(pair: dict[str, float] | None) -> str:
+    """Three columns of the table."""
     if pair is None:
         return "- | - | -"
     return f"{pair['ours']:.4g} | {pair['ggml']:.4g} | {pair['ratio']:.1f}"
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", help="comma-separated; all that have kernels if left out")
     parser.add_argument("--rows", type=int, default=512, help=f"rows of {N_PER_ROW} weights")
@@ -88,8 +91,8 @@ def main() -> None:
         result = measure(ggml, kind, rows, weights, options.repeat)
         results.append(result)
         if not options.json:
-            print(f"| {kind.name} | " + " | ".join(cell(result.get(c)) for c in ("encode", "weighted", "decode")) + " |")
-            sys.stdout.flush()
+            cells = [cell(result.get(case)) for case in ("encode", "weighted", "decode")]
+            print(f"| {kind.name} | {' | '.join(cells)} |", flush=True)
     if options.json:
         print(json.dumps(results, indent=1))
 

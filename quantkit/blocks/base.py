@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -44,9 +45,8 @@ class Block:
     encode: ClassVar[Callable[..., None]]
     decode: ClassVar[Callable[..., None]]
 
-    registry: ClassVar[dict[GGMLType, type[Block]]] = {}
+    registry: ClassVar[dict[GGMLType, builtins.type[Block]]] = {}
 
     def __init_subclass__(cls, type: GGMLType) -> None:
         cls.type = type
         Block.registry[type] = cls
-

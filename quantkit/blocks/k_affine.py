@@ -140,7 +140,7 @@ def weigh_by_magnitude(xs: Any, n: Any, ws: Any) -> None:
 
 @piece
 def code_by_largest(values: Any, codes: Any, n: Any, top: Any) -> Any:
-    """Quantize the scales (or minimums) of each super-block to 0..top so that the largest is `top`. Returns the step."""
+    """Quantize the scales (or minimums) of each super-block so that the largest is `top`. Returns the steps."""
     zero, limit = splat(ZERO), splat(np.float32(top))
     most = zero
     for j in range(n):
@@ -154,16 +154,18 @@ def code_by_largest(values: Any, codes: Any, n: Any, top: Any) -> Any:
 
 @piece
 def encode_affine(
-    x: Any, out: Any, n_per_row: Any, weights: Any, n: Any, nmax: Any, top: Any, plain: Any, factor: Any, nbytes: Any,
-    weigh_plain: Any, put_head: Any, get_step: Any, pack: Any,
-) -> None:  # fmt: skip
-    """Encode super-blocks with sub-blocks of `n` weights and levels 0..nmax, sixteen at a time.
+    x: Any, out: Any, n_per_row: Any, weights: Any, sizes: Any, plain: Any, head: Any, pack: Any, weigh_plain: Any
+) -> None:
+    """Encode super-blocks, sixteen at a time.
 
-    Scales and minimums have codes 0..top. `plain` is (rmin, nstep, use_mad) of the search without importance weights,
-    whose weights are `weigh_plain`'s; `factor` times the mean square goes into the importance weights. `put_head`
-    writes scales and minimums, `get_step` reads them back, `pack` lays out the levels.
+    `sizes` are: the weights of a sub-block, the highest level, the highest code of a scale or minimum, what multiplies
+    the mean square that goes into importance weights, and the bytes of a super-block. `plain` is (rmin, nstep, use_mad)
+    of the search without importance weights, whose weights are `weigh_plain`'s. `head` is two pieces: one writes scales
+    and minimums, one reads them back. `pack` lays out the levels.
     """
+    n, nmax, top, factor, nbytes = sizes
     rmin, nstep, use_mad = plain
+    put_head, get_step = head
     count = SUPER // n
     xs = np.empty(SUPER * LANES, np.float32)
     ws = np.empty(n * LANES, np.float32)
@@ -222,10 +224,8 @@ class Q2_K(Block, type=GGMLType.Q2_K):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q2_K_ref and quantize_row_q2_K_impl."""
-        plain = (np.float32(-0.5), 15, True)
-        encode_affine(
-            x, out, n_per_row, weights, 16, 3, 15, plain, 1, 84, weigh_by_magnitude, put_head_4, get_step_4, pack_q2
-        )
+        sizes, plain, head = (16, 3, 15, 1, 84), (np.float32(-0.5), 15, True), (put_head_4, get_step_4)
+        encode_affine(x, out, n_per_row, weights, sizes, plain, head, pack_q2, weigh_by_magnitude)
 
     @staticmethod
     @kernel
@@ -247,10 +247,8 @@ class Q4_K(Block, type=GGMLType.Q4_K):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q4_K_ref and quantize_row_q4_K_impl."""
-        plain = (np.float32(-1), 20, False)
-        encode_affine(
-            x, out, n_per_row, weights, 32, 15, 63, plain, 2, 144, weigh_by_size, put_head_6, get_step_6, pack_q4
-        )
+        sizes, plain, head = (32, 15, 63, 2, 144), (np.float32(-1), 20, False), (put_head_6, get_step_6)
+        encode_affine(x, out, n_per_row, weights, sizes, plain, head, pack_q4, weigh_by_size)
 
     @staticmethod
     @kernel
@@ -272,11 +270,8 @@ class Q5_K(Block, type=GGMLType.Q5_K):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q5_K_ref and quantize_row_q5_K_impl."""
-        plain = (np.float32(-0.5), 15, False)
-        encode_affine(
-            x, out, n_per_row, weights, 32, 31, 63, plain, 2, 176, weigh_by_size, put_clamped_head_6, get_step_6,
-            pack_q5,
-        )
+        sizes, plain, head = (32, 31, 63, 2, 176), (np.float32(-0.5), 15, False), (put_clamped_head_6, get_step_6)
+        encode_affine(x, out, n_per_row, weights, sizes, plain, head, pack_q5, weigh_by_size)
 
     @staticmethod
     @kernel

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from llvmlite import ir
 from numba import extending
@@ -57,7 +57,7 @@ def _vector(element: str) -> ir.VectorType:
 @register_model(LaneVector)
 class _LaneVectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, fe_type: LaneVector) -> None:
-        super().__init__(manager, fe_type, _vector(fe_type.element))
+        super().__init__(manager, fe_type, _vector(fe_type.element))  # type: ignore[no-untyped-call]
 
 
 f32x16 = LaneVector("f32x16", "float")
@@ -184,7 +184,7 @@ def select(typingctx: Any, mask: Any, a: Any, b: Any) -> Any:
 def splat(typingctx: Any, value: Any) -> Any:
     """The scalar `value` (float32, or an int) in every lane."""
     if isinstance(value, types.Float):
-        result, element = f32x16, types.float32
+        result, element = f32x16, cast("types.Type", types.float32)
     elif isinstance(value, (types.Integer, types.Boolean)):
         result, element = i32x16, types.int32
     else:
@@ -234,7 +234,7 @@ def _contiguous(array: Any) -> bool:
 
 @intrinsic
 def load(typingctx: Any, array: Any, index: Any) -> Any:
-    """Sixteen neighbours of a contiguous 1-D array from `index` on: float32 to f32x16, integers up to 32 bits to i32x16."""
+    """Sixteen neighbours of a contiguous 1-D array from `index` on: float32 to f32x16, integers to i32x16."""
     if not _contiguous(array):
         return None
     result = f32x16 if array.dtype == types.float32 else i32x16

@@ -39,7 +39,7 @@ ONE = np.float32(1)
 
 @piece
 def nearest_int(value: Any) -> Any:
-    """A float32 rounded half to even as the reference does it, bit by bit, with its results beyond 2**22 and for NaN."""
+    """A float32 rounded half to even as the reference does it, with its results beyond 2**22 and for NaN."""
     return (float_bits(value + MAGIC) & np.int32(0x007FFFFF)) - np.int32(0x00400000)
 
 
@@ -64,7 +64,7 @@ def clamped_floats(values: Any, low: Any, high: Any) -> Any:
 
 @piece
 def gather(x: Any, start: Any, stride: Any, n: Any, xs: Any, lane: Any, count: Any) -> None:
-    """Transpose `count` sub-blocks of `n` elements, `stride` apart in `x` from `start` on, into lanes from `lane` on."""
+    """Transpose `count` sub-blocks of `n` elements, `stride` apart from `start` on, into lanes from `lane` on."""
     for i in range(n):
         for k in range(count):
             xs[i * LANES + lane + k] = x[start + k * stride + i]
@@ -93,7 +93,9 @@ def weigh(xs: Any, ws: Any, n: Any, sigma: Any) -> Any:
 
 
 @piece
-def affine_search(xs: Any, ws: Any, ls: Any, n: Any, nmax: Any, rmin: Any, rdelta: Any, nstep: Any, use_mad: Any) -> Any:
+def affine_search(
+    xs: Any, ws: Any, ls: Any, n: Any, nmax: Any, rmin: Any, rdelta: Any, nstep: Any, use_mad: Any
+) -> Any:
     """Scale and minimum for `x ~ scale * l + low`, l in 0..nmax (make_qkx2_quants and make_qkx3_quants).
 
     `ws` are the weights, `ls` scratch of the size of `xs`. Tries `nstep + 1` inverse scales from `rmin` on, `rdelta`
@@ -349,4 +351,3 @@ def positive_search(xs: Any, ws: Any, codes: Any, n: Any, nmax: Any) -> Any:
 def level_of(x: Any, inverse: Any, base: Any, low: Any, high: Any) -> Any:
     """One level of a search's result: `clamp(nearest_int(inverse * (x - base)), low, high)`."""
     return max(np.int32(low), min(np.int32(high), nearest_int(inverse * (x - base))))
-

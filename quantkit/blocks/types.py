@@ -22,7 +22,7 @@ class GGMLType(IntEnum):
     block_size: int
     type_size: int
 
-    def __new__(cls, number: int, block_size: int, type_size: int) -> GGMLType:
+    def __new__(cls, number: int, block_size: int, type_size: int) -> GGMLType:  # noqa: D102
         member = int.__new__(cls, number)
         member._value_ = number
         member.block_size = block_size
@@ -79,7 +79,9 @@ class GGMLType(IntEnum):
         """Bytes of a row of `n_per_row` weights. Raises QuantkitError when blocks do not divide the row."""
         blocks, rest = divmod(n_per_row, self.block_size)
         if rest:
-            raise QuantkitError(f"a row of {n_per_row} weights cannot hold {self.name}: its blocks are of {self.block_size}")
+            raise QuantkitError(
+                f"a row of {n_per_row} weights cannot hold {self.name}: its blocks are of {self.block_size}"
+            )
         return blocks * self.type_size
 
     def nbytes(self, shape: Sequence[int]) -> int:

@@ -25,7 +25,8 @@ class Ggml:
         self._library = ctypes.CDLL(str(next(folder / name for name in names if (folder / name).exists())))
         self._quantize = self._library.ggml_quantize_chunk
         self._quantize.restype = ctypes.c_size_t
-        self._quantize.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        self._quantize.argtypes = [ctypes.c_int, pointer, pointer, size, size, size, pointer]
         self._requires = self._library.ggml_quantize_requires_imatrix
         self._requires.restype = ctypes.c_bool
 

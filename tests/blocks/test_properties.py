@@ -51,7 +51,7 @@ def test_rows_are_independent_and_order_of_work_does_not_matter(kind: GGMLType) 
         some = np.concatenate([blocks.encode(part, kind, weights) for part in np.array_split(rows, 5)])
         assert np.array_equal(together, some)
         with ThreadPoolExecutor(4) as pool:
-            threads = list(pool.map(lambda _: blocks.encode(rows, kind, weights), range(4)))
+            threads = list(pool.map(blocks.encode, [rows] * 4, [kind] * 4, [weights] * 4))
         assert all(np.array_equal(together, again) for again in threads)
 
 
@@ -80,15 +80,18 @@ def test_weights_belong_to_their_columns(kind: GGMLType) -> None:
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_error_is_bounded(kind: GGMLType, data: st.DataObject) -> None:
-    rows = data.draw(finite_rows(256))
+    # NVFP4 has no scale for rows: 448 * 6 is its largest weight, and it drops those below 6 * 2**-10.
+    small = kind == GGMLType.NVFP4
+    rows = data.draw(finite_rows(256, 2500 if small else 1e4))
     encoded = blocks.encode(rows, kind, weights_for(kind, 256))
     decoded = blocks.decode(encoded, kind)
     assert encoded.shape == (len(rows), kind.row_nbytes(256)) and decoded.shape == rows.shape
     assert np.isfinite(decoded).all()
     if kind in BOUNDS:
         largest = np.abs(rows).max(axis=1, keepdims=True)
-        # 2**-24 and below: what float16 scales lose of the smallest numbers.
-        assert (np.abs(decoded - rows) <= BOUNDS[kind] * largest + 1e-5).all()
+        # Of the smallest numbers, float16 scales lose what is below 2**-24.
+        lost = 6 * 2**-10 if small else 1e-5
+        assert (np.abs(decoded - rows) <= BOUNDS[kind] * largest + lost).all()
 
 
 @each_kind
@@ -139,14 +142,14 @@ def test_bad_input_is_one_clear_line() -> None:
     for call, says in [
         (lambda: quantkit.quantize_rows(rows, "Q9_9"), "unknown tensor type 'Q9_9'"),
         (lambda: quantkit.quantize_rows(rows, "Q4_K"), "a row of 64 weights cannot hold Q4_K: its blocks are of 256"),
-        (lambda: quantkit.quantize_rows(rows, "Q8_K"), "Q8_K cannot be encoded or decoded"),
+        (lambda: quantkit.quantize_rows(rows, "I32"), "I32 cannot be encoded or decoded"),
         (lambda: quantkit.quantize_rows(np.float32(1), "Q8_0"), "at least one dimension"),
         (lambda: quantkit.quantize_rows(rows[:, :0], "Q8_0"), "not empty"),
         (lambda: quantkit.quantize_rows(rows, "Q4_0", np.ones(32)), "(32,) importance weights for rows of 64"),
         (lambda: quantkit.dequantize_rows(np.zeros(35, np.uint8), "Q8_0"), "rows of 35 bytes do not hold Q8_0"),
         (lambda: quantkit.dequantize_rows(np.zeros(34, np.int8), "Q8_0"), "needs bytes (uint8), not int8"),
         (lambda: quantkit.dequantize_rows(bytes(50), "Q8_0", 32), "do not make Q8_0 rows of 32 weights (34 bytes)"),
-        (lambda: quantkit.dequantize_rows(bytes(34), "I32"), "I32 cannot be encoded or decoded"),
+        (lambda: quantkit.dequantize_rows(bytes(32), "I32"), "I32 cannot be encoded or decoded"),
     ]:
         with pytest.raises(QuantkitError) as raised:
             call()
