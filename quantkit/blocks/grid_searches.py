@@ -299,7 +299,7 @@ def settle(scale: Any, empty: Any, signs: Any, n_signs: Any, mask: Any, codes: A
         sign = select(negative, (sign ^ splat(-1)) & splat(mask), sign)
         store(signs, k * LANES, select(empty, splat(0), sign))
     for k in range(n_codes):
-        store(codes, k * LANES, select(empty, splat(0), load(codes, k * LANES)))
+        store(codes, k * LANES, select(empty, splat(0), load(codes, k * LANES) & splat(REPLACED - 1)))
     return select(empty, zero, select(negative, -scale, scale))
 
 
