@@ -154,18 +154,18 @@ def code_by_largest(values: Any, codes: Any, n: Any, top: Any) -> Any:
 
 @piece
 def encode_affine(
-    x: Any, out: Any, n_per_row: Any, weights: Any, sizes: Any, plain: Any, head: Any, pack: Any, weigh_plain: Any
-) -> None:
+    x: Any, out: Any, n_per_row: Any, weights: Any, sizes: Any, plain: Any,
+    weigh_plain: Any, put_head: Any, get_step: Any, pack: Any,
+) -> None:  # fmt: skip
     """Encode super-blocks, sixteen at a time.
 
     `sizes` are: the weights of a sub-block, the highest level, the highest code of a scale or minimum, what multiplies
     the mean square that goes into importance weights, and the bytes of a super-block. `plain` is (rmin, nstep, use_mad)
-    of the search without importance weights, whose weights are `weigh_plain`'s. `head` is two pieces: one writes scales
-    and minimums, one reads them back. `pack` lays out the levels.
+    of the search without importance weights, whose weights are `weigh_plain`'s. `put_head` writes scales and minimums,
+    `get_step` reads them back, `pack` lays out the levels.
     """
     n, nmax, top, factor, nbytes = sizes
     rmin, nstep, use_mad = plain
-    put_head, get_step = head
     count = SUPER // n
     xs = np.empty(SUPER * LANES, np.float32)
     ws = np.empty(n * LANES, np.float32)
@@ -224,8 +224,10 @@ class Q2_K(Block, type=GGMLType.Q2_K):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q2_K_ref and quantize_row_q2_K_impl."""
-        sizes, plain, head = (16, 3, 15, 1, 84), (np.float32(-0.5), 15, True), (put_head_4, get_step_4)
-        encode_affine(x, out, n_per_row, weights, sizes, plain, head, pack_q2, weigh_by_magnitude)
+        sizes, plain = (16, 3, 15, 1, 84), (np.float32(-0.5), 15, True)
+        encode_affine(
+            x, out, n_per_row, weights, sizes, plain, weigh_by_magnitude, put_head_4, get_step_4, pack_q2
+        )  # fmt: skip
 
     @staticmethod
     @kernel
@@ -247,8 +249,8 @@ class Q4_K(Block, type=GGMLType.Q4_K):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q4_K_ref and quantize_row_q4_K_impl."""
-        sizes, plain, head = (32, 15, 63, 2, 144), (np.float32(-1), 20, False), (put_head_6, get_step_6)
-        encode_affine(x, out, n_per_row, weights, sizes, plain, head, pack_q4, weigh_by_size)
+        sizes, plain = (32, 15, 63, 2, 144), (np.float32(-1), 20, False)
+        encode_affine(x, out, n_per_row, weights, sizes, plain, weigh_by_size, put_head_6, get_step_6, pack_q4)
 
     @staticmethod
     @kernel
@@ -270,8 +272,8 @@ class Q5_K(Block, type=GGMLType.Q5_K):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q5_K_ref and quantize_row_q5_K_impl."""
-        sizes, plain, head = (32, 31, 63, 2, 176), (np.float32(-0.5), 15, False), (put_clamped_head_6, get_step_6)
-        encode_affine(x, out, n_per_row, weights, sizes, plain, head, pack_q5, weigh_by_size)
+        sizes, plain = (32, 31, 63, 2, 176), (np.float32(-0.5), 15, False)
+        encode_affine(x, out, n_per_row, weights, sizes, plain, weigh_by_size, put_clamped_head_6, get_step_6, pack_q5)
 
     @staticmethod
     @kernel

@@ -114,21 +114,22 @@ class Q3_K(Block, type=GGMLType.Q3_K):
         n_blocks = x.size // SUPER
         for first in range(0, n_blocks, LANES):
             transpose(x, first, n_blocks, xs)
-            if weights is not None:
+            if weights is None:
+                for j in range(0, 16, 2):
+                    a, b, c = j * 16 * LANES, (j + 1) * 16 * LANES, (j + 2) * 16 * LANES
+                    scale, other = refined_search(xs[a:b], xs[b:c], ls[a:b], ls[b:c], 16, 4)
+                    store(scales, j * LANES, scale)
+                    store(scales, (j + 1) * LANES, other)
+                store(steps, 0, code_by_extreme(scales, codes))
+            else:
                 sigma = splat(np.float32(2)) * sum_of_squares(xs, SUPER) / splat(np.float32(SUPER))
-            for j in range(16):
-                part = xs[j * 16 * LANES : (j + 1) * 16 * LANES]
-                if weights is None:
-                    store(scales, j * LANES, refined_search(part, ls[j * 16 * LANES : (j + 1) * 16 * LANES], 16, 4))
-                else:
+                for j in range(16):
+                    part = xs[j * 16 * LANES : (j + 1) * 16 * LANES]
                     gather_importance(weights, first, n_blocks, n_per_row, j * 16, 16, ls)
                     store(sums, j * LANES, weigh(part, ls, 16, sigma))
                     scale, inverse, _ = signed_search(part, ls, 16, 4)
                     store(scales, j * LANES, scale)
                     store(inverses, j * LANES, inverse)
-            if weights is None:
-                store(steps, 0, code_by_extreme(scales, codes))
-            else:
                 store(steps, 0, code_by_search(scales, sums, codes))
             for lane in range(min(LANES, n_blocks - first)):
                 at, start = (first + lane) * 110, (first + lane) * SUPER

@@ -238,15 +238,11 @@ def signed_search(xs: Any, ws: Any, n: Any, nmax: Any) -> Any:
 
 
 @piece
-def refined_search(xs: Any, ls: Any, n: Any, nmax: Any) -> Any:
-    """Scale for `x ~ scale * l`, l in -nmax..nmax-1, by moving one level at a time (make_q3_quants with do_rmse).
-
-    Leaves the levels, counted from 0 (0 too where the sub-block is all but zero), as float32 in `ls`.
-    """
-    zero = splat(ZERO)
+def first_levels(xs: Any, ls: Any, n: Any, nmax: Any) -> Any:
+    """Levels, stored in `ls`, that put the extreme at -nmax; and the sums of w x l and w l l, w being x squared."""
     extreme, empty = extremes(xs, n)
     inverse = splat(-np.float32(nmax)) / extreme
-    sum_lx, sum_l2 = zero, zero
+    sum_lx, sum_l2 = splat(ZERO), splat(ZERO)
     for i in range(n):
         x = load(xs, i * LANES)
         level = to_float(clamped_ints(inverse * x, -nmax, nmax - 1))
@@ -254,30 +250,50 @@ def refined_search(xs: Any, ls: Any, n: Any, nmax: Any) -> Any:
         w = x * x
         sum_lx = sum_lx + w * x * level
         sum_l2 = sum_l2 + w * level * level
+    return sum_lx, sum_l2, empty
+
+
+@piece
+def refine_level(x: Any, old: Any, sum_lx: Any, sum_l2: Any, nmax: Any) -> Any:
+    """Move one level to where the others want it, if that is better. Returns it, the sums, and the lanes that moved."""
+    w = x * x
+    wx = w * x
+    rest_lx = sum_lx - wx * old
+    rest_l2 = sum_l2 - w * old * old
+    level = to_float(clamped_ints(x * rest_l2 / rest_lx, -nmax, nmax - 1))
+    new_lx = rest_lx + wx * level
+    new_l2 = rest_l2 + w * level * level
+    better = (rest_lx > splat(ZERO)) & (level != old) & (new_l2 > splat(ZERO))
+    better = better & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
+    return select(better, level, old), select(better, new_lx, sum_lx), select(better, new_l2, sum_l2), bits(better)
+
+
+@piece
+def refined_search(xs: Any, ys: Any, xls: Any, yls: Any, n: Any, nmax: Any) -> Any:
+    """Scales for `x ~ scale * l`, l in -nmax..nmax-1, by moving one level at a time (make_q3_quants with do_rmse).
+
+    Leaves the levels, counted from 0 (0 too where the sub-block is all but zero), as float32 in `xls`. Each step waits
+    for the one before, so two sets of sub-blocks, `xs` and `ys`, take turns.
+    """
+    x_lx, x_l2, x_empty = first_levels(xs, xls, n, nmax)
+    y_lx, y_l2, y_empty = first_levels(ys, yls, n, nmax)
     # A lane in which nothing changed stays as it is in later rounds, so all may go on until the last has settled.
     for _ in range(5):
-        settled = ALL
+        moved = np.uint32(0)
         for i in range(n):
-            x = load(xs, i * LANES)
-            old = load(ls, i * LANES)
-            w = x * x
-            wx = w * x
-            rest_lx = sum_lx - wx * old
-            rest_l2 = sum_l2 - w * old * old
-            level = to_float(clamped_ints(x * rest_l2 / rest_lx, -nmax, nmax - 1))
-            new_lx = rest_lx + wx * level
-            new_l2 = rest_l2 + w * level * level
-            better = (rest_lx > zero) & (level != old) & (new_l2 > zero)
-            better = better & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
-            sum_lx = select(better, new_lx, sum_lx)
-            sum_l2 = select(better, new_l2, sum_l2)
-            store(ls, i * LANES, select(better, level, old))
-            settled &= ~bits(better)
-        if settled == ALL:
+            level, x_lx, x_l2, some = refine_level(load(xs, i * LANES), load(xls, i * LANES), x_lx, x_l2, nmax)
+            store(xls, i * LANES, level)
+            level, y_lx, y_l2, others = refine_level(load(ys, i * LANES), load(yls, i * LANES), y_lx, y_l2, nmax)
+            store(yls, i * LANES, level)
+            moved |= some | others
+        if moved == 0:
             break
+    zero, middle = splat(ZERO), splat(np.float32(nmax))
     for i in range(n):
-        store(ls, i * LANES, select(empty, zero, load(ls, i * LANES) + splat(np.float32(nmax))))
-    return select(empty | ~(sum_l2 > zero), zero, sum_lx / sum_l2)
+        store(xls, i * LANES, select(x_empty, zero, load(xls, i * LANES) + middle))
+        store(yls, i * LANES, select(y_empty, zero, load(yls, i * LANES) + middle))
+    x_scale = select(x_empty | ~(x_l2 > zero), zero, x_lx / x_l2)
+    return x_scale, select(y_empty | ~(y_l2 > zero), zero, y_lx / y_l2)
 
 
 @piece
