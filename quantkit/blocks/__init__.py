@@ -20,7 +20,7 @@ __all__ = ["GGMLType", "block", "decode", "encodable", "encode", "first_nonfinit
 
 def _registry() -> dict[GGMLType, type[Block]]:
     # A format is registered by being defined.
-    from quantkit.blocks import float4, iq2, iq3, k_affine, k_symmetric, legacy, nonlinear, one_scale, plain  # noqa: F401
+    from quantkit.blocks import float4, iq1, iq2, iq3, k_affine, k_symmetric, legacy, nonlinear, one_scale, plain  # noqa: F401
     from quantkit.blocks.base import Block
 
     return Block.registry

@@ -1,0 +1,465 @@
+"""IQ1_S and IQ1_M: groups of 8 weights of three levels -1, 0, 1, all shifted up or down by an eighth.
+
+Layouts: block_iq1_s and block_iq1_m in ggml-common.h. Algorithms: quantize_row_iq1_*_impl in ggml-quants.c. The best
+levels put the smallest weights of a sub-block at -1 and the largest at 1, so sorting the weights and trying every pair
+of borders finds them. Here each lane has a sub-block. The reference sorts with C's qsort, which leaves the order of
+equal weights to the C library. Ours is that of glibc, whose qsort is a merge sort: equal weights stay in order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quantkit.blocks.base import Block, kernel, piece
+from quantkit.blocks.bytes import get_half, put_half
+from quantkit.blocks.grid_searches import (
+    SUPER,
+    make_weights,
+    mean_square,
+    most_of,
+    nearest_point,
+    scale_code,
+    square_terms,
+)
+from quantkit.blocks.grids import grid, require_weights
+from quantkit.blocks.lanes import (
+    LANES,
+    absolute,
+    bits,
+    half_bits,
+    half_value,
+    lane_numbers,
+    load,
+    maximum,
+    select,
+    splat,
+    store,
+    to_float,
+)
+from quantkit.blocks.searches import ONE, ZERO, gather
+from quantkit.blocks.types import GGMLType
+
+DELTA = np.float32(0.125)
+# The six levels: shifted up, and shifted down.
+UP0, UP1, UP2 = np.float32(-0.875), np.float32(0.125), np.float32(1.125)
+DOWN0, DOWN1, DOWN2 = np.float32(-1.125), np.float32(-0.125), np.float32(0.875)
+LOWEST = np.float32(np.finfo(np.float32).min)
+GROUP_MAX_EPS_IQ1_S = np.float32(1e-12)
+GROUP_MAX_EPS_IQ1_M = np.float32(1e-7)
+MIDDLE = 0xAAAA  # the code whose levels are all 2: minus a code, the code with its levels turned round
+
+
+@piece
+def _sort(xs: Any, ws: Any, order: Any, n: Any) -> None:
+    """Sort the weights of each lane, their importance in `ws` with them, by Batcher's network.
+
+    `order` receives where each weight was. Equal weights stay in order, because positions are compared as well.
+    """
+    for i in range(n):
+        store(order, i * LANES, splat(i))
+    size = 1
+    while size < n:
+        gap = size
+        while gap >= 1:
+            for start in range(gap % size, n - gap, 2 * gap):
+                for at in range(start, min(start + gap, n - gap)):
+                    if at // (2 * size) != (at + gap) // (2 * size):
+                        continue
+                    low, high = at * LANES, (at + gap) * LANES
+                    xa, xb = load(xs, low), load(xs, high)
+                    wa, wb = load(ws, low), load(ws, high)
+                    ia, ib = load(order, low), load(order, high)
+                    swap = (xa > xb) | ((xa == xb) & (ia > ib))
+                    store(xs, low, select(swap, xb, xa))
+                    store(xs, high, select(swap, xa, xb))
+                    store(ws, low, select(swap, wb, wa))
+                    store(ws, high, select(swap, wa, wb))
+                    store(order, low, select(swap, ib, ia))
+                    store(order, high, select(swap, ia, ib))
+            gap //= 2
+        size *= 2
+
+
+@piece
+def _collect_codes(order: Any, border1: Any, border2: Any, negative: Any, n: Any, codes: Any) -> None:
+    """The codes of the groups, from the borders between levels in sorted order; `negative` lanes are turned round."""
+    for k in range(n // 8):
+        code = splat(0)
+        for i in range(n):
+            position = load(order, i * LANES)
+            level = select(splat(i) < border1, splat(0), select(splat(i) < border2, splat(1), splat(2)))
+            mine = (position >> splat(3)) == splat(k)
+            code = code | select(mine, level << ((position & splat(7)) << splat(1)), splat(0))
+        store(codes, k * LANES, select(negative, splat(MIDDLE) - code, code))
+
+
+@piece
+def _replace_by_points(
+    codes: Any, scales: Any, shifts: Any, xs: Any, ws: Any, n: Any, n_shifts: Any, tables: Any, grid: Any
+) -> Any:
+    """Replace the codes that are no grid points by the nearest neighbours. Returns the lanes where that happened.
+
+    `shifts` holds an eighth or minus that, for each lane, and with `n_shifts` 2 for each group.
+    """
+    where, lists = grid
+    lanes = 0
+    levels = to_float((lane_numbers() & splat(3)) - splat(1))
+    for k in range(n // 8):
+        for lane in range(LANES):
+            place = where[codes[k * LANES + lane]]
+            if place >= 0:
+                shift = splat(shifts[(k if n_shifts == 2 else 0) * LANES + lane])
+                square_terms(xs, ws, 8 * k, lane, scales[lane], levels + shift, tables, 8)
+                code, _ = nearest_point(lists, place, tables, 8, 2)
+                codes[k * LANES + lane] = code
+                lanes |= 1 << lane
+    return ((splat(lanes) >> lane_numbers()) & splat(1)) == splat(1)
+
+
+@piece
+def _level(code: Any, i: Any, shift: Any) -> Any:
+    """The level of weight `i` of a group: -1, 0 or 1, shifted."""
+    return to_float(((code >> splat(2 * i)) & splat(3)) - splat(1)) + shift
+
+
+@piece
+def _refit(codes: Any, shifts: Any, xs: Any, ws: Any, n: Any, n_shifts: Any, moved: Any, scale: Any) -> Any:
+    """The best scale for the codes, in the lanes `moved` and where it is positive; elsewhere `scale`."""
+    zero = splat(ZERO)
+    sum_qx, sum_q2 = zero, zero
+    for k in range(n // 8):
+        code = load(codes, k * LANES)
+        shift = load(shifts, (k if n_shifts == 2 else 0) * LANES)
+        for i in range(8):
+            q = _level(code, i, shift)
+            w = load(ws, (8 * k + i) * LANES)
+            sum_qx = sum_qx + w * q * load(xs, (8 * k + i) * LANES)
+            sum_q2 = sum_q2 + w * q * q
+    return select(moved & (sum_qx > zero) & (sum_q2 > zero), sum_qx / sum_q2, scale)
+
+
+@piece
+def _largest_magnitude(xs: Any, n: Any) -> Any:
+    largest = absolute(load(xs, 0))
+    for i in range(1, n):
+        largest = maximum(largest, absolute(load(xs, i * LANES)))
+    return largest
+
+
+@piece
+def _split_s(sorted_x: Any, sorted_w: Any, n: Any, largest: Any, px: Any, pw: Any, up: Any, down: Any) -> Any:
+    """The best borders of a sub-block, with the scale and shift that they are best with. A shift of 0: none fit."""
+    zero = splat(ZERO)
+    store(px, 0, zero)
+    store(pw, 0, zero)
+    for i in range(n):
+        w = load(sorted_w, i * LANES)
+        store(px, (i + 1) * LANES, load(px, i * LANES) + w * load(sorted_x, i * LANES))
+        store(pw, (i + 1) * LANES, load(pw, i * LANES) + w)
+    all_x, all_w = load(px, n * LANES), load(pw, n * LANES)
+    for i in range(n + 1):
+        rest_x, rest_w = all_x - load(px, i * LANES), all_w - load(pw, i * LANES)
+        store(up, 2 * i * LANES, rest_x * splat(UP2))
+        store(up, (2 * i + 1) * LANES, rest_w * splat(UP2) * splat(UP2))
+        store(down, 2 * i * LANES, rest_x * splat(DOWN2))
+        store(down, (2 * i + 1) * LANES, rest_w * splat(DOWN2) * splat(DOWN2))
+    best, scale = splat(LOWEST), largest
+    border1, border2, shift = splat(0), splat(0), zero
+    for i in range(n + 1):
+        left_x, left_w = load(px, i * LANES), load(pw, i * LANES)
+        up_x, up_w = left_x * splat(UP0), left_w * splat(UP0) * splat(UP0)
+        down_x, down_w = left_x * splat(DOWN0), left_w * splat(DOWN0) * splat(DOWN0)
+        for j in range(i, n + 1):
+            # The middle level is an eighth, or minus that: the products differ in sign only.
+            middle_x = (load(px, j * LANES) - left_x) * splat(UP1)
+            middle_w = (load(pw, j * LANES) - left_w) * splat(UP1) * splat(UP1)
+            qx = up_x + middle_x + load(up, 2 * j * LANES)
+            q2 = up_w + middle_w + load(up, (2 * j + 1) * LANES)
+            qx_down = down_x - middle_x + load(down, 2 * j * LANES)
+            q2_down = down_w + middle_w + load(down, (2 * j + 1) * LANES)
+            better = (q2 > zero) & (qx * qx > best * q2)
+            # If the first shift is no better in any lane, `best` stands, and this is the second shift's answer.
+            better_down = (q2_down > zero) & (qx_down * qx_down > best * q2_down)
+            if bits(better | better_down):
+                this_scale = qx / q2
+                scale = select(better, this_scale, scale)
+                best = select(better, this_scale * qx, best)
+                shift = select(better, splat(DELTA), shift)
+                better_down = (q2_down > zero) & (qx_down * qx_down > best * q2_down)
+                this_scale = qx_down / q2_down
+                scale = select(better_down, this_scale, scale)
+                best = select(better_down, this_scale * qx_down, best)
+                shift = select(better_down, splat(-DELTA), shift)
+                border1 = select(better | better_down, splat(i), border1)
+                border2 = select(better | better_down, splat(j), border2)
+    return scale, shift, border1, border2
+
+
+@kernel
+def _encode_s(x: Any, out: Any, n_per_row: Any, weights: Any, where: Any, lists: Any, index: Any) -> None:
+    xs, ws = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32)
+    sorted_x, sorted_w = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32)
+    order = np.empty(32 * LANES, np.int32)
+    px, pw = np.empty(33 * LANES, np.float32), np.empty(33 * LANES, np.float32)
+    up, down = np.empty(66 * LANES, np.float32), np.empty(66 * LANES, np.float32)
+    codes = np.empty(4 * LANES, np.int32)
+    shifts, sigmas, found = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    tables = np.empty(8 * 8 + LANES, np.float32)
+    zero = splat(ZERO)
+    n_blocks = x.size // SUPER
+    for first in range(0, n_blocks, 2):
+        for half in range(2):
+            start = min(first + half, n_blocks - 1) * SUPER  # the last one of an odd number fills both halves
+            gather(x, start, 32, 32, xs, half * 8, 8)
+            gather(weights, start % n_per_row, 32, 32, ws, half * 8, 8)
+            sigmas[half * 8 : half * 8 + 8] = np.float32(2) * mean_square(x, start)
+        make_weights(xs, ws, 32, load(sigmas, 0))
+        largest = _largest_magnitude(xs, 32)
+        sorted_x[:] = xs
+        sorted_w[:] = ws
+        _sort(sorted_x, sorted_w, order, 32)
+        scale, shift, border1, border2 = _split_s(sorted_x, sorted_w, 32, largest, px, pw, up, down)
+        empty = (largest < splat(GROUP_MAX_EPS_IQ1_S)) | (shift == zero)
+        negative = scale < zero
+        _collect_codes(order, border1, border2, negative, 32, codes)
+        scale = select(negative, -scale, scale)
+        store(shifts, 0, select(negative, -shift, shift))
+        store(found, 0, scale)
+        moved = _replace_by_points(codes, found, shifts, xs, ws, 32, 1, tables, (where, lists))
+        store(found, 0, select(empty, zero, _refit(codes, shifts, xs, ws, 32, 1, moved, scale)))
+        for k in range(4):
+            store(codes, k * LANES, select(empty, splat(0), load(codes, k * LANES)))
+        store(shifts, 0, select(empty, splat(DELTA), load(shifts, 0)))
+        for half in range(min(2, n_blocks - first)):
+            at = (first + half) * 50
+            lane = half * 8
+            most = most_of(found, lane, 8)
+            step = most / np.float32(15)
+            inverse = ONE / step
+            put_half(out, at, step * np.float32(1.125))
+            for j in range(8):
+                word = np.int32(0)
+                for k in range(4):
+                    point = np.int32(index[codes[k * LANES + lane + j]])
+                    out[at + 2 + 4 * j + k] = np.uint8(point & 0xFF)
+                    word |= (point >> 8) << np.int32(3 * k)
+                if most != ZERO:
+                    code = scale_code(found[lane + j], inverse, 7)
+                    word |= (code | (8 if shifts[lane + j] < ZERO else 0)) << 12
+                out[at + 34 + 2 * j] = np.uint8(word & 0xFF)
+                out[at + 35 + 2 * j] = np.uint8((word >> 8) & 0xFF)
+
+
+@piece
+def _split_m(sorted_x: Any, sorted_w: Any, order: Any, n: Any, largest: Any, px: Any, pw: Any, tails: Any) -> Any:
+    """As `_split_s`, where each half of the sub-block has a shift of its own: four choices, in order of their number.
+
+    The number is -1 where none fit, else 2 if the first half is shifted down, plus 1 if the second one is. `px` and
+    `pw` are prefix sums of both halves in turn.
+    """
+    zero = splat(ZERO)
+    for half in range(2):
+        store(px, half * LANES, zero)
+        store(pw, half * LANES, zero)
+        for i in range(n):
+            mine = (load(order, i * LANES) >> splat(3)) == splat(half)
+            w = load(sorted_w, i * LANES)
+            old, to = (2 * i + half) * LANES, (2 * i + 2 + half) * LANES
+            store(px, to, select(mine, load(px, old) + w * load(sorted_x, i * LANES), load(px, old)))
+            store(pw, to, select(mine, load(pw, old) + w, load(pw, old)))
+    # What a weight beyond each border adds to the sum of w*q*q: differences of squared levels.
+    up_first, up_second = splat(UP0 * UP0 - UP1 * UP1), splat(UP1 * UP1 - UP2 * UP2)
+    down_first, down_second = splat(DOWN0 * DOWN0 - DOWN1 * DOWN1), splat(DOWN1 * DOWN1 - DOWN2 * DOWN2)
+    for i in range(n + 1):
+        for half in range(2):
+            w = load(pw, (2 * i + half) * LANES)
+            store(tails, (4 * i + half) * LANES, w * up_second)
+            store(tails, (4 * i + 2 + half) * LANES, w * down_second)
+    x0, x1 = load(px, 2 * n * LANES), load(px, (2 * n + 1) * LANES)
+    w0, w1 = load(pw, 2 * n * LANES), load(pw, (2 * n + 1) * LANES)
+    up_x0, up_x1 = x0 * splat(UP2), x1 * splat(UP2)
+    down_x0, down_x1 = x0 * splat(DOWN2), x1 * splat(DOWN2)
+    up_w0, up_w1 = w0 * splat(UP2) * splat(UP2), w1 * splat(UP2) * splat(UP2)
+    down_w0, down_w1 = w0 * splat(DOWN2) * splat(DOWN2), w1 * splat(DOWN2) * splat(DOWN2)
+    best, scale = splat(LOWEST), largest
+    border1, border2, choice = splat(0), splat(0), splat(-1)
+    for i in range(n + 1):
+        left_x0, left_x1 = load(px, 2 * i * LANES), load(px, (2 * i + 1) * LANES)
+        left_w0, left_w1 = load(pw, 2 * i * LANES), load(pw, (2 * i + 1) * LANES)
+        head_up0, head_up1 = up_w0 + left_w0 * up_first, up_w1 + left_w1 * up_first
+        head_down0, head_down1 = down_w0 + left_w0 * down_first, down_w1 + left_w1 * down_first
+        for j in range(i, n + 1):
+            sum0 = left_x0 + load(px, 2 * j * LANES)
+            sum1 = left_x1 + load(px, (2 * j + 1) * LANES)
+            qx_up0, qx_up1 = up_x0 - sum0, up_x1 - sum1
+            qx_down0, qx_down1 = down_x0 - sum0, down_x1 - sum1
+            q2_up0, q2_up1 = head_up0 + load(tails, 4 * j * LANES), head_up1 + load(tails, (4 * j + 1) * LANES)
+            q2_down0 = head_down0 + load(tails, (4 * j + 2) * LANES)
+            q2_down1 = head_down1 + load(tails, (4 * j + 3) * LANES)
+            qx, q2 = qx_up0 + qx_up1, q2_up0 + q2_up1
+            better = (q2 > zero) & (qx * qx > best * q2)
+            qx, q2 = qx_up0 + qx_down1, q2_up0 + q2_down1
+            better = better | ((q2 > zero) & (qx * qx > best * q2))
+            qx, q2 = qx_down0 + qx_up1, q2_down0 + q2_up1
+            better = better | ((q2 > zero) & (qx * qx > best * q2))
+            qx, q2 = qx_down0 + qx_down1, q2_down0 + q2_down1
+            better = better | ((q2 > zero) & (qx * qx > best * q2))
+            if bits(better):  # rare: so take the four in order
+                for k in range(4):
+                    qx = (qx_up0 if k < 2 else qx_down0) + (qx_up1 if k % 2 == 0 else qx_down1)
+                    q2 = (q2_up0 if k < 2 else q2_down0) + (q2_up1 if k % 2 == 0 else q2_down1)
+                    better = (q2 > zero) & (qx * qx > best * q2)
+                    this_scale = qx / q2
+                    scale = select(better, this_scale, scale)
+                    best = select(better, this_scale * qx, best)
+                    choice = select(better, splat(k), choice)
+                    border1 = select(better, splat(i), border1)
+                    border2 = select(better, splat(j), border2)
+    return scale, choice, border1, border2
+
+
+@kernel
+def _encode_m(x: Any, out: Any, n_per_row: Any, weights: Any, where: Any, lists: Any, index: Any) -> None:
+    xs, ws = np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.float32)
+    sorted_x, sorted_w = np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.float32)
+    order = np.empty(16 * LANES, np.int32)
+    px, pw, tails = np.empty(34 * LANES, np.float32), np.empty(34 * LANES, np.float32), np.empty(68 * LANES, np.float32)
+    codes, scales = np.empty(2 * LANES, np.int32), np.empty(LANES, np.int32)
+    shifts, found = np.empty(2 * LANES, np.float32), np.empty(LANES, np.float32)
+    tables = np.empty(8 * 8 + LANES, np.float32)
+    zero = splat(ZERO)
+    for block in range(x.size // SUPER):
+        start, at = block * SUPER, block * 56
+        gather(x, start, 16, 16, xs, 0, LANES)
+        if weights is None:
+            for i in range(16):
+                v = load(xs, i * LANES)
+                store(ws, i * LANES, v * v)
+        else:
+            gather(weights, start % n_per_row, 16, 16, ws, 0, LANES)
+            make_weights(xs, ws, 16, splat(np.float32(2) * mean_square(x, start)))
+        largest = _largest_magnitude(xs, 16)
+        sorted_x[:] = xs
+        sorted_w[:] = ws
+        _sort(sorted_x, sorted_w, order, 16)
+        scale, choice, border1, border2 = _split_m(sorted_x, sorted_w, order, 16, largest, px, pw, tails)
+        empty = (largest < splat(GROUP_MAX_EPS_IQ1_M)) | (choice < splat(0))
+        negative = scale < zero
+        _collect_codes(order, border1, border2, negative, 16, codes)
+        scale = select(negative, -scale, scale)
+        choice = select(empty, splat(0), select(negative, splat(3) - choice, choice))
+        store(shifts, 0, select(choice < splat(2), splat(DELTA), splat(-DELTA)))
+        store(shifts, LANES, select((choice & splat(1)) == splat(0), splat(DELTA), splat(-DELTA)))
+        store(found, 0, scale)
+        moved = _replace_by_points(codes, found, shifts, xs, ws, 16, 2, tables, (where, lists))
+        store(found, 0, select(empty, zero, _refit(codes, shifts, xs, ws, 16, 2, moved, scale)))
+        for k in range(2):
+            store(codes, k * LANES, select(empty, splat(0), load(codes, k * LANES)))
+        most = most_of(found, 0, 16)
+        step = most / np.float32(15)
+        inverse = ONE / step
+        for j in range(LANES):
+            scales[j] = scale_code(found[j], inverse, 7)
+            a, b = np.int32(index[codes[j]]), np.int32(index[codes[LANES + j]])
+            out[at + 2 * j] = np.uint8(a & 0xFF)
+            out[at + 2 * j + 1] = np.uint8(b & 0xFF)
+            high = (a >> 8) | ((b >> 8) << 4)
+            if most != ZERO:
+                high |= (8 if shifts[j] < ZERO else 0) | (0x80 if shifts[LANES + j] < ZERO else 0)
+            out[at + 32 + j] = np.uint8(high)
+        if most == ZERO:
+            out[at + 48 : at + 56] = 0
+            continue
+        # The super-block's scale is fitted to what the others have become, one weight after another.
+        factor = to_float((load(scales, 0) << splat(1)) + splat(1))
+        for k in range(2):
+            code, shift = load(codes, k * LANES), load(shifts, k * LANES)
+            for i in range(8):
+                to = (8 * k + i) * LANES
+                q = _level(code, i, shift) * factor
+                weighted = load(ws, to) * q
+                store(sorted_x, to, weighted * load(xs, to))
+                store(sorted_w, to, weighted * q)
+        sum_qx, sum_q2 = ZERO, ZERO
+        for j in range(LANES):
+            for i in range(16):
+                sum_qx += sorted_x[i * LANES + j]
+                sum_q2 += sorted_w[i * LANES + j]
+        if sum_q2 > ZERO:
+            step = sum_qx / sum_q2
+        half = np.int64(half_bits(step * np.float32(1.1125)))
+        for j in range(4):
+            word = ((half >> (4 * j)) & 15) << 12
+            for i in range(4):
+                word |= np.int64(scales[4 * j + i]) << (3 * i)
+            out[at + 48 + 2 * j] = np.uint8(word & 0xFF)
+            out[at + 49 + 2 * j] = np.uint8(word >> 8)
+
+
+@kernel
+def _decode_s(data: Any, out: Any, values: Any) -> None:
+    for block in range(out.size // SUPER):
+        at = block * 50
+        d = get_half(data, at)
+        for j in range(8):
+            word = np.int64(data[at + 34 + 2 * j]) | (np.int64(data[at + 35 + 2 * j]) << 8)
+            scale = d * np.float32(2 * ((word >> 12) & 7) + 1)
+            shift = -DELTA if word & 0x8000 else DELTA
+            for k in range(4):
+                point = np.int64(data[at + 2 + 4 * j + k]) | (((word >> (3 * k)) & 7) << 8)
+                to = block * SUPER + 32 * j + 8 * k
+                for i in range(8):
+                    out[to + i] = scale * (values[point * 8 + i] + shift)
+
+
+@kernel
+def _decode_m(data: Any, out: Any, values: Any) -> None:
+    for block in range(out.size // SUPER):
+        at = block * 56
+        half = np.uint16(0)
+        for j in range(4):
+            half |= np.uint16(np.uint16(data[at + 49 + 2 * j] >> 4) << np.uint16(4 * j))
+        d = half_value(half)
+        for j in range(16):
+            word = np.int64(data[at + 48 + 2 * (j // 4)]) | (np.int64(data[at + 49 + 2 * (j // 4)]) << 8)
+            scale = d * np.float32(2 * ((word >> (3 * (j & 3))) & 7) + 1)
+            for k in range(2):
+                high = np.int64(data[at + 32 + j]) >> (4 * k)
+                shift = -DELTA if high & 8 else DELTA
+                point = np.int64(data[at + 2 * j + k]) | ((high & 7) << 8)
+                to = block * SUPER + 16 * j + 8 * k
+                for i in range(8):
+                    out[to + i] = scale * (values[point * 8 + i] + shift)
+
+
+class IQ1_S(Block, type=GGMLType.IQ1_S):
+    """A grid of 2048 points, with a 3-bit scale and a shift for every 32 weights. Needs importance weights."""
+
+    @staticmethod
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_iq1_s_impl. Raises QuantkitError without weights."""
+        points = grid(GGMLType.IQ1_S)
+        weights = require_weights(weights, GGMLType.IQ1_S)
+        _encode_s(x, out, n_per_row, weights, points.where, points.lists, points.index)
+
+    @staticmethod
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_iq1_s."""
+        _decode_s(data, out, grid(GGMLType.IQ1_S).values)
+
+
+class IQ1_M(Block, type=GGMLType.IQ1_M):
+    """The grid of IQ1_S, with a 3-bit scale for every 16 weights and a shift for every 8."""
+
+    @staticmethod
+    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+        """See Block; after quantize_row_iq1_m_impl."""
+        points = grid(GGMLType.IQ1_S)
+        _encode_m(x, out, n_per_row, weights, points.where, points.lists, points.index)
+
+    @staticmethod
+    def decode(data: Any, out: Any) -> None:
+        """See Block; after dequantize_row_iq1_m."""
+        _decode_m(data, out, grid(GGMLType.IQ1_S).values)
