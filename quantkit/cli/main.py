@@ -27,11 +27,11 @@ COMMANDS = {
 class LazyGroup(TyperGroup):
     """A command group that lists its commands without importing them."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         """The commands, in the order in which a newcomer meets them."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import a command; for --help and completion of the group, a stand-in that carries its one line."""
         if cmd_name not in COMMANDS:
             return None

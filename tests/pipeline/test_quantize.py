@@ -21,7 +21,7 @@ from quantkit.pipeline.plan import plan_copy, plan_quantize
 from quantkit.pipeline.recipe import Options
 from quantkit.pipeline.source import GGUFSource
 
-MAIN_TYPES = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K F16 BF16 F32".split()
+MAIN_TYPES = [*("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), *("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"), "F16", "BF16", "F32"]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_pure_and_names(converted: Path) -> None:
     source = GGUFSource(converted)
     kinds = {t.info.type for t in plan_quantize(source, file_type("Q4_K_M"), Options(pure=True))}
     assert kinds == {GGMLType.F32, GGMLType.Q4_K}
-    with pytest.raises(QuantkitError, match="unknown file type 'Q9'.*Q4_K_M"):
+    with pytest.raises(QuantkitError, match=r"unknown file type 'Q9'.*Q4_K_M"):
         file_type("Q9")
     assert file_type("q5_k") is FILE_TYPES["Q5_K_M"]
 
