@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from quantkit.architectures.config import Config
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.rope import Rope
 from quantkit.errors import QuantkitError
+from quantkit.formats.gguf import Metadata, TensorInfo
 from quantkit.formats.safetensors import StoredTensor
 
 if TYPE_CHECKING:
@@ -228,3 +230,13 @@ class Architecture:
                 "layers; is this another kind of model, or a quantized checkpoint?"
             )
         return str(found)
+
+    # Forward pass
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """The forward pass of a model of this family, from its GGUF metadata and tensors.
+
+        Raises QuantkitError for metadata that lacks or contradicts what it needs.
+        """
+        raise QuantkitError(f"evaluating the architecture {cls.gguf_name!r} is not supported yet")

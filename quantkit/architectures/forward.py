@@ -8,7 +8,7 @@ means when it is None or at its default is "the model does not have this", so mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -223,7 +223,7 @@ def rope(metadata: Metadata, n_dims: int, style: RopeStyle, tensors: Mapping[str
     )
 
 
-def _per_layer(metadata: Metadata, key: str, n_layer: int, default: int | None = None) -> list[int]:
+def per_layer(metadata: Metadata, key: str, n_layer: int, default: int | None = None) -> list[int]:
     """A count that a GGUF gives once for all layers, or as an array with one for each."""
     value = metadata.require(key) if default is None else metadata.lookup(key, default)
     if isinstance(value, (int, float)):
@@ -232,82 +232,3 @@ def _per_layer(metadata: Metadata, key: str, n_layer: int, default: int | None =
     if len(counts) != n_layer:
         raise QuantkitError(f"the metadata's {key} has {len(counts)} numbers for {n_layer} layers")
     return counts
-
-
-def llama(metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-    """Llama and the models that share its GGUF architecture (Mistral, SmolLM2): RMS norms, gated SiLU, GQA."""
-    arch = metadata.architecture
-    n_embd, n_layer = int(metadata.require(f"{arch}.embedding_length")), int(metadata.require(f"{arch}.block_count"))
-    eps = float(metadata.require(f"{arch}.attention.layer_norm_rms_epsilon"))
-    if metadata.lookup(f"{arch}.expert_count", 0):
-        raise QuantkitError(f"evaluating {arch} models with experts is not supported yet")
-    if not 0 < n_layer <= len(tensors):
-        raise QuantkitError(f"the metadata says {n_layer} layers, which the model's {len(tensors)} tensors cannot hold")
-    heads = _per_layer(metadata, f"{arch}.attention.head_count", n_layer)
-    heads_kv = [
-        kv or n
-        for kv, n in zip(_per_layer(metadata, f"{arch}.attention.head_count_kv", n_layer, 0), heads, strict=True)
-    ]
-    if min(heads) < 1:
-        raise QuantkitError(f"the metadata's {arch}.attention.head_count is {min(heads)}, which is less than 1")
-    head_k = int(metadata.lookup(f"{arch}.attention.key_length", n_embd // heads[0]))
-    head_v = int(metadata.lookup(f"{arch}.attention.value_length", n_embd // heads[0]))
-    scale = float(metadata.lookup(f"{arch}.attention.scale", 0.0)) or 1.0 / math.sqrt(head_k)
-    rotary = rope(metadata, int(metadata.lookup(f"{arch}.rope.dimension_count", head_k)), RopeStyle.NORMAL, tensors)
-    n_ffs = _per_layer(metadata, f"{arch}.feed_forward_length", n_layer)
-
-    def layer(i: int) -> Layer:
-        at = f"blk.{i}"
-        return Layer(
-            attention_norm=Norm(f"{at}.attn_norm.weight", eps),
-            attention=Attention(
-                n_head=heads[i],
-                n_head_kv=heads_kv[i],
-                head_k=head_k,
-                head_v=head_v,
-                scale=scale,
-                rope=rotary,
-                q=linear(tensors, f"{at}.attn_q"),
-                k=linear(tensors, f"{at}.attn_k"),
-                v=linear(tensors, f"{at}.attn_v"),
-                out=linear(tensors, f"{at}.attn_output"),
-            ),
-            feed_forward_norm=Norm(f"{at}.ffn_norm.weight", eps),
-            feed_forward=FeedForward(
-                n_ff=n_ffs[i],
-                gate=linear(tensors, f"{at}.ffn_gate"),
-                up=linear(tensors, f"{at}.ffn_up"),
-                down=linear(tensors, f"{at}.ffn_down"),
-            ),
-        )
-
-    embedding = tensors.get("token_embd.weight")
-    if embedding is None:
-        raise QuantkitError("the model has no tensor token_embd.weight")
-    return ForwardSpec(
-        architecture=arch,
-        n_vocab=embedding.n_rows,
-        n_embd=n_embd,
-        n_ctx_train=int(metadata.lookup(f"{arch}.context_length", 0)),
-        embedding="token_embd.weight",
-        layers=tuple(layer(i) for i in range(n_layer)),
-        output_norm=Norm("output_norm.weight", eps),
-        output=linear(tensors, "output" if "output.weight" in tensors else "token_embd"),
-    )
-
-
-# The forward passes by GGUF architecture.
-FORWARD: dict[str, Callable[[Metadata, Mapping[str, TensorInfo]], ForwardSpec]] = {"llama": llama}
-
-
-def forward_spec(metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-    """The forward pass of the model with this metadata and these tensors.
-
-    Raises QuantkitError for an architecture that has none, and for metadata that lacks or contradicts what it needs.
-    """
-    make = FORWARD.get(metadata.architecture)
-    if make is None:
-        raise QuantkitError(
-            f"evaluating the architecture {metadata.architecture!r} is not supported, only {', '.join(sorted(FORWARD))}"
-        )
-    return make(metadata, tensors)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from quantkit.architectures import forward_spec
 from quantkit.architectures.forward import (
     Activation,
     Attention,
@@ -31,17 +32,16 @@ from quantkit.architectures.forward import (
     NormKind,
     Rope,
     RopeStyle,
-    forward_spec,
 )
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import kernels
 from quantkit.evaluate.weights import Weights, available_memory
 from quantkit.pipeline.source import TensorSource
 
-# Rows that go through a product together, query positions that meet the keys together, and tokens of the vocabulary
-# whose logits stand in memory together. Measured on two cores with 512 KB of second-level cache each.
-_ROWS = 256
-_QUERIES = 64
+# Rows that go through a product together, queries of all heads of a group that meet the keys together, and tokens of
+# the vocabulary whose logits stand in memory together. Measured on two cores with 512 KB of second-level cache each.
+_ROWS = 512
+_SCORE_ROWS = 128
 _TILE = 2048
 # The output matrix is decoded in slabs of this many weights when it is not kept.
 _SLAB_WEIGHTS = 1 << 26
@@ -367,11 +367,12 @@ class Transformer:
                 done += n
         first, stop = span
         window = n_ctx if attention.window is None else attention.window
+        n_queries = max(1, _SCORE_ROWS // heads)
         mixed = take("mixed", n_seq, stop - first, attention.n_head * head_v)
         for seq in range(n_seq):
             for group in range(groups):
-                for start in range(first, stop, _QUERIES):
-                    end = min(start + _QUERIES, stop)
+                for start in range(first, stop, n_queries):
+                    end = min(start + n_queries, stop)
                     key = max(0, start - window + 1)
                     n_rows = (end - start) * heads
                     scores, sums = take("scores", n_rows, end - key), take("sums", n_rows)
@@ -448,7 +449,8 @@ class Transformer:
             if min(sizes) < 1 or attention.n_head % attention.n_head_kv:
                 raise QuantkitError(
                     f"{label}: impossible sizes: {attention.n_head} heads of {attention.head_k}, "
-                    f"{attention.n_head_kv} for keys and values of {attention.head_v}, {ff.n_ff} in the feed-forward block"
+                    f"{attention.n_head_kv} for keys and values of {attention.head_v}, {ff.n_ff} in the feed-forward "
+                    "block"
                 )
             if attention.rope is not None and not 0 <= attention.rope.n_dims <= attention.head_k:
                 raise QuantkitError(
