@@ -15,6 +15,7 @@ from quantkit.blocks.base import piece
 from quantkit.blocks.lanes import (
     LANES,
     absolute,
+    as_float_bits,
     as_int_bits,
     bits,
     float_bits,
@@ -255,7 +256,7 @@ def first_levels(xs: Any, ls: Any, n: Any, nmax: Any) -> Any:
 
 @piece
 def refine_level(x: Any, old: Any, sum_lx: Any, sum_l2: Any, nmax: Any) -> Any:
-    """Move one level to where the others want it, if that is better. Returns it, the sums, and the lanes that moved."""
+    """Move one level to where the others want it, if that is better. Returns by how much, and the sums."""
     w = x * x
     wx = w * x
     rest_lx = sum_lx - wx * old
@@ -263,9 +264,16 @@ def refine_level(x: Any, old: Any, sum_lx: Any, sum_l2: Any, nmax: Any) -> Any:
     level = to_float(clamped_ints(x * rest_l2 / rest_lx, -nmax, nmax - 1))
     new_lx = rest_lx + wx * level
     new_l2 = rest_l2 + w * level * level
-    better = (rest_lx > splat(ZERO)) & (level != old) & (new_l2 > splat(ZERO))
-    better = better & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
-    return select(better, level, old), select(better, new_lx, sum_lx), select(better, new_l2, sum_l2), bits(better)
+    # A lane that must not move gets a score that exceeds nothing. Joining masks with & would be clearer, and a third
+    # slower: LLVM keeps joined masks in bytes, and the way there and back is on the critical path. That these scores
+    # are three different ones keeps LLVM from joining the masks itself.
+    score = select(level != old, new_lx * new_lx * sum_l2, as_float_bits(splat(0x7FC00001)))
+    score = select(rest_lx > splat(ZERO), score, as_float_bits(splat(0x7FC00002)))
+    score = select(new_l2 > splat(ZERO), score, as_float_bits(splat(0x7FC00003)))
+    better = score > sum_lx * sum_lx * new_l2
+    # And selecting between the two levels would become a masked store, which is slow on some processors.
+    change = select(better, level - old, splat(ZERO))
+    return change, select(better, new_lx, sum_lx), select(better, new_l2, sum_l2)
 
 
 @piece
@@ -279,14 +287,15 @@ def refined_search(xs: Any, ys: Any, xls: Any, yls: Any, n: Any, nmax: Any) -> A
     y_lx, y_l2, y_empty = first_levels(ys, yls, n, nmax)
     # A lane in which nothing changed stays as it is in later rounds, so all may go on until the last has settled.
     for _ in range(5):
-        moved = np.uint32(0)
+        moved = splat(ZERO)
         for i in range(n):
-            level, x_lx, x_l2, some = refine_level(load(xs, i * LANES), load(xls, i * LANES), x_lx, x_l2, nmax)
-            store(xls, i * LANES, level)
-            level, y_lx, y_l2, others = refine_level(load(ys, i * LANES), load(yls, i * LANES), y_lx, y_l2, nmax)
-            store(yls, i * LANES, level)
-            moved |= some | others
-        if moved == 0:
+            x_level, y_level = load(xls, i * LANES), load(yls, i * LANES)
+            x_change, x_lx, x_l2 = refine_level(load(xs, i * LANES), x_level, x_lx, x_l2, nmax)
+            y_change, y_lx, y_l2 = refine_level(load(ys, i * LANES), y_level, y_lx, y_l2, nmax)
+            store(xls, i * LANES, x_level + x_change)
+            store(yls, i * LANES, y_level + y_change)
+            moved = moved + absolute(x_change) + absolute(y_change)
+        if bits(moved != splat(ZERO)) == 0:
             break
     zero, middle = splat(ZERO), splat(np.float32(nmax))
     for i in range(n):
@@ -338,7 +347,7 @@ def positive_search(xs: Any, ws: Any, codes: Any, n: Any, nmax: Any) -> Any:
         sum_lx = sum_lx + w * x * level
         sum_l2 = sum_l2 + w * level * level
     for _ in range(5):
-        settled = ALL
+        moved = splat(0)
         for i in range(n):
             x = load(xs, i * LANES)
             w = load(ws, i * LANES)
@@ -354,9 +363,10 @@ def positive_search(xs: Any, ws: Any, codes: Any, n: Any, nmax: Any) -> Any:
             better = better & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
             sum_lx = select(better, new_lx, sum_lx)
             sum_l2 = select(better, new_l2, sum_l2)
-            store(codes, i * LANES, select(better, code & byte, old_code))
-            settled &= ~bits(better)
-        if settled == ALL:
+            change = select(better, (code & byte) - old_code, splat(0))
+            store(codes, i * LANES, old_code + change)
+            moved = moved | change
+        if bits(moved != splat(0)) == 0:
             break
     for i in range(n):
         store(codes, i * LANES, select(empty, splat(0), load(codes, i * LANES)))
