@@ -3,31 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.architectures.base import Architecture, Assembly, Transform
 from quantkit.architectures.config import Config
 from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.gemma2 import Gemma2
+from quantkit.architectures.gemma3 import Gemma3
+from quantkit.architectures.gpt2 import GPT2
+from quantkit.architectures.gpt_neox import GPTNeoX
+from quantkit.architectures.granite import Granite
 from quantkit.architectures.llama import Llama
+from quantkit.architectures.mistral3 import Mistral3
+from quantkit.architectures.mixtral import Mixtral
+from quantkit.architectures.olmo2 import Olmo2
+from quantkit.architectures.phi3 import Phi3
+from quantkit.architectures.qwen2 import Qwen2
+from quantkit.architectures.qwen3 import Qwen3
+from quantkit.architectures.qwen3_moe import Qwen3Moe
+from quantkit.architectures.smollm3 import SmolLM3
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo
 
-FAMILIES: tuple[type[Architecture], ...] = (Llama,)
+# Every family, one line each.
+FAMILIES: tuple[type[Architecture], ...] = (
+    Llama,
+    Mixtral,
+    Mistral3,
+    Qwen2,
+    Qwen3,
+    Qwen3Moe,
+    Gemma2,
+    Gemma3,
+    Phi3,
+    GPT2,
+    GPTNeoX,
+    Olmo2,
+    Granite,
+    SmolLM3,
+)
 
-BY_CLASS = {name: family for family in FAMILIES for name in family.checkpoints}
+BY_CLASS: dict[str, type[Architecture]] = {
+    name: family for family in FAMILIES for name in (*family.checkpoints, *family.wrappers)
+}
+
+
+@dataclass(frozen=True)
+class Supported:
+    """One line of the list of families: its name, the transformers classes, `general.architecture`, what is special."""
+
+    family: str
+    classes: tuple[str, ...]
+    gguf_name: str
+    notes: str
+
+
+def supported() -> list[Supported]:
+    """The families that can be converted, in the order of their names."""
+    rows = [Supported(f.__name__, (*f.checkpoints, *f.wrappers), f.gguf_name, f.notes) for f in FAMILIES]
+    return sorted(rows, key=lambda row: row.family.lower())
 
 
 def load_architecture(directory: Path) -> Architecture:
     """The architecture of the checkpoint in `directory`, from its config.json.
 
-    Raises QuantkitError for a model class that no family covers; the message lists those that are.
+    Raises QuantkitError for a model class that no family covers.
     """
     config = Config.load(directory)
     name = config.model_class
     family = BY_CLASS.get(name)
     if family is None:
-        known = ", ".join(sorted(BY_CLASS))
-        raise QuantkitError(f"{config.path}: the architecture {name} is not supported; supported: {known}")
+        raise QuantkitError(
+            f"{config.path}: the architecture {name[:80]} is not supported; `quantkit architectures` lists what is"
+        )
     return family(config)
 
 
@@ -36,7 +85,8 @@ def forward_spec(metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> Forwa
 
     Raises QuantkitError for an architecture that no family covers, and for metadata that contradicts itself.
     """
-    families = {family.gguf_name: family for family in FAMILIES}
+    # A family that inherits another's tensors has not thereby its forward pass: each says its own.
+    families = {family.gguf_name: family for family in FAMILIES if "forward_spec" in vars(family)}
     family = families.get(metadata.architecture)
     if family is None:
         known = ", ".join(sorted(families))
@@ -44,4 +94,14 @@ def forward_spec(metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> Forwa
     return family.forward_spec(metadata, tensors)
 
 
-__all__ = ["FAMILIES", "Architecture", "Assembly", "Config", "Transform", "forward_spec", "load_architecture"]
+__all__ = [
+    "FAMILIES",
+    "Architecture",
+    "Assembly",
+    "Config",
+    "Supported",
+    "Transform",
+    "forward_spec",
+    "load_architecture",
+    "supported",
+]

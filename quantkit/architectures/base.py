@@ -5,6 +5,7 @@ A family states what it does differently as class attributes; the roads that all
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ import numpy as np
 
 from quantkit.architectures.config import Config
 from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.parameters import SHARED, Parameter
 from quantkit.architectures.rope import Rope
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo
@@ -28,33 +30,6 @@ if TYPE_CHECKING:
 Rearrange = Callable[[Config, np.ndarray], np.ndarray]
 # Arithmetic on a tensor's values, row by row: float32, or float16 where the checkpoint is.
 Arithmetic = Callable[[np.ndarray], np.ndarray]
-
-
-# Parts of the names of tensors that a multimodal checkpoint holds beside its text model.
-_NOT_TEXT = ("visual.", "vision_", "vision.", "audio_", "audio.", "projector.", "image_newline")
-
-# Hyper-parameters that most families share: the method of gguf.GGUFWriter that adds one, and the names that
-# config.json may have for it. In the reference converter's order.
-Fields = tuple[tuple[str, tuple[str, ...]], ...]
-_SIZES: Fields = (
-    ("add_context_length", ("max_position_embeddings", "n_ctx", "n_positions", "max_length")),
-    ("add_embedding_length", ("hidden_size", "n_embd", "dim")),
-    ("add_feed_forward_length", ("intermediate_size", "n_inner", "hidden_dim")),
-    ("add_head_count", ("num_attention_heads", "n_head", "n_heads")),
-    ("add_head_count_kv", ("num_key_value_heads", "n_kv_heads")),
-)
-_NORMS: Fields = (
-    ("add_layer_norm_rms_eps", ("rms_norm_eps", "norm_eps")),
-    ("add_layer_norm_eps", ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")),
-)
-_EXPERTS_AND_HEADS: Fields = (
-    ("add_expert_count", ("num_local_experts", "num_experts", "n_routed_experts")),
-    ("add_expert_used_count", ("num_experts_per_tok", "num_experts_per_token", "top_k_experts")),
-    ("add_expert_group_count", ("n_group",)),
-    ("add_expert_group_used_count", ("topk_group",)),
-    ("add_key_length", ("head_dim",)),
-    ("add_value_length", ("head_dim",)),
-)
 
 
 @dataclass(frozen=True)
@@ -84,16 +59,30 @@ class Assembly:
 class Experts:
     """Experts that a checkpoint keeps one by one, and GGUF stacked.
 
-    `marker` is in the names of their tensors, and `count` names the config field with their number. `part` is the
-    name of one expert's tensor, `merged` the name that the stack of a projection is looked up under; `{layer}`,
-    `{expert}` and `{projection}` are filled in. The stacks come in the order of `projections`.
+    `count` names the config field with their number. `part` is the name of one expert's tensor, `merged` the name
+    that the stack of a projection is looked up under; `{layer}`, `{expert}` and `{projection}` are filled in. The
+    stacks come in the order of `projections`, where the last part of a layer stands.
     """
 
-    marker: str
     count: tuple[str, ...]
     part: str
     merged: str
     projections: tuple[str, ...]
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """What the names of their tensors match."""
+        projections = "|".join(map(re.escape, self.projections))
+        pattern = re.escape(self.part).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"\d+")
+        return re.compile(pattern.replace(r"\{projection\}", f"(?:{projections})"))
+
+
+# Parts and beginnings of the names of tensors that a multimodal checkpoint holds beside its text model.
+_NOT_TEXT = (
+    "visual.", "vision.", "vision_", "audio.", "audio_", "projector.", "pre_mm_projector_norm", "image_newline",
+    "view_seperator", "patch_embed", "patch_merge", "model.connector.", "talker.", "token2wav.", "code2wav.",
+)  # fmt: skip
+_NOT_TEXT_BEGINNINGS = ("mlp", "vit.", "vpm.", "merger.", "resampler.", "siglip2.", "conformer.")
 
 
 class Architecture:
@@ -103,27 +92,49 @@ class Architecture:
     - `gguf_name`: `general.architecture`, and the prefix of its keys.
     - `checkpoints`: the transformers classes that it covers, each with what its configuration class assumes where
       config.json is silent.
+    - `wrappers`: the multimodal classes whose text model it covers, each with what is assumed of the text model by
+      its `model_type`.
+    - `derived`: fields that the configuration class computes from others where they are missing or null.
+    - `parameters`: its metadata, in the reference converter's order.
     - `transforms`: by the end of a stored tensor's name, what happens to it.
     - `experts`: how experts are stored, for a family that has them.
+    - `skipped`: the ends of names of stored tensors that GGUF does without.
+    - `wrapping`: parts of names that a wrapper adds.
     - `vocabulary`: how the tokenizer is looked for (see `quantkit.vocabulary.write_vocabulary`).
+    - `notes`: what is worth knowing in the list of families.
     """
 
     gguf_name: ClassVar[str]
     checkpoints: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    wrappers: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
+    derived: ClassVar[Mapping[str, Callable[[Config], int]]] = {}
+    parameters: ClassVar[tuple[Parameter, ...]] = SHARED
     transforms: ClassVar[Mapping[str, Transform]] = {}
     experts: ClassVar[Experts | None] = None
-    vocabulary: ClassVar[str] = "bpe"
-
     # Buffers that old checkpoints carry and no runtime reads.
-    unused: ClassVar[tuple[str, ...]] = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+    skipped: ClassVar[tuple[str, ...]] = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+    wrapping: ClassVar[tuple[str, ...]] = ("language_model.",)
+    vocabulary: ClassVar[str] = "bpe"
+    notes: ClassVar[str] = ""
 
     def __init__(self, config: Config) -> None:
-        """Take the family with the hyper-parameters of `config`."""
-        self.config = self.complete(config.with_defaults(self.checkpoints.get(config.model_class, {})))
+        """Take the family with the hyper-parameters of `config`. Raises QuantkitError for a wrapper of others."""
+        name = config.model_class
+        defaults = self.checkpoints.get(name, {})
+        if (text_models := self.wrappers.get(name)) is not None:
+            kind = config.text_type or next(iter(text_models))
+            if kind not in text_models:
+                raise QuantkitError(
+                    f"{config.path}: {name} around a text model of type {kind[:80]!r} is not supported, "
+                    f"only {', '.join(text_models)}"
+                )
+            defaults = text_models[kind]
+        self.config = self.complete(config.with_defaults(defaults))
 
     def complete(self, config: Config) -> Config:
         """`config` with the fields that follow from others filled in, as its configuration class does."""
-        return config
+        missing = {name: derive(config) for name, derive in self.derived.items() if config.find(name) is None}
+        return config.changed(**missing)
 
     # Metadata
 
@@ -137,24 +148,19 @@ class Architecture:
         """The rotary parameters."""
         return Rope(self.config)
 
+    @cached_property
+    def rope_dimensions(self) -> int:
+        """How many elements of a head rotary embedding turns: all of them, unless the family says otherwise."""
+        head = self.config.integer("head_dim")
+        return head or self.config.require("hidden_size") // self.config.require("num_attention_heads")
+
     def write_parameters(self, writer: GGUFWriter, file_type: int) -> None:
-        """Add the family's hyper-parameters, in the reference converter's order and types.
+        """Add the family's hyper-parameters, in the reference converter's order and types."""
+        for parameter in self.parameters:
+            parameter(self, writer, file_type)
 
-        These are what most families share, `general.file_type` among them; a family adds its own after them.
-        """
-        writer.add_block_count(self.n_layers)
-        self._write_fields(writer, _SIZES, self.config.integer)
-        if self.config.find("is_causal") is False:
-            writer.add_causal_attention(False)
-        self.rope.write(writer)
-        self._write_fields(writer, _NORMS, self.config.number)
-        self._write_fields(writer, _EXPERTS_AND_HEADS, self.config.integer)
-        writer.add_file_type(file_type)
-
-    def _write_fields(self, writer: GGUFWriter, fields: Fields, read: Callable[..., float | None]) -> None:
-        for add, names in fields:
-            if (value := read(*names)) is not None:
-                getattr(writer, add)(value)
+    def write_first(self, writer: GGUFWriter) -> None:
+        """Add the keys that the reference converter adds while it converts tensors, before all others."""
 
     # Tensors
 
@@ -164,9 +170,11 @@ class Architecture:
 
     def canonical_name(self, name: str) -> str | None:
         """The name of a stored tensor without what a multimodal wrapper adds, or None for one of its other parts."""
-        if any(part in name for part in _NOT_TEXT):
+        for part in self.wrapping:
+            name = name.replace(part, "")
+        if any(part in name for part in _NOT_TEXT) or name.startswith(_NOT_TEXT_BEGINNINGS):
             return None
-        return name.replace("language_model.", "")
+        return name
 
     def tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[Assembly]:
         """The GGUF tensors of a checkpoint with the tensors `stored`, in the reference converter's order.
@@ -181,10 +189,10 @@ class Architecture:
         waiting: dict[str, dict[str, str]] = {}
         for stored_name in stored:
             name = self.canonical_name(stored_name)
-            if name is None or name.endswith(self.unused):
+            if name is None or name.endswith(self.skipped):
                 continue
-            if self.experts is not None and self.experts.marker in name:
-                yield from self._stack(self.experts, name, stored_name, waiting)
+            if self.experts is not None and (match := self.experts.pattern.fullmatch(name)):
+                yield from self._stack(self.experts, match["layer"], name, stored_name, waiting)
             else:
                 yield from self.assemble(name, stored_name)
         for layer, parts in waiting.items():
@@ -198,9 +206,8 @@ class Architecture:
         yield Assembly(self.gguf_tensor_name(name), (stored_name,), transform)
 
     def _stack(
-        self, experts: Experts, name: str, stored_name: str, waiting: dict[str, dict[str, str]]
+        self, experts: Experts, layer: str, name: str, stored_name: str, waiting: dict[str, dict[str, str]]
     ) -> Iterator[Assembly]:
-        layer = next((part for part in name.split(".") if part.isdecimal()), "0")
         count = self.config.require(*experts.count)
         parts = waiting.setdefault(layer, {})
         parts[name] = stored_name

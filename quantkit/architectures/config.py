@@ -43,11 +43,30 @@ class Config:
                 return names[0]
         raise QuantkitError(f"{self.path}: it names no model class in `architectures`")
 
-    def with_defaults(self, defaults: Mapping[str, Any]) -> Config:
-        """This config with the text part at its root and `defaults` under what it says itself."""
+    @property
+    def text_type(self) -> str | None:
+        """The `model_type` of the text part, or None where there is none."""
         text = self.values.get("text_config")
-        nested = text if isinstance(text, dict) else {}
-        return Config({**defaults, **self.values, **nested}, self.path)
+        kind = text.get("model_type") if isinstance(text, dict) else None
+        return kind if isinstance(kind, str) else None
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Config:
+        """This config with the text part at its root, and `defaults` under what the model's own part says.
+
+        The root of a wrapper is no part of the text model: its fields count only where that has none.
+        """
+        text = self.values.get("text_config")
+        if isinstance(text, dict):
+            return Config({**self.values, **defaults, **text}, self.path)
+        return Config({**defaults, **self.values}, self.path)
+
+    def changed(self, **values: Any) -> Config:
+        """This config with `values` in place of its own."""
+        return Config({**self.values, **values}, self.path)
+
+    def without(self, *names: str) -> Config:
+        """This config without the fields `names`."""
+        return Config({key: value for key, value in self.values.items() if key not in names}, self.path)
 
     def find(self, *names: str) -> Any:
         """The value of the first of `names` that is there, or None. Present and null counts as there."""

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from quantkit.architectures import forward
 from quantkit.architectures.base import Architecture, Assembly, Rearrange, Transform
 from quantkit.architectures.config import Config
+from quantkit.architectures.parameters import SHARED, VOCABULARY_SIZE, rope_dimensions
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo
 
-if TYPE_CHECKING:
-    from gguf import GGUFWriter
+_LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+_MISTRAL = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
 
 
 def interleave_rotary(heads: str) -> Rearrange:
@@ -36,52 +55,28 @@ class Llama(Architecture):
     """LlamaForCausalLM and MistralForCausalLM: RMS norms, rotary attention with grouped heads, a gated MLP."""
 
     gguf_name = "llama"
-    checkpoints = {  # noqa: RUF012
-        "LlamaForCausalLM": {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-        },
-        "MistralForCausalLM": {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-        },
+    checkpoints = {"LlamaForCausalLM": _LLAMA, "MistralForCausalLM": _MISTRAL}  # noqa: RUF012
+    wrappers = {  # noqa: RUF012
+        "LlavaForConditionalGeneration": {"llama": _LLAMA, "mistral": _MISTRAL},
+        "VoxtralForConditionalGeneration": {"llama": _LLAMA},
     }
+    derived = {  # noqa: RUF012
+        "num_key_value_heads": lambda config: config.require("num_attention_heads"),
+        "head_dim": lambda config: config.require("hidden_size") // config.require("num_attention_heads"),
+    }
+    parameters = (*SHARED, VOCABULARY_SIZE, rope_dimensions)
     transforms = {  # noqa: RUF012
         f"{projection}.{kind}": Transform(rearrange=interleave_rotary(heads))
         for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads"))
         for kind in ("weight", "bias")
     }
+    wrapping = ("language_model.", "text_model.")
     vocabulary = "auto"
-
-    def complete(self, config: Config) -> Config:
-        """One key-value head for each head, and heads that share the hidden size, unless the config says otherwise."""
-        heads = config.require("num_attention_heads")
-        derived = {"num_key_value_heads": heads, "head_dim": config.require("hidden_size") // heads}
-        missing = {key: value for key, value in derived.items() if config.find(key) is None}
-        return Config({**config.values, **missing}, config.path)
-
-    def write_parameters(self, writer: GGUFWriter, file_type: int) -> None:
-        """The shared hyper-parameters, then the vocabulary's size and the rotary dimensions."""
-        super().write_parameters(writer, file_type)
-        writer.add_vocab_size(self.config.require("vocab_size"))
-        writer.add_rope_dimension_count(self.config.require("head_dim"))
+    notes = "dense Mistral too"
 
     def computed_tensors(self) -> Iterator[Assembly]:
         """Llama 3's rope scaling is a tensor of divisors in GGUF."""
-        factors = self.rope.llama3_factors(self.config.require("head_dim"))
+        factors = self.rope.llama3_factors(self.rope_dimensions)
         if factors is not None:
             yield Assembly("rope_freqs.weight", values=factors)
 

@@ -41,6 +41,9 @@ class Rope:
         if any(name in parameters for name in _PER_ATTENTION):
             self.full = self._table(parameters.get("full_attention", parameters))
             self.local = self._table(parameters.get("sliding_attention", {}))
+            for table, names in ((self.full, _FROM_ROOT["rope_theta"]), (self.local, _LOCAL_THETA)):
+                if (theta := config.find(*names)) is not None:
+                    table.setdefault("rope_theta", theta)
         else:
             self.full, self.local = parameters, {}
             if (theta := config.find(*_LOCAL_THETA)) is not None:

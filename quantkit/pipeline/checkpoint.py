@@ -171,6 +171,7 @@ class CheckpointSource:
         writer = gguf.GGUFWriter(path=None, arch=arch.gguf_name)
         for info in self._tensors.values():
             writer.add_tensor_info(info.name, info.shape[::-1], np.dtype(np.float32), info.nbytes)
+        arch.write_first(writer)
         writer.add_type(gguf.GGUFType.MODEL)
         self._write_general(writer)
         arch.write_parameters(writer, _FILE_TYPES[self.type])

@@ -25,8 +25,10 @@ def test_the_first_name_that_is_there_counts_even_when_it_is_null() -> None:
 
 
 def test_what_the_file_says_wins_over_defaults_and_the_text_part_over_both() -> None:
-    config = Config({"a": 1, "b": 2, "text_config": {"b": 3}}, PATH).with_defaults({"a": 9, "c": 4})
-    assert [config.find(key) for key in "abc"] == [1, 3, 4]
+    config = Config({"a": 1, "b": 2}, PATH).with_defaults({"a": 9, "c": 4})
+    assert [config.find(key) for key in "abc"] == [1, 2, 4]
+    wrapper = Config({"a": 1, "b": 2, "d": 5, "text_config": {"b": 3}}, PATH).with_defaults({"a": 9, "c": 4})
+    assert [wrapper.find(key) for key in "abcd"] == [9, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -76,10 +78,10 @@ def test_silent_fields_are_filled_in_as_the_configuration_class_does() -> None:
 
 def test_every_family_is_found_by_its_classes_and_others_are_refused(tmp_path: Path) -> None:
     for family in FAMILIES:
-        for name in family.checkpoints:
+        for name in (*family.checkpoints, *family.wrappers):
             assert BY_CLASS[name] is family
             (tmp_path / "config.json").write_text(json.dumps({"architectures": [name]}))
             assert type(load_architecture(tmp_path)) is family
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["NoSuchForCausalLM"]}))
-    with pytest.raises(QuantkitError, match=r"NoSuchForCausalLM is not supported; supported: .*MistralForCausalLM"):
+    with pytest.raises(QuantkitError, match=r"NoSuchForCausalLM is not supported; `quantkit architectures` lists"):
         load_architecture(tmp_path)

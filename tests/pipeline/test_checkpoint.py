@@ -233,7 +233,6 @@ class Odd(Architecture):
         "o_proj.weight": Transform(rearrange=lambda config, stored: stored.T),
     }
     experts = Experts(
-        marker="block_sparse_moe.experts",
         count=("num_local_experts",),
         part="model.layers.{layer}.block_sparse_moe.experts.{expert}.{projection}.weight",
         merged="layers.{layer}.feed_forward.experts.{projection}.weight",
@@ -308,7 +307,7 @@ def test_experts_must_be_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 BAD_CONFIGS = {
     "unknown architecture": (
         {"architectures": ["BananaForCausalLM"]},
-        "BananaForCausalLM is not supported; supported: .*LlamaForCausalLM",
+        "BananaForCausalLM is not supported; `quantkit architectures` lists",
     ),
     "no architecture": ({"architectures": None}, "names no model class"),
     "quantized": ({"quantization_config": {"quant_method": "gptq"}}, r"quantized already \(gptq\)"),

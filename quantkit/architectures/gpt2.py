@@ -1,0 +1,47 @@
+"""GPT-2: LayerNorm with biases, learned positions, fused attention, no gate; matrices stored transposed."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from quantkit.architectures.base import Architecture, Transform
+from quantkit.architectures.config import Config
+from quantkit.architectures.parameters import EMBEDDING, HEADS, LAYER_NORM_EPSILON, Field, block_count, file_type
+
+
+def _transpose(_config: Config, stored: np.ndarray) -> np.ndarray:
+    return np.swapaxes(stored, 0, 1)
+
+
+class GPT2(Architecture):
+    """GPT2LMHeadModel. Its Conv1D keeps inputs in rows; GGUF, like everybody else, outputs."""
+
+    gguf_name = "gpt2"
+    checkpoints = {  # noqa: RUF012
+        "GPT2LMHeadModel": {
+            "vocab_size": 50257,
+            "n_positions": 1024,
+            "n_embd": 768,
+            "n_layer": 12,
+            "n_head": 12,
+            "layer_norm_epsilon": 1e-5,
+        }
+    }
+    derived = {  # noqa: RUF012
+        "n_ctx": lambda config: config.require("n_positions"),
+        "n_inner": lambda config: 4 * config.require("n_embd"),
+    }
+    parameters = (
+        block_count,
+        Field("add_context_length", ("n_ctx",)),
+        EMBEDDING,
+        Field("add_feed_forward_length", ("n_inner",)),
+        HEADS,
+        LAYER_NORM_EPSILON,
+        file_type,
+    )
+    transforms = {  # noqa: RUF012
+        f".{layer}.weight": Transform(rearrange=_transpose) for layer in ("c_attn", "c_proj", "c_fc")
+    }
+    skipped = (*Architecture.skipped, ".attn.bias", ".attn.masked_bias")
+    notes = "learned positions, matrices stored transposed"

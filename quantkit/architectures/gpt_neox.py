@@ -1,0 +1,81 @@
+"""GPT-NeoX and Pythia: attention and MLP side by side, a part of each head turned, fused attention with biases."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantkit.architectures.base import Architecture, Transform
+from quantkit.architectures.config import Config
+from quantkit.architectures.parameters import (
+    CONTEXT,
+    EMBEDDING,
+    FEED_FORWARD,
+    HEADS,
+    LAYER_NORM_EPSILON,
+    block_count,
+    rope_dimensions,
+)
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+_ASSUMED_BASE = 10000.0  # llama.cpp's where the metadata names none
+
+
+def _queries_keys_values(config: Config, stored: np.ndarray) -> np.ndarray:
+    """Rows from (head, which of the three) to (which of the three, head)."""
+    n_heads = config.require("num_attention_heads")
+    return np.swapaxes(stored.reshape(n_heads, 3, stored.shape[0] // n_heads // 3, *stored.shape[1:]), 0, 1)
+
+
+def _parallel_residual(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
+    writer.add_parallel_residual(architecture.config.find("use_parallel_residual") is not False)
+
+
+def _rope_base(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
+    if (base := architecture.rope.number("rope_theta")) not in (None, _ASSUMED_BASE):
+        writer.add_rope_freq_base(base)
+
+
+class GPTNeoX(Architecture):
+    """GPTNeoXForCausalLM."""
+
+    gguf_name = "gptneox"
+    checkpoints = {  # noqa: RUF012
+        "GPTNeoXForCausalLM": {
+            "vocab_size": 50432,
+            "hidden_size": 6144,
+            "num_hidden_layers": 44,
+            "num_attention_heads": 64,
+            "intermediate_size": 24576,
+            "max_position_embeddings": 2048,
+            "layer_norm_eps": 1e-5,
+            "use_parallel_residual": True,
+        }
+    }
+    parameters = (
+        CONTEXT,
+        EMBEDDING,
+        block_count,
+        FEED_FORWARD,
+        rope_dimensions,
+        HEADS,
+        _parallel_residual,
+        LAYER_NORM_EPSILON,
+        _rope_base,
+    )
+    transforms = {  # noqa: RUF012
+        f".attention.query_key_value.{kind}": Transform(rearrange=_queries_keys_values) for kind in ("weight", "bias")
+    }
+    notes = "Pythia too; parallel residual, partial rotary"
+
+    @cached_property
+    def rope_dimensions(self) -> int:
+        """The part of a head that is turned."""
+        part = self.config.number("rotary_pct")
+        if part is None:
+            part = self.rope.number("partial_rotary_factor", default=0.25) or 0.0
+        return int(part * (self.config.require("hidden_size") // self.config.require("num_attention_heads")))

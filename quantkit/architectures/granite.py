@@ -1,0 +1,41 @@
+"""Granite: Llama's layers with four multipliers: of scores, embeddings, residuals and logits."""
+
+from __future__ import annotations
+
+from quantkit.architectures.config import Config
+from quantkit.architectures.llama import Llama
+from quantkit.architectures.parameters import Field
+
+
+class Granite(Llama):
+    """GraniteForCausalLM."""
+
+    gguf_name = "granite"
+    checkpoints = {  # noqa: RUF012
+        "GraniteForCausalLM": {
+            **Llama.checkpoints["LlamaForCausalLM"],
+            "attention_multiplier": 1.0,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        }
+    }
+    wrappers = {}  # noqa: RUF012
+    derived = {"num_key_value_heads": Llama.derived["num_key_value_heads"]}  # noqa: RUF012
+    parameters = (
+        *Llama.parameters,
+        Field("add_attention_scale", ("attention_multiplier",), number=True, truthy=True),
+        Field("add_embedding_scale", ("embedding_multiplier",), number=True, truthy=True),
+        Field("add_residual_scale", ("residual_multiplier",), number=True, truthy=True),
+        Field("add_logit_scale", ("logits_scaling",), number=True, truthy=True),
+    )
+    notes = "multipliers"
+
+    def complete(self, config: Config) -> Config:
+        """Its heads share the hidden size, whatever `head_dim` says."""
+        return super().complete(config).without("head_dim")
+
+    def canonical_name(self, name: str) -> str | None:
+        """Granite's speech and vision models have parts of their own names."""
+        other = name.startswith("encoder.") or any(part in name for part in ("image_", "_projectors"))
+        return None if other else super().canonical_name(name)

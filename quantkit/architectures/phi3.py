@@ -1,0 +1,120 @@
+"""Phi-3 and Phi-4: fused projections that stay fused, and LongRoPE's two lists of divisors as tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantkit.architectures.base import Architecture, Assembly
+from quantkit.architectures.parameters import (
+    EMBEDDING,
+    FEED_FORWARD,
+    HEADS,
+    KEY_VALUE_HEADS,
+    RMS_EPSILON,
+    SLIDING_WINDOW,
+    Field,
+    block_count,
+    file_type,
+    rope_dimensions,
+)
+from quantkit.errors import QuantkitError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+_CONTEXT = Field("add_context_length", ("n_positions", "max_position_embeddings"))
+
+
+def _original_context(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
+    writer.add_rope_scaling_orig_ctx_len(int(architecture.rope.required("original_max_position_embeddings")))
+
+
+def _rope_base(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
+    writer.add_rope_freq_base(architecture.rope.required("rope_theta"))
+
+
+class Phi3(Architecture):
+    """Phi3ForCausalLM."""
+
+    gguf_name = "phi3"
+    checkpoints = {  # noqa: RUF012
+        "Phi3ForCausalLM": {
+            "vocab_size": 32064,
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+        }
+    }
+    derived = {  # noqa: RUF012
+        "num_key_value_heads": lambda config: config.require("num_attention_heads"),
+        "sliding_window": lambda config: 0,  # llama.cpp tells Phi-4 by this
+    }
+    parameters = (
+        _CONTEXT,
+        _original_context,
+        EMBEDDING,
+        FEED_FORWARD,
+        block_count,
+        HEADS,
+        KEY_VALUE_HEADS,
+        RMS_EPSILON,
+        rope_dimensions,
+        _rope_base,
+        file_type,
+        SLIDING_WINDOW,
+    )
+    vocabulary = "phi3"
+    notes = "Phi-3.5 and Phi-4 too; fused projections, LongRoPE"
+
+    @cached_property
+    def rope_dimensions(self) -> int:
+        """The part of a head that is turned."""
+        part = self.rope.number("partial_rotary_factor", default=1.0) or 0.0
+        return int(part * self.config.require("hidden_size")) // self.config.require("num_attention_heads")
+
+    def _factors(self, name: str) -> np.ndarray | None:
+        values = self.rope.full.get(name)
+        if not values:
+            return None
+        problem = f"{self.config.path}: {name} must be a list of {self.rope_dimensions // 2} numbers"
+        if not isinstance(values, list) or len(values) != self.rope_dimensions / 2:
+            raise QuantkitError(problem)
+        return np.array([self.config.finite(value, (name,)) for value in values], np.float32)
+
+    def write_first(self, writer: GGUFWriter) -> None:
+        """How much LongRoPE enlarges the scores. Source: LongRoPE, and YaRN's for the type that bears its name."""
+        if self._factors("long_factor") is None:
+            return
+        original = self.rope.required("original_max_position_embeddings")
+        if original <= 1:
+            raise QuantkitError(f"{self.config.path}: original_max_position_embeddings is {original}, too small")
+        scale = self.config.require("n_positions", "max_position_embeddings") / original
+        if self.rope.type not in ("su", "longrope", "yarn"):
+            raise QuantkitError(f"{self.config.path}: the rope scaling {self.rope.type!r} is not supported")
+        if scale <= 1:
+            attention = 1.0
+        elif self.rope.type == "yarn":
+            attention = 0.1 * math.log(scale) + 1
+        else:
+            attention = math.sqrt(1 + math.log(scale) / math.log(original))
+        writer.add_rope_scaling_attn_factors(attention)
+
+    def computed_tensors(self) -> Iterator[Assembly]:
+        """LongRoPE's divisors, for long texts and for short ones."""
+        long, short = self._factors("long_factor"), self._factors("short_factor")
+        if long is None:
+            return
+        if short is None:
+            raise QuantkitError(f"{self.config.path}: rope scaling has a long_factor and no short_factor")
+        yield Assembly("rope_factors_long.weight", values=long)
+        yield Assembly("rope_factors_short.weight", values=short)

@@ -1,0 +1,28 @@
+"""Qwen2 and Qwen2.5: Llama's layers with biases on queries, keys and values."""
+
+from __future__ import annotations
+
+from quantkit.architectures.base import Architecture
+
+_DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+
+
+class Qwen2(Architecture):
+    """Qwen2ForCausalLM. The rotary halves stay as they are: llama.cpp turns them as transformers does."""
+
+    gguf_name = "qwen2"
+    checkpoints = {"Qwen2ForCausalLM": _DEFAULTS}  # noqa: RUF012
+    wrappers = {"Qwen2AudioForConditionalGeneration": {"qwen2": _DEFAULTS}}  # noqa: RUF012
+    derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
+    vocabulary = "spm-or-bpe"
+    notes = "Qwen2.5 too; attention biases"

@@ -1,0 +1,41 @@
+"""SmolLM3: Llama's layers, and every fourth without rotary embedding."""
+
+from __future__ import annotations
+
+import logging
+
+from quantkit.architectures.config import Config
+from quantkit.architectures.llama import Llama
+
+log = logging.getLogger(__name__)
+
+
+class SmolLM3(Llama):
+    """SmolLM3ForCausalLM. GGUF has no key for which layers turn nothing: llama.cpp takes every fourth."""
+
+    gguf_name = "smollm3"
+    checkpoints = {  # noqa: RUF012
+        "SmolLM3ForCausalLM": {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 2000000.0,
+        }
+    }
+    wrappers = {}  # noqa: RUF012
+    derived = {"num_key_value_heads": Llama.derived["num_key_value_heads"]}  # noqa: RUF012
+    notes = "every fourth layer without rotary"
+
+    def complete(self, config: Config) -> Config:
+        """Warn of layers that llama.cpp would turn otherwise than the config says."""
+        turned = config.find("no_rope_layers")
+        if isinstance(turned, list) and any(bool(on) != (i % 4 != 3) for i, on in enumerate(turned)):
+            log.warning(
+                "%s: llama.cpp takes every fourth layer as one without rotary; no_rope_layers differs", config.path
+            )
+        return super().complete(config)
