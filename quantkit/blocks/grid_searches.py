@@ -221,8 +221,18 @@ def fit(codes: Any, n_trials: Any, trial: Any, xs: Any, ws: Any, n: Any, shape: 
 
 @piece
 def grid_search(
-    xs: Any, ws: Any, us: Any, n: Any, shape: Any, extreme: Any, scale: Any, n_trials: Any, step: Any, refit: Any,
-    grid: Any, work: Any,
+    xs: Any,
+    ws: Any,
+    us: Any,
+    n: Any,
+    shape: Any,
+    extreme: Any,
+    scale: Any,
+    n_trials: Any,
+    step: Any,
+    refit: Any,
+    grid: Any,
+    work: Any,
 ) -> Any:
     """The scales of sixteen sub-blocks of `n` weights; the codes of their grid points are left in `work`.
 

@@ -121,7 +121,7 @@ def grid(kind: GGMLType) -> Grid:
 def sign_table() -> np.ndarray:
     """Eight factors of 1 or -1 for every byte of signs, float32: bit i set makes weight i negative."""
     negative = (np.arange(256)[:, None] >> np.arange(8)) & 1
-    return np.where(negative, np.float32(-1), np.float32(1)).astype(np.float32).reshape(-1)
+    return np.asarray(1 - 2 * negative, np.float32).reshape(-1)
 
 
 @lru_cache
@@ -129,7 +129,7 @@ def even_signs() -> np.ndarray:
     """The byte of signs for 7 stored bits: the eighth makes their number even."""
     stored = np.arange(128)
     odd = ((stored[:, None] >> np.arange(7)) & 1).sum(1) & 1
-    return (stored | odd << 7).astype(np.uint8)
+    return np.asarray(stored | odd << 7, np.uint8)
 
 
 def require_weights(weights: np.ndarray | None, kind: GGMLType) -> np.ndarray:

@@ -37,7 +37,16 @@ GROUP_MAX_EPS_IQ3_XXS = np.float32(1e-8)
 
 @piece
 def _encode(
-    x: Any, n_per_row: Any, weights: Any, grid: Any, even: Any, n_trials: Any, refit: Any, put: Any, out: Any, index: Any
+    x: Any,
+    n_per_row: Any,
+    weights: Any,
+    grid: Any,
+    even: Any,
+    n_trials: Any,
+    refit: Any,
+    put: Any,
+    out: Any,
+    index: Any,
 ) -> None:
     """Two super-blocks of 8 sub-blocks fill the lanes. `put` lays out scales, codes and signs."""
     xs, ws, us = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32)
@@ -70,9 +79,7 @@ def _encode(
 
 
 @piece
-def _put_xxs(
-    out: Any, block: Any, found: Any, empties: Any, codes: Any, signs: Any, lane: Any, index: Any
-) -> None:
+def _put_xxs(out: Any, block: Any, found: Any, empties: Any, codes: Any, signs: Any, lane: Any, index: Any) -> None:
     at = block * 98
     most = most_of(found, lane, 8)
     step = most / np.float32(31)
@@ -91,9 +98,7 @@ def _put_xxs(
 
 
 @piece
-def _put_s(
-    out: Any, block: Any, found: Any, empties: Any, codes: Any, signs: Any, lane: Any, index: Any
-) -> None:
+def _put_s(out: Any, block: Any, found: Any, empties: Any, codes: Any, signs: Any, lane: Any, index: Any) -> None:
     at = block * 110
     out[at : at + 110] = 0
     most = most_of(found, lane, 8)

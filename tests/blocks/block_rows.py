@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from quantkit import GGMLType
+
 N_PER_ROW = 768  # three super-blocks of 256: an odd number, and every other block size divides it
 
 
@@ -93,3 +95,16 @@ def importance() -> dict[str, np.ndarray | None]:
         "denormal": 1e-41 * uneven,
     }
     return {name: None if w is None else w.astype(np.float32) for name, w in weights.items()}
+
+
+# Formats whose reference ends the process where its sums leave float32: every distance from the grid is infinite.
+GRIDS = [k for k in GGMLType if k.name.startswith(("IQ1", "IQ2", "IQ3"))]
+
+
+def encodable_by_ggml(rows: np.ndarray, kind: GGMLType, weights: np.ndarray | None) -> np.ndarray:
+    """`rows`, with zeros for those that the reference cannot encode as `kind` without ending the process."""
+    if kind not in GRIDS:
+        return rows
+    most = 1.0 if weights is None else float(weights.max())
+    limit = 5e10 if most < 1e10 else 2e4 if most < 1e32 else 0
+    return np.where(np.abs(rows).max(axis=1, keepdims=True) <= limit, rows, np.float32(0))
