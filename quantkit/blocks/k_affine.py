@@ -21,7 +21,7 @@ from quantkit.blocks.searches import (
     sum_of_squares,
     weigh,
 )
-from quantkit.blocks.super_blocks import SUPER, gather_importance, transpose
+from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 
 ZERO = np.float32(0)
@@ -167,6 +167,8 @@ def encode_affine(
     n, nmax, top, factor, nbytes = sizes
     rmin, nstep, use_mad = plain
     count = SUPER // n
+    starts = np.empty(LANES, np.int64)
+    columns = np.empty(LANES, np.int64)
     xs = np.empty(SUPER * LANES, np.float32)
     ws = np.empty(n * LANES, np.float32)
     ls = np.empty(n * LANES, np.float32)
@@ -178,7 +180,8 @@ def encode_affine(
     levels = np.empty(SUPER, np.uint8)
     n_blocks = x.size // SUPER
     for first in range(0, n_blocks, LANES):
-        transpose(x, first, n_blocks, xs)
+        used = block_starts(first, n_blocks, SUPER, n_per_row, starts, columns)
+        spread(x, starts, 0, SUPER, xs)
         if weights is not None:
             sigma = splat(np.float32(factor)) * sum_of_squares(xs, SUPER) / splat(np.float32(SUPER))
         for j in range(count):
@@ -187,7 +190,7 @@ def encode_affine(
                 weigh_plain(part, n, ws)
                 found = affine_search(part, ws, ls, n, nmax, rmin, np.float32(0.1), nstep, use_mad)
             else:
-                gather_importance(weights, first, n_blocks, n_per_row, j * n, n, ws)
+                spread(weights, columns, j * n, n, ws)
                 store(sums, j * LANES, weigh(part, ws, n, sigma))
                 found = affine_search(part, ws, ls, n, nmax, np.float32(-0.9), np.float32(0.05), 36, False)
             store(values, j * LANES, found[0])
@@ -201,7 +204,7 @@ def encode_affine(
                 store(steps, which * LANES, code_by_largest(part, part_codes, count, top))
             else:
                 store(steps, which * LANES, positive_search(part, sums, part_codes, count, top))
-        for lane in range(min(LANES, n_blocks - first)):
+        for lane in range(used):
             at, start = (first + lane) * nbytes, (first + lane) * SUPER
             put_head(out, at, steps[lane], steps[LANES + lane], codes, lane)
             for j in range(count):

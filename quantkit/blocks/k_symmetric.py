@@ -15,7 +15,6 @@ from quantkit.blocks.lanes import LANES, absolute, load, maximum, minimum, selec
 from quantkit.blocks.searches import (
     GROUP_MAX_EPS,
     clamped_ints,
-    gather,
     level_of,
     nearest_int,
     nearest_ints,
@@ -24,7 +23,7 @@ from quantkit.blocks.searches import (
     sum_of_squares,
     weigh,
 )
-from quantkit.blocks.super_blocks import SUPER, gather_importance, transpose
+from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 
 ZERO = np.float32(0)
@@ -103,6 +102,8 @@ class Q3_K(Block, type=GGMLType.Q3_K):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q3_K_ref and quantize_row_q3_K_impl."""
+        starts = np.empty(LANES, np.int64)
+        columns = np.empty(LANES, np.int64)
         xs = np.empty(SUPER * LANES, np.float32)
         ls = np.empty(SUPER * LANES, np.float32)  # weights, or what the refined search found
         scales = np.empty(16 * LANES, np.float32)
@@ -113,7 +114,8 @@ class Q3_K(Block, type=GGMLType.Q3_K):
         levels = np.empty(SUPER, np.uint8)
         n_blocks = x.size // SUPER
         for first in range(0, n_blocks, LANES):
-            transpose(x, first, n_blocks, xs)
+            used = block_starts(first, n_blocks, SUPER, n_per_row, starts, columns)
+            spread(x, starts, 0, SUPER, xs)
             if weights is None:
                 for j in range(0, 16, 2):
                     a, b, c = j * 16 * LANES, (j + 1) * 16 * LANES, (j + 2) * 16 * LANES
@@ -125,13 +127,13 @@ class Q3_K(Block, type=GGMLType.Q3_K):
                 sigma = splat(np.float32(2)) * sum_of_squares(xs, SUPER) / splat(np.float32(SUPER))
                 for j in range(16):
                     part = xs[j * 16 * LANES : (j + 1) * 16 * LANES]
-                    gather_importance(weights, first, n_blocks, n_per_row, j * 16, 16, ls)
+                    spread(weights, columns, j * 16, 16, ls)
                     store(sums, j * LANES, weigh(part, ls, 16, sigma))
                     scale, inverse, _ = signed_search(part, ls, 16, 4)
                     store(scales, j * LANES, scale)
                     store(inverses, j * LANES, inverse)
                 store(steps, 0, code_by_search(scales, sums, codes))
-            for lane in range(min(LANES, n_blocks - first)):
+            for lane in range(used):
                 at, start = (first + lane) * 110, (first + lane) * SUPER
                 put_scales_3(out, at + 96, codes, lane)
                 put_half(out, at + 108, steps[lane])
@@ -178,6 +180,8 @@ class Q6_K(Block, type=GGMLType.Q6_K):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q6_K_ref and quantize_row_q6_K_impl. The 16 lanes hold one super-block."""
+        starts = np.empty(LANES, np.int64)
+        columns = np.empty(LANES, np.int64)
         xs = np.empty(16 * LANES, np.float32)
         ws = np.empty(16 * LANES, np.float32)
         scales = np.empty(LANES, np.float32)
@@ -185,11 +189,14 @@ class Q6_K(Block, type=GGMLType.Q6_K):
         levels = np.empty(SUPER, np.uint8)
         for block in range(x.size // SUPER):
             start, at = block * SUPER, block * 210
-            gather(x, start, 16, 16, xs, 0, LANES)
+            for j in range(16):
+                starts[j] = start + j * 16
+                columns[j] = start % n_per_row + j * 16
+            spread(x, starts, 0, 16, xs)
             if weights is None:
                 scale, inverse, _ = signed_search(xs, None, 16, 32)
             else:
-                gather(weights, start % n_per_row, 16, 16, ws, 0, LANES)
+                spread(weights, columns, 0, 16, ws)
                 scale, inverse, _ = signed_search(xs, ws, 16, 32)
             store(scales, 0, scale)
             store(inverses, 0, inverse)

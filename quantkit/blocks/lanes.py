@@ -425,3 +425,51 @@ def lookup(typingctx: Any, table: Any, index: Any) -> Any:
 def lane_numbers(typingctx: Any) -> Any:
     """0 to 15, each lane its own number."""
     return i32x16(), lambda context, builder, sig, args: ir.Constant(_vector("i32"), list(range(LANES)))
+
+
+def _shuffled(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
+    """Lanes of `a` (0 to 15) and `b` (16 to 31) in a new order."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), LANES), order))
+
+
+@intrinsic
+def transpose_tile(typingctx: Any, x: Any, starts: Any, at: Any, xs: Any, to: Any) -> Any:
+    """Sixteen floats from each of sixteen places, `x[starts[k] + at:]`, into lane k of sixteen vectors at `xs[to:]`."""
+    if not (_contiguous(x) and _contiguous(starts) and _contiguous(xs)):
+        return None
+    if (x.dtype, starts.dtype, xs.dtype) != (types.float32, types.int64, types.float32):
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        vector = _vector("float")
+        offset = context.cast(builder, args[2], sig.args[2], types.intp)
+        target = context.cast(builder, args[4], sig.args[4], types.intp)
+        rows = []
+        for k in range(LANES):
+            start = builder.load(_address(context, builder, sig.args[1], args[1], ir.Constant(ir.IntType(64), k)))
+            pointer = _address(context, builder, sig.args[0], args[0], builder.add(start, offset))
+            rows.append(builder.load(builder.bitcast(pointer, ir.PointerType(vector)), align=4, typ=vector))
+        # Within quarters of four rows each; then pairs of elements; then quarters go to their places.
+        low = [4 * q + i for q in range(4) for i in (0, LANES, 1, LANES + 1)]
+        pair = [4 * q + i for q in range(4) for i in (0, 1, LANES, LANES + 1)]
+        columns: list[list[Any]] = [[], [], [], []]
+        for k in range(0, LANES, 4):
+            a, b, c, d = rows[k : k + 4]
+            for half in range(2):
+                ab = _shuffled(builder, a, b, [i + 2 * half for i in low])
+                cd = _shuffled(builder, c, d, [i + 2 * half for i in low])
+                for odd in range(2):
+                    columns[2 * half + odd].append(_shuffled(builder, ab, cd, [i + 2 * odd for i in pair]))
+        for quarter in range(4):
+            place = [4 * quarter + i for i in range(4)]
+            pick = [*place, *(LANES + i for i in place)] * 2
+            for column in range(4):
+                a, b, c, d = columns[column]
+                ab, cd = _shuffled(builder, a, b, pick), _shuffled(builder, c, d, pick)
+                value = _shuffled(builder, ab, cd, [*range(8), *range(LANES, LANES + 8)])
+                index = builder.add(target, ir.Constant(ir.IntType(64), (4 * quarter + column) * LANES))
+                pointer = _address(context, builder, sig.args[3], args[3], index)
+                builder.store(value, builder.bitcast(pointer, ir.PointerType(vector)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(x, starts, at, xs, to), codegen

@@ -29,7 +29,8 @@ from quantkit.blocks.lanes import (
     store,
     to_int,
 )
-from quantkit.blocks.searches import affine_search, clamped_ints, gather, signed_search, weigh
+from quantkit.blocks.searches import affine_search, clamped_ints, signed_search, weigh
+from quantkit.blocks.tiles import block_starts, spread
 from quantkit.blocks.types import GGMLType
 
 QK = 32
@@ -171,11 +172,14 @@ def encode_affine(x: Any, out: Any, nbytes: Any, top: Any, limit: Any) -> None:
 @piece
 def row_mean_squares(x: Any, n_per_row: Any, n_rows: Any, out: Any) -> None:
     """The mean square of each row, added up in order: sixteen rows at once. `out` has room for LANES more."""
-    xs = np.zeros(QK * LANES, np.float32)
+    starts = np.empty(LANES, np.int64)
+    columns = np.empty(LANES, np.int64)
+    xs = np.empty(QK * LANES, np.float32)
     for first in range(0, n_rows, LANES):
         total = splat(ZERO)
-        for start in range(first * n_per_row, (first + 1) * n_per_row, QK):
-            gather(x, start, n_per_row, QK, xs, 0, min(LANES, n_rows - first))
+        block_starts(first, n_rows, n_per_row, n_per_row, starts, columns)
+        for at in range(0, n_per_row, QK):
+            spread(x, starts, at, QK, xs)
             for i in range(QK):
                 v = load(xs, i * LANES)
                 total = total + v * v
@@ -187,24 +191,25 @@ def encode_weighted(
     x: Any, out: Any, n_per_row: Any, weights: Any, nbytes: Any, low: Any, high: Any, affine: Any
 ) -> None:
     """All four with importance weights: levels low..high, sixteen blocks at a time. `affine` formats have a minimum."""
-    xs = np.zeros(QK * LANES, np.float32)
-    ws = np.zeros(QK * LANES, np.float32)
+    starts = np.empty(LANES, np.int64)
+    columns = np.empty(LANES, np.int64)
+    xs = np.empty(QK * LANES, np.float32)
+    ws = np.empty(QK * LANES, np.float32)
     ls = np.empty(QK * LANES, np.float32)
-    sigma = np.zeros(LANES, np.float32)
+    sigma = np.empty(LANES, np.float32)
     scales = np.empty(LANES, np.float32)
     lows = np.empty(LANES, np.float32)
     inverse = np.empty(LANES, np.float32)
     base = np.zeros(LANES, np.float32)
-    n_blocks, blocks_per_row, n_rows = x.size // QK, n_per_row // QK, x.size // n_per_row
+    n_blocks, n_rows = x.size // QK, x.size // n_per_row
     squares = np.empty(n_rows + LANES, np.float32)
     row_mean_squares(x, n_per_row, n_rows, squares)
     for first in range(0, n_blocks, LANES):
-        count = min(LANES, n_blocks - first)
-        gather(x, first * QK, QK, QK, xs, 0, count)
-        for k in range(count):
-            row = (first + k) // blocks_per_row
-            sigma[k] = squares[row]
-            gather(weights, (first + k - row * blocks_per_row) * QK, 0, QK, ws, k, 1)
+        count = block_starts(first, n_blocks, QK, n_per_row, starts, columns)
+        spread(x, starts, 0, QK, xs)
+        spread(weights, columns, 0, QK, ws)
+        for k in range(LANES):
+            sigma[k] = squares[starts[k] // n_per_row]
         weigh(xs, ws, QK, load(sigma, 0))
         if affine:
             found = affine_search(xs, ws, ls, QK, high, np.float32(-0.9), np.float32(0.05), 36, False)

@@ -13,8 +13,8 @@ import numpy as np
 from quantkit.blocks.base import Block, kernel, piece
 from quantkit.blocks.bytes import get_half, put_half
 from quantkit.blocks.lanes import LANES, absolute, load, select, splat, store, to_float
-from quantkit.blocks.searches import clamped_ints, extremes, gather, sum_of_squares, weigh
-from quantkit.blocks.super_blocks import SUPER, gather_importance, transpose
+from quantkit.blocks.searches import clamped_ints, extremes, sum_of_squares, weigh
+from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 
 QK = 32
@@ -105,27 +105,28 @@ class IQ4_NL(Block, type=GGMLType.IQ4_NL):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_iq4_nl. Sixteen blocks at a time."""
-        xs = np.zeros(QK * LANES, np.float32)
-        ws = np.zeros(QK * LANES, np.float32)
+        starts = np.empty(LANES, np.int64)
+        columns = np.empty(LANES, np.int64)
+        xs = np.empty(QK * LANES, np.float32)
+        ws = np.empty(QK * LANES, np.float32)
         scales = np.empty(LANES, np.float32)
         inverses = np.empty(LANES, np.float32)
         n_blocks = x.size // QK
         for first in range(0, n_blocks, LANES):
-            count = min(LANES, n_blocks - first)
-            gather(x, first * QK, QK, QK, xs, 0, count)
+            used = block_starts(first, n_blocks, QK, n_per_row, starts, columns)
+            spread(x, starts, 0, QK, xs)
             if weights is None:
                 scale = table_search(xs, None)
             else:
-                for k in range(count):
-                    gather(weights, (first + k) * QK % n_per_row, 0, QK, ws, k, 1)
+                spread(weights, columns, 0, QK, ws)
                 weigh(xs, ws, QK, sum_of_squares(xs, QK) * splat(np.float32(2 / QK)))
                 scale = table_search(xs, ws)
             store(scales, 0, scale)
             store(inverses, 0, reciprocals(scale))
-            for k in range(count):
-                at = (first + k) * 18
-                put_half(out, at, scales[k])
-                put_nibbles(x, (first + k) * QK, inverses[k], out, at + 2)
+            for lane in range(used):
+                at = (first + lane) * 18
+                put_half(out, at, scales[lane])
+                put_nibbles(x, starts[lane], inverses[lane], out, at + 2)
 
     @staticmethod
     @kernel
@@ -143,6 +144,8 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_iq4_xs."""
+        starts = np.empty(LANES, np.int64)
+        columns = np.empty(LANES, np.int64)
         xs = np.empty(SUPER * LANES, np.float32)
         ws = np.empty(QK * LANES, np.float32)
         scales = np.empty(8 * LANES, np.float32)
@@ -151,7 +154,8 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
         steps = np.empty(LANES, np.float32)
         n_blocks = x.size // SUPER
         for first in range(0, n_blocks, LANES):
-            transpose(x, first, n_blocks, xs)
+            used = block_starts(first, n_blocks, SUPER, n_per_row, starts, columns)
+            spread(x, starts, 0, SUPER, xs)
             if weights is not None:
                 sigma = sum_of_squares(xs, SUPER) * splat(np.float32(2 / SUPER))
             amax, extreme = splat(ZERO), splat(ZERO)
@@ -160,7 +164,7 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
                 if weights is None:
                     scale = table_search(part, None)
                 else:
-                    gather_importance(weights, first, n_blocks, n_per_row, j * QK, QK, ws)
+                    spread(weights, columns, j * QK, QK, ws)
                     weigh(part, ws, QK, sigma)
                     scale = table_search(part, ws)
                 store(scales, j * LANES, scale)
@@ -173,7 +177,7 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
                 code = clamped_ints(reciprocals(step) * load(scales, j * LANES), -32, 31)
                 store(codes, j * LANES, code + splat(32))
                 store(inverses, j * LANES, reciprocals(step * to_float(code)))
-            for lane in range(min(LANES, n_blocks - first)):
+            for lane in range(used):
                 at = (first + lane) * 136
                 put_half(out, at, steps[lane])
                 top = 0

@@ -22,13 +22,13 @@ from quantkit.blocks.lanes import (
     splat,
     store,
 )
-from quantkit.blocks.searches import gather
-from quantkit.blocks.super_blocks import SUPER
+from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 
 ZERO = np.float32(0)
 ONE = np.float32(1)
 HALF = np.float32(0.5)
+BIT_OF_LANE = np.left_shift(1, np.arange(LANES, dtype=np.int32))
 POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)
 
 
@@ -62,21 +62,23 @@ class Q1_0(Block, type=GGMLType.Q1_0):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q1_0_ref. The magnitudes of sixteen blocks are added up side by side."""
-        xs = np.zeros(128 * LANES, np.float32)
+        starts = np.empty(LANES, np.int64)
+        columns = np.empty(LANES, np.int64)
+        xs = np.empty(128 * LANES, np.float32)
         means = np.empty(LANES, np.float32)
         n_blocks = x.size // 128
         for first in range(0, n_blocks, LANES):
-            count = min(LANES, n_blocks - first)
-            gather(x, first * 128, 128, 128, xs, 0, count)
+            used = block_starts(first, n_blocks, 128, n_per_row, starts, columns)
+            spread(x, starts, 0, 128, xs)
             total = splat(ZERO)
             for i in range(128):
                 total = total + absolute(load(xs, i * LANES))
             store(means, 0, total / splat(np.float32(128)))
-            for k in range(count):
-                at = (first + k) * 18
-                put_half(out, at, means[k])
+            for lane in range(used):
+                at = (first + lane) * 18
+                put_half(out, at, means[lane])
                 for i in range(8):
-                    signs = bits(load(x, (first + k) * 128 + i * LANES) >= splat(ZERO))
+                    signs = bits(load(x, starts[lane] + i * LANES) >= splat(ZERO))
                     out[at + 2 + 2 * i] = np.uint8(signs & 0xFF)
                     out[at + 3 + 2 * i] = np.uint8(signs >> 8)
 
@@ -87,8 +89,10 @@ class Q1_0(Block, type=GGMLType.Q1_0):
         for block in range(out.size // 128):
             at = block * 18
             d = get_half(data, at)
-            for i in range(128):
-                out[block * 128 + i] = d if (data[at + 2 + i // 8] >> (i % 8)) & 1 else -d
+            for i in range(8):
+                word = np.int32(data[at + 2 + 2 * i]) | (np.int32(data[at + 3 + 2 * i]) << 8)
+                positive = (splat(word) & load(BIT_OF_LANE, 0)) != splat(0)
+                store(out, block * 128 + i * LANES, select(positive, splat(d), splat(-d)))
 
 
 class Q2_0(Block, type=GGMLType.Q2_0):

@@ -1,0 +1,32 @@
+"""Sixteen blocks side by side: block k goes to lane k, so that a block's own chain of sums is lane arithmetic.
+
+Element e of sixteen blocks is `xs[16 * e : 16 * e + 16]`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantkit.blocks.base import piece
+from quantkit.blocks.lanes import LANES, transpose_tile
+
+SUPER = 256  # weights in a super-block
+
+
+@piece
+def block_starts(first: Any, n_blocks: Any, size: Any, n_per_row: Any, starts: Any, columns: Any) -> Any:
+    """Where sixteen blocks of `size` weights begin, in all rows and in their own; returns how many are different.
+
+    Lanes beyond the last block repeat it.
+    """
+    for lane in range(LANES):
+        starts[lane] = min(first + lane, n_blocks - 1) * size
+        columns[lane] = starts[lane] % n_per_row
+    return min(LANES, n_blocks - first)
+
+
+@piece
+def spread(x: Any, starts: Any, at: Any, n: Any, xs: Any) -> None:
+    """Lay out `n` elements (a multiple of 16) of each block, from its element `at` on."""
+    for i in range(0, n, LANES):
+        transpose_tile(x, starts, at + i, xs, i * LANES)
