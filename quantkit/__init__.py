@@ -10,8 +10,43 @@ from quantkit.errors import QuantkitError
 if TYPE_CHECKING:
     import numpy as np
 
+    from quantkit.pipeline.execute import execute
+    from quantkit.pipeline.run import plan, quantize
+    from quantkit.pipeline.source import open_source
+
 __version__ = "0.1.0"
-__all__ = ["GGMLType", "QuantkitError", "dequantize_rows", "quantize_rows"]
+__all__ = [
+    "GGMLType",
+    "QuantkitError",
+    "dequantize_rows",
+    "divergence",
+    "execute",
+    "importance_matrix",
+    "open_source",
+    "perplexity",
+    "plan",
+    "quantize",
+    "quantize_rows",
+]
+
+# Loaded when first asked for, so that `import quantkit` is quick.
+_ELSEWHERE = {
+    "divergence": "quantkit.evaluate.divergence",
+    "execute": "quantkit.pipeline.execute",
+    "importance_matrix": "quantkit.evaluate.importance",
+    "open_source": "quantkit.pipeline.source",
+    "perplexity": "quantkit.evaluate.perplexity",
+    "plan": "quantkit.pipeline.run",
+    "quantize": "quantkit.pipeline.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_ELSEWHERE[name]), name)
 
 
 def quantize_rows(array: Any, type: str | GGMLType, weights: Any = None) -> np.ndarray:
@@ -50,8 +85,8 @@ def dequantize_rows(data: Any, type: str | GGMLType, n_per_row: int | None = Non
         raise QuantkitError(f"dequantize_rows needs bytes (uint8), not {raw.dtype}")
     if n_per_row is not None:
         nbytes = kind.row_nbytes(n_per_row)
-        if raw.ndim > 1 and raw.shape[-1] != nbytes or raw.size % nbytes:
-            raise QuantkitError(f"{raw.shape} bytes do not make {kind.name} rows of {n_per_row} weights ({nbytes} bytes)")
+        if (raw.ndim > 1 and raw.shape[-1] != nbytes) or raw.size % nbytes:
+            raise QuantkitError(f"{raw.shape} bytes do not make {kind.name} rows of {n_per_row} weights, {nbytes} each")
         raw = raw.reshape(*raw.shape[:-1], -1) if raw.ndim > 1 else raw.reshape(-1, nbytes)
     decoded = blocks.decode(raw.reshape(-1, raw.shape[-1]), kind)
     return decoded.reshape(*raw.shape[:-1], -1)

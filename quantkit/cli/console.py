@@ -19,6 +19,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but erro
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads to use.  [default: all]")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub checkpoint.")]
+SplitSize = Annotated[str | None, typer.Option(help="Largest size of a shard, as 500M or 2G.")]
+SplitTensors = Annotated[int | None, typer.Option(min=1, help="Most tensors in a shard.")]
 Pre = Annotated[str | None, typer.Option(help="Name of the pre-tokenizer, where it is not recognised.")]
 Text = Annotated[str, typer.Option("--text", "--file", "-f", help="Text file, UTF-8.")]
 Context = Annotated[int, typer.Option("--n-ctx", "--ctx-size", "-c", min=4, help="Tokens in a chunk.")]

@@ -20,6 +20,10 @@ COMMANDS = {
     "quantize": ("quantize", "Quantize a checkpoint or a GGUF file, to one type or several."),
     "perplexity": ("perplexity", "Measure the perplexity of a model on a text."),
     "report": ("report", "Convert, quantize and measure in one go, and write the report."),
+    "split": ("split", "Cut a GGUF file into shards."),
+    "merge": ("merge", "Join the shards of a split GGUF model."),
+    "dequantize": ("dequantize", "Write a GGUF model's weights as F32, F16 or BF16."),
+    "compare": ("compare", "Show where two models differ: metadata, tensors, errors."),
     "inspect": ("inspect", "Show a GGUF file's metadata and tensors."),
 }
 

@@ -12,27 +12,46 @@ from quantkit.cli.console import (
     Pre,
     Quiet,
     Revision,
+    SplitSize,
+    SplitTensors,
     Threads,
     Verbose,
     announce_compilation,
     byte_progress,
     emit,
     note,
+    read_text,
     setup,
     split_list,
 )
 from quantkit.errors import QuantkitError
 
+Names = list[str]
+
 
 def command(
     source: Annotated[str, typer.Argument(help="GGUF file, checkpoint directory, or hub id ORG/NAME.")],
-    types: Annotated[list[str], typer.Option("--type", help="File type; repeat it, or use commas, for several.")],
+    types: Annotated[Names, typer.Option("--type", help="File type; repeat it, or use commas, for several.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; a directory for several types.")
     ] = None,
+    imatrix: Annotated[Path | None, typer.Option(help="Importance matrix, GGUF or .dat.")] = None,
+    include_weights: Annotated[Names, typer.Option(help="Use the importance matrix for these tensors.")] = [],  # noqa: B006
+    exclude_weights: Annotated[Names, typer.Option(help="Do not use it for these tensors.")] = [],  # noqa: B006
+    tensor_type: Annotated[Names, typer.Option(help="Type of tensors by name: REGEX=TYPE.")] = [],  # noqa: B006
+    tensor_type_file: Annotated[Path | None, typer.Option(help="File of REGEX=TYPE, by spaces or lines.")] = None,
+    output_tensor_type: Annotated[str | None, typer.Option(help="Type of output.weight.")] = None,
+    token_embedding_type: Annotated[str | None, typer.Option(help="Type of the token embeddings.")] = None,
+    leave_output_tensor: Annotated[bool, typer.Option("--leave-output-tensor", help="Keep output.weight.")] = False,
     pure: Annotated[bool, typer.Option("--pure", help="One type for all tensors: no mixture.")] = False,
     allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="Quantize quantized tensors.")] = False,
     allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and infinity.")] = False,
+    override_kv: Annotated[Names, typer.Option(help="Set metadata: KEY=TYPE:VALUE.")] = [],  # noqa: B006
+    prune_layers: Annotated[str | None, typer.Option(help="Layers to leave out: L0,L1,…")] = None,
+    keep_split: Annotated[bool, typer.Option("--keep-split", help="Write the same shards as the source.")] = False,
+    split_max_size: SplitSize = None,
+    split_max_tensors: SplitTensors = None,
+    max_buffer_size: Annotated[int | None, typer.Option(min=1, help="Memory for tensor rows, in MiB.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
     pre: Pre = None,
     revision: Revision = None,
@@ -51,27 +70,56 @@ def command(
     from quantkit.pipeline.execute import execute
     from quantkit.pipeline.mixtures import file_type
     from quantkit.pipeline.naming import output_paths
-    from quantkit.pipeline.plan import plan_quantize
-    from quantkit.pipeline.recipe import Options
+    from quantkit.pipeline.run import parse_layers, parse_size, parse_tensor_types, plan
     from quantkit.pipeline.source import open_source
 
-    files = [file_type(name) for name in split_list(types)]
+    names = [file_type(name).name for name in split_list(types)]
+    listed = read_text(str(tensor_type_file)).split() if tensor_type_file else []
+    tensor_types = parse_tensor_types([*tensor_type, *listed])
     model = open_source(source, revision=revision, pre=pre)
-    paths = output_paths(source, model, [file.name for file in files], output)
-    plans = [plan_quantize(model, file, Options(pure=pure), allow_requantize=allow_requantize) for file in files]
+    paths = output_paths(source, model, names, output)
+    plans = [
+        plan(
+            model,
+            name,
+            imatrix=imatrix,
+            include_weights=include_weights,
+            exclude_weights=exclude_weights,
+            tensor_types=tensor_types,
+            output_tensor_type=output_tensor_type,
+            token_embedding_type=token_embedding_type,
+            leave_output_tensor=leave_output_tensor,
+            pure=pure,
+            allow_requantize=allow_requantize,
+            override_kv=override_kv,
+            prune_layers=parse_layers(prune_layers or ""),
+            keep_split=keep_split,
+            split_max_size=parse_size(split_max_size) if split_max_size else None,
+            split_max_tensors=split_max_tensors,
+        )
+        for name in names
+    ]
     if dry_run:
-        for plan in plans:
+        for each in plans:
             try:
-                plan.check()
+                each.check()
             except QuantkitError as problem:
                 note(f"warning: {problem}")
-        emit("\n\n".join(map(str, plans)), [plan.as_dict() for plan in plans], as_json)
+        emit("\n\n".join(map(str, plans)), [each.as_dict() for each in plans], as_json)
         return
-    total = sum(info.nbytes for info in model.tensors.values())
-    with byte_progress(total, "quantize") as progress:
-        outputs = list(zip(plans, paths, strict=True))
-        execute(model, outputs, threads=threads, allow_nonfinite=allow_nonfinite, progress=progress)
-    for plan, path in outputs:
-        note(f"{path}: {plan.file_size / 1e6:.1f} MB, {plan.bits_per_weight:.2f} bits per weight")
+    outputs = list(zip(plans, paths, strict=True))
+    with byte_progress(sum(info.nbytes for info in model.tensors.values()), "quantize") as progress:
+        execute(
+            model,
+            outputs,
+            threads=threads,
+            allow_nonfinite=allow_nonfinite,
+            max_buffer_size=max_buffer_size * 2**20 if max_buffer_size else None,
+            progress=progress,
+        )
+    for each, path in outputs:
+        files = [file for file, _, _ in each.files(path)]
+        shards = f" in {len(files)} shards" if len(files) > 1 else ""
+        note(f"{files[0]}: {each.file_size / 1e6:.1f} MB{shards}, {each.bits_per_weight:.2f} bits per weight")
     if as_json:
-        emit("", [{**plan.as_dict(), "path": str(path)} for plan, path in outputs], True)
+        emit("", [{**each.as_dict(), "path": str(path)} for each, path in outputs], True)

@@ -33,6 +33,7 @@ class GGUFOutput:
         self._alignment = alignment
         self.nbytes = len(self._header) + sum(padded(size, alignment) for size in self._sizes)
         self._tensor, self._written = 0, 0
+        self._skip_empty()
 
     def __enter__(self) -> GGUFOutput:
         """Open the partial file and write the header."""
@@ -54,6 +55,11 @@ class GGUFOutput:
             raise
         return self
 
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor has been written."""
+        return self._tensor == len(self._sizes)
+
     def write(self, data: np.ndarray) -> None:
         """Append contiguous bytes of the current tensor; its padding follows its last byte by itself."""
         self._put(data.data.cast("B"))
@@ -65,6 +71,11 @@ class GGUFOutput:
             self._put(bytes(padded(size, self._alignment) - size))
             self._tensor += 1
             self._written = 0
+            self._skip_empty()
+
+    def _skip_empty(self) -> None:
+        while not self.complete and self._sizes[self._tensor] == 0:
+            self._tensor += 1
 
     def _put(self, data: bytes | memoryview) -> None:
         view = memoryview(data)
@@ -87,7 +98,7 @@ class GGUFOutput:
         if kind is not None:
             self._discard()
             return
-        if self._tensor != len(self._sizes):
+        if not self.complete:
             self._discard()
             raise ValueError(f"{self.path}: {self._tensor} of {len(self._sizes)} tensors were written")
         self._file.close()

@@ -60,8 +60,9 @@ def execute(
 ) -> list[Path]:
     """Write every (plan, path) of `outputs` in one reading of `source`; returns the paths.
 
-    The plans hold the same tensors in the same order (those of one source do). `progress(tensor, nbytes)` is called
-    as bytes of the source are done with. `max_buffer_size`, in bytes, bounds the memory of pieces under way.
+    A split plan's shards are named after its path. The plans hold the same tensors in the same order (those of one
+    source do). `progress(tensor, nbytes)` is called as bytes of the source are done with. `max_buffer_size`, in bytes,
+    bounds the memory of pieces under way.
     Raises QuantkitError for NaN or infinity in a weight (unless `allow_nonfinite`), for weights that a type cannot
     hold, and when a file cannot be written; no output is left behind then.
     """
@@ -79,7 +80,7 @@ def execute(
 
     with ExitStack() as stack:
         files = [
-            stack.enter_context(GGUFOutput(path, plan.metadata, [t.info for t in plan]))
+            _Shards([stack.enter_context(GGUFOutput(*each)) for each in plan.files(path)])
             for plan, path in zip(plans, paths, strict=True)
         ]
         pool = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="quantkit"))
@@ -95,14 +96,27 @@ def execute(
             for _, future in waiting:
                 future.cancel()
             raise
-    return paths
+    return [path for plan, target in zip(plans, paths, strict=True) for path, _, _ in plan.files(target)]
+
+
+class _Shards:
+    """The files of one output, filled one after the other."""
+
+    def __init__(self, files: Sequence[GGUFOutput]) -> None:
+        self._files = deque(files)
+
+    def write(self, data: np.ndarray) -> None:
+        """Append the bytes of the next piece."""
+        while self._files[0].complete:
+            self._files.popleft()
+        self._files[0].write(data)
 
 
 def _check_outputs(source: TensorSource, plans: Sequence[Plan], paths: Sequence[Path]) -> None:
     if len({path.resolve() for path in paths}) != len(paths):
         raise QuantkitError("two outputs have the same name")
     inputs = {file.path.resolve() for file in getattr(source, "files", [])}
-    for path in paths:
+    for path in [path for plan, target in zip(plans, paths, strict=True) for path, _, _ in plan.files(target)]:
         if path.resolve() in inputs:
             raise QuantkitError(f"{path}: is the input; write the output to another file")
     for plan in plans:
@@ -130,7 +144,7 @@ def _pieces(plan: Plan, size: int) -> Iterator[Piece]:
 
 def _write(
     waiting: deque[tuple[Piece, Future[list[np.ndarray]]]],
-    files: Sequence[GGUFOutput],
+    files: Sequence[_Shards],
     plan: Plan,
     source: TensorSource,
     progress: Progress | None,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.blocks.types import GGMLType
@@ -13,7 +15,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo, ValueType, encode_header, padded
 from quantkit.pipeline.mixtures import FILE_TYPES, FileType, ModelFacts
 from quantkit.pipeline.recipe import Options, Recipe, needs_imatrix
-from quantkit.pipeline.source import TensorSource
+from quantkit.pipeline.source import GGUFSource, TensorSource, split_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +46,26 @@ class PlannedTensor:
         return self.source_type == self.info.type
 
 
+@dataclass(frozen=True)
+class Split:
+    """How a model is cut into files: the number of tensors in each, and the order of the keys that say so."""
+
+    counts: Sequence[int]
+    keys: Sequence[str] = ("split.no", "split.tensors.count", "split.count")  # as gguf-split writes them
+
+    def metadata(self, index: int, whole: Metadata) -> Metadata:
+        """What shard `index` holds: the model's metadata in the first, and the keys of the split in all."""
+        metadata = Metadata(whole if index == 0 else {})
+        values = {
+            "split.no": (ValueType.UINT16, index),
+            "split.count": (ValueType.UINT16, len(self.counts)),
+            "split.tensors.count": (ValueType.INT32, sum(self.counts)),
+        }
+        for key in self.keys:
+            metadata.set(key, *values[key])
+        return metadata
+
+
 @dataclass
 class Plan:
     """A file to be: its metadata, and what each tensor becomes, in file order.
@@ -54,6 +76,7 @@ class Plan:
     name: str
     metadata: Metadata
     tensors: list[PlannedTensor] = field(default_factory=list)
+    split: Split | None = None
 
     def __iter__(self) -> Iterator[PlannedTensor]:
         """The lines, in file order."""
@@ -88,12 +111,43 @@ class Plan:
         """Bytes of tensor data, without padding and header."""
         return sum(t.info.nbytes for t in self.tensors)
 
+    def files(self, path: str | os.PathLike[str]) -> list[tuple[Path, Metadata, list[TensorInfo]]]:
+        """The files of this plan at `path`: that one, or shards named after it. Name, metadata and tensors of each."""
+        target, infos = Path(path), [t.info for t in self.tensors]
+        if self.split is None:
+            return [(target, self.metadata, infos)]
+        files, at, n_files = [], 0, len(self.split.counts)
+        for index, count in enumerate(self.split.counts):
+            name = split_name(target.name.removesuffix(".gguf"), index, n_files)
+            metadata = self.split.metadata(index, self.metadata)
+            files.append((target.with_name(name), metadata, infos[at : at + count]))
+            at += count
+        return files
+
     @property
     def file_size(self) -> int:
-        """Bytes of the whole file."""
-        alignment = self.metadata.alignment
-        header = encode_header(self.metadata, (t.info for t in self.tensors), alignment)
-        return len(header) + sum(padded(t.info.nbytes, alignment) for t in self.tensors)
+        """Bytes of the whole file, or of all shards."""
+        alignment, total = self.metadata.alignment, 0
+        for _, metadata, infos in self.files("size.gguf"):
+            total += len(encode_header(metadata, infos, alignment))
+            total += sum(padded(info.nbytes, alignment) for info in infos)
+        return total
+
+    def split_by(self, max_size: int | None = None, max_tensors: int | None = None) -> None:
+        """Cut the file as gguf-split does: shards of at most `max_tensors` tensors or `max_size` bytes of them.
+
+        A single tensor that is larger gets a shard of its own.
+        """
+        counts, size = [0], 0
+        for tensor in self.tensors:
+            nbytes = padded(tensor.info.nbytes, self.metadata.alignment)
+            full = counts[-1] >= max_tensors if max_tensors else False
+            if counts[-1] and (full or (max_size is not None and size + nbytes > max_size)):
+                counts.append(0)
+                size = 0
+            counts[-1] += 1
+            size += nbytes
+        self.split = Split(counts)
 
     @property
     def bits_per_weight(self) -> float:
@@ -138,6 +192,17 @@ def plan_copy(source: TensorSource, name: str = "COPY") -> Plan:
     return Plan(name, Metadata(source.metadata), lines)
 
 
+def plan_dequantize(source: TensorSource, kind: GGMLType) -> Plan:
+    """Every tensor that is quantized or half precision becomes `kind`, F32, F16 or BF16; the order stays."""
+    lines = []
+    for t in source.tensors.values():
+        widened = t.type.is_quantized or t.type in (GGMLType.F16, GGMLType.BF16)
+        lines.append(PlannedTensor(t.name, t.type, replace(t, type=kind) if widened else t))
+    metadata = Metadata(source.metadata)
+    metadata.set("general.file_type", ValueType.UINT32, FILE_TYPES[kind.name].number)
+    return Plan(kind.name, metadata, lines)
+
+
 def plan_quantize(
     source: TensorSource,
     file: FileType,
@@ -145,15 +210,33 @@ def plan_quantize(
     imatrix: Mapping[str, np.ndarray] | None = None,
     overrides: Sequence[tuple[str, ValueType, object]] = (),
     allow_requantize: bool = False,
+    prune_layers: Sequence[int] = (),
+    keep_split: bool = False,
 ) -> Plan:
     """What llama-quantize would write from `source` as `file`.
 
     `imatrix` are importance weights by tensor name; `overrides` are metadata values (key, type, value) to set.
+    `prune_layers` are left out, the layers after them renumbered; `keep_split` writes the shards of a split source.
     Raises QuantkitError when a tensor is quantized already (unless `allow_requantize`), or when importance weights do
     not fit their tensor. A type that needs an importance matrix is planned without one, but `execute` refuses it.
     """
-    tensors = sorted(source.tensors.values(), key=_file_order)
-    recipe = Recipe(file, ModelFacts.of(source.metadata), options or Options(), has_imatrix=imatrix is not None)
+    metadata = Metadata(source.metadata)
+    metadata.set("general.quantization_version", ValueType.UINT32, QUANTIZATION_VERSION)
+    metadata.set("general.file_type", ValueType.UINT32, _number(file, source.metadata))
+    for key, kind, value in overrides:
+        metadata.set(key, kind, value)
+    facts = ModelFacts.of(metadata)
+    tensors, names, n_layers = _prune(sorted(source.tensors.values(), key=_file_order), sorted(set(prune_layers)))
+    if prune_layers:
+        metadata.set(f"{metadata.architecture}.block_count", ValueType.UINT32, n_layers)
+    split = None
+    if keep_split and isinstance(source, GGUFSource) and len(source.files) > 1:
+        shard = {info.name: source.shard_of[names[info.name]] for info in tensors}
+        place = {name: at for at, name in enumerate(source.tensors)}
+        tensors.sort(key=lambda info: (shard[info.name], place[names[info.name]]))
+        counts = [sum(1 for s in shard.values() if s == index) for index in range(len(source.files))]
+        split = Split(counts, keys=("split.no", "split.count", "split.tensors.count"))
+    recipe = Recipe(file, facts, options or Options(), has_imatrix=imatrix is not None)
     lines = []
     for info, choice in zip(tensors, recipe.choose(tensors), strict=True):
         if choice.type != info.type:
@@ -164,15 +247,30 @@ def plan_quantize(
                     "errors of both; start from the F16, BF16 or F32 model, or pass --allow-requantize"
                 )
         becomes = replace(info, type=choice.type)
-        weights = None if imatrix is None or choice.type == info.type else _weights_for(info, imatrix, source.label)
+        original, weights = names[info.name], None
+        if imatrix is not None and choice.type != info.type:
+            weights = _weights_for(info, original, imatrix, source.label)
         needs = choice.type != info.type and needs_imatrix(info.name, choice.type, file)
-        lines.append(PlannedTensor(info.name, info.type, becomes, choice.reason, weights, needs))
-    metadata = Metadata(source.metadata)
-    metadata.set("general.quantization_version", ValueType.UINT32, QUANTIZATION_VERSION)
-    metadata.set("general.file_type", ValueType.UINT32, _number(file, source.metadata))
-    for key, kind, value in overrides:
-        metadata.set(key, kind, value)
-    return Plan(file.name, metadata, lines)
+        lines.append(PlannedTensor(original, info.type, becomes, choice.reason, weights, needs))
+    return Plan(file.name, metadata, lines, split)
+
+
+def _prune(tensors: Sequence[TensorInfo], layers: Sequence[int]) -> tuple[list[TensorInfo], dict[str, str], int]:
+    """Leave out `layers`; returns the tensors, renumbered, their names in the source, and the number of layers left."""
+    kept: list[TensorInfo] = []
+    names: dict[str, str] = {}
+    numbers: dict[int, int] = {}
+    for info in tensors:
+        match = re.search(r"blk\.(\d+)\.", info.name) if layers else None
+        if match is None:
+            kept.append(info)
+            names[info.name] = info.name
+        elif int(match[1]) not in layers:
+            number = numbers.setdefault(int(match[1]), len(numbers))
+            name = f"{info.name[: match.start(1)]}{number}{info.name[match.end(1) :]}"
+            kept.append(replace(info, name=name))
+            names[name] = info.name
+    return kept, names, len(numbers)
 
 
 def _file_order(info: TensorInfo) -> tuple[int, bytes]:
@@ -195,8 +293,8 @@ def _check_blocks(info: TensorInfo, kind: GGMLType) -> None:
         )
 
 
-def _weights_for(info: TensorInfo, imatrix: Mapping[str, np.ndarray], label: str) -> np.ndarray | None:
-    weights = imatrix.get(info.name)
+def _weights_for(info: TensorInfo, original: str, imatrix: Mapping[str, np.ndarray], label: str) -> np.ndarray | None:
+    weights = imatrix.get(original)
     n_matrices = info.shape[2] if len(info.shape) > 2 else 1
     if weights is None:
         log.info("no importance weights for %s", info.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,7 +113,7 @@ def split_name(prefix: str, index: int, count: int) -> str:
 
 
 def open_source(
-    model: str | Path, *, revision: str | None = None, outtype: OutType = "auto", pre: str | None = None
+    model: str | os.PathLike[str], *, revision: str | None = None, outtype: OutType = "auto", pre: str | None = None
 ) -> TensorSource:
     """A model as the user names it: a GGUF file (any shard), a checkpoint directory, or a hub id `org/name`.
 

@@ -65,8 +65,8 @@ class Ladder:
         return (
             f"# {self.model}\n\n{self}\n\n"
             f"Perplexity on {self.text}: {first.n_chunks} chunks of {first.n_ctx} tokens, the second half of each "
-            f"scored ({first.n_tokens} tokens), by llama-perplexity's method; ± is the standard error. The ratio is the "
-            "perplexity over the source's, retention its inverse. "
+            f"scored ({first.n_tokens} tokens), by llama-perplexity's method; ± is the standard error. "
+            "The ratio is the perplexity over the source's, retention its inverse. "
             f"Measured with quantkit {quantkit.__version__} ({first.backend}, {first.precision}).\n"
         )
 

@@ -1,0 +1,32 @@
+"""`quantkit compare`: where two models differ."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.console import Json, Quiet, Revision, Verbose, announce_compilation, byte_progress, emit, setup
+
+
+def command(
+    a: Annotated[str, typer.Argument(help="GGUF file, checkpoint directory, or hub id: the one to compare with.")],
+    b: Annotated[str, typer.Argument(help="The other.")],
+    revision: Revision = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Show where two models differ: metadata, tensors, and the error of each tensor of B against A.
+
+    RMSE is the root of the mean square difference of the weights, relative RMSE that over the root mean square of A's.
+    """
+    setup(verbose, quiet)
+    announce_compilation()
+    from quantkit.pipeline.source import open_source
+    from quantkit.report.comparison import compare
+
+    first, second = open_source(a, revision=revision), open_source(b, revision=revision)
+    with byte_progress(sum(info.nbytes for info in second.tensors.values()), "compare") as progress:
+        result = compare(first, second, progress)
+    emit(str(result), result.as_dict(), as_json)

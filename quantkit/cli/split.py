@@ -1,0 +1,40 @@
+"""`quantkit split`: one GGUF file into shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.console import Quiet, SplitSize, SplitTensors, Verbose, byte_progress, note, setup
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="GGUF file.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Prefix of the shards.  [default: FILE]")
+    ] = None,
+    split_max_size: SplitSize = None,
+    split_max_tensors: SplitTensors = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Cut a GGUF file into shards, as gguf-split does: NAME-00001-of-00003.gguf and so on.
+
+    Without a limit, shards hold at most 128 tensors.
+    """
+    setup(verbose, quiet)
+    from quantkit.pipeline.execute import execute
+    from quantkit.pipeline.plan import plan_copy
+    from quantkit.pipeline.run import parse_size
+    from quantkit.pipeline.source import GGUFSource
+
+    source = GGUFSource(file)
+    plan = plan_copy(source)
+    if split_max_size is None and split_max_tensors is None:
+        split_max_tensors = 128
+    plan.split_by(parse_size(split_max_size) if split_max_size else None, split_max_tensors)
+    with byte_progress(plan.nbytes, "split") as progress:
+        paths = execute(source, [(plan, output or file)], allow_nonfinite=True, progress=progress)
+    note(f"{paths[0]}: {len(paths)} shards")

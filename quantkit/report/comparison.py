@@ -1,0 +1,124 @@
+"""Two models side by side: metadata, tensors, and how far the weights are apart."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from quantkit import blocks
+from quantkit.pipeline.execute import BITE, Progress
+from quantkit.pipeline.source import TensorSource
+from quantkit.report.contents import brief
+from quantkit.report.tables import table
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """How far a tensor of the second model is from the first's.
+
+    `rmse` is the root mean square difference, `relative` that over the root mean square of the first's weights, `max`
+    the largest difference, `cosine` the cosine of the angle between the two (nan where one is all zero).
+    """
+
+    name: str
+    types: tuple[str, str]
+    rmse: float
+    relative: float
+    max: float
+    cosine: float
+
+
+@dataclass
+class Comparison:
+    """What differs. `metadata` holds (key, first, second), with "" for what is missing."""
+
+    names: tuple[str, str]
+    metadata: list[tuple[str, str, str]] = field(default_factory=list)
+    only_first: list[str] = field(default_factory=list)
+    only_second: list[str] = field(default_factory=list)
+    other_shapes: list[str] = field(default_factory=list)
+    errors: list[TensorError] = field(default_factory=list)
+    n_equal: int = 0
+
+    def __str__(self) -> str:
+        """Tables of the metadata and the tensors that differ, and a summary."""
+        parts = []
+        if self.metadata:
+            parts.append(table(["key", *self.names], self.metadata, left=3))
+        for title, names in (
+            (f"only in {self.names[0]}", self.only_first),
+            (f"only in {self.names[1]}", self.only_second),
+            ("of another shape", self.other_shapes),
+        ):
+            if names:
+                parts.append(f"tensors {title}: {', '.join(names)}")
+        if self.errors:
+            rows = [
+                [e.name, " → ".join(e.types), f"{e.rmse:.3e}", f"{e.relative:.4f}", f"{e.max:.3e}", f"{e.cosine:.6f}"]
+                for e in self.errors
+            ]
+            parts.append(table(["tensor", "types", "RMSE", "relative RMSE", "max", "cosine"], rows, left=2))
+        parts.append(f"{self.n_equal} tensors with equal weights, {len(self.errors)} that differ")
+        return "\n\n".join(parts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for programs."""
+        data = asdict(self)
+        for error in data["errors"]:
+            error["cosine"] = None if math.isnan(error["cosine"]) else error["cosine"]
+        return data
+
+
+def compare(first: TensorSource, second: TensorSource, progress: Progress | None = None) -> Comparison:
+    """Compare two models, the weights decoded to float32 piece by piece. Progress counts bytes of the second."""
+    result = Comparison((first.label, second.label))
+    for key in dict.fromkeys([*first.metadata, *second.metadata]):
+        a, b = first.metadata.get(key), second.metadata.get(key)
+        if a != b:
+            result.metadata.append((key, brief(a) if a is not None else "", brief(b) if b is not None else ""))
+    result.only_first = [name for name in first.tensors if name not in second.tensors]
+    for name, info in second.tensors.items():
+        mine = first.tensors.get(name)
+        if mine is None:
+            result.only_second.append(name)
+        elif mine.shape != info.shape:
+            result.other_shapes.append(name)
+        else:
+            error = _tensor_error(first, second, name)
+            if error.max == 0 and mine.type == info.type:
+                result.n_equal += 1
+            else:
+                result.errors.append(error)
+        if progress is not None:
+            progress(name, info.nbytes)
+    return result
+
+
+def _tensor_error(first: TensorSource, second: TensorSource, name: str) -> TensorError:
+    mine, other = first.tensors[name], second.tensors[name]
+    step = max(1, BITE * 4 // max(1, mine.n_per_row))
+    square = squares_a = squares_b = product = largest = 0.0
+    for start in range(0, mine.n_rows, step):
+        stop = min(mine.n_rows, start + step)
+        a = blocks.decode(first.read(name, start, stop), mine.type).reshape(-1).astype(np.float64)
+        b = blocks.decode(second.read(name, start, stop), other.type).reshape(-1).astype(np.float64)
+        difference = a - b
+        square += float(difference @ difference)
+        squares_a += float(a @ a)
+        squares_b += float(b @ b)
+        product += float(a @ b)
+        largest = max(largest, float(np.abs(difference).max(initial=0.0)))
+    first.release(name)
+    second.release(name)
+    norm = math.sqrt(squares_a * squares_b)
+    return TensorError(
+        name,
+        (mine.type.name, other.type.name),
+        math.sqrt(square / max(1, mine.n_elements)),
+        math.sqrt(square / squares_a) if squares_a else (0.0 if square == 0 else math.inf),
+        largest,
+        product / norm if norm else math.nan,
+    )
