@@ -304,9 +304,11 @@ def _write_vocabulary(recipe: Recipe, directory: Path, write: Callable[[str, obj
         "chat_template": TEMPLATE,
     }
     if recipe.vocabulary == "phi3":
-        added = {"315": {"content": "<|user|>", "special": True, **flags}}
-        settings["added_tokens_decoder"] = added | {"316": {"content": "<|tool|>", "special": False, **flags}}
-        write("added_tokens.json", {"<|user|>": 315, "<|tool|>": 316})
+        added = {"<|endoftext|>": 314, "<|user|>": 315, "<|tool|>": 316}
+        settings["added_tokens_decoder"] = {
+            str(token): {"content": text, "special": text != "<|tool|>", **flags} for text, token in added.items()
+        }
+        write("added_tokens.json", added)
     write("tokenizer_config.json", settings)
 
 
