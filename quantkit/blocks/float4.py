@@ -131,8 +131,9 @@ def to_ue4m3(x: Any) -> Any:
     exponent = (bits >> 23) - 120
     if exponent <= 0:
         return min(7, np.int64(x * np.float32(512) + np.float32(0.5)))
-    # Rounded up, a mantissa may carry into the exponent, as it should. 256 and above are all the largest number, 448.
-    return min(0x7E, (exponent << 3) + ((bits >> 20) & 7) + ((bits >> 19) & 1)) if exponent < 15 else 0x7E
+    # Rounded up, a mantissa may carry into the exponent. What rounds to 256 or more is taken for the largest, 448.
+    code = (exponent << 3) + ((bits >> 20) & 7) + ((bits >> 19) & 1)
+    return code if code < 0x78 else 0x7E
 
 
 @piece

@@ -80,10 +80,12 @@ def test_encode_and_decode_are_libggufs(rows: np.ndarray, kind: GGMLType, weight
 @requires_reference
 @pytest.mark.parametrize("kind", [GGMLType.MXFP4, GGMLType.NVFP4], ids=lambda kind: kind.name)
 def test_float4_scales_follow_the_logarithm_of_the_reference(ggml: Ggml, kind: GGMLType) -> None:
-    # log2f rounds up just below powers of two, how far below depends on the power; and UE4M3 rounds in its own way.
+    # log2f rounds up just below powers of two, how far below depends on the power. UE4M3 rounds a sixth of the largest
+    # to 3 bits in its own way, and so the step from 240 to 256.
     below = (2**24 - np.arange(130)[None, :]) * 2.0**-24
     exact = np.ldexp(below, np.arange(-148, 129)[:, None]).reshape(-1)
-    largest = exact[exact < 2.0**128].astype(np.float32)
+    sixths = np.ldexp(1 + np.arange(160)[None, :] / 160, np.arange(-14, 12)[:, None]).reshape(-1) * 6
+    largest = np.concatenate([exact[exact < 2.0**128], sixths, 6 * np.linspace(200, 460, 2000)]).astype(np.float32)
     rows = np.zeros((largest.size, 64), np.float32)
     rows[:] = largest[:, None] * np.random.default_rng(5).uniform(-1, 1, rows.shape).astype(np.float32)
     rows[:, ::16] = largest[:, None]
