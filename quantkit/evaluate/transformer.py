@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -92,6 +92,18 @@ class _Workspace(threading.local):
         return array[:size].reshape(shape)
 
 
+class _Product(NamedTuple):
+    """A matrix [n_out, n_in] to multiply with, what is added after, and the tensors that its rows come from."""
+
+    matrix: np.ndarray
+    bias: np.ndarray | None
+    names: tuple[str, ...]
+
+
+# Told the names of tensors, and the rows (float32 [rows, n_in]) that they are about to be multiplied with.
+Observer = Callable[[tuple[str, ...], np.ndarray], None]
+
+
 class _LayerWeights:
     """One layer's weights, decoded."""
 
@@ -101,18 +113,17 @@ class _LayerWeights:
         n_q, n_k = attention.n_head * attention.head_k, attention.n_head_kv * attention.head_k
         n_v = attention.n_head_kv * attention.head_v
 
-        def product(
-            role: str, parts: list[tuple[Linear | None, int]], n_in: int
-        ) -> tuple[np.ndarray, np.ndarray | None]:
+        def product(role: str, parts: list[tuple[Linear | None, int]], n_in: int) -> _Product:
             present = [(part, n) for part, n in parts if part is not None]
             matrix = weights.matrix(role, [(part.weight, n) for part, n in present], n_in)
+            names = tuple(part.weight for part, _ in present)
             if all(part.bias is None for part, _ in present):
-                return matrix, None
+                return _Product(matrix, None, names)
             biases = [
                 weights.vector(part.bias, n) if part.bias is not None else np.zeros(n, np.float32)
                 for part, n in present
             ]
-            return matrix, np.concatenate(biases)
+            return _Product(matrix, np.concatenate(biases), names)
 
         self.qkv = product(
             "qkv",
@@ -122,15 +133,6 @@ class _LayerWeights:
         self.out = product("out", [(attention.out, n_embd)], attention.n_head * attention.head_v)
         self.gate_up = product("gate_up", [(ff.gate_up, 2 * ff.n_ff), (ff.gate, ff.n_ff), (ff.up, ff.n_ff)], n_embd)
         self.down = product("down", [(ff.down, n_embd)], ff.n_ff)
-
-
-def _multiply(x: np.ndarray, product: tuple[np.ndarray, np.ndarray | None], out: np.ndarray) -> np.ndarray:
-    """`out = x @ matrix.T + bias`."""
-    matrix, bias = product
-    np.matmul(x, matrix.T, out=out)
-    if bias is not None:
-        kernels.add_bias(out, bias)
-    return out
 
 
 class Transformer:
@@ -145,6 +147,8 @@ class Transformer:
 
     backend = "numpy"
     precision = "float32"
+    # Called before each matrix product of the layers, from several threads at once.
+    observer: Observer | None = None
 
     def __init__(self, source: TensorSource, n_threads: int | None = None, memory: int | None = None) -> None:
         self.source = source
@@ -166,21 +170,14 @@ class Transformer:
 
         `tokens` is int32 [n_seq, n_ctx]; the result float32 [n_seq, positions, n_vocab].
         """
-        hidden = self._hidden(tokens, first, tokens.shape[1] if stop is None else stop)
-        n_seq, n_rows = hidden.shape[:2]
-        out = np.empty((n_seq, n_rows, self.spec.n_vocab), np.float32)
+        stop = tokens.shape[1] if stop is None else stop
+        out = np.empty((len(tokens), stop - first, self.spec.n_vocab), np.float32)
 
-        def compute(slab: np.ndarray, bias: np.ndarray | None, at: int, seq: int) -> None:
-            to = out[seq, :, at : at + len(slab)]
-            np.matmul(hidden[seq], slab.T, out=to)
-            if bias is not None:
-                to += bias
-            if self.spec.logit_scale != 1.0:
-                to *= np.float32(self.spec.logit_scale)
+        def keep(seq: int, rows: slice, at: int, tiles: list[np.ndarray]) -> None:
+            out[seq, rows, at : at + tiles[0].shape[1]] = tiles[0]
 
-        with self._blas(n_seq):
-            self._over_vocabulary(compute, n_seq)
-        self._refuse_nan(tokens, out.max(axis=2, initial=-np.inf))
+        visit_logits([self], tokens, first, stop, keep)
+        self.refuse_nan(tokens, out.max(axis=2, initial=-np.inf))
         return out
 
     def log_likelihoods(self, tokens: np.ndarray, first: int = 0) -> np.ndarray:
@@ -189,31 +186,16 @@ class Transformer:
         `tokens` is int32 [n_seq, n_ctx]; the result float64 [n_seq, n_ctx - 1 - first]. The logits never stand in
         memory all together.
         """
-        hidden = self._hidden(tokens, first, tokens.shape[1] - 1)
-        n_seq, n_rows, _ = hidden.shape
         targets = np.ascontiguousarray(tokens[:, first + 1 :])
-        maxima = np.full((n_seq, n_rows), -np.inf)
-        sums, chosen = np.zeros((n_seq, n_rows)), np.zeros((n_seq, n_rows))
+        maxima = np.full(targets.shape, -np.inf)
+        sums, chosen = np.zeros(targets.shape), np.zeros(targets.shape)
 
-        def compute(slab: np.ndarray, bias: np.ndarray | None, at: int, seq: int) -> None:
-            for row in range(0, n_rows, _ROWS):
-                rows = slice(row, min(row + _ROWS, n_rows))
-                for start in range(0, len(slab), _TILE):
-                    tile = slab[start : start + _TILE]
-                    to = self._workspace.take("tile", rows.stop - row, len(tile))
-                    np.matmul(hidden[seq, rows], tile.T, out=to)
-                    if bias is not None:
-                        kernels.add_bias(to, bias[start : start + _TILE])
-                    if self.spec.logit_scale != 1.0:
-                        to *= np.float32(self.spec.logit_scale)
-                    kernels.score_tile(
-                        to, at + start, targets[seq, rows], maxima[seq, rows], sums[seq, rows], chosen[seq, rows]
-                    )
+        def score(seq: int, rows: slice, at: int, tiles: list[np.ndarray]) -> None:
+            kernels.score_tile(tiles[0], at, targets[seq, rows], maxima[seq, rows], sums[seq, rows], chosen[seq, rows])
 
-        with self._blas(n_seq):
-            self._over_vocabulary(compute, n_seq)
+        visit_logits([self], tokens, first, tokens.shape[1] - 1, score)
         result: np.ndarray = chosen - maxima - np.log(sums)
-        self._refuse_nan(tokens, result)
+        self.refuse_nan(tokens, result)
         return result
 
     def batch(self, n_ctx: int) -> int:
@@ -256,7 +238,7 @@ class Transformer:
 
     # -- the forward pass
 
-    def _hidden(self, tokens: np.ndarray, first: int, stop: int, nan_check: bool = False) -> np.ndarray:
+    def hidden(self, tokens: np.ndarray, first: int, stop: int, nan_check: bool = False) -> np.ndarray:
         """The last layer's output, normalised, at positions `first` to `stop`: float32 [n_seq, positions, n_embd]."""
         n_seq, n_ctx = tokens.shape
         spec = self.spec
@@ -320,12 +302,12 @@ class Transformer:
             block = x[start : start + _ROWS]
             n = len(block)
             branch, normed = take("branch", n, n_embd), take("normed", n, n_embd)
-            _multiply(mixed[start : start + n], weights.out, branch)
+            self._multiply(mixed[start : start + n], weights.out, branch)
             kernels.add_rms_norm(block, branch, norm, layer.feed_forward_norm.eps, normed)
-            gate_up = _multiply(normed, weights.gate_up, take("gate_up", n, 2 * ff.n_ff))
+            gate_up = self._multiply(normed, weights.gate_up, take("gate_up", n, 2 * ff.n_ff))
             active = take("active", n, ff.n_ff)
             kernels.silu_gate(gate_up, active)
-            _multiply(active, weights.down, branch)
+            self._multiply(active, weights.down, branch)
             kernels.add(block, branch)
 
     def _attend(
@@ -355,7 +337,7 @@ class Transformer:
             block = rows[start : start + step]
             normed = take("normed", len(block), n_embd)
             kernels.rms_norm(block, norm, layer.attention_norm.eps, normed)
-            qkv = _multiply(normed, weights.qkv, take("qkv", len(block), len(weights.qkv[0])))
+            qkv = self._multiply(normed, weights.qkv, take("qkv", len(block), len(weights.qkv.matrix)))
             done = 0
             while done < len(block):
                 seq, position = divmod(start + done, n_ctx)
@@ -383,16 +365,30 @@ class Transformer:
                     kernels.merge_heads(values, sums, mixed[seq, start - first : end - first], group * heads * head_v)
         return mixed.reshape(-1, attention.n_head * head_v)
 
-    def _over_vocabulary(self, compute: Callable[[np.ndarray, np.ndarray | None, int, int], None], n_seq: int) -> None:
-        """Call `compute(rows of the output matrix, their bias, their first token, sequence)` for all of both."""
+    def _multiply(self, x: np.ndarray, product: _Product, out: np.ndarray) -> np.ndarray:
+        """`out = x @ matrix.T + bias`."""
+        if self.observer is not None:
+            self.observer(product.names, x)
+        np.matmul(x, product.matrix.T, out=out)
+        if product.bias is not None:
+            kernels.add_bias(out, product.bias)
+        return out
+
+    def _output(self, start: int, stop: int) -> _Product:
+        """The output product of tokens `start` to `stop`."""
         spec = self.spec
-        bias = None if spec.output.bias is None else self._weights.vector(spec.output.bias, spec.n_vocab)
-        step = spec.n_vocab if self._keep else max(1, _SLAB_WEIGHTS // spec.n_embd)
-        for start in range(0, spec.n_vocab, step):
-            stop = min(start + step, spec.n_vocab)
-            slab = self._weights.slab(spec.output.weight, spec.n_vocab, spec.n_embd, start, stop)
-            part = None if bias is None else bias[start:stop]
-            self._each(partial(compute, slab, part, start), n_seq)
+        bias = None if spec.output.bias is None else self._weights.vector(spec.output.bias, spec.n_vocab)[start:stop]
+        slab = self._weights.slab(spec.output.weight, spec.n_vocab, spec.n_embd, start, stop)
+        return _Product(slab, bias, (spec.output.weight,))
+
+    def _logits(self, x: np.ndarray, product: _Product, out: np.ndarray) -> np.ndarray:
+        """Logits of rows of normalised `x` for the tokens of `product`, a part of `_output`."""
+        np.matmul(x, product.matrix.T, out=out)
+        if product.bias is not None:
+            kernels.add_bias(out, product.bias)
+        if self.spec.logit_scale != 1.0:
+            out *= np.float32(self.spec.logit_scale)
+        return out
 
     # -- small things
 
@@ -410,11 +406,11 @@ class Transformer:
             self._tables[rope] = rope_tables(rope, n_ctx, factors)
         return self._tables[rope]
 
-    def _refuse_nan(self, tokens: np.ndarray, result: np.ndarray) -> None:
-        """Raise QuantkitError, which names the first layer that made a NaN, if `result` [n_seq, any] holds one."""
+    def refuse_nan(self, tokens: np.ndarray, result: np.ndarray) -> None:
+        """Check what came of `tokens` [n_seq, n_ctx]: raise QuantkitError, which names the first layer that made a NaN, if `result` [n_seq, any] holds one."""
         bad = np.flatnonzero(np.isnan(result).any(axis=1))
         if bad.size:
-            self._hidden(tokens[bad[:1]], 0, tokens.shape[1], nan_check=True)
+            self.hidden(tokens[bad[:1]], 0, tokens.shape[1], nan_check=True)
             raise QuantkitError(
                 f"{self.source.label}: the logits are NaN though no layer's output is: "
                 f"{self.spec.output_norm.weight} or {self.spec.output.weight} is damaged"
@@ -458,3 +454,40 @@ class Transformer:
                 )
         if missing:
             raise QuantkitError(f"{label}: the forward pass does not know {', '.join(missing)} yet")
+
+
+def visit_logits(
+    models: Sequence[Transformer],
+    tokens: np.ndarray,
+    first: int,
+    stop: int,
+    visit: Callable[[int, slice, int, list[np.ndarray]], None],
+) -> None:
+    """Show the logits at positions `first` to `stop` of each sequence, of models with one vocabulary, tile by tile.
+
+    `tokens` is int32 [n_seq, n_ctx]. `visit(sequence, rows, token, tiles)` gets each model's logits of some positions
+    (`rows` counts from `first`) for the tokens from `token` on: float32 [rows, tokens], its own to change. It is called
+    on several threads, which share the work by sequence; the tiles of a position come in the order of the tokens.
+    """
+    lead = models[0]
+    hidden = [model.hidden(tokens, first, stop) for model in models]
+    n_seq, n_rows, n_vocab = len(tokens), stop - first, lead.spec.n_vocab
+    step = min(n_vocab if model._keep else max(1, _SLAB_WEIGHTS // model.spec.n_embd) for model in models)
+    take = lead._workspace.take
+    with lead._blas(n_seq):
+        for start in range(0, n_vocab, step):
+            slabs = [model._output(start, min(start + step, n_vocab)) for model in models]
+
+            def compute(seq: int, start: int = start, slabs: list[_Product] = slabs) -> None:
+                for row in range(0, n_rows, _ROWS):
+                    rows = slice(row, min(row + _ROWS, n_rows))
+                    for at in range(0, len(slabs[0].matrix), _TILE):
+                        tiles = []
+                        for i, (model, slab) in enumerate(zip(models, slabs, strict=True)):
+                            bias = None if slab.bias is None else slab.bias[at : at + _TILE]
+                            part = _Product(slab.matrix[at : at + _TILE], bias, slab.names)
+                            out = take(f"tile {i}", rows.stop - row, len(part.matrix))
+                            tiles.append(model._logits(hidden[i][seq, rows], part, out))
+                        visit(seq, rows, start + at, tiles)
+
+            lead._each(compute, n_seq)
