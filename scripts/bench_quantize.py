@@ -113,14 +113,13 @@ def main() -> None:
         make_model(source)
         rows = []
         for name in options.types.split(","):
-            command = [OURS, "quantize", str(source), "-q", "--type", name, "--threads", str(options.threads), "-o", str(ours)]
+            threads = str(options.threads)
+            command = [OURS, "quantize", str(source), "-q", "--type", name, "--threads", threads, "-o", str(ours)]
             first = run(command)[0]  # compiles the kernels, unless an earlier run did
             mine, other = [], []
             for _ in range(options.repeat):
                 mine.append(run(command))
-                other.append(
-                    run([THEIRS, str(source), str(theirs), str(file_type(name).number), str(options.threads)])
-                )
+                other.append(run([THEIRS, str(source), str(theirs), str(file_type(name).number), threads]))
             if not filecmp.cmp(ours, theirs, shallow=False):
                 sys.exit(f"{name}: the files differ")
             seconds, reference = min(s for s, _ in mine), min(s for s, _ in other)
@@ -136,8 +135,8 @@ def main() -> None:
                     f"{first:.2f}",
                 ]
             )
-    headers = ["type", "quantkit s", "llama-quantize s", "times faster", "quantkit MB", "llama-quantize MB", "first run s"]
-    print(table(headers, rows))
+    headers = "type | quantkit s | llama-quantize s | times faster | quantkit MB | llama-quantize MB | first run s"
+    print(table(headers.split(" | "), rows))
 
 
 if __name__ == "__main__":

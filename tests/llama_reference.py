@@ -28,14 +28,54 @@ def _llama() -> Any:
 
 
 def llama_quantize(source: Path, target: Path, type_name: str, **options: Any) -> int:
-    """Run llama_model_quantize; returns its code, 0 for success. `options` are fields of its parameters."""
+    """Run llama_model_quantize; returns its code, 0 for success. `options` are fields of its parameters.
+
+    `imatrix` is a dict of float32 weights by name, `tt_overrides` (pattern, type) pairs, `prune_layers` numbers, and
+    `kv_overrides` (key, tag, value) with llama.cpp's tags: 0 int, 1 float, 2 bool, 3 string.
+    """
     llama_cpp = _llama()
     params = llama_cpp.llama_model_quantize_default_params()
     file = file_type(type_name)
     params.ftype, params.only_copy, params.nthread = file.number, file is COPY, 2
+    keep: list[Any] = []
     for name, value in options.items():
+        if name in _MAKERS:
+            value = _MAKERS[name](llama_cpp, value, keep)
+            keep.append(value)
         setattr(params, name, int(value) if isinstance(value, GGMLType) else value)
     return int(llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)))
+
+
+def _imatrix(llama_cpp: Any, weights: dict[str, np.ndarray], keep: list[Any]) -> Any:
+    array = (llama_cpp.llama_model_imatrix_data * (len(weights) + 1))()
+    for slot, (name, values) in zip(array, weights.items(), strict=False):
+        data = np.ascontiguousarray(values, np.float32)
+        keep.append(data)
+        slot.name, slot.size = name.encode(), data.size
+        slot.data = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    return array
+
+
+def _patterns(llama_cpp: Any, pairs: Sequence[tuple[str, GGMLType]], keep: list[Any]) -> Any:
+    array = (llama_cpp.llama_model_tensor_override * (len(pairs) + 1))()
+    for slot, (pattern, kind) in zip(array, pairs, strict=False):
+        slot.pattern, slot.type = pattern.encode(), int(kind)
+    return array
+
+
+def _values(llama_cpp: Any, values: Sequence[tuple[str, int, Any]], keep: list[Any]) -> Any:
+    array = (llama_cpp.llama_model_kv_override * (len(values) + 1))()
+    for slot, (key, tag, value) in zip(array, values, strict=False):
+        slot.key, slot.tag = key.encode(), tag
+        setattr(slot.value, ("val_i64", "val_f64", "val_bool", "val_str")[tag], value)
+    return array
+
+
+def _layers(llama_cpp: Any, layers: Sequence[int], keep: list[Any]) -> Any:
+    return (ctypes.c_int32 * (len(layers) + 1))(*layers, -1)
+
+
+_MAKERS = {"imatrix": _imatrix, "tt_overrides": _patterns, "kv_overrides": _values, "prune_layers": _layers}
 
 
 def llama_plan(source: Path, type_name: str, **options: Any) -> tuple[int, dict[str, str]]:
@@ -53,7 +93,8 @@ def llama_plan(source: Path, type_name: str, **options: Any) -> tuple[int, dict[
         llama_cpp.llama_log_set(_kept[0], ctypes.c_void_p())
     text = "".join(lines)
     plan = {}
-    for line in re.finditer(r"\[ *\d+/ *\d+\] (?P<name>\S+) +- \[[^\]]*\], type = +\S+ *, *size = (?P<rest>[^\n]*)", text):
+    each = re.compile(r"\[ *\d+/ *\d+\] (?P<name>\S+) +- \[[^\]]*\], type = +\S+ *, *size = (?P<rest>[^\n]*)")
+    for line in each.finditer(text):
         target = re.search(r"\((\w+)\)$", line["rest"])
         plan[line["name"]] = target[1].upper() if target else ""
     return code, plan

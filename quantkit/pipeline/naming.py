@@ -11,9 +11,8 @@ from quantkit.pipeline.mixtures import FILE_TYPES
 from quantkit.pipeline.source import GGUFSource, TensorSource
 
 # The type at the end of a file name: model-F16.gguf, model.Q8_0-00001-of-00003.gguf
-_TYPE_SUFFIX = re.compile(
-    rf"[-.]({'|'.join(sorted(map(re.escape, FILE_TYPES), key=len, reverse=True))})?(-\d{{5}}-of-\d{{5}})?$", re.IGNORECASE
-)
+_TYPES = "|".join(sorted(map(re.escape, FILE_TYPES), key=len, reverse=True))
+_TYPE_SUFFIX = re.compile(rf"([-.]({_TYPES}))?(-\d{{5}}-of-\d{{5}})?$", re.IGNORECASE)
 
 
 def output_paths(named: str, source: TensorSource, types: Sequence[str], output: Path | None) -> list[Path]:

@@ -199,8 +199,9 @@ def test_output_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_no_space(tmp_path: Path) -> None:
     info = TensorInfo("t", (1 << 40, 1 << 10), GGMLType.F32)
-    with pytest.raises(QuantkitError, match=r"needs \d+\.\d+ GB, but only"), GGUFOutput(
-        tmp_path / "t.gguf", Metadata(), [info]
+    with (
+        pytest.raises(QuantkitError, match=r"needs \d+\.\d+ GB, but only"),
+        GGUFOutput(tmp_path / "t.gguf", Metadata(), [info]),
     ):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -213,8 +214,9 @@ def test_full_disk(tmp_path: Path) -> None:
         return
     info = TensorInfo("t", (32, 2), GGMLType.F32)
     (tmp_path / "t.gguf.partial").symlink_to(full)
-    with pytest.raises(QuantkitError, match="No space left on device; it needs"), GGUFOutput(
-        tmp_path / "t.gguf", Metadata(), [info]
+    with (
+        pytest.raises(QuantkitError, match="No space left on device; it needs"),
+        GGUFOutput(tmp_path / "t.gguf", Metadata(), [info]),
     ):
         pass
     assert list(tmp_path.iterdir()) == []

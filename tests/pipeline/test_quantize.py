@@ -21,7 +21,8 @@ from quantkit.pipeline.plan import plan_copy, plan_quantize
 from quantkit.pipeline.recipe import Options
 from quantkit.pipeline.source import GGUFSource
 
-MAIN_TYPES = [*("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), *("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"), "F16", "BF16", "F32"]
+MAIN_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_K", "F16", "BF16", "F32"]
+MAIN_TYPES += ["Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M"]
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,9 @@ def test_checkpoint_and_its_conversion_give_the_same_files(converted: Path, tmp_
 
 def test_one_reading_writes_what_single_runs_write(converted: Path, tmp_path: Path) -> None:
     source = GGUFSource(converted)
-    execute(source, [(plan_quantize(source, file_type(n)), tmp_path / n) for n in ("Q4_K_M", "Q8_0", "Q6_K")], threads=3)
-    for name in ("Q4_K_M", "Q8_0", "Q6_K"):
+    names = ("Q4_K_M", "Q8_0", "Q6_K")
+    execute(source, [(plan_quantize(source, file_type(name)), tmp_path / name) for name in names], threads=3)
+    for name in names:
         alone = tmp_path / f"alone-{name}"
         execute(source, [(plan_quantize(source, file_type(name)), alone)], threads=1, max_buffer_size=1 << 16)
         assert alone.read_bytes() == (tmp_path / name).read_bytes()
@@ -108,7 +110,7 @@ def test_requantizing_is_refused_with_the_reason(converted: Path, tmp_path: Path
     source, q8 = GGUFSource(converted), tmp_path / "q8.gguf"
     execute(source, [(plan_quantize(source, file_type("Q8_0")), q8)])
     again = GGUFSource(q8)
-    with pytest.raises(QuantkitError, match="is Q8_0 already.*--allow-requantize"):
+    with pytest.raises(QuantkitError, match=r"is Q8_0 already.*--allow-requantize"):
         plan_quantize(again, file_type("Q4_K_M"))
     assert plan_quantize(again, file_type("Q8_0")).nbytes  # nothing to do is no error
     assert plan_quantize(again, file_type("Q4_K_M"), allow_requantize=True).nbytes

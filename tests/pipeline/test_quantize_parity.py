@@ -25,7 +25,8 @@ from make_shapes import SHAPES, make_shape
 
 pytestmark = requires_reference
 
-MAIN_TYPES = [*("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), *("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"), "F16", "BF16", "F32"]
+MAIN_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_K", "F16", "BF16", "F32"]
+MAIN_TYPES += ["Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M"]
 
 
 def convert(checkpoint: Path, outtype: str, path: Path) -> Path:
