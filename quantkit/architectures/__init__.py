@@ -91,7 +91,13 @@ def forward_spec(metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> Forwa
     if family is None:
         known = ", ".join(sorted(families))
         raise QuantkitError(f"evaluating the architecture {metadata.architecture!r} is not supported, only {known}")
-    return family.forward_spec(metadata, tensors)
+    spec = family.forward_spec(metadata, tensors)
+    if unread := [name for name in tensors if name not in spec.tensors]:
+        raise QuantkitError(
+            f"evaluating {metadata.architecture} models with the tensor {unread[0][:80]!r} is not supported"
+            + (f" ({len(unread) - 1} more are unknown)" if len(unread) > 1 else "")
+        )
+    return spec
 
 
 __all__ = [

@@ -7,13 +7,9 @@ means when it is None or at its default is "the model does not have this", so mo
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
-
-from quantkit.errors import QuantkitError
-from quantkit.formats.gguf import Metadata, TensorInfo
+from functools import cached_property
 
 
 class NormKind(Enum):
@@ -35,7 +31,6 @@ class Activation(Enum):
 
     SILU = "silu"
     GELU = "gelu"  # the tanh approximation, as llama.cpp computes it
-    RELU2 = "relu2"
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,6 @@ class Norm:
 class Yarn:
     """YaRN's mixing of interpolated and original frequencies (Peng et al. 2023), with ggml's parameters."""
 
-    n_ctx_orig: int
     ext_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
@@ -72,7 +66,8 @@ class Rope:
 
     The first `n_dims` numbers of a head are rotated; pair i by the angle
     `position * freq_scale * freq_base ** (-2 i / n_dims) / factors[i]`, and multiplied by `magnitude`.
-    `factors` names a tensor of n_dims / 2 numbers. With `yarn`, `freq_scale` holds only for the slow pairs.
+    `factors` names a tensor of n_dims / 2 numbers; for sequences of more than `n_ctx_orig` tokens `long_factors`, where
+    there are any, take its place (LongRoPE). With `yarn`, `freq_scale` holds only for the slow pairs.
     """
 
     n_dims: int
@@ -81,6 +76,8 @@ class Rope:
     freq_scale: float = 1.0
     magnitude: float = 1.0
     factors: str | None = None
+    long_factors: str | None = None
+    n_ctx_orig: int = 0
     yarn: Yarn | None = None
 
 
@@ -90,7 +87,8 @@ class Attention:
 
     Either `q`, `k` and `v` are given, or `qkv`, one product whose rows are q's, then k's, then v's. `scale` multiplies
     q . k. `window` counts the positions that a query sees, itself included. `softcap` c turns a score s into
-    c * tanh(s / c). `q_norm` and `k_norm` run over each head, or over all of them when their weight is that long.
+    c * tanh(s / c). `q_norm` and `k_norm` run over each head before it is rotated, with `norm_whole` over all heads
+    together.
     """
 
     n_head: int
@@ -108,6 +106,7 @@ class Attention:
     softcap: float | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    norm_whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class FeedForward:
 class Experts:
     """A mixture of gated experts. `gate`, `up` and `down` name tensors with one matrix for each expert.
 
-    The softmax of `router` picks `n_used` of `n_expert`; with `normalise` their weights are made to sum to one.
+    The softmax of `router` picks `n_used` of `n_expert`, and their weights are made to sum to one.
     """
 
     n_ff: int
@@ -140,8 +139,6 @@ class Experts:
     up: str
     down: str
     activation: Activation = Activation.SILU
-    normalise: bool = True
-    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -167,8 +164,8 @@ class Layer:
 class ForwardSpec:
     """The forward pass of a model, from token ids to logits.
 
-    `embedding` and `position_embedding` name tensors whose rows are looked up; `embedding_scale` multiplies the
-    token's. `output` is the embedding's own tensor where the two are tied. `logit_scale` multiplies logits, then
+    `embedding` and `position_embedding` name tensors whose rows are looked up and added; `embedding_scale` multiplies
+    the token's. `output` is the embedding's own tensor where the two are tied. `logit_scale` multiplies logits, then
     `logit_softcap` bends them as `Attention.softcap` does scores.
     """
 
@@ -190,45 +187,21 @@ class ForwardSpec:
         """Whether the output matrix is the token embedding."""
         return self.output.weight == self.embedding
 
+    @cached_property
+    def tensors(self) -> frozenset[str]:
+        """The names of all tensors that the forward pass reads."""
+        names: set[str] = set()
 
-def linear(tensors: Mapping[str, TensorInfo], stem: str) -> Linear:
-    """The matrix `stem`.weight, with `stem`.bias if the model has it."""
-    return Linear(f"{stem}.weight", f"{stem}.bias" if f"{stem}.bias" in tensors else None)
+        def collect(value: object) -> None:
+            if isinstance(value, str):
+                names.add(value)
+            elif isinstance(value, tuple):
+                for item in value:
+                    collect(item)
+            elif is_dataclass(value) and not isinstance(value, type):
+                for field in fields(value):
+                    if field.name != "architecture":
+                        collect(getattr(value, field.name))
 
-
-def rope(metadata: Metadata, n_dims: int, style: RopeStyle, tensors: Mapping[str, TensorInfo]) -> Rope:
-    """The rotary embedding of a GGUF's `rope.*` keys and its `rope_freqs.weight`, as llama.cpp reads them."""
-    prefix = f"{metadata.architecture}.rope"
-    scaling = metadata.lookup(f"{prefix}.scaling.type", "linear")
-    factor = float(metadata.lookup(f"{prefix}.scaling.factor", metadata.lookup(f"{prefix}.scale_linear", 0.0)))
-    if scaling == "none" or factor <= 0.0:
-        factor = 1.0
-    magnitude = float(metadata.lookup(f"{prefix}.scaling.attn_factor", 1.0))
-    yarn = None
-    if scaling == "yarn":
-        # The yarn_* keys are not read: llama.cpp reads them for a few families alone (deepseek2, grok, mistral3).
-        n_ctx_train = metadata.lookup(f"{metadata.architecture}.context_length", 0)
-        yarn = Yarn(int(metadata.lookup(f"{prefix}.scaling.original_context_length", n_ctx_train)))
-        if yarn.n_ctx_orig < 1:
-            raise QuantkitError(f"the metadata lacks {prefix}.scaling.original_context_length, which YaRN needs")
-        magnitude *= 1.0 + max(0.0, 0.1 * math.log(factor))
-    return Rope(
-        n_dims=n_dims,
-        freq_base=float(metadata.lookup(f"{prefix}.freq_base", 10000.0)),
-        style=style,
-        freq_scale=1.0 / factor,
-        magnitude=magnitude,
-        factors="rope_freqs.weight" if "rope_freqs.weight" in tensors else None,
-        yarn=yarn,
-    )
-
-
-def per_layer(metadata: Metadata, key: str, n_layer: int, default: int | None = None) -> list[int]:
-    """A count that a GGUF gives once for all layers, or as an array with one for each."""
-    value = metadata.require(key) if default is None else metadata.lookup(key, default)
-    if isinstance(value, (int, float)):
-        return [int(value)] * n_layer
-    counts = [int(n) for n in value]
-    if len(counts) != n_layer:
-        raise QuantkitError(f"the metadata's {key} has {len(counts)} numbers for {n_layer} layers")
-    return counts
+        collect(self)
+        return frozenset(names)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
 import numpy as np
 
 from quantkit.architectures.base import Architecture, Transform
+from quantkit.architectures.forward import Activation, ForwardSpec, RopeStyle
 from quantkit.architectures.parameters import (
     ATTENTION_SOFT_CAP,
     CONTEXT,
@@ -20,11 +25,25 @@ from quantkit.architectures.parameters import (
     block_count,
     file_type,
 )
+from quantkit.architectures.reader import ModelReader
+from quantkit.formats.gguf import Metadata, TensorInfo
+
+# What llama.cpp assumes where the metadata is silent.
+_ASSUMED_WINDOW, _ASSUMED_ATTENTION_CAP, _ASSUMED_LOGIT_CAP = 4096, 50.0, 30.0
+_LAYERS_OF_27B = 46
 
 
 def plus_one(rows: np.ndarray) -> np.ndarray:
     """Gemma stores what its norms add to one; GGUF holds the whole factor."""
     return np.add(rows, rows.dtype.type(1))
+
+
+def scores_scale(model: ModelReader, n_layer: int) -> float:
+    """What scores are multiplied with: the model of `n_layer` layers counts its heads otherwise than their size says.
+
+    GGUF has no key for it, and llama.cpp tells that model by its layers.
+    """
+    return 1.0 / math.sqrt(model.n_embd // model.heads[0]) if model.n_layer == n_layer else model.plain_scale
 
 
 class Gemma2(Architecture):
@@ -67,3 +86,26 @@ class Gemma2(Architecture):
     skipped = (*Architecture.skipped, "lm_head.weight")
     vocabulary = "gemma"
     notes = "norms stored off by one, soft-caps, sliding window"
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Scaled embeddings, norms around each part, soft-caps, every other layer with a window, gated GELU."""
+        model = ModelReader(metadata, tensors)
+        windows = model.windows(model.integer("attention.sliding_window", _ASSUMED_WINDOW), 2)
+        full = model.rope(RopeStyle.NEOX)
+        local = replace(full, freq_base=model.number("rope.freq_base_swa", full.freq_base))
+        cap = model.number("attn_logit_softcapping", _ASSUMED_ATTENTION_CAP)
+        scale = scores_scale(model, _LAYERS_OF_27B)
+        return model.spec(
+            (
+                model.layer(
+                    i,
+                    model.attention(i, local if window else full, scale=scale, window=window, softcap=cap),
+                    model.feed_forward(i, Activation.GELU),
+                    **model.post_norms(i),
+                )
+                for i, window in enumerate(windows)
+            ),
+            embedding_scale=math.sqrt(model.n_embd),
+            logit_softcap=model.number("final_logit_softcapping", _ASSUMED_LOGIT_CAP),
+        )

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 
 from quantkit.architectures.base import Architecture, Transform
 from quantkit.architectures.config import Config
-from quantkit.architectures.gemma2 import plus_one
+from quantkit.architectures.forward import Activation, ForwardSpec, Rope, RopeStyle
+from quantkit.architectures.gemma2 import plus_one, scores_scale
 from quantkit.architectures.parameters import FINAL_SOFT_CAP, SHARED, SLIDING_WINDOW
+from quantkit.architectures.reader import ModelReader
 from quantkit.errors import QuantkitError
+from quantkit.formats.gguf import Metadata, TensorInfo
 from quantkit.formats.safetensors import read_json
 
 
@@ -26,6 +32,7 @@ def _drop_padding(config: Config, stored: np.ndarray) -> np.ndarray:
     return stored[: len(vocabulary) + len(added)]
 
 
+_LAYERS_OF_27B = 62
 _DEFAULTS = {
     "vocab_size": 262208,
     "hidden_size": 2304,
@@ -55,3 +62,31 @@ class Gemma3(Architecture):
     }
     vocabulary = "gemma"
     notes = "text part; norms stored off by one, two rotary bases, sliding window"
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Gemma 2's with QK norms; layers with a window rotate by another base and without scaling."""
+        model = ModelReader(metadata, tensors)
+        window = model.integer("attention.sliding_window", 0)
+        windows = model.windows(window, 6) if window > 0 else [None] * model.n_layer
+        full = model.rope(RopeStyle.NEOX)
+        local = Rope(
+            full.n_dims,
+            model.number("rope.freq_base_swa", 10000.0),
+            RopeStyle.NEOX,
+            magnitude=model.number("rope.scaling.attn_factor", 1.0),
+        )
+        scale = scores_scale(model, _LAYERS_OF_27B)
+        return model.spec(
+            (
+                model.layer(
+                    i,
+                    model.attention(i, local if window else full, scale=scale, window=window, **model.qk_norms(i)),
+                    model.feed_forward(i, Activation.GELU),
+                    **model.post_norms(i),
+                )
+                for i, window in enumerate(windows)
+            ),
+            embedding_scale=math.sqrt(model.n_embd),
+            logit_softcap=model.number("final_logit_softcapping", 0.0) or None,
+        )

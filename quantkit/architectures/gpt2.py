@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from quantkit.architectures.base import Architecture, Transform
 from quantkit.architectures.config import Config
+from quantkit.architectures.forward import Activation, ForwardSpec, NormKind
 from quantkit.architectures.parameters import EMBEDDING, HEADS, LAYER_NORM_EPSILON, Field, block_count, file_type
+from quantkit.architectures.reader import ModelReader
+from quantkit.formats.gguf import Metadata, TensorInfo
 
 
 def _transpose(_config: Config, stored: np.ndarray) -> np.ndarray:
@@ -45,3 +50,15 @@ class GPT2(Architecture):
     }
     skipped = (*Architecture.skipped, ".attn.bias", ".attn.masked_bias")
     notes = "learned positions, matrices stored transposed"
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """LayerNorms, learned positions, no rotary embedding, GELU without a gate."""
+        model = ModelReader(metadata, tensors, NormKind.LAYER)
+        return model.spec(
+            (
+                model.layer(i, model.attention(i, None), model.feed_forward(i, Activation.GELU, gated=False))
+                for i in range(model.n_layer)
+            ),
+            position_embedding="position_embd.weight",
+        )

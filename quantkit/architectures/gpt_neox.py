@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from quantkit.architectures.base import Architecture, Transform
 from quantkit.architectures.config import Config
+from quantkit.architectures.forward import Activation, ForwardSpec, NormKind, RopeStyle
 from quantkit.architectures.parameters import (
     CONTEXT,
     EMBEDDING,
@@ -18,6 +20,8 @@ from quantkit.architectures.parameters import (
     block_count,
     rope_dimensions,
 )
+from quantkit.architectures.reader import ModelReader
+from quantkit.formats.gguf import Metadata, TensorInfo
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -79,3 +83,19 @@ class GPTNeoX(Architecture):
         if part is None:
             part = self.rope.number("partial_rotary_factor", default=0.25) or 0.0
         return int(part * (self.config.require("hidden_size") // self.config.require("num_attention_heads")))
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """LayerNorms, partial rotary embedding, GELU without a gate; usually both parts read the same."""
+        model = ModelReader(metadata, tensors, NormKind.LAYER)
+        rope = model.rope(RopeStyle.NEOX)
+        parallel = bool(metadata.require("gptneox.use_parallel_residual"))
+        return model.spec(
+            model.layer(
+                i,
+                model.attention(i, rope),
+                model.feed_forward(i, Activation.GELU, gated=False),
+                parallel=parallel,
+            )
+            for i in range(model.n_layer)
+        )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.config import Config
+from quantkit.architectures.forward import ForwardSpec, Rope, RopeStyle
 from quantkit.architectures.parameters import SHARED, SLIDING_WINDOW
+from quantkit.architectures.reader import ModelReader
+from quantkit.formats.gguf import Metadata, TensorInfo
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -52,3 +56,23 @@ class Olmo2(Architecture):
         if config.find("sliding_window") is not None and config.find("rope_local_base_freq") is None:
             return config.changed(rope_local_base_freq=config.find("rope_theta"))
         return config
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Norms after each part only, and of whole queries and keys; layers with a window rotate without scaling."""
+        model = ModelReader(metadata, tensors)
+        window = model.integer("attention.sliding_window", 0)
+        windows = model.windows(window, 4) if window > 0 else [None] * model.n_layer
+        full = model.rope(RopeStyle.NEOX)
+        local = Rope(full.n_dims, full.freq_base, RopeStyle.NEOX)
+        return model.spec(
+            model.layer(
+                i,
+                model.attention(i, local if window else full, window=window, norm_whole=True, **model.qk_norms(i)),
+                model.feed_forward(i),
+                attention_norm=None,
+                feed_forward_norm=None,
+                **model.post_norms(i),
+            )
+            for i, window in enumerate(windows)
+        )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from quantkit.architectures.base import Architecture, Assembly
+from quantkit.architectures.forward import FeedForward, ForwardSpec, RopeStyle
 from quantkit.architectures.parameters import (
     EMBEDDING,
     FEED_FORWARD,
@@ -22,7 +23,9 @@ from quantkit.architectures.parameters import (
     file_type,
     rope_dimensions,
 )
+from quantkit.architectures.reader import ModelReader
 from quantkit.errors import QuantkitError
+from quantkit.formats.gguf import Metadata, TensorInfo
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -118,3 +121,18 @@ class Phi3(Architecture):
             raise QuantkitError(f"{self.config.path}: rope scaling has a long_factor and no short_factor")
         yield Assembly("rope_factors_long.weight", values=long)
         yield Assembly("rope_factors_short.weight", values=short)
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Fused products, LongRoPE's divisors by the length of the text; no window, as in llama.cpp."""
+        model = ModelReader(metadata, tensors)
+        model.refuse_keys("expert_count")
+        rope = model.rope(RopeStyle.NEOX)
+        n_ffs = model.per_layer("feed_forward_length")
+
+        def feed_forward(i: int) -> FeedForward:
+            return FeedForward(
+                n_ffs[i], gate_up=model.linear(f"blk.{i}.ffn_up"), down=model.linear(f"blk.{i}.ffn_down")
+            )
+
+        return model.spec(model.layer(i, model.attention(i, rope), feed_forward(i)) for i in range(model.n_layer))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from quantkit.architectures.base import Architecture
+from quantkit.architectures.forward import ForwardSpec, RopeStyle
+from quantkit.architectures.reader import ModelReader
+from quantkit.formats.gguf import Metadata, TensorInfo
 
 _DEFAULTS = {
     "vocab_size": 151936,
@@ -26,3 +31,10 @@ class Qwen2(Architecture):
     derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
     vocabulary = "spm-or-bpe"
     notes = "Qwen2.5 too; attention biases"
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Llama's, with rotary halves; the biases are where the file has them."""
+        model = ModelReader(metadata, tensors)
+        rope = model.rope(RopeStyle.NEOX)
+        return model.spec(model.layer(i, model.attention(i, rope), model.feed_forward(i)) for i in range(model.n_layer))

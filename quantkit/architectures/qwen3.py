@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from quantkit.architectures.forward import ForwardSpec, RopeStyle
 from quantkit.architectures.qwen2 import Qwen2
+from quantkit.architectures.reader import ModelReader
+from quantkit.formats.gguf import Metadata, TensorInfo
 
 
 class Qwen3(Qwen2):
@@ -14,3 +19,13 @@ class Qwen3(Qwen2):
     }
     wrappers = {}  # noqa: RUF012
     notes = "QK norms, own head size"
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Qwen2's, with norms of each head's query and key."""
+        model = ModelReader(metadata, tensors)
+        rope = model.rope(RopeStyle.NEOX)
+        return model.spec(
+            model.layer(i, model.attention(i, rope, **model.qk_norms(i)), model.feed_forward(i))
+            for i in range(model.n_layer)
+        )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from quantkit.architectures.base import Assembly, Experts, Rearrange, Transform
 from quantkit.architectures.config import Config
+from quantkit.architectures.forward import ForwardSpec, RopeStyle
 from quantkit.architectures.parameters import SHARED, Field
 from quantkit.architectures.qwen3 import Qwen3
+from quantkit.architectures.reader import ModelReader
+from quantkit.formats.gguf import Metadata, TensorInfo
 
 
 def _half(second: bool) -> Rearrange:
@@ -66,3 +69,21 @@ class Qwen3Moe(Qwen3):
             yield from super().assemble(f"{stem}.weight", stored_name)
         else:
             yield from super().assemble(name, stored_name)
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Qwen3's, with experts; llama.cpp always normalises their weights."""
+        model = ModelReader(metadata, tensors)
+        rope = model.rope(RopeStyle.NEOX)
+        sizes = model.per_layer("expert_feed_forward_length", 0)
+        if min(sizes) < 1:
+            sizes = [
+                n_ff // n_used
+                for n_ff, n_used in zip(
+                    model.per_layer("feed_forward_length"), model.per_layer("expert_used_count"), strict=True
+                )
+            ]
+        return model.spec(
+            model.layer(i, model.attention(i, rope, **model.qk_norms(i)), model.experts(i, sizes[i]))
+            for i in range(model.n_layer)
+        )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from quantkit.architectures.config import Config
+from quantkit.architectures.forward import ForwardSpec, RopeStyle
 from quantkit.architectures.llama import Llama
+from quantkit.architectures.reader import ModelReader
+from quantkit.formats.gguf import Metadata, TensorInfo
 
 log = logging.getLogger(__name__)
 
@@ -39,3 +43,17 @@ class SmolLM3(Llama):
                 "%s: llama.cpp takes every fourth layer as one without rotary; no_rope_layers differs", config.path
             )
         return super().complete(config)
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Llama's, but every fourth layer does not rotate."""
+        model = ModelReader(metadata, tensors)
+        rope = model.rope(RopeStyle.NORMAL)
+        return model.spec(
+            model.layer(
+                i,
+                model.attention(i, None if i % 4 == 3 else rope, scale=model.scale),
+                model.feed_forward(i),
+            )
+            for i in range(model.n_layer)
+        )

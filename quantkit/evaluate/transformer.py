@@ -59,7 +59,7 @@ def rope_tables(rope: Rope, n_positions: int, factors: np.ndarray | None) -> tup
 
         def dimension(turns: float) -> float:
             """The pair, counted in dimensions, that makes this many turns over the original context."""
-            return rope.n_dims * math.log(yarn.n_ctx_orig / (turns * 2 * math.pi)) / (2 * math.log(rope.freq_base))
+            return rope.n_dims * math.log(rope.n_ctx_orig / (turns * 2 * math.pi)) / (2 * math.log(rope.freq_base))
 
         low = max(0.0, math.floor(dimension(yarn.beta_fast)))
         high = min(rope.n_dims - 1.0, math.ceil(dimension(yarn.beta_slow)))
@@ -407,7 +407,10 @@ class Transformer:
         return self._tables[rope]
 
     def refuse_nan(self, tokens: np.ndarray, result: np.ndarray) -> None:
-        """Check what came of `tokens` [n_seq, n_ctx]: raise QuantkitError, which names the first layer that made a NaN, if `result` [n_seq, any] holds one."""
+        """Check `result` [n_seq, any], which came of `tokens` [n_seq, n_ctx].
+
+        Raises QuantkitError, which names the first layer that made a NaN, if it holds one.
+        """
         bad = np.flatnonzero(np.isnan(result).any(axis=1))
         if bad.size:
             self.hidden(tokens[bad[:1]], 0, tokens.shape[1], nan_check=True)

@@ -47,7 +47,8 @@ def test_softmax_sees_its_window_and_no_later_key(n, heads, first, window, seed)
     sums = np.empty(n * heads, np.float32)
     kernels.causal_softmax(scores, heads, first, first_key, window, sums)
     assert (scores[~seen] == 0).all()
-    np.testing.assert_allclose(scores / sums[:, None], expected, rtol=2e-6, atol=1e-30)
+    # Scores differ from their maximum by up to 40: that difference rounds by 40 * 2^-24, and so does the exponent.
+    np.testing.assert_allclose(scores / sums[:, None], expected, rtol=5e-6, atol=1e-30)
 
 
 @pytest.mark.parametrize("neighbours", [True, False])

@@ -1,0 +1,266 @@
+"""What most families read alike from a GGUF model for its forward pass, each field as llama.cpp reads it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+from quantkit.architectures.forward import (
+    Activation,
+    Attention,
+    Experts,
+    FeedForward,
+    ForwardSpec,
+    Layer,
+    Linear,
+    Norm,
+    NormKind,
+    Rope,
+    RopeStyle,
+    Yarn,
+)
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf import Metadata, TensorInfo
+
+_SCALINGS = ("none", "linear", "yarn", "longrope")
+
+
+class ModelReader:
+    """A GGUF model's metadata and tensor list, read into the parts of a ForwardSpec.
+
+    Keys are given without the architecture's prefix. Methods that make a part take `changes`: fields of that part for
+    what a family does otherwise. All raise QuantkitError for metadata that lacks or contradicts what they need.
+    """
+
+    def __init__(
+        self, metadata: Metadata, tensors: Mapping[str, TensorInfo], norm_kind: NormKind = NormKind.RMS
+    ) -> None:
+        """Read the sizes. `norm_kind` is the kind of all norms."""
+        self.metadata, self.tensors, self.norm_kind = metadata, tensors, norm_kind
+        self.arch = metadata.architecture
+        self.n_embd = self.integer("embedding_length")
+        self.n_layer = self.integer("block_count")
+        if not 0 < self.n_layer <= len(tensors):
+            raise QuantkitError(
+                f"the metadata says {self.n_layer} layers, which the model's {len(tensors)} tensors cannot hold"
+            )
+        self.heads = self.per_layer("attention.head_count")
+        self.heads_kv = self.per_layer("attention.head_count_kv", 0)
+        if min(self.heads) < 1:
+            raise QuantkitError(
+                f"the metadata's {self.arch}.attention.head_count is {min(self.heads)}, which is less than 1"
+            )
+        self.head_k = self.integer("attention.key_length", self.n_embd // self.heads[0])
+        self.head_v = self.integer("attention.value_length", self.n_embd // self.heads[0])
+        if min(self.n_embd, self.head_k, self.head_v) < 1:
+            raise QuantkitError(
+                f"the metadata says {self.n_embd} numbers a token and heads of {self.head_k} and {self.head_v}"
+            )
+        eps = "layer_norm_rms_epsilon" if norm_kind is NormKind.RMS else "layer_norm_epsilon"
+        self.eps = self.number(f"attention.{eps}")
+        self._refuse(self.lookup("attention.causal", True) is False, "attention to later tokens")
+        self._refuse(bool(self.integer("nextn_predict_layers", 0)), "layers that predict several tokens")
+
+    # Values
+
+    def lookup(self, key: str, default: Any = None) -> Any:
+        """The value of `key`, or `default`."""
+        return self.metadata.lookup(f"{self.arch}.{key}", default)
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A whole number, `default` where there is none; required without a default."""
+        return int(self._numeric(key, default))
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number, `default` where there is none; required without a default."""
+        return float(self._numeric(key, default))
+
+    def per_layer(self, key: str, default: int | None = None) -> list[int]:
+        """A count that stands once for all layers, or in an array with one for each; required without a default."""
+        value = self.lookup(key, default)
+        if value is None or isinstance(value, (int, float, str)):
+            return [self.integer(key, default)] * self.n_layer
+        counts = list(value)
+        if len(counts) != self.n_layer or not all(isinstance(n, (int, float)) for n in counts):
+            raise QuantkitError(f"the metadata's {self.arch}.{key} is not {self.n_layer} numbers, one for each layer")
+        return [int(n) for n in counts]
+
+    def _numeric(self, key: str, default: float | None) -> float:
+        value = self.metadata.require(f"{self.arch}.{key}") if default is None else self.lookup(key, default)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise QuantkitError(f"the metadata's {self.arch}.{key} is {str(value)[:80]!r}, which is no number")
+        return value
+
+    def _refuse(self, present: bool, what: str) -> None:
+        if present:
+            raise QuantkitError(f"evaluating {self.arch} models with {what} is not supported")
+
+    def refuse_keys(self, *keys: str) -> None:
+        """Raise QuantkitError when one of `keys` is there: it asks for what the forward pass does not do."""
+        for key in keys:
+            if self.lookup(key):
+                raise QuantkitError(f"evaluating {self.arch} models with {self.arch}.{key} is not supported")
+
+    # Parts
+
+    def linear(self, stem: str) -> Linear:
+        """The matrix `stem`.weight, with `stem`.bias if the model has it."""
+        return Linear(f"{stem}.weight", f"{stem}.bias" if f"{stem}.bias" in self.tensors else None)
+
+    def norm(self, stem: str) -> Norm:
+        """The norm `stem`, with a bias where it is a LayerNorm."""
+        bias = f"{stem}.bias" if self.norm_kind is NormKind.LAYER else None
+        return Norm(f"{stem}.weight", self.eps, self.norm_kind, bias)
+
+    def rope(self, style: RopeStyle, **changes: Any) -> Rope:
+        """The rotary embedding of the `rope.*` keys and of the tensors of divisors.
+
+        With YaRN the keys `yarn_*` are not read: llama.cpp reads them for a few families alone (deepseek2, grok,
+        mistral3).
+        """
+        scaling = self.lookup("rope.scaling.type", "linear")
+        if scaling not in _SCALINGS:
+            raise QuantkitError(f"the metadata's {self.arch}.rope.scaling.type {str(scaling)[:80]!r} is not known")
+        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0.0))
+        if scaling == "none" or factor <= 0.0:
+            factor = 1.0
+        n_ctx_orig = self.integer("rope.scaling.original_context_length", self.integer("context_length", 0))
+        magnitude = self.number("rope.scaling.attn_factor", 1.0)
+        yarn = None
+        if scaling == "yarn":
+            if n_ctx_orig < 1:
+                raise QuantkitError(
+                    f"the metadata lacks {self.arch}.rope.scaling.original_context_length, which YaRN needs"
+                )
+            yarn = Yarn()
+            magnitude *= 1.0 + max(0.0, 0.1 * math.log(factor))
+        present = {
+            name: f"{name}.weight" if f"{name}.weight" in self.tensors else None
+            for name in ("rope_freqs", "rope_factors_short", "rope_factors_long")
+        }
+        fields: dict[str, Any] = {
+            "n_dims": self.integer("rope.dimension_count", self.head_k),
+            "freq_base": self.number("rope.freq_base", 10000.0),
+            "freq_scale": 1.0 / factor,
+            "magnitude": magnitude,
+            "factors": present["rope_freqs"] or present["rope_factors_short"],
+            "long_factors": None if present["rope_freqs"] else present["rope_factors_long"],
+            "n_ctx_orig": n_ctx_orig,
+            "yarn": yarn,
+        }
+        return Rope(style=style, **{**fields, **changes})
+
+    @cached_property
+    def plain_scale(self) -> float:
+        """What scores are multiplied with unless a family says otherwise: one over the root of the head size."""
+        return 1.0 / math.sqrt(self.head_k)
+
+    @cached_property
+    def scale(self) -> float:
+        """`attention.scale`, or the plain scale; for families whose key llama.cpp reads."""
+        return self.number("attention.scale", 0.0) or self.plain_scale
+
+    def windows(self, window: int, period: int) -> list[int | None]:
+        """How many positions each layer sees, None for all.
+
+        `attention.sliding_window_pattern` says which layers slide, one by one or as a period: all layers but the last
+        of each period, all of them where it is 0.
+        """
+        self.refuse_keys("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa")
+        pattern = self.lookup("attention.sliding_window_pattern", period)
+        if isinstance(pattern, (int, float, str)):
+            period = self.integer("attention.sliding_window_pattern", period)
+            slides = [period <= 0 or i % period < period - 1 for i in range(self.n_layer)]
+        else:
+            slides = [bool(on) for on in self.per_layer("attention.sliding_window_pattern")]
+        if window < 1 and any(slides):
+            raise QuantkitError(f"the metadata's {self.arch}.attention.sliding_window is {window}, less than 1")
+        return [window if on else None for on in slides]
+
+    def attention(self, i: int, rope: Rope | None, **changes: Any) -> Attention:
+        """The attention of layer `i`; one product for queries, keys and values where the model has them so."""
+        at = f"blk.{i}."
+        if f"{at}attn_qkv.weight" in self.tensors:
+            products = {"qkv": self.linear(f"{at}attn_qkv")}
+        else:
+            products = {part: self.linear(f"{at}attn_{part}") for part in "qkv"}
+        fields: dict[str, Any] = {
+            "n_head": self.heads[i],
+            "n_head_kv": self.heads_kv[i] or self.heads[i],
+            "head_k": self.head_k,
+            "head_v": self.head_v,
+            "scale": self.plain_scale,
+            "rope": rope,
+            "out": self.linear(f"{at}attn_output"),
+            **products,
+        }
+        return Attention(**{**fields, **changes})
+
+    def qk_norms(self, i: int) -> dict[str, Norm]:
+        """The norms of layer `i`'s queries and keys, as fields of its attention."""
+        return {"q_norm": self.norm(f"blk.{i}.attn_q_norm"), "k_norm": self.norm(f"blk.{i}.attn_k_norm")}
+
+    @cached_property
+    def _n_ffs(self) -> list[int]:
+        return self.per_layer("feed_forward_length")
+
+    def feed_forward(self, i: int, activation: Activation = Activation.SILU, gated: bool = True) -> FeedForward:
+        """The dense feed-forward block of layer `i`."""
+        return FeedForward(
+            n_ff=self._n_ffs[i],
+            activation=activation,
+            gate=self.linear(f"blk.{i}.ffn_gate") if gated else None,
+            up=self.linear(f"blk.{i}.ffn_up"),
+            down=self.linear(f"blk.{i}.ffn_down"),
+        )
+
+    def experts(self, i: int, n_ff: int | None = None) -> Experts:
+        """The experts of layer `i`; `n_ff` is their size where it is not the dense blocks'."""
+        if self.integer("expert_group_count", 0) > 1:
+            self._refuse(True, "experts in groups")
+        n_expert, n_used = self.integer("expert_count"), self.per_layer("expert_used_count")[i]
+        if not 0 < n_used <= n_expert:
+            raise QuantkitError(f"the metadata says that {n_used} of {n_expert} experts are used")
+        return Experts(
+            n_ff=n_ff or self._n_ffs[i],
+            n_expert=n_expert,
+            n_used=n_used,
+            router=self.linear(f"blk.{i}.ffn_gate_inp"),
+            gate=f"blk.{i}.ffn_gate_exps.weight",
+            up=f"blk.{i}.ffn_up_exps.weight",
+            down=f"blk.{i}.ffn_down_exps.weight",
+        )
+
+    def layer(self, i: int, attention: Attention, feed_forward: FeedForward | Experts, **changes: Any) -> Layer:
+        """Layer `i`, with a norm before each part."""
+        fields: dict[str, Any] = {
+            "attention_norm": self.norm(f"blk.{i}.attn_norm"),
+            "feed_forward_norm": self.norm(f"blk.{i}.ffn_norm"),
+        }
+        return Layer(attention, feed_forward, **{**fields, **changes})
+
+    def post_norms(self, i: int) -> dict[str, Norm]:
+        """The norms that run on layer `i`'s branches, as fields of the layer."""
+        return {
+            "post_attention_norm": self.norm(f"blk.{i}.post_attention_norm"),
+            "post_feed_forward_norm": self.norm(f"blk.{i}.post_ffw_norm"),
+        }
+
+    def spec(self, layers: Iterable[Layer], **changes: Any) -> ForwardSpec:
+        """The whole model: the output matrix is the embedding's where the model has none of its own."""
+        embedding = self.tensors.get("token_embd.weight")
+        if embedding is None:
+            raise QuantkitError("the model has no tensor token_embd.weight")
+        fields: dict[str, Any] = {
+            "architecture": self.arch,
+            "n_vocab": embedding.n_rows,
+            "n_embd": self.n_embd,
+            "n_ctx_train": self.integer("context_length", 0),
+            "embedding": "token_embd.weight",
+            "layers": tuple(layers),
+            "output_norm": self.norm("output_norm"),
+            "output": self.linear("output" if "output.weight" in self.tensors else "token_embd"),
+        }
+        return ForwardSpec(**{**fields, **changes})
