@@ -74,8 +74,10 @@ def load_architecture(directory: Path) -> Architecture:
     name = config.model_class
     family = BY_CLASS.get(name)
     if family is None:
+        known = ", ".join(row.family for row in supported())
         raise QuantkitError(
-            f"{config.path}: the architecture {name[:80]} is not supported; `quantkit architectures` lists what is"
+            f"{config.path}: the architecture {name[:80]} is not supported; `quantkit architectures` lists what is: "
+            f"{known}"
         )
     return family(config)
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["GGMLType", "block", "decode", "encodable", "encode", "first_nonfinite", "largest"]
 
+# The bits of the exponent of the 16-bit floats.
+_EXPONENTS = {GGMLType.F16: 0x7C00, GGMLType.BF16: 0x7F80}
+
 
 def _registry() -> dict[GGMLType, type[Block]]:
     # A format is registered by being defined.
@@ -75,11 +78,18 @@ def decode(rows: np.ndarray, kind: GGMLType, out: np.ndarray | None = None) -> n
     return out
 
 
-def first_nonfinite(rows: np.ndarray) -> int:
-    """The index of the first NaN or infinity in contiguous float32 `rows`, flattened; -1 if there is none."""
-    from quantkit.blocks.plain import first_nonfinite as search
+def first_nonfinite(rows: np.ndarray, kind: GGMLType = GGMLType.F32) -> int:
+    """The index of the first NaN or infinity in contiguous `rows`, flattened; -1 if there is none.
 
-    return int(search(rows.reshape(-1)))
+    `rows` are floats of `kind` (F32, F16 or BF16), or their bytes.
+    """
+    import numpy as np
+
+    from quantkit.blocks import plain
+
+    if kind == GGMLType.F32:
+        return int(plain.first_nonfinite(rows.reshape(-1)))
+    return int(plain.first_nonfinite_word(rows.reshape(-1).view(np.uint8), _EXPONENTS[kind]))
 
 
 def largest(rows: np.ndarray) -> float:

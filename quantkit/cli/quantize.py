@@ -76,7 +76,7 @@ def command(
     names = [file_type(name).name for name in split_list(types)]
     listed = read_text(str(tensor_type_file)).split() if tensor_type_file else []
     tensor_types = parse_tensor_types([*tensor_type, *listed])
-    model = open_source(source, revision=revision, pre=pre)
+    model = open_source(source, revision=revision, pre=pre, allow_nonfinite=allow_nonfinite)
     paths = output_paths(source, model, names, output)
     plans = [
         plan(

@@ -235,7 +235,10 @@ class CheckpointSource:
             rows = np.ascontiguousarray(assembly.transform.arithmetic(values))
         if info.type.is_quantized and not self._allow_nonfinite:
             self._refuse_nonfinite(name, _float32(rows), start)
-        return _encode(rows, info.type)
+        encoded = _encode(rows, info.type)
+        if info.type == GGMLType.F16 and rows.dtype != np.float16 and not self._allow_nonfinite:
+            self._refuse_overflow(name, encoded, rows, start)
+        return encoded
 
     def _refuse_nonfinite(self, name: str, values: np.ndarray, first_row: int) -> None:
         """Whoever reads blocks cannot see any more what went into them; plain floats are the reader's to check."""
@@ -246,6 +249,18 @@ class CheckpointSource:
                 f"{self.directory}: tensor {name!r} holds {values[row, column]} at row {first_row + row}, "
                 f"column {column}; the checkpoint is damaged (--allow-nonfinite goes on regardless)"
             )
+
+    def _refuse_overflow(self, name: str, encoded: np.ndarray, rows: np.ndarray, first_row: int) -> None:
+        """Weights beyond float16's range would become infinite. NaN and infinity are the reader's to find."""
+        at = blocks.first_nonfinite(encoded, GGMLType.F16)
+        if at >= 0:
+            row, column = divmod(at, rows.shape[1])
+            value = _float32(rows[row : row + 1])[0, column]
+            if math.isfinite(value):
+                raise QuantkitError(
+                    f"{self.directory}: tensor {name!r} holds {value:g} at row {first_row + row}, column {column}, "
+                    "more than F16 can hold (65504); choose the type bf16 or f32"
+                )
 
     def release(self, name: str) -> None:
         """Let go of the memory that reading tensor `name` has mapped. It can be read again."""

@@ -168,8 +168,11 @@ def _encode_piece(
     info, kind = tensors[0].info, tensors[0].source_type
     rows = source.read(tensors[0].source_name, piece.start, piece.stop)
     check = kind in FLOAT_TYPES and not allow_nonfinite
-    if all(t.is_copy for t in tensors) and not check:
-        return [np.ascontiguousarray(rows) for _ in tensors]
+    if all(t.is_copy for t in tensors):
+        rows = np.ascontiguousarray(rows)
+        if check:
+            _check_finite(source, tensors[0], rows, kind, piece.start)
+        return [rows for _ in tensors]
     results = []
     for t in tensors:
         encoded_shape = (len(rows), t.info.type.row_nbytes(info.n_per_row))
@@ -181,7 +184,7 @@ def _encode_piece(
         part = rows[start : start + step]
         values = blocks.decode(part, kind, bite[: len(part)])
         if check:
-            _check_finite(source, tensors[0], values, piece.start + start)
+            _check_finite(source, tensors[0], values.view(np.uint8), GGMLType.F32, piece.start + start)
         for tensor, result in zip(tensors, results, strict=True):
             if not tensor.is_copy:
                 weights = None if tensor.weights is None else tensor.weights[matrix]
@@ -191,12 +194,15 @@ def _encode_piece(
     return results
 
 
-def _check_finite(source: TensorSource, tensor: PlannedTensor, values: np.ndarray, first_row: int) -> None:
-    at = blocks.first_nonfinite(values)
+def _check_finite(
+    source: TensorSource, tensor: PlannedTensor, rows: np.ndarray, kind: GGMLType, first_row: int
+) -> None:
+    at = blocks.first_nonfinite(rows, kind)
     if at >= 0:
         row, column = divmod(at, tensor.info.n_per_row)
+        value = blocks.decode(rows[row : row + 1], kind)[0, column]
         raise QuantkitError(
-            f"{source.label}: tensor {tensor.source_name!r} holds {values[row, column]} at row {first_row + row}, "
+            f"{source.label}: tensor {tensor.source_name!r} holds {value} at row {first_row + row}, "
             f"column {column}; the checkpoint is damaged (--allow-nonfinite goes on regardless)"
         )
 

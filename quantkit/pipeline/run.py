@@ -101,7 +101,9 @@ def quantize(
     `out` is the file, or the directory for several types; left out, files are named after the model and the type.
     `options` are those of `plan`, the others those of `execute`. Returns the files written. Raises QuantkitError.
     """
-    model = open_source(source) if isinstance(source, (str, os.PathLike)) else source
+    model = source
+    if isinstance(model, (str, os.PathLike)):
+        model = open_source(model, allow_nonfinite=allow_nonfinite)
     names = [file_type(name).name for name in ([type] if isinstance(type, str) else type)]
     named = os.fspath(source) if isinstance(source, (str, os.PathLike)) else model.label
     paths = output_paths(named, model, names, None if out is None else Path(out))

@@ -113,11 +113,17 @@ def split_name(prefix: str, index: int, count: int) -> str:
 
 
 def open_source(
-    model: str | os.PathLike[str], *, revision: str | None = None, outtype: OutType = "auto", pre: str | None = None
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    outtype: OutType = "auto",
+    pre: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> TensorSource:
     """A model as the user names it: a GGUF file (any shard), a checkpoint directory, or a hub id `org/name`.
 
-    `outtype` is the type that a checkpoint is seen in ("auto": as it is stored), `pre` overrides its pre-tokenizer.
+    `outtype` is the type that a checkpoint is seen in ("auto": as it is stored), `pre` overrides its pre-tokenizer,
+    `allow_nonfinite` takes weights that are NaN or infinite.
     Raises QuantkitError when there is no such model.
     """
     path = Path(model)
@@ -128,4 +134,4 @@ def open_source(
     from quantkit.formats.hub import resolve
     from quantkit.pipeline.checkpoint import CheckpointSource
 
-    return CheckpointSource(resolve(str(model), revision), outtype=outtype, pre=pre)
+    return CheckpointSource(resolve(str(model), revision), outtype=outtype, pre=pre, allow_nonfinite=allow_nonfinite)

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from quantkit.architectures import FAMILIES as CLASSES
 from quantkit.architectures import supported
-from quantkit.errors import QuantkitError
 from quantkit.pipeline.checkpoint import CheckpointSource, output_name
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.plan import plan_copy

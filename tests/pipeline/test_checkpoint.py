@@ -195,6 +195,21 @@ def test_blocks_are_not_made_of_nan_or_infinity(tiny: dict[str, Path], copy: Cal
     assert np.nonzero((rows != clean).any(axis=1))[0].tolist() == [7]
 
 
+def test_weights_beyond_f16_are_named(tiny: dict[str, Path], copy: Callable[..., Path]) -> None:
+    directory = copy(LINEAR)
+    tensor = SafetensorsCheckpoint(directory).tensors["model.layers.1.mlp.up_proj.weight"]
+    with open(directory / "model.safetensors", "r+b") as file:
+        file.seek(tensor.start + 4 * (7 * 64 + 5))
+        file.write(np.float32(70000).tobytes())
+    told = r"tensor .blk.1.ffn_up.weight. holds 70000 at row 7, column 5, more than F16 can hold \(65504\); choose"
+    with pytest.raises(QuantkitError, match=told):
+        CheckpointSource(directory, "f16").read("blk.1.ffn_up.weight", 6, 9)
+    for outtype in ("f32", "bf16", "q8_0"):
+        write(CheckpointSource(directory, outtype), directory / f"{outtype}.gguf")  # type: ignore[arg-type]
+    allowed = CheckpointSource(directory, "f16", allow_nonfinite=True).read("blk.1.ffn_up.weight", 7, 8)
+    assert np.isinf(allowed.view(np.float16)[0, 5])
+
+
 def test_rows_outside_the_tensor_are_refused(tiny: dict[str, Path]) -> None:
     source = CheckpointSource(tiny[YARN])
     for start, stop in ((-1, 2), (0, 10_000), (3, 2)):

@@ -1,0 +1,43 @@
+"""Each family's tiny checkpoint, quantized by us and by llama-quantize: experts, fused projections, odd rows."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, requires_reference
+
+from quantkit.pipeline.checkpoint import CheckpointSource
+from quantkit.pipeline.execute import execute
+from quantkit.pipeline.mixtures import file_type
+from quantkit.pipeline.plan import plan_copy, plan_quantize
+from quantkit.pipeline.source import GGUFSource
+
+if find_spec("llama_cpp"):
+    from llama_reference import llama_quantize
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from make_checkpoints import FAMILIES, make_checkpoint
+
+pytestmark = requires_reference
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint as GGUF in the type that it is stored in."""
+    directory = tmp_path_factory.mktemp("quantize")
+    source = CheckpointSource(make_checkpoint(request.param, directory))
+    path = directory / "source.gguf"
+    execute(source, [(plan_copy(source), path)])
+    return path
+
+
+@pytest.mark.parametrize("name", ["Q4_K_M", "IQ4_XS"])
+def test_the_file_is_llama_quantizes(converted: Path, tmp_path: Path, name: str) -> None:
+    ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
+    source = GGUFSource(converted)
+    execute(source, [(plan_quantize(source, file_type(name)), ours)])
+    assert llama_quantize(converted, theirs, name) == 0
+    assert ours.read_bytes() == theirs.read_bytes()
