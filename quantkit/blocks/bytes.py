@@ -25,6 +25,15 @@ def get_half(data: Any, at: Any) -> Any:
 
 
 @piece
+def get_values(data: Any, at: Any, n: Any, table: Any, scale: Any, out: Any, to: Any) -> None:
+    """Entries of a table of 16, times `scale`, that `n` bytes at `at` choose: by the low nibbles, then by the high."""
+    for i in range(n):
+        byte = data[at + i]
+        out[to + i] = scale * table[byte & 15]
+        out[to + n + i] = scale * table[byte >> 4]
+
+
+@piece
 def put_word(out: Any, at: Any, value: Any) -> None:
     """Store the low 32 bits of `value` at byte `at`, the lowest byte first."""
     for i in range(4):

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 
 from quantkit.blocks.base import Block, kernel, piece
+from quantkit.blocks.bytes import get_values
 from quantkit.blocks.lanes import (
     LANES,
     absolute,
@@ -64,15 +65,6 @@ def put_levels(x: Any, start: Any, scale: Any, amax: Any, levels: Any, to: Any) 
 
 
 @piece
-def get_nibbles(data: Any, at: Any, n: Any, scale: Any, out: Any, to: Any) -> None:
-    """The values that `n` bytes stand for, times `scale`: the low nibbles, then the high ones."""
-    for i in range(n):
-        byte = data[at + i]
-        out[to + i] = VALUES[byte & 15] * scale
-        out[to + n + i] = VALUES[byte >> 4] * scale
-
-
-@piece
 def floor_log2(x: Any) -> Any:
     """The whole part of `log2f(x)` for x > 0, which is that of the next power of two when x lies just below it."""
     shift = 0
@@ -119,7 +111,7 @@ class MXFP4(Block, type=GGMLType.MXFP4):
         """See Block; after dequantize_row_mxfp4."""
         for block in range(out.size // 32):
             at = block * 17
-            get_nibbles(data, at + 1, 16, half_power(np.int32(data[at])), out, block * 32)
+            get_values(data, at + 1, 16, VALUES, half_power(np.int32(data[at])), out, block * 32)
 
 
 @piece
@@ -174,4 +166,4 @@ class NVFP4(Block, type=GGMLType.NVFP4):
             at = block * 36
             for j in range(4):
                 d = half_ue4m3(np.int32(data[at + j]))
-                get_nibbles(data, at + 4 + j * 8, 8, d, out, block * 64 + j * 16)
+                get_values(data, at + 4 + j * 8, 8, VALUES, d, out, block * 64 + j * 16)

@@ -7,8 +7,6 @@ every lane still does exactly the scalar sequence: IEEE float32, no fused multip
 `f32x16`, `i32x16` and `mask16` are numba types over LLVM's <16 x float>, <16 x i32> and <16 x i1>; LLVM splits them
 into the registers that the machine has. They live only inside compiled functions. Operators work between vectors of
 the same type; a scalar is spread with `splat`. Everything else is a function below.
-
-numba caches a compiled kernel by the date of the kernel's own file: after a change here, clear the cache.
 """
 
 from __future__ import annotations

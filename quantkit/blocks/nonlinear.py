@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 
 from quantkit.blocks.base import Block, kernel, piece
-from quantkit.blocks.bytes import get_half, put_half
+from quantkit.blocks.bytes import get_half, get_values, put_half
 from quantkit.blocks.lanes import LANES, absolute, load, select, splat, store, to_float
 from quantkit.blocks.searches import clamped_ints, extremes, sum_of_squares, weigh
 from quantkit.blocks.tiles import SUPER, block_starts, spread
@@ -89,15 +89,6 @@ def put_nibbles(x: Any, start: Any, inverse: Any, out: Any, at: Any) -> None:
     store(out, at, low | (high << splat(4)))
 
 
-@piece
-def get_nibbles(data: Any, at: Any, scale: Any, out: Any, to: Any) -> None:
-    """The values that 16 bytes stand for, times `scale`."""
-    for i in range(16):
-        byte = data[at + i]
-        out[to + i] = scale * VALUES[byte & 15]
-        out[to + 16 + i] = scale * VALUES[byte >> 4]
-
-
 class IQ4_NL(Block, type=GGMLType.IQ4_NL):
     """4 bits, the index of a table's value, and a float16 scale for 32 weights."""
 
@@ -134,7 +125,7 @@ class IQ4_NL(Block, type=GGMLType.IQ4_NL):
         """See Block; after dequantize_row_iq4_nl."""
         for block in range(out.size // QK):
             at = block * 18
-            get_nibbles(data, at + 2, get_half(data, at), out, block * QK)
+            get_values(data, at + 2, 16, VALUES, get_half(data, at), out, block * QK)
 
 
 class IQ4_XS(Block, type=GGMLType.IQ4_XS):
@@ -201,4 +192,4 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
             for j in range(8):
                 low = (np.int32(data[at + 4 + j // 2]) >> (4 * (j % 2))) & 15
                 step = d * np.float32((low | (((top >> (2 * j)) & 3) << 4)) - 32)
-                get_nibbles(data, at + 8 + j * 16, step, out, block * SUPER + j * QK)
+                get_values(data, at + 8 + j * 16, 16, VALUES, step, out, block * SUPER + j * QK)
