@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from quantkit.errors import QuantkitError
+from quantkit.evaluate import logit_kernels
 from quantkit.evaluate.transformer import Transformer
+from quantkit.formats.logits import LogitsWriter, empty_rows, first_scored, parts
 from quantkit.pipeline.source import TensorSource
 from quantkit.vocabulary import Vocabulary
 
@@ -77,6 +81,7 @@ def perplexity(
     chunks: int | None = None,
     n_threads: int | None = None,
     batch: int | None = None,
+    save_logits: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> PerplexityResult:
     """The perplexity of `text`, a string or token ids, under the model `source`.
@@ -84,28 +89,48 @@ def perplexity(
     The method is llama-perplexity's: the whole text is tokenized once, special tokens not parsed, and cut into chunks
     of `n_ctx` tokens, the first of each replaced by BOS where the vocabulary adds one; the second half of each chunk is
     scored. `chunks` bounds their number, `batch` how many run together (by memory if None). After each chunk
-    `progress(chunks done, chunks, estimate)` is called.
+    `progress(chunks done, chunks, estimate)` is called. `save_logits` names a file to write the log-probabilities of
+    the scored positions to, for `divergence` or llama-perplexity to compare with.
 
     Raises QuantkitError for a text that is too short, and when the model's logits are NaN.
     """
     model = Transformer(source, n_threads)
     ids, bos = tokenize(source, text)
-    tokens = chunked(ids, n_ctx, chunks, bos, source.label)
-    first = n_ctx // 2
+    raw = chunked(ids, n_ctx, chunks, None, source.label)
+    tokens = raw.copy()
+    if bos is not None:
+        tokens[:, 0] = bos
+    first = first_scored(n_ctx)
     n_scored = n_ctx - 1 - first
     step = batch or model.batch(n_ctx)
+    if save_logits is not None:
+        # All logits of a batch then stand in memory.
+        step = max(1, min(step, model.memory // 4 // (n_scored * model.spec.n_vocab * 6)))
     nll = squares = 0.0
     chunk_nll: list[float] = []
     running: list[float] = []
     began = time.perf_counter()
-    for at in range(0, len(tokens), step):
-        for chunk in -model.log_likelihoods(tokens[at : at + step], first):
-            nll += float(chunk.sum())
-            squares += float(np.square(chunk).sum())
-            chunk_nll.append(float(chunk.mean()))
-            running.append(_exp(nll / (len(chunk_nll) * n_scored)))
-            if progress is not None:
-                progress(len(running), len(tokens), running[-1])
+    with ExitStack() as stack:
+        writer = None
+        if save_logits is not None:
+            writer = stack.enter_context(LogitsWriter(save_logits, raw, model.spec.n_vocab))
+        for at in range(0, len(tokens), step):
+            some = tokens[at : at + step]
+            if writer is None:
+                losses = -model.log_likelihoods(some, first)
+            else:
+                losses = np.empty((len(some), n_scored))
+                logits = model.logits(some, first, n_ctx - 1)
+                for i, (rows, values) in enumerate(pack_chunks(model, logits, some, first)):
+                    writer.write(rows)
+                    losses[i] = values
+            for chunk in losses:
+                nll += float(chunk.sum())
+                squares += float(np.square(chunk).sum())
+                chunk_nll.append(float(chunk.mean()))
+                running.append(_exp(nll / (len(chunk_nll) * n_scored)))
+                if progress is not None:
+                    progress(len(running), len(tokens), running[-1])
     seconds = time.perf_counter() - began
     count = len(tokens) * n_scored
     mean = nll / count
@@ -123,6 +148,24 @@ def perplexity(
         chunk_nll=chunk_nll,
         running=running,
     )
+
+
+def pack_chunks(
+    model: Transformer, logits: np.ndarray, tokens: np.ndarray, first: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pack logits [n_seq, n_scored, n_vocab] of `tokens` [n_seq, n_ctx] into rows of a logits file.
+
+    Yields each chunk's rows, uint16, and its negative log-likelihoods, float64 [n_scored]. `model`'s threads work.
+    """
+    n_vocab = logits.shape[2]
+    targets = np.ascontiguousarray(tokens[:, first + 1 :])
+
+    def pack(seq: int) -> tuple[np.ndarray, np.ndarray]:
+        rows, nll = empty_rows(logits.shape[1], n_vocab), np.empty(logits.shape[1])
+        logit_kernels.pack(logits[seq], targets[seq], *parts(rows, n_vocab), nll)
+        return rows, nll
+
+    return model.pooled(pack, range(len(logits)))
 
 
 def _exp(x: float) -> float:

@@ -1,0 +1,339 @@
+"""How far a model's predictions are from another's: the statistics of llama-perplexity's --kl-divergence, and more."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from quantkit.errors import QuantkitError
+from quantkit.evaluate import logit_kernels
+from quantkit.evaluate.logit_kernels import BASE_CHOSEN, BASE_MAX, BASE_SUM, CHOSEN, MAX, N_STATE, SUM, TOP, WEIGHTED
+from quantkit.evaluate.perplexity import chunked, pack_chunks, tokenize
+from quantkit.evaluate.transformer import Transformer, visit_logits
+from quantkit.evaluate.weights import available_memory
+from quantkit.formats.logits import LogitsFile, LogitsWriter, first_scored
+from quantkit.pipeline.source import TensorSource
+from quantkit.vocabulary import Vocabulary
+
+KLD_PERCENTILES = (100.0, 99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0, 0.1, 0.0)
+DELTA_P_PERCENTILES = (100.0, 99.9, 99.0, 95.0, 90.0, 75.0, 50.0, 25.0, 10.0, 5.0, 1.0, 0.1, 0.0)
+_BANDS = 8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its standard error."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
+class PositionBand:
+    """The scored positions `first` to `last` of all chunks: their mean divergence, and the share of flipped tokens.
+
+    A token is flipped when the model's likeliest token is not the base's.
+    """
+
+    first: int
+    last: int
+    kld: float
+    flips: float
+
+
+@dataclass(frozen=True)
+class DivergenceResult:
+    """A model compared with a base, over the `n_tokens` scored tokens of a text.
+
+    `ppl` and `ppl_base` are their perplexities, `ln_ratio` the logarithm of `ratio` = ppl / ppl_base, `difference` the
+    first less the second; `correlation` is that of the tokens' log-likelihoods. `kld` is the mean over tokens of
+    Kullback and Leibler's divergence of the model's predictions from the base's, in nats. Δp is the probability that
+    the model gives the token of the text, less the base's: `delta_p` its mean, `delta_p_rms` its root mean square.
+    `same_top` is the share of tokens whose likeliest prediction is the same, `same_top5` that of tokens whose five
+    likeliest predictions are the same five. Percentiles have the per cent as key, 0 for the minimum and 100 for the
+    maximum. `chunk_kld` is each chunk's mean. `seconds` is the time of the forward passes of both models, and
+    `tokens_per_second` counts all tokens that went through the model.
+    """
+
+    base: str
+    ppl: Estimate
+    ppl_base: Estimate
+    ln_ratio: Estimate
+    ratio: Estimate
+    difference: Estimate
+    correlation: float
+    kld: Estimate
+    kld_percentiles: dict[float, float]
+    delta_p: Estimate
+    delta_p_percentiles: dict[float, float]
+    delta_p_rms: Estimate
+    same_top: Estimate
+    same_top5: Estimate
+    n_tokens: int
+    n_chunks: int
+    n_ctx: int
+    seconds: float
+    tokens_per_second: float
+    backend: str
+    precision: str
+    by_position: list[PositionBand] = field(repr=False)
+    chunk_kld: list[float] = field(repr=False)
+
+
+def divergence(
+    model: TensorSource,
+    base: TensorSource | str | os.PathLike[str],
+    text: str | np.ndarray | None = None,
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    n_threads: int | None = None,
+    batch: int | None = None,
+    save_logits: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> DivergenceResult:
+    """Compare `model`'s predictions over `text` with those of `base`: another model, or the path of a logits file.
+
+    With a model as base both run side by side over the text, cut as `perplexity` cuts it, and compare in float32;
+    `save_logits` then writes the base's log-probabilities to a file that this function and llama-perplexity read.
+    With a file as base, `text` and `n_ctx` are the file's (a given text must be the same), and the base's
+    log-probabilities are those of 16 bits that it holds. After each chunk `progress(chunks done, chunks, mean
+    divergence so far)` is called. The statistics are llama-perplexity's, from the same scored tokens.
+
+    Raises QuantkitError when the vocabularies differ, for a text that is too short or is not the file's, and when
+    logits are NaN.
+    """
+    label = model.label
+    stored = LogitsFile(base) if isinstance(base, (str, os.PathLike)) else None
+    budget = available_memory() // 2
+    lead = Transformer(model, n_threads, budget if stored is not None else budget // 2)
+    other: Transformer | None = None
+    if stored is not None:
+        assert isinstance(base, (str, os.PathLike))
+        base_label = str(base)
+        if save_logits is not None:
+            raise QuantkitError(f"{base_label}: the base's log-probabilities are in this file already: copy it instead")
+        raw, bos = _stored_tokens(model, stored, text, chunks)
+        n_ctx, n_vocab = stored.n_ctx, stored.n_vocab
+    else:
+        assert not isinstance(base, (str, os.PathLike))
+        if text is None:
+            raise QuantkitError(f"{label}: a text to compare over is missing")
+        base_label = base.label
+        other = Transformer(base, n_threads, budget // 2)
+        _same_vocabulary(model, base)
+        ids, bos = tokenize(model, text)
+        raw, n_vocab = chunked(ids, n_ctx, chunks, None, label), other.spec.n_vocab
+    if lead.spec.n_vocab != n_vocab:
+        raise QuantkitError(
+            f"{label}: a vocabulary of {lead.spec.n_vocab} tokens, but the base {base_label} has {n_vocab}: "
+            "compare models of one vocabulary"
+        )
+    tokens = raw.copy()
+    if bos is not None:
+        tokens[:, 0] = bos
+    first = first_scored(n_ctx)
+    shape = len(tokens), n_ctx - 1 - first
+    step = batch or min(each.batch(n_ctx) for each in (lead, other) if each is not None)
+    if save_logits is not None:
+        # All logits of a batch then stand in memory.
+        step = max(1, min(step, budget // 4 // (shape[1] * n_vocab * 6)))
+    kld, nll, nll_base = np.empty(shape), np.empty(shape), np.empty(shape)
+    same = np.empty((*shape, 2), bool)
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        writer = None if save_logits is None else stack.enter_context(LogitsWriter(save_logits, raw, n_vocab))
+        for at in range(0, len(tokens), step):
+            part = slice(at, min(at + step, len(tokens)))
+            pair = _Pair(lead, other, stored, keep=writer is not None)
+            pair.run(tokens[part], first, at)
+            kld[part], nll[part], nll_base[part], same[part] = pair.results(tokens[part], first)
+            if writer is not None and other is not None:
+                for rows, _ in pack_chunks(other, pair.logits, tokens[part], first):
+                    writer.write(rows)
+            if progress is not None:
+                for done in range(part.start, part.stop):
+                    progress(done + 1, len(tokens), float(kld[: done + 1].mean()))
+    seconds = time.perf_counter() - began
+    return _result(base_label, lead, kld, nll, nll_base, same, n_ctx, seconds)
+
+
+class _Pair:
+    """One batch of chunks through both models (or through one, beside a stored base)."""
+
+    def __init__(self, lead: Transformer, other: Transformer | None, stored: LogitsFile | None, keep: bool) -> None:
+        self._lead, self._other, self._stored, self._keep = lead, other, stored, keep
+
+    def run(self, tokens: np.ndarray, first: int, first_chunk: int) -> None:
+        """Fill the state of every scored position of `tokens` [n_seq, n_ctx], the chunks from `first_chunk` on."""
+        n_seq, stop = len(tokens), tokens.shape[1] - 1
+        shape = n_seq, stop - first
+        n_vocab = self._lead.spec.n_vocab
+        targets = np.ascontiguousarray(tokens[:, first + 1 :])
+        self.state = np.zeros((*shape, N_STATE))
+        self.state[..., MAX] = -np.inf
+        # The file's log-probabilities are taken as they are: nothing is divided by their sum.
+        self.state[..., BASE_MAX] = -np.inf if self._stored is None else 0.0
+        values = np.full((*shape, 2, TOP), -np.inf, np.float32)
+        self.top = np.full((*shape, 2, TOP), -1, np.int32)
+        self.logits = np.empty((*shape, n_vocab) if self._keep else (0, 0, 0), np.float32)
+        stored = [] if self._stored is None else [self._stored.chunk(first_chunk + seq) for seq in range(n_seq)]
+
+        def compare(seq: int, rows: slice, at: int, tiles: list[np.ndarray]) -> None:
+            end = at + tiles[0].shape[1]
+            if stored:
+                affine, codes = stored[seq]
+                tiles.append(np.empty_like(tiles[0]))
+                logit_kernels.unpack(affine[rows], codes[rows, at:end], tiles[1])
+            if self._keep:
+                self.logits[seq, rows, at:end] = tiles[1]
+            logit_kernels.compare_tile(
+                *tiles, at, targets[seq, rows], self.state[seq, rows], values[seq, rows], self.top[seq, rows]
+            )
+
+        models = [self._lead] if self._other is None else [self._lead, self._other]
+        visit_logits(models, tokens, first, stop, compare)
+        self._base_nll = np.empty(shape)
+        for seq, (affine, codes) in enumerate(stored):
+            code = codes[np.arange(shape[1]), targets[seq]].astype(np.float32)
+            self._base_nll[seq] = -(affine[:, 0] * code + affine[:, 1])
+
+    def results(self, tokens: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Divergences and negative log-likelihoods of both, float64 [n_seq, n_scored]; [..., 2] same top, same five."""
+        s = self.state
+        log_sum = s[..., MAX] + np.log(s[..., SUM])
+        nll = log_sum - s[..., CHOSEN]
+        self._lead.refuse_nan(tokens, nll)
+        if self._other is None:
+            nll_base = self._base_nll
+            kld = s[..., WEIGHTED] + s[..., BASE_SUM] * log_sum
+        else:
+            log_base_sum = s[..., BASE_MAX] + np.log(s[..., BASE_SUM])
+            nll_base = log_base_sum - s[..., BASE_CHOSEN]
+            self._other.refuse_nan(tokens, nll_base)
+            kld = s[..., WEIGHTED] / s[..., BASE_SUM] - log_base_sum + log_sum
+        top, base_top = self.top[..., 0, :], self.top[..., 1, :]
+        same = np.stack([top[..., 0] == base_top[..., 0], (np.sort(top) == np.sort(base_top)).all(axis=-1)], axis=-1)
+        return kld, nll, nll_base, same
+
+
+def _stored_tokens(
+    model: TensorSource, stored: LogitsFile, text: str | np.ndarray | None, chunks: int | None
+) -> tuple[np.ndarray, int | None]:
+    """The tokens of a logits file, as far as `chunks` asks for them, and BOS's id where the vocabulary adds one."""
+    if chunks is not None and chunks < 1:
+        raise QuantkitError(f"cannot measure over {chunks} chunks: use 1 or more")
+    tokens = stored.tokens[:chunks]
+    if text is None:
+        vocabulary = Vocabulary.from_metadata(model.metadata)
+        return tokens, vocabulary.bos if vocabulary.add_bos else None
+    ids, bos = tokenize(model, text)
+    n = min(tokens.size, len(ids) // stored.n_ctx * stored.n_ctx)
+    # Chunks may have been stored with BOS in their first place.
+    same = tokens.reshape(-1)[:n] == ids[:n]
+    same[:: stored.n_ctx] = True
+    if n < tokens.size or not same.all():
+        raise QuantkitError(
+            f"{stored.path}: was made from another text, or with another vocabulary, than {model.label}'s: "
+            "leave the text out, or make the file again"
+        )
+    return tokens, bos
+
+
+def _same_vocabulary(model: TensorSource, base: TensorSource) -> None:
+    key = "tokenizer.ggml.tokens"
+    mine, theirs = model.metadata.lookup(key), base.metadata.lookup(key)
+    if mine is None or theirs is None or mine == theirs:
+        return
+    if len(mine) != len(theirs):
+        different = f"{len(mine)} tokens against {len(theirs)}"
+    else:
+        index = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+        different = f"token {index} is {mine[index]!r} against {theirs[index]!r}"
+    raise QuantkitError(f"{model.label}: its vocabulary is not that of the base {base.label}: {different}")
+
+
+def _mean(x: np.ndarray) -> Estimate:
+    """The mean and its standard error; llama-perplexity gives none to ten values or fewer."""
+    return Estimate(float(x.mean()), float(x.std()) / math.sqrt(x.size - 1) if x.size > 10 else 0.0)
+
+
+def _share(x: np.ndarray) -> Estimate:
+    """The share of what is true, with the standard error of a binomial."""
+    p = float(x.mean())
+    return Estimate(p, math.sqrt(p * (1 - p) / max(1, x.size - 1)))
+
+
+def _percentiles(x: np.ndarray, wanted: tuple[float, ...]) -> dict[float, float]:
+    return dict(zip(wanted, np.percentile(x, wanted).tolist(), strict=True))
+
+
+def _exp(x: float) -> float:
+    """e^x, infinity where that is too large for a float."""
+    return math.exp(x) if x < 709.0 else math.inf
+
+
+def _result(
+    base: str,
+    lead: Transformer,
+    kld: np.ndarray,
+    nll: np.ndarray,
+    nll_base: np.ndarray,
+    same: np.ndarray,
+    n_ctx: int,
+    seconds: float,
+) -> DivergenceResult:
+    """Every statistic of the positions' values, all [n_chunks, n_scored], `same` [..., 2]."""
+    n_chunks, n_scored = kld.shape
+    n = kld.size
+    ln, ln_base = _mean(nll), _mean(nll_base)
+    covariance = float((nll * nll_base).mean() - ln.value * ln_base.value) / (n - 1) if n >= 10 else 0.0
+    spread = ln.error * ln_base.error
+    ppl, ppl_base = (Estimate(_exp(e.value), _exp(e.value) * e.error) for e in (ln, ln_base))
+    ln_ratio = Estimate(ln.value - ln_base.value, math.sqrt(max(0.0, ln.error**2 + ln_base.error**2 - 2 * covariance)))
+    ratio = _exp(ln_ratio.value)
+    variance = ppl.error**2 + ppl_base.error**2 - 2 * ppl.value * ppl_base.value * covariance
+    delta = np.exp(-nll) - np.exp(-nll_base)
+    square = _mean(np.square(delta))
+    rms = math.sqrt(square.value)
+    first = first_scored(n_ctx)
+    edges = np.linspace(0, n_scored, min(_BANDS, n_scored) + 1).astype(int)
+    return DivergenceResult(
+        base=base,
+        ppl=ppl,
+        ppl_base=ppl_base,
+        ln_ratio=ln_ratio,
+        ratio=Estimate(ratio, ratio * ln_ratio.error),
+        difference=Estimate(ppl.value - ppl_base.value, math.sqrt(max(0.0, variance))),
+        correlation=covariance / spread if spread > 0 else 1.0,
+        kld=_mean(kld),
+        kld_percentiles=_percentiles(kld, KLD_PERCENTILES),
+        delta_p=_mean(delta),
+        delta_p_percentiles=_percentiles(delta, DELTA_P_PERCENTILES),
+        delta_p_rms=Estimate(rms, 0.5 / rms * square.error if rms > 0 else 0.0),
+        same_top=_share(same[..., 0]),
+        same_top5=_share(same[..., 1]),
+        n_tokens=n,
+        n_chunks=n_chunks,
+        n_ctx=n_ctx,
+        seconds=seconds,
+        tokens_per_second=n_chunks * n_ctx / seconds,
+        backend=lead.backend,
+        precision=lead.precision,
+        by_position=[
+            PositionBand(
+                first + start,
+                first + stop - 1,
+                float(kld[:, start:stop].mean()),
+                1.0 - float(same[:, start:stop, 0].mean()),
+            )
+            for start, stop in itertools.pairwise(edges.tolist())
+        ],
+        chunk_kld=kld.mean(axis=1).tolist(),
+    )

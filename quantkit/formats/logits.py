@@ -1,0 +1,142 @@
+"""Log-probability files, as llama-perplexity's --save-all-logits writes and its --kl-divergence reads them.
+
+The bytes, little-endian: `_logits_`, then int32 n_ctx, n_vocab and n_chunks, then the int32 ids of all tokens, chunk
+by chunk (as they stand in the text, before BOS takes the first place of a chunk). After these, for each chunk and each
+of its scored positions (n_ctx / 2 to n_ctx - 2), a row of 16-bit words: a float32 scale, a float32 minimum, and a code
+for each token of the vocabulary, padded to an even number. A token's log-probability is scale * code + minimum.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from quantkit.errors import QuantkitError
+
+_MAGIC = b"_logits_"
+_HEADER = struct.Struct("<8siii")
+# Words of 16 bits before the codes of a row: the scale and the minimum.
+_PREFIX = 4
+
+
+def first_scored(n_ctx: int) -> int:
+    """The first position of a chunk whose prediction is scored."""
+    return n_ctx // 2
+
+
+def row_words(n_vocab: int) -> int:
+    """The 16-bit words of a row: the prefix, and a code for each token, padded to an even number."""
+    return _PREFIX + n_vocab + n_vocab % 2
+
+
+def empty_rows(n_rows: int, n_vocab: int) -> np.ndarray:
+    """Rows to fill through `parts`: uint16 [n_rows, row_words], all zero."""
+    return np.zeros((n_rows, row_words(n_vocab)), "<u2")
+
+
+def parts(rows: np.ndarray, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """Views of rows, uint16 [n, row_words]: float32 [n, 2] of scales and minima, and uint16 codes [n, n_vocab]."""
+    return rows[:, :_PREFIX].view("<f4"), rows[:, _PREFIX : _PREFIX + n_vocab]
+
+
+class LogitsFile:
+    """A log-probability file, opened for reading and mapped into memory.
+
+    `tokens` is int32 [n_chunks, n_ctx]. Raises QuantkitError for a file that is none, or that is cut short.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                header = file.read(_HEADER.size)
+                size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise QuantkitError(f"{self.path}: {error.strerror or error}") from None
+        if len(header) < _HEADER.size or header[: len(_MAGIC)] != _MAGIC:
+            raise QuantkitError(
+                f"{self.path}: not a file of log-probabilities, as --save-logits or llama-perplexity's "
+                "--save-all-logits write"
+            )
+        _, self.n_ctx, self.n_vocab, self.n_chunks = _HEADER.unpack(header)
+        if self.n_ctx < 4 or self.n_vocab < 1 or self.n_chunks < 1:
+            raise QuantkitError(
+                f"{self.path}: damaged: {self.n_chunks} chunks of {self.n_ctx} tokens from a vocabulary of "
+                f"{self.n_vocab}"
+            )
+        self.n_scored = self.n_ctx - 1 - first_scored(self.n_ctx)
+        n_tokens = self.n_chunks * self.n_ctx
+        at = _HEADER.size + 4 * n_tokens
+        needed = at + 2 * self.n_chunks * self.n_scored * row_words(self.n_vocab)
+        if size < needed:
+            raise QuantkitError(
+                f"{self.path}: cut short: {self.n_chunks} chunks need {needed} bytes, and it has {size}; make it again"
+            )
+        self.tokens = np.fromfile(self.path, "<i4", n_tokens, offset=_HEADER.size).astype(np.int32)
+        if self.tokens.min() < 0 or self.tokens.max() >= self.n_vocab:
+            raise QuantkitError(f"{self.path}: damaged: it holds tokens outside its vocabulary of {self.n_vocab}")
+        self.tokens = self.tokens.reshape(self.n_chunks, self.n_ctx)
+        shape = (self.n_chunks, self.n_scored, row_words(self.n_vocab))
+        self._rows = np.memmap(self.path, "<u2", "r", offset=at, shape=shape)
+
+    def chunk(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The scored positions of a chunk: float32 [n_scored, 2] of scales and minima, uint16 [n_scored, n_vocab].
+
+        Raises QuantkitError when they do not stand for probabilities.
+        """
+        affine, codes = parts(np.asarray(self._rows[index]), self.n_vocab)
+        # A hair above 0 is what rounding makes of a probability of 1.
+        highest = affine[:, 0].astype(np.float64) * 65535 + affine[:, 1]
+        if not (np.isfinite(affine).all() and (affine[:, 0] >= 0).all() and (highest < 1e-2).all()):
+            raise QuantkitError(f"{self.path}: damaged: chunk {index} holds values that are no log-probabilities")
+        return affine, codes
+
+
+class LogitsWriter:
+    """A log-probability file being written, chunk by chunk. A context manager.
+
+    `tokens` is int32 [n_chunks, n_ctx], as in `LogitsFile`. The bytes go to `NAME.partial`, which takes the final name
+    when the block ends well. Raises QuantkitError when the file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], tokens: np.ndarray, n_vocab: int) -> None:
+        self.path = Path(path)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.n_vocab = n_vocab
+        n_chunks, n_ctx = tokens.shape
+        self._header = _HEADER.pack(_MAGIC, n_ctx, n_vocab, n_chunks) + tokens.astype("<i4").tobytes()
+        self._left = n_chunks * (n_ctx - 1 - first_scored(n_ctx))
+
+    def __enter__(self) -> LogitsWriter:
+        """Open the partial file and write the header."""
+        try:
+            if self.path.is_dir():
+                raise QuantkitError(f"{self.path}: is a directory; name the file to write")
+            self._file = self.partial.open("wb")
+        except OSError as error:
+            raise QuantkitError(f"{self.path}: cannot be written: {error.strerror or error}") from None
+        self._file.write(self._header)
+        return self
+
+    def write(self, rows: np.ndarray) -> None:
+        """Append rows, uint16 [n, row_words]: see `empty_rows` and `parts`."""
+        self._left -= len(rows)
+        if rows.shape[1] != row_words(self.n_vocab) or self._left < 0:
+            raise ValueError(f"rows of shape {rows.shape} do not fit the header")
+        rows.astype("<u2", copy=False).tofile(self._file)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the file its name, or remove it when the block failed."""
+        self._file.close()
+        if kind is not None or self._left:
+            self.partial.unlink(missing_ok=True)
+            if kind is None:
+                raise ValueError(f"{self._left} rows are missing")
+            return
+        self.partial.replace(self.path)
