@@ -82,10 +82,13 @@ class ModelReader:
         value = self.lookup(key, default)
         if value is None or isinstance(value, (int, float, str)):
             return [self.integer(key, default)] * self.n_layer
-        counts = list(value)
-        if len(counts) != self.n_layer or not all(isinstance(n, (int, float)) for n in counts):
+        try:
+            counts = [int(n) for n in value]
+        except (TypeError, ValueError, OverflowError):
+            counts = []
+        if len(counts) != self.n_layer:
             raise QuantkitError(f"the metadata's {self.arch}.{key} is not {self.n_layer} numbers, one for each layer")
-        return [int(n) for n in counts]
+        return counts
 
     def _numeric(self, key: str, default: float | None) -> float:
         value = self.metadata.require(f"{self.arch}.{key}") if default is None else self.lookup(key, default)

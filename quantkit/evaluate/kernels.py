@@ -20,6 +20,7 @@ kernel: Callable[..., Any] = njit(nogil=True, cache=True, error_model="numpy", f
 piece: Callable[..., Any] = njit(nogil=True, error_model="numpy", fastmath=False, forceinline=True)
 
 _ZERO, _ONE, _LOWEST, _HIGHEST = np.float32(0.0), np.float32(1.0), np.float32(-87.0), np.float32(88.0)
+_TWO = np.float32(2.0)
 _LOG2_E, _MAGIC = np.float32(math.log2(math.e)), np.float32(12582912.0)
 # ln 2 in two parts. The first has few bits, so its product with an exponent is exact (Cody and Waite).
 _LN2_HIGH = np.float32(0.693359375)
@@ -28,6 +29,9 @@ _LN2_LOW = np.float32(math.log(2.0) - 0.693359375)
 _C0, _C1, _C2, _C3, _C4 = (
     np.float32(c) for c in (0.5, 0.16666574776172638, 0.041666459292173386, 0.00836347509175539, 0.0013934092130512)
 )
+# -2 sqrt(2 / pi), and that times 0.044715.
+_GELU_LINEAR = np.float32(-2.0 * math.sqrt(2.0 / math.pi))
+_GELU_CUBIC = np.float32(-2.0 * math.sqrt(2.0 / math.pi) * 0.044715)
 _MIN_INT = np.int32(-2147483648)
 
 
@@ -113,6 +117,32 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> 
 
 
 @kernel
+def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float, out: np.ndarray) -> None:
+    """Rows of `x` less their mean, over their standard deviation, times `weight`, plus `bias`: [rows, n] to same."""
+    n = x.shape[1]
+    for i in range(x.shape[0]):
+        row, to = x[i], out[i]
+        mean = np.float32(_sum(row, n) / n)
+        for j in range(n):
+            to[j] = row[j] - mean
+        scale = np.float32(1.0 / math.sqrt(_sum_squares(to, n) / n + eps))
+        for j in range(n):
+            to[j] = to[j] * scale * weight[j] + bias[j]
+
+
+@kernel
+def rms_norm_columns(x: np.ndarray, first: int, count: int, weight: np.ndarray, eps: float) -> None:
+    """`rms_norm` in place of `count` vectors that stand side by side in every row of `x`, from column `first` on."""
+    size = weight.size
+    for i in range(x.shape[0]):
+        for at in range(first, first + count * size, size):
+            part = x[i, at : at + size]
+            scale = np.float32(1.0 / math.sqrt(_sum_squares(part, size) / size + eps))
+            for j in range(size):
+                part[j] = part[j] * scale * weight[j]
+
+
+@kernel
 def add(x: np.ndarray, branch: np.ndarray) -> None:
     """`x += branch`, both [rows, n]."""
     for i in range(x.shape[0]):
@@ -183,23 +213,43 @@ def split_heads(
                     to[j] = row[j] * scale
 
 
+@piece
+def _capped(x: Any, cap: Any, twice: Any) -> Any:
+    """cap * tanh(x / cap), where `twice` is 2 / cap; absolute error under 2e-7 * cap."""
+    return cap - (cap + cap) / (exp(x * twice) + _ONE)
+
+
+@kernel
+def soft_cap(x: np.ndarray, cap: np.float32) -> None:
+    """Every number x of [rows, n] to cap * tanh(x / cap), in place."""
+    twice = _TWO / cap
+    for i in range(x.shape[0]):
+        row = x[i]
+        for j in range(row.size):
+            row[j] = _capped(row[j], cap, twice)
+
+
 @kernel
 def causal_softmax(
-    scores: np.ndarray, heads: int, first_query: int, first_key: int, window: int, sums: np.ndarray
+    scores: np.ndarray, heads: int, first_query: int, first_key: int, window: int, cap: np.float32, sums: np.ndarray
 ) -> None:
     """Scores to exponentials less the row's maximum, in place, and their sums: softmax but for the division.
 
     `scores` is [queries * heads, keys]: `heads` rows for each query from position `first_query` on, and the keys from
-    position `first_key` on. A query sees the `window` keys that end with its own; the others become 0. `sums` is
-    [queries * heads].
+    position `first_key` on. A query sees the `window` keys that end with its own; the others become 0. Unless `cap` is
+    0 scores are bent by `soft_cap` first. `sums` is [queries * heads].
     """
     n_keys = scores.shape[1]
+    twice = _TWO / cap if cap > _ZERO else _ZERO
     for i in range(scores.shape[0]):
         query = first_query + i // heads
         stop = min(query - first_key + 1, n_keys)
         start = max(0, query - window + 1 - first_key)
         row = scores[i]
         seen = row[start:stop]
+        if cap > _ZERO:
+            for j in range(seen.size):
+                seen[j] = _capped(seen[j], cap, twice)
         largest = _maximum(seen, seen.size)
         for j in range(seen.size):
             seen[j] = exp(seen[j] - largest)
@@ -232,6 +282,67 @@ def silu_gate(gate_up: np.ndarray, out: np.ndarray) -> None:
         gate, up, to = gate_up[i, :n], gate_up[i, n:], out[i]
         for j in range(n):
             to[j] = gate[j] / (_ONE + exp(-gate[j])) * up[j]
+
+
+@piece
+def _gelu(x: Any) -> Any:
+    """GELU by its tanh approximation (Hendrycks and Gimpel 2016): x / (1 + e^-2u), which is x (1 + tanh u) / 2."""
+    return x / (_ONE + exp(x * (_GELU_LINEAR + _GELU_CUBIC * x * x)))
+
+
+@kernel
+def gelu_gate(gate_up: np.ndarray, out: np.ndarray) -> None:
+    """`gelu(gate) * up`: rows of gate's n numbers and then up's n to rows of n."""
+    n = out.shape[1]
+    for i in range(out.shape[0]):
+        gate, up, to = gate_up[i, :n], gate_up[i, n:], out[i]
+        for j in range(n):
+            to[j] = _gelu(gate[j]) * up[j]
+
+
+@kernel
+def gelu(x: np.ndarray, out: np.ndarray) -> None:
+    """`gelu(x)`: rows of n to rows of n."""
+    for i in range(out.shape[0]):
+        row, to = x[i], out[i]
+        for j in range(row.size):
+            to[j] = _gelu(row[j])
+
+
+@kernel
+def route(logits: np.ndarray, chosen: np.ndarray, weights: np.ndarray) -> None:
+    """The experts with the largest logits for each row, the first where they are equal, and their shares.
+
+    `logits` is [rows, experts]; `chosen` (int32) and `weights`, [rows, experts used], get the experts and the softmax
+    over all experts, made to sum to one over the chosen. What is not a number is never chosen before a number is.
+    """
+    n_used = chosen.shape[1]
+    for i in range(logits.shape[0]):
+        row = logits[i]
+        for rank in range(n_used):
+            best = -1
+            for e in range(row.size):
+                taken = False
+                for earlier in range(rank):
+                    taken = taken or chosen[i, earlier] == e
+                if not taken and (best < 0 or row[e] > row[best] or row[best] != row[best]):
+                    best = e
+            chosen[i, rank] = best
+        total = _ZERO
+        for rank in range(n_used):
+            weights[i, rank] = exp(row[chosen[i, rank]] - row[chosen[i, 0]])
+            total += weights[i, rank]
+        for rank in range(n_used):
+            weights[i, rank] /= total
+
+
+@kernel
+def add_rows(x: np.ndarray, rows: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
+    """`out[rows[i]] += weights[i] * x[i]`, of [any, n]."""
+    for i in range(rows.size):
+        row, to, weight = x[i], out[rows[i]], weights[i]
+        for j in range(row.size):
+            to[j] += weight * row[j]
 
 
 @kernel

@@ -10,6 +10,7 @@ import numpy as np
 
 from quantkit.blocks import decode
 from quantkit.errors import QuantkitError
+from quantkit.formats.gguf import TensorInfo
 from quantkit.pipeline.source import TensorSource
 
 # Weights that one task decodes: enough to hide its overhead, little enough to share a matrix among threads.
@@ -80,20 +81,23 @@ class Weights:
             self._kept[key] = out
         return out
 
-    def slab(self, name: str, n_rows: int, n_in: int, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop` of matrix `name`, which has `n_rows`, as float32; valid until the next call."""
+    def slab(self, role: str, name: str, n_rows: int, n_in: int, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of matrix `name`, which has `n_rows`, as float32.
+
+        Valid until the next call with the same `role`.
+        """
         if self.keep:
-            return self.matrix("slab", [(name, n_rows)], n_in)[start:stop]
+            return self.matrix(role, [(name, n_rows)], n_in)[start:stop]
         self._check(name, n_rows, n_in)
-        out = self._new("slab", stop - start, n_in)
+        out = self._new(role, stop - start, n_in)
         self._decode([(name, start, stop, out)], n_in)
         return out
 
     def lookup(self, name: str, rows: np.ndarray, n_in: int) -> np.ndarray:
         """The rows of matrix `name` with these indices, as float32 [rows.shape, n_in]."""
-        info = self._source.tensors[name]
+        present = self._source.tensors.get(name)
+        info = self._check(name, 0 if present is None else present.n_rows, n_in)
         unique, inverse = np.unique(rows, return_inverse=True)
-        self._check(name, info.n_rows, n_in)
         if unique.size and not 0 <= unique[0] <= unique[-1] < info.n_rows:
             wrong = unique[-1] if unique[0] >= 0 else unique[0]
             raise QuantkitError(f"{self._source.label}: token {wrong} is not one of the {info.n_rows} of {name}")
@@ -107,7 +111,7 @@ class Weights:
             self._scratch[role] = np.empty(n_rows * n_in, np.float32)
         return self._scratch[role][: n_rows * n_in].reshape(n_rows, n_in)
 
-    def _check(self, name: str, n_rows: int, n_in: int) -> None:
+    def _check(self, name: str, n_rows: int, n_in: int) -> TensorInfo:
         info = self._source.tensors.get(name)
         if info is None:
             raise QuantkitError(f"{self._source.label}: the tensor {name} is missing")
@@ -116,6 +120,7 @@ class Weights:
                 f"{self._source.label}: tensor {name} has shape {list(info.shape)}, "
                 f"but the metadata asks for {n_rows} rows of {n_in}"
             )
+        return info
 
     def _rows(self, name: str, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         return decode(self._source.read(name, start, stop), self._source.tensors[name].type, out)

@@ -45,7 +45,7 @@ def test_softmax_sees_its_window_and_no_later_key(n, heads, first, window, seed)
     expected = np.where(seen, np.exp(np.where(seen, scores, -np.inf).astype(np.float64)), 0)
     expected /= expected.sum(1, keepdims=True)
     sums = np.empty(n * heads, np.float32)
-    kernels.causal_softmax(scores, heads, first, first_key, window, sums)
+    kernels.causal_softmax(scores, heads, first, first_key, window, np.float32(0), sums)
     assert (scores[~seen] == 0).all()
     # Scores differ from their maximum by up to 40: that difference rounds by 40 * 2^-24, and so does the exponent.
     np.testing.assert_allclose(scores / sums[:, None], expected, rtol=5e-6, atol=1e-30)

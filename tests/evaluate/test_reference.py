@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SHARED, requires_reference, requires_shared
-from tiny import N_VOCAB, relative_error, tiny_metadata, tiny_weights, write_gguf
+from tiny import FAMILIES, N_VOCAB, relative_error, tiny_metadata, tiny_weights, write_gguf
 
+from quantkit.architectures.forward import Activation
 from quantkit.blocks.types import GGMLType
 from quantkit.evaluate.perplexity import perplexity
 from quantkit.evaluate.transformer import Transformer
@@ -72,6 +73,33 @@ def test_logits_equal_llama_cpps(tmp_path, kind, extra, options):
     ours = Transformer(GGUFSource(path), 2).logits(tokens[None])[0]
     # llama.cpp rounds the activations that it multiplies with F16 weights to F16; with F32 weights it does not.
     assert relative_error(ours, reference_logits(path, tokens)) < (2e-3 if kind == GGMLType.F16 else 2e-5)
+
+
+@requires_reference
+@pytest.mark.parametrize("kind", [GGMLType.F32, GGMLType.F16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_familys_logits_equal_llama_cpps(tmp_path, name, kind):
+    """300 tokens: more than the windows (32), and than the contexts that rotary scaling starts from (64, 256)."""
+    family = FAMILIES[name]
+    path = write_gguf(tmp_path / "m.gguf", family.metadata(), family.weights(6), kind)
+    tokens = np.random.default_rng(7).integers(0, N_VOCAB, 300).astype(np.int32)
+    model = Transformer(GGUFSource(path), 2)
+    error = relative_error(model.logits(tokens[None])[0], reference_logits(path, tokens))
+    if kind is GGMLType.F16:
+        assert error < (5e-3 if family.n_expert else 2e-3)
+    else:
+        # llama.cpp looks its GELU up in a table of F16.
+        assert error < (1e-3 if model.spec.layers[0].feed_forward.activation is Activation.GELU else 2e-5)
+
+
+@requires_reference
+@pytest.mark.parametrize("name", ["phi3-long", "olmo3", "gemma3"])
+def test_short_texts_equal_llama_cpps(tmp_path, name):
+    """Within the original context: LongRoPE's other divisors."""
+    family = FAMILIES[name]
+    path = write_gguf(tmp_path / "m.gguf", family.metadata(), family.weights(8))
+    tokens = np.random.default_rng(9).integers(0, N_VOCAB, 40).astype(np.int32)
+    assert relative_error(Transformer(GGUFSource(path)).logits(tokens[None])[0], reference_logits(path, tokens)) < 1e-3
 
 
 @requires_shared

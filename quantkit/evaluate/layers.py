@@ -1,0 +1,367 @@
+"""One layer of a transformer as its description asks for it: attention, and a dense block or experts.
+
+A layer is run by several threads, each on its own sequences. The rows of a sequence are taken in blocks that keep
+activations near the processor; blocks do not depend on the batch or on the number of threads, and neither do the
+results.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from quantkit.architectures.forward import (
+    Activation,
+    Attention,
+    Experts,
+    FeedForward,
+    Layer,
+    Linear,
+    Norm,
+    NormKind,
+    RopeStyle,
+)
+from quantkit.evaluate import kernels
+from quantkit.evaluate.weights import Weights
+
+# Rows that go through a product together, and queries of all heads of a group that meet the keys together. Measured on
+# two cores with 512 KB of second-level cache each.
+ROWS = 512
+_SCORE_ROWS = 128
+
+# What activations exist, with a gate and without: kernels from [rows, n_ff or twice that] to [rows, n_ff].
+_GATED = {Activation.SILU: kernels.silu_gate, Activation.GELU: kernels.gelu_gate}
+_PLAIN = {Activation.GELU: kernels.gelu}
+
+
+class Workspace(threading.local):
+    """Arrays that a thread uses again and again, by name."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def take(self, name: str, *shape: int) -> np.ndarray:
+        """A contiguous float32 array of this shape; what it held before is lost."""
+        size = math.prod(shape)
+        array = self.arrays.get(name)
+        if array is None or array.size < size:
+            array = self.arrays[name] = np.empty(size, np.float32)
+        return array[:size].reshape(shape)
+
+
+class Product(NamedTuple):
+    """A matrix [n_out, n_in] to multiply with, what is added after, and the tensors that its rows come from."""
+
+    matrix: np.ndarray
+    bias: np.ndarray | None
+    names: tuple[str, ...]
+
+
+# Told the names of tensors, and the rows (float32 [rows, n_in]) that they are about to be multiplied with; for a tensor
+# of experts also the number of the expert that multiplies them.
+Observer = Callable[..., None]
+
+
+def unsupported(layer: Layer) -> Iterable[str]:
+    """What of `layer` cannot be computed, each in a few words."""
+    attention, ff = layer.attention, layer.feed_forward
+    gated = isinstance(ff, Experts) or bool(ff.gate or ff.gate_up)
+    if ff.activation not in (_GATED if gated else _PLAIN):
+        yield f"{ff.activation.name} {'with' if gated else 'without'} a gate"
+    if isinstance(ff, FeedForward) and ff.gate is not None and ff.up is None:
+        yield "a gate alone"
+    if attention.window is not None and attention.window < 1:
+        yield f"a window of {attention.window} positions"
+    if attention.softcap is not None and not attention.softcap > 0:
+        yield f"scores capped at {attention.softcap}"
+    kinds = (attention.q_norm, attention.k_norm)
+    if any(norm is not None and norm.kind is not NormKind.RMS for norm in kinds):
+        yield "LayerNorms of queries and keys"
+
+
+class Expert(NamedTuple):
+    """One expert of a layer: its number and its products."""
+
+    number: int
+    gate: Product
+    up: Product
+    down: Product
+
+
+class Routed(NamedTuple):
+    """Rows on their way through experts, each [rows, any].
+
+    `normed` is what the experts read, `branch` the sum of what they make of it, `chosen` (int32) the experts of each
+    row and `shares` their weights.
+    """
+
+    normed: np.ndarray
+    branch: np.ndarray
+    chosen: np.ndarray
+    shares: np.ndarray
+
+    @classmethod
+    def of(cls, layer: Layer, n_rows: int, n_embd: int) -> Routed | None:
+        """Room for `n_rows` rows, or None where `layer` has no experts."""
+        ff = layer.feed_forward
+        if not isinstance(ff, Experts):
+            return None
+        return cls(
+            np.empty((n_rows, n_embd), np.float32),
+            np.zeros((n_rows, n_embd), np.float32),
+            np.empty((n_rows, ff.n_used), np.int32),
+            np.empty((n_rows, ff.n_used), np.float32),
+        )
+
+    def part(self, start: int, stop: int) -> Routed:
+        """Rows `start` to `stop`, sharing memory."""
+        return Routed(*(array[start:stop] for array in self))
+
+
+class LayerRunner:
+    """A layer with its weights decoded, ready to run on parts of a batch from several threads.
+
+    `tables` are the cosines and sines of its rotary embedding, [positions, pairs] each, without columns where it has
+    none. `observer` is told of each matrix product.
+
+    The order: `attend`, then `finish` for each part; where the layer has experts, all parts meet then, and `expert`
+    runs for each part and each of `experts`, then `close` for each part.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        n_embd: int,
+        weights: Weights,
+        tables: tuple[np.ndarray, np.ndarray],
+        workspace: Workspace,
+        observer: Observer | None,
+    ) -> None:
+        """Decode the layer's weights, but those of its experts."""
+        self.layer, self.n_embd = layer, n_embd
+        self._weights, self._tables, self._observer, self._take = weights, tables, observer, workspace.take
+        attention, ff = layer.attention, layer.feed_forward
+        n_q, n_k = attention.n_head * attention.head_k, attention.n_head_kv * attention.head_k
+        n_v = attention.n_head_kv * attention.head_v
+        self._norms = {
+            norm: (weights.vector(norm.weight, size), None if norm.bias is None else weights.vector(norm.bias, size))
+            for norm, size in self._sizes(layer, n_q, n_k)
+        }
+        self._qkv = self._product(
+            "qkv",
+            [(attention.qkv, n_q + n_k + n_v), (attention.q, n_q), (attention.k, n_k), (attention.v, n_v)],
+            n_embd,
+        )
+        self._out = self._product("out", [(attention.out, n_embd)], attention.n_head * attention.head_v)
+        if isinstance(ff, FeedForward):
+            self._up = self._product("up", [(ff.gate_up, 2 * ff.n_ff), (ff.gate, ff.n_ff), (ff.up, ff.n_ff)], n_embd)
+            self._down = self._product("down", [(ff.down, n_embd)], ff.n_ff)
+            self._activate = (_GATED if ff.gate_up or ff.gate else _PLAIN)[ff.activation]
+        else:
+            self._router = self._product("router", [(ff.router, ff.n_expert)], n_embd)
+            self._activate = _GATED[ff.activation]
+
+    def _sizes(self, layer: Layer, n_q: int, n_k: int) -> Iterable[tuple[Norm, int]]:
+        attention = layer.attention
+        for norm in (
+            layer.attention_norm, layer.feed_forward_norm, layer.post_attention_norm, layer.post_feed_forward_norm
+        ):  # fmt: skip
+            if norm is not None:
+                yield norm, self.n_embd
+        for norm, whole in ((attention.q_norm, n_q), (attention.k_norm, n_k)):
+            if norm is not None:
+                yield norm, whole if attention.norm_whole else attention.head_k
+
+    def _product(self, role: str, parts: list[tuple[Linear | None, int]], n_in: int) -> Product:
+        present = [(part, n) for part, n in parts if part is not None]
+        matrix = self._weights.matrix(role, [(part.weight, n) for part, n in present], n_in)
+        names = tuple(part.weight for part, _ in present)
+        if all(part.bias is None for part, _ in present):
+            return Product(matrix, None, names)
+        biases = [
+            self._weights.vector(part.bias, n) if part.bias is not None else np.zeros(n, np.float32)
+            for part, n in present
+        ]
+        return Product(matrix, np.concatenate(biases), names)
+
+    def _multiply(self, x: np.ndarray, product: Product, out: np.ndarray) -> np.ndarray:
+        """`out = x @ matrix.T + bias`."""
+        if self._observer is not None:
+            self._observer(product.names, x)
+        np.matmul(x, product.matrix.T, out=out)
+        if product.bias is not None:
+            kernels.add_bias(out, product.bias)
+        return out
+
+    def _normed(self, norm: Norm | None, x: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """The rows of `x` normalised into `out`, which may be `x`; `x` itself where there is no norm."""
+        if norm is None:
+            return x
+        weight, bias = self._norms[norm]
+        if norm.kind is NormKind.RMS:
+            kernels.rms_norm(x, weight, norm.eps, out)
+        else:
+            kernels.layer_norm(x, weight, np.zeros_like(weight) if bias is None else bias, norm.eps, out)
+        return out
+
+    # Attention
+
+    def attend(self, x: np.ndarray, span: tuple[int, int]) -> np.ndarray:
+        """Attention of each sequence of `x` [n_seq, n_ctx, n_embd] at positions span[0] to span[1].
+
+        Before its output product: [n_seq * positions, heads * head size].
+        """
+        attention = self.layer.attention
+        q, k, v = self._queries_keys_values(x)
+        n_seq, groups, n_ctx, heads, head_k = q.shape
+        head_v, (first, stop), take = attention.head_v, span, self._take
+        window = n_ctx if attention.window is None else attention.window
+        cap = np.float32(attention.softcap or 0.0)
+        n_queries = max(1, _SCORE_ROWS // heads)
+        mixed = take("mixed", n_seq, stop - first, attention.n_head * head_v)
+        for seq in range(n_seq):
+            for group in range(groups):
+                for start in range(first, stop, n_queries):
+                    end = min(start + n_queries, stop)
+                    key = max(0, start - window + 1)
+                    n_rows = (end - start) * heads
+                    scores, sums = take("scores", n_rows, end - key), take("sums", n_rows)
+                    np.matmul(q[seq, group, start:end].reshape(n_rows, head_k), k[seq, group, key:end, 0].T, out=scores)
+                    kernels.causal_softmax(scores, heads, start, key, window, cap, sums)
+                    values = take("values", n_rows, head_v)
+                    np.matmul(scores, v[seq, group, key:end, 0], out=values)
+                    kernels.merge_heads(values, sums, mixed[seq, start - first : end - first], group * heads * head_v)
+        return mixed.reshape(-1, attention.n_head * head_v)
+
+    def _queries_keys_values(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The heads of `x`, normalised and rotated: [n_seq, groups, n_ctx, heads of a group, head size] each."""
+        attention: Attention = self.layer.attention
+        n_seq, n_ctx, n_embd = x.shape
+        groups, head_k, head_v = attention.n_head_kv, attention.head_k, attention.head_v
+        heads = attention.n_head // groups
+        n_q, n_k = attention.n_head * head_k, groups * head_k
+        neighbours = attention.rope is not None and attention.rope.style is RopeStyle.NORMAL
+        tables, one, scale = self._tables, np.float32(1.0), np.float32(attention.scale)
+        still = np.ascontiguousarray(tables[0][:, :0])
+        take = self._take
+        q, k = take("q", n_seq, groups, n_ctx, heads, head_k), take("k", n_seq, groups, n_ctx, 1, head_k)
+        v = take("v", n_seq, groups, n_ctx, 1, head_v)
+        rows = x.reshape(-1, n_embd)
+        step = ROWS if n_ctx >= ROWS else len(rows)
+        for start in range(0, len(rows), step):
+            block = rows[start : start + step]
+            normed = self._normed(self.layer.attention_norm, block, take("normed", len(block), n_embd))
+            qkv = self._multiply(normed, self._qkv, take("qkv", len(block), len(self._qkv.matrix)))
+            for norm, first, n in ((attention.q_norm, 0, n_q), (attention.k_norm, n_q, n_k)):
+                if norm is not None:
+                    weight, _ = self._norms[norm]
+                    kernels.rms_norm_columns(qkv, first, n // weight.size, weight, norm.eps)
+            done = 0
+            while done < len(block):
+                seq, position = divmod(start + done, n_ctx)
+                n = min(len(block) - done, n_ctx - position)
+                part = qkv[done : done + n]
+                kernels.split_heads(part, 0, *tables, position, neighbours, scale, q[seq])
+                kernels.split_heads(part, n_q, *tables, position, neighbours, one, k[seq])
+                kernels.split_heads(part, n_q + n_k, still, still, position, neighbours, one, v[seq])
+                done += n
+        return q, k, v
+
+    # What comes after it
+
+    def finish(self, mixed: np.ndarray, x: np.ndarray, routed: Routed | None) -> None:
+        """Add the attention that `attend` prepared, `mixed`, to `x` [rows, n_embd], and the dense block's branch.
+
+        Where the layer has experts, the rows are normalised and routed into `routed` instead.
+        """
+        take, n_embd, layer = self._take, self.n_embd, self.layer
+        for start in range(0, len(x), ROWS):
+            block = x[start : start + ROWS]
+            n = len(block)
+            branch = self._multiply(mixed[start : start + n], self._out, take("branch", n, n_embd))
+            self._prepare(branch, layer.post_attention_norm)
+            if routed is not None:
+                to = routed.part(start, start + n)
+                normed = self._add_and_norm(block, branch, to.normed)
+                if normed is not to.normed:
+                    to.normed[:] = normed
+                scores = self._multiply(to.normed, self._router, take("router", n, len(self._router.matrix)))
+                kernels.route(scores, to.chosen, to.shares)
+                continue
+            normed = self._add_and_norm(block, branch, take("normed", n, n_embd))
+            wide = self._multiply(normed, self._up, take("wide", n, len(self._up.matrix)))
+            active = take("active", n, self._down.matrix.shape[1])
+            self._activate(wide, active)
+            self._multiply(active, self._down, branch)
+            self._prepare(branch, layer.post_feed_forward_norm)
+            kernels.add(block, branch)
+
+    def _prepare(self, branch: np.ndarray, post: Norm | None) -> None:
+        """Make `branch` ready to be added: normalise and scale it, in place."""
+        self._normed(post, branch, branch)
+        if self.layer.branch_scale != 1.0:
+            branch *= np.float32(self.layer.branch_scale)
+
+    def _add_and_norm(self, x: np.ndarray, branch: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """`x += branch`; what the feed-forward block then reads, in `out` or `x` itself."""
+        norm = self.layer.feed_forward_norm
+        if self.layer.parallel:
+            if self._normed(norm, x, out) is x:
+                out[:] = x
+            kernels.add(x, branch)
+            return out
+        if norm is not None and norm.kind is NormKind.RMS:
+            kernels.add_rms_norm(x, branch, self._norms[norm][0], norm.eps, out)
+            return out
+        kernels.add(x, branch)
+        return self._normed(norm, x, out)
+
+    # Experts
+
+    def experts(self) -> Iterable[Expert]:
+        """The layer's experts, decoded one by one, none where it has a dense block; each is valid until the next."""
+        ff = self.layer.feed_forward
+        if not isinstance(ff, Experts):
+            return
+
+        def product(role: str, name: str, e: int, n_out: int, n_in: int) -> Product:
+            matrix = self._weights.slab(role, name, ff.n_expert * n_out, n_in, e * n_out, (e + 1) * n_out)
+            return Product(matrix, None, (name,))
+
+        for e in range(ff.n_expert):
+            yield Expert(
+                e,
+                product("expert gate", ff.gate, e, ff.n_ff, self.n_embd),
+                product("expert up", ff.up, e, ff.n_ff, self.n_embd),
+                product("expert down", ff.down, e, self.n_embd, ff.n_ff),
+            )
+
+    def expert(self, expert: Expert, routed: Routed) -> None:
+        """Add `expert`'s share to the branch of those rows of `routed` that chose it."""
+        take, (e, gate, up, down) = self._take, expert
+        rows, ranks = np.nonzero(routed.chosen == e)
+        n_ff = len(gate.matrix)
+        for start in range(0, len(rows), ROWS):
+            some = rows[start : start + ROWS]
+            n = len(some)
+            x = np.take(routed.normed, some, axis=0, out=take("chosen", n, self.n_embd), mode="clip")
+            if self._observer is not None:
+                self._observer(gate.names + up.names, x, e)
+            wide, active = take("wide", n, 2 * n_ff), take("active", n, n_ff)
+            np.matmul(x, gate.matrix.T, out=wide[:, :n_ff])
+            np.matmul(x, up.matrix.T, out=wide[:, n_ff:])
+            self._activate(wide, active)
+            if self._observer is not None:
+                self._observer(down.names, active, e)
+            branch = take("branch", n, self.n_embd)
+            np.matmul(active, down.matrix.T, out=branch)
+            kernels.add_rows(branch, some, routed.shares[some, ranks[start : start + ROWS]], routed.branch)
+
+    def close(self, x: np.ndarray, routed: Routed) -> None:
+        """Add the experts' branch to `x` [rows, n_embd]."""
+        self._prepare(routed.branch, self.layer.post_feed_forward_norm)
+        kernels.add(x, routed.branch)
