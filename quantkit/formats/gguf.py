@@ -65,6 +65,7 @@ _FORMATS = {
     ValueType.INT64: "q",
     ValueType.FLOAT64: "d",
 }
+_TYPES = {int(kind): kind for kind in GGMLType}
 _SIZES = {kind: struct.calcsize("<" + code) for kind, code in _FORMATS.items()}
 
 
@@ -345,10 +346,9 @@ class GGUFFile:
                 raise cursor.fail(f"tensor {name!r} has {n_dims} dimensions, more than {MAX_DIMENSIONS}")
             shape = tuple(cursor.number("Q") for _ in range(n_dims))
             number = cursor.number("I")
-            try:
-                kind = GGMLType(number)
-            except ValueError:
-                raise cursor.fail(f"tensor {name!r} has the unknown type {number}") from None
+            kind = _TYPES.get(number)
+            if kind is None:
+                raise cursor.fail(f"tensor {name!r} has the unknown type {number}")
             if shape and shape[0] % kind.block_size:
                 raise cursor.fail(
                     f"tensor {name!r} has rows of {shape[0]} weights, not a multiple of {kind.name}'s {kind.block_size}"

@@ -1,0 +1,114 @@
+"""split, merge, dequantize and compare, from the command line; and the same jobs from Python."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINYLM, requires_reference
+from test_cli import error, run
+
+import quantkit
+from quantkit import blocks
+from quantkit.blocks.types import GGMLType
+from quantkit.formats.gguf import GGUFFile
+from quantkit.pipeline.source import GGUFSource
+
+if find_spec("llama_cpp"):
+    from llama_reference import llama_logits
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("files") / "tinylm-BF16.gguf"
+    run("convert", TINYLM, "-o", path)
+    return path
+
+
+def test_split_and_merge(model: Path, tmp_path: Path) -> None:
+    run("split", model, "--split-max-size", "2M", "-o", tmp_path / "part.gguf")
+    shards = sorted(tmp_path.glob("part-*-of-*.gguf"))
+    assert len(shards) > 2
+    assert all(sum(t.nbytes for t in GGUFFile(s).tensors.values()) <= 2_000_000 for s in shards)
+    # Any shard will do, and every command takes one.
+    run("merge", shards[1], "-o", tmp_path / "whole.gguf")
+    assert (tmp_path / "whole.gguf").read_bytes() == model.read_bytes()
+    assert f"{len(shards)} shards" in run("inspect", shards[0]).stdout
+    run("quantize", shards[0], "--type", "Q8_0", "-o", tmp_path / "one.gguf")
+    run("quantize", shards[0], "--type", "Q8_0", "--keep-split", "-o", tmp_path / "many.gguf")
+    assert len(list(tmp_path.glob("many-*.gguf"))) == len(shards)
+    one, many = GGUFSource(tmp_path / "one.gguf"), GGUFSource(next(tmp_path.glob("many-00002-*")))
+    assert all(np.array_equal(one.read(name), many.read(name)) for name in one.tensors)
+    shards[2].unlink()
+    assert "1 of" in error("inspect", shards[0]) and not (tmp_path / "x.gguf").exists()
+
+
+def test_split_by_tensors(model: Path, tmp_path: Path) -> None:
+    run("split", model, "--split-max-tensors", 10, "-o", tmp_path / "part.gguf")
+    counts = [len(GGUFFile(s).tensors) for s in sorted(tmp_path.glob("part-*.gguf"))]
+    assert set(counts[:-1]) == {10} and sum(counts) == len(GGUFFile(model).tensors)
+    assert "not a size" in error("split", model, "--split-max-size", "big", "-o", tmp_path / "x.gguf")
+
+
+@requires_reference
+def test_llama_cpp_loads_our_shards(model: Path, tmp_path: Path) -> None:
+    run("split", model, "--split-max-tensors", 7, "-o", tmp_path / "part.gguf")
+    tokens = [2046, 10, 300, 41, 7]
+    first = min(tmp_path.glob("part-*.gguf"))
+    np.testing.assert_array_equal(llama_logits(first, tokens), llama_logits(model, tokens))
+
+
+def test_dequantize_and_compare(model: Path, tmp_path: Path) -> None:
+    quantized, wide = tmp_path / "q.gguf", tmp_path / "w.gguf"
+    run("quantize", model, "--type", "Q4_K_M", "-o", quantized)
+    run("dequantize", quantized, "--type", "F32", "-o", wide)
+    a, b = GGUFFile(quantized), GGUFFile(wide)
+    for name, info in a.tensors.items():
+        assert b.tensors[name].type == GGMLType.F32
+        np.testing.assert_array_equal(blocks.decode(a.data(name), info.type), b.data(name).view(np.float32))
+    same = json.loads(run("compare", quantized, wide, "--json").stdout)
+    assert same["errors"] == [] and same["n_equal"] == len(a.tensors)
+    result = json.loads(run("compare", model, quantized, "--json").stdout)
+    before = GGUFFile(model)
+    for line in result["errors"]:
+        name = line["name"]
+        x = blocks.decode(before.data(name), before.tensors[name].type).astype(np.float64)
+        y = blocks.decode(a.data(name), a.tensors[name].type).astype(np.float64)
+        assert line["rmse"] == pytest.approx(np.sqrt(np.mean((x - y) ** 2)))
+        assert line["max"] == pytest.approx(np.abs(x - y).max())
+        assert line["cosine"] == pytest.approx((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y))
+    assert any(key == "general.file_type" for key, _, _ in result["metadata"])
+
+
+def test_python_does_the_same(model: Path, tmp_path: Path) -> None:
+    run("quantize", model, "--type", "Q4_K_M", "-o", tmp_path / "cli.gguf")
+    assert quantkit.quantize(model, tmp_path / "api.gguf", type="q4_k_m") == [tmp_path / "api.gguf"]
+    assert (tmp_path / "api.gguf").read_bytes() == (tmp_path / "cli.gguf").read_bytes()
+    source = quantkit.open_source(TINYLM)
+    plan = quantkit.plan(source, "Q4_K_M", tensor_types=[("attn_v", "Q8_0")])
+    plan.set_type("blk.0.ffn_down.weight", "Q6_K")
+    quantkit.execute(source, [(plan, tmp_path / "edited.gguf")])
+    kinds = {name: info.type.name for name, info in GGUFFile(tmp_path / "edited.gguf").tensors.items()}
+    assert kinds["blk.1.attn_v.weight"] == "Q8_0" and kinds["blk.0.ffn_down.weight"] == "Q6_K"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"override_kv": ["key"]}, "malformed override"),
+        ({"override_kv": ["key=int:x"]}, "no int"),
+        ({"override_kv": ["key=date:1"]}, "unknown type 'date'"),
+        ({"tensor_types": [("(", "Q8_0")]}, "not a regular expression"),
+        ({"tensor_types": [("a", "Q77")]}, "unknown tensor type 'Q77'"),
+        ({"include_weights": ["a"], "exclude_weights": ["b"]}, "exclude each other"),
+        ({"imatrix": "/nonexistent.gguf"}, "No such file"),
+        ({"type": "IQ2_XXS"}, "needs an importance matrix"),
+    ],
+)
+def test_bad_requests(model: Path, tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(quantkit.QuantkitError, match=message):
+        quantkit.quantize(model, tmp_path / "x.gguf", **({"type": "Q4_0"} | options))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
