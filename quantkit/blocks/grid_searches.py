@@ -11,7 +11,7 @@ a neighbour that is nearest at two scales is nearest at every scale between them
 holds for rounded sums as well when the others are farther by more than the rounding errors can hide. For distances of
 at most 8 terms `w * (s*q - x)**2` these are below `2**-19 * S`, S being the sum of `w * (s*q_max + |x|)**2` (sixteen
 units in the last place, doubled for safety). Scales differ by less than a factor 2, so a margin of `2**-16 * S` at both
-ends is enough. Where it is not met, every trial is searched.
+ends is enough. So the search of a run of trials starts at its ends, and goes on in the middle while they disagree.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def nearest_point(lists: Any, place: Any, tables: Any, dim: Any, width: Any) -> 
 
     `tables` holds for each weight of the group eight terms, one a level, whose sum in order is the distance.
     """
-    first = np.int64(place >> 8) * LANES
-    count = np.int64(place & 255)
+    first = np.int64(place >> 10) * LANES
+    count = (np.int64(place & 1023) + LANES - 1) // LANES
     best, second = splat(INFINITY), splat(INFINITY)
     codes, rows = splat(0), splat(0)
     for row in range(count):
@@ -167,12 +167,65 @@ def square_terms(xs: Any, us: Any, first: Any, lane: Any, scale: Any, levels: An
 
 
 @piece
+def nearest_points(
+    lists: Any, place: Any, xs: Any, us: Any, first: Any, lane: Any, scales: Any, at: Any, terms: Any, shape: Any
+) -> Any:
+    """The nearest of the neighbours at `place` for sixteen scales, from `scales[at]` on: a trial in each lane.
+
+    Candidates come one after another, so that their order decides between equals. `terms` is scratch.
+    """
+    dim, width, top = shape
+    mask = (1 << width) - 1
+    scale = load(scales, at)
+    for level in range(top + 1):
+        scaled = scale * splat(np.float32(2 * level + 1))
+        if dim == 4:  # too many levels to keep the terms of all
+            store(terms, level * LANES, scaled)
+        else:
+            for i in range(dim):
+                source = (first + i) * LANES + lane
+                diff = scaled - splat(xs[source])
+                store(terms, (i * (mask + 1) + level) * LANES, splat(us[source]) * diff * diff)
+    start = np.int64(place >> 10) * LANES
+    best = splat(INFINITY)
+    codes = splat(np.int32(lists[start]))
+    for j in range(start, start + np.int64(place & 1023)):
+        code = np.int64(lists[j])
+        distance = splat(ZERO)
+        for i in range(dim):
+            level = (code >> (width * i)) & mask
+            if dim == 4:
+                source = (first + i) * LANES + lane
+                diff = load(terms, level * LANES) - splat(xs[source])
+                term = splat(us[source]) * diff * diff
+            else:
+                term = load(terms, (i * (mask + 1) + level) * LANES)
+            distance = term if i == 0 else distance + term
+        nearer = distance < best
+        best = select(nearer, distance, best)
+        codes = select(nearer, splat(code), codes)
+    return codes
+
+
+@piece
 def replace_by_points(
-    codes: Any, scales: Any, n_trials: Any, slack: Any, xs: Any, us: Any, n: Any, tables: Any, grid: Any, shape: Any
+    codes: Any,
+    scales: Any,
+    n_trials: Any,
+    slack: Any,
+    searched: Any,
+    xs: Any,
+    us: Any,
+    n: Any,
+    tables: Any,
+    grid: Any,
+    shape: Any,
 ) -> None:
     """Replace the codes that are no grid points by their nearest neighbours, in all trials of all lanes."""
     where, lists = grid
     dim, width, _ = shape
+    ends, sure, terms, winners = searched
+    stride = n_trials + LANES
     levels = to_float(((lane_numbers() & splat((1 << width) - 1)) << splat(1)) + splat(1))
     for k in range(n // dim):
         for lane in range(LANES):
@@ -184,22 +237,39 @@ def replace_by_points(
                 while end < n_trials and codes[base + end * LANES] == code:
                     end += 1
                 place = where[code]
-                if place >= 0:
-                    # The first trial of the run, the last one, and those between only if they can differ.
-                    start_code, start_sure = np.int32(0), False
-                    for step in range(end - trial):
-                        at = trial if step == 0 else end - 1 if step == 1 else trial + step - 1
-                        square_terms(xs, us, k * dim, lane, scales[at * LANES + lane], levels, tables, dim)
-                        best, margin = nearest_point(lists, place, tables, dim, width)
-                        best |= REPLACED
-                        codes[base + at * LANES] = best
-                        sure = margin > slack[k * LANES + lane]
-                        if step == 0:
-                            start_code, start_sure = best, sure
-                        elif step == 1 and start_sure and sure and best == start_code:
-                            for between in range(trial + 1, end - 1):
-                                codes[base + between * LANES] = best
+                if place >= 0 and end - trial > 1 and place & 1023 <= LANES:
+                    for part in range(trial, end, LANES):
+                        start = lane * stride + part
+                        best_codes = nearest_points(lists, place, xs, us, k * dim, lane, scales, start, terms, shape)
+                        store(winners, 0, best_codes | splat(REPLACED))
+                        for at in range(min(LANES, end - part)):
+                            codes[base + (part + at) * LANES] = winners[at]
+                elif place >= 0:
+                    # The run's ends first; then halve what lies between two trials until they agree for sure.
+                    low, at, depth = trial, trial, 0
+                    ends[0] = end - 1
+                    while True:
+                        here = base + at * LANES
+                        if codes[here] < REPLACED:
+                            square_terms(xs, us, k * dim, lane, scales[lane * stride + at], levels, tables, dim)
+                            best, margin = nearest_point(lists, place, tables, dim, width)
+                            codes[here] = best | REPLACED
+                            sure[at] = margin > slack[k * LANES + lane]
+                        if at - low > 1:
+                            if codes[here] == codes[base + low * LANES] and sure[at] and sure[low]:
+                                for between in range(low + 1, at):
+                                    codes[base + between * LANES] = codes[here]
+                                low = at
+                                depth -= 1
+                            else:
+                                depth += 1
+                                ends[depth] = (low + at) // 2
+                        elif at > low:
+                            low = at
+                            depth -= 1
+                        if low == end - 1:
                             break
+                        at = ends[depth]
                 trial = end
 
 
@@ -242,7 +312,8 @@ def grid_search(
     ROUND_ALL, ROUND_ANY (also where no trial fits) or ROUND_REPLACED.
     """
     dim, width, top = shape
-    codes, scales, slack, tables, chosen = work
+    codes, scales, slack, tables, chosen, searched = work
+    scales_of_trial = searched[2]  # free until the search
     groups = n // dim
     center = np.float32(2 * top + 1)
     half = n_trials // 2
@@ -262,10 +333,12 @@ def grid_search(
         store(slack, k * LANES, select(safe, total * splat(MARGIN), splat(INFINITY)))
     for trial in range(n_trials):
         inverse = splat(center + np.float32(trial - half) * step) / extreme
-        store(scales, trial * LANES, one / inverse)
+        store(scales_of_trial, 0, one / inverse)
+        for lane in range(LANES):
+            scales[lane * (n_trials + LANES) + trial] = scales_of_trial[lane]
         for k in range(groups):
             store(codes, (k * n_trials + trial) * LANES, rounded_code(xs, k * dim, inverse, dim, width, top))
-    replace_by_points(codes, scales, n_trials, slack, xs, us, n, tables, grid, shape)
+    replace_by_points(codes, scales, n_trials, slack, searched, xs, us, n, tables, grid, shape)
 
     best = zero
     for k in range(groups):
@@ -288,13 +361,15 @@ def grid_search(
             replaced = replaced | load(chosen, k * LANES)
         again = again & (replaced >= splat(REPLACED))
     inverse = one / scale
-    store(scales, 0, scale)
+    store(scales_of_trial, 0, scale)
+    for lane in range(LANES):
+        scales[lane * (1 + LANES)] = scales_of_trial[lane]
     for k in range(groups):
         old = load(chosen, k * LANES)
         new = rounded_code(xs, k * dim, inverse, dim, width, top)
         use = again & (old >= splat(REPLACED)) if refit == ROUND_REPLACED else again
         store(chosen, k * LANES, select(use, new, old & splat(REPLACED - 1)))
-    replace_by_points(chosen, scales, 1, slack, xs, us, n, tables, grid, shape)
+    replace_by_points(chosen, scales, 1, slack, searched, xs, us, n, tables, grid, shape)
     sum_qx, sum_q2 = fit(chosen, 1, 0, xs, ws, n, shape)
     return select(again & (sum_q2 > zero), sum_qx / sum_q2, scale)
 
@@ -387,11 +462,17 @@ def positive_search(xs: Any, ws: Any, ls: Any, n: Any, nmax: Any, extreme: Any) 
 
 @piece
 def work_space(n_groups: Any, n_trials: Any) -> Any:
-    """Scratch for `grid_search`: codes, scales, slack, tables, chosen codes."""
+    """Scratch for `grid_search`: codes, scales, slack, tables, chosen codes, and what was searched."""
     return (
         np.empty(n_groups * n_trials * LANES, np.int32),
-        np.empty(n_trials * LANES, np.float32),
+        np.zeros((n_trials + 2 * LANES) * LANES, np.float32),
         np.empty(n_groups * LANES, np.float32),
         np.empty(8 * 8 + LANES, np.float32),
         np.empty(n_groups * LANES, np.int32),
+        (
+            np.empty(n_trials, np.int64),
+            np.empty(n_trials, np.bool_),
+            np.empty(8 * 4 * LANES, np.float32),
+            np.empty(LANES, np.int32),
+        ),
     )

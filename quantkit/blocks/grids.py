@@ -37,8 +37,8 @@ class Grid:
     - `values`, float32: what the levels of each point decode to, point after point.
     - `codes`, int32: the code of each point.
     - `index`, int16, by code: the index of the point, -1 if there is none.
-    - `where`, int32, by code: -1 for a point, else `first << 8 | count`: the row in `lists` where its neighbours begin
-      and the number of rows.
+    - `where`, int32, by code: -1 for a point, else `first << 10 | count`: the row in `lists` where its neighbours begin
+      and their number.
     - `lists`, uint16: the codes of neighbours in rows of sixteen. The last neighbour fills its list's last row.
     """
 
@@ -88,10 +88,10 @@ def _list_neighbours(points: Any, width: Any, n_levels: Any, n_distances: Any, i
                 if distance[j] == reached:
                     lists[at] = codes[j]
                     at += 1
+        where[code] = rows << 10 | (at - first)
         while at % LANES:
             lists[at] = lists[at - 1]
             at += 1
-        where[code] = rows << 8 | (at - first) // LANES
         rows = at // LANES
     return lists[: rows * LANES].copy()
 

@@ -43,6 +43,9 @@ def test_neighbours_by_definition(kind: GGMLType) -> None:
     assert points.max() < n_levels and len(set(table.codes.tolist())) == len(points)
     values = table.values.reshape(-1, dim)
     assert all(len(set(values[points == level].tolist())) == 1 for level in range(n_levels))
+    places = table.where[table.where >= 0]
+    ends = (places >> 10) + -(-(places & 1023) // 16)
+    assert (places[0] >> 10) == 0 and np.array_equal(ends[:-1], places[1:] >> 10) and ends[-1] * 16 == table.lists.size
     random = np.random.default_rng(7)
     for levels in random.integers(0, n_levels, (300, dim)):
         code = int((levels << shifts).sum())
@@ -52,11 +55,12 @@ def test_neighbours_by_definition(kind: GGMLType) -> None:
             assert place == -1 and table.index[code] == distance.argmin()
             continue
         assert table.index[code] == -1
-        found = table.lists[(place >> 8) * 16 : ((place >> 8) + (place & 255)) * 16].tolist()
+        first, count = place >> 10, place & 1023
+        found = table.lists[first * 16 : (first + -(-count // 16)) * 16].tolist()
         order = np.argsort(distance, kind="stable")
         near = distance[order] <= np.unique(distance)[n_distances - 1]
         expected = table.codes[order[near]].tolist()
-        assert found == expected + [expected[-1]] * (-len(expected) % 16)
+        assert count == len(expected) and found == expected + [expected[-1]] * (-len(expected) % 16)
 
 
 @pytest.mark.parametrize("kind", NEED_WEIGHTS, ids=lambda kind: kind.name)
