@@ -22,8 +22,11 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 SplitSize = Annotated[str | None, typer.Option(help="Largest size of a shard, as 500M or 2G.")]
 SplitTensors = Annotated[int | None, typer.Option(min=1, help="Most tensors in a shard.")]
 Pre = Annotated[str | None, typer.Option(help="Name of the pre-tokenizer, where it is not recognised.")]
-Text = Annotated[str, typer.Option("--text", "--file", "-f", help="Text file, UTF-8.")]
+Text = Annotated[str, typer.Option("--text", "--file", "-f", help="Text file, UTF-8, or wikitext-2[:SPLIT].")]
 Context = Annotated[int, typer.Option("--n-ctx", "--ctx-size", "-c", min=4, help="Tokens in a chunk.")]
+Backend = Annotated[str, typer.Option(help="What computes: numpy, or torch (quantkit[torch]).")]
+Device = Annotated[str, typer.Option(help="Where torch computes: cpu, cuda or mps.")]
+Precision = Annotated[str, typer.Option(help="torch's products: f32 or bf16.")]
 Chunks = Annotated[int | None, typer.Option(min=1, help="Chunks to measure.  [default: all]")]
 
 _quiet = False
@@ -100,8 +103,12 @@ def chunk_progress(title: str, unit: str = "chunk") -> Iterator[Callable[[int, i
 
 
 def read_text(name: str) -> str:
-    """The text in the file `name`. Raises QuantkitError when it cannot be read."""
+    """The text in the file `name`, or that `name` stands for. Raises QuantkitError when it cannot be read."""
+    from quantkit.formats.texts import read_named
+
     try:
+        if not Path(name).exists() and (known := read_named(name)) is not None:
+            return known
         return Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise QuantkitError(f"{name}: not UTF-8 text (byte {error.start})") from None

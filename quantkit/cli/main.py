@@ -18,7 +18,8 @@ from quantkit.errors import QuantkitError
 COMMANDS = {
     "convert": ("convert", "Write a Hugging Face checkpoint as a GGUF file."),
     "quantize": ("quantize", "Quantize a checkpoint or a GGUF file, to one type or several."),
-    "perplexity": ("perplexity", "Measure the perplexity of a model on a text."),
+    "perplexity": ("perplexity", "Measure a model on a text: its perplexity, its divergence from another."),
+    "imatrix": ("imatrix", "Compute an importance matrix from a text, or combine and show some."),
     "report": ("report", "Convert, quantize and measure in one go, and write the report."),
     "split": ("split", "Cut a GGUF file into shards."),
     "merge": ("merge", "Join the shards of a split GGUF model."),

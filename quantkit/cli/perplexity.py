@@ -1,8 +1,9 @@
-"""`quantkit perplexity`: how well a model predicts a text."""
+"""`quantkit perplexity`: how well a model predicts a text, and how far its predictions are from another model's."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,14 +21,24 @@ from quantkit.cli.console import (
     announce_compilation,
     chunk_progress,
     emit,
+    note,
     read_text,
     setup,
 )
+from quantkit.errors import QuantkitError
+from quantkit.formats.texts import DEFAULT
 
 
 def command(
     source: Annotated[str, typer.Argument(help="GGUF file, checkpoint directory, or hub id ORG/NAME.")],
-    text: Text,
+    text: Text = DEFAULT,
+    base: Annotated[str | None, typer.Option(help="Model to compare with: a file, directory or hub id.")] = None,
+    base_logits: Annotated[
+        Path | None, typer.Option(help="File of a base's log-probabilities to compare with.")
+    ] = None,
+    save_logits: Annotated[
+        Path | None, typer.Option(help="Write log-probabilities for --base-logits: the base's, or the model's.")
+    ] = None,
     n_ctx: Context = 512,
     chunks: Chunks = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Chunks to run together.  [default: by memory]")] = None,
@@ -40,22 +51,57 @@ def command(
 ) -> None:
     """Measure the perplexity of a model on a text, by llama-perplexity's method.
 
-    The text is cut into chunks of --n-ctx tokens; the second half of each is scored.
+    The text is cut into chunks of --n-ctx tokens; the second half of each is scored. With --base, or with --base-logits
+    from an earlier run or from llama-perplexity (which brings its own text), the divergence from that base too.
     """
     setup(verbose, quiet)
-    words = read_text(text)
+    if base_logits is not None and (base is not None or save_logits is not None):
+        raise QuantkitError("--base-logits is the base: leave out --base and --save-logits")
+    words = None if base_logits is not None else read_text(text)
     announce_compilation()
-    from quantkit.evaluate.perplexity import perplexity
     from quantkit.pipeline.source import open_source
 
     model = open_source(source, revision=revision, pre=pre)
-    with chunk_progress("perplexity") as bar:
-        result = perplexity(
-            model, words, n_ctx, chunks, threads, batch, lambda done, total, ppl: bar(done, total, f"PPL = {ppl:.4f}")
+    if base is None and base_logits is None:
+        from quantkit.evaluate.perplexity import perplexity
+
+        assert words is not None
+        with chunk_progress("perplexity") as bar:
+            result = perplexity(
+                model,
+                words,
+                n_ctx,
+                chunks,
+                threads,
+                batch,
+                lambda done, total, ppl: bar(done, total, f"PPL = {ppl:.4f}"),
+                save_logits,
+            )
+        lines = (
+            f"PPL = {result.ppl:.4f} ± {result.error:.5f}\n"
+            f"{result.n_chunks} chunks of {n_ctx} tokens, {result.n_tokens} tokens scored, {result.seconds:.1f} s, "
+            f"{result.tokens_per_second:.0f} tokens/s ({result.backend}, {result.precision})"
         )
-    lines = (
-        f"PPL = {result.ppl:.4f} ± {result.error:.5f}\n"
-        f"{result.n_chunks} chunks of {n_ctx} tokens, {result.n_tokens} tokens scored, {result.seconds:.1f} s, "
-        f"{result.tokens_per_second:.0f} tokens/s ({result.backend}, {result.precision})"
-    )
-    emit(lines, {"model": model.label, "text": text, **asdict(result)}, as_json)
+        data = {"model": model.label, "text": text, **asdict(result)}
+    else:
+        from quantkit.evaluate.divergence import divergence
+        from quantkit.report.divergence import divergence_text
+
+        against = open_source(base, pre=pre) if base is not None else str(base_logits)
+        with chunk_progress("divergence") as bar:
+            compared = divergence(
+                model,
+                against,
+                words,
+                n_ctx,
+                chunks,
+                threads,
+                batch,
+                lambda done, total, kld: bar(done, total, f"KLD = {kld:.6f}"),
+                save_logits,
+            )
+        lines = divergence_text(compared)
+        data = {"model": model.label, "text": text if words is not None else None, **asdict(compared)}
+    emit(lines, data, as_json)
+    if save_logits is not None:
+        note(f"wrote {save_logits}")

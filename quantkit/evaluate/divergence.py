@@ -95,8 +95,8 @@ def divergence(
     chunks: int | None = None,
     n_threads: int | None = None,
     batch: int | None = None,
-    save_logits: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    save_logits: str | os.PathLike[str] | None = None,
 ) -> DivergenceResult:
     """Compare `model`'s predictions over `text` with those of `base`: another model, or the path of a logits file.
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import logit_kernels
-from quantkit.evaluate.transformer import Transformer
+from quantkit.evaluate.backends import Model, load
 from quantkit.formats.logits import LogitsWriter, empty_rows, first_scored, parts
 from quantkit.pipeline.source import TensorSource
 from quantkit.vocabulary import Vocabulary
@@ -81,8 +81,11 @@ def perplexity(
     chunks: int | None = None,
     n_threads: int | None = None,
     batch: int | None = None,
-    save_logits: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    save_logits: str | os.PathLike[str] | None = None,
+    backend: str = "numpy",
+    device: str = "cpu",
+    precision: str = "f32",
 ) -> PerplexityResult:
     """The perplexity of `text`, a string or token ids, under the model `source`.
 
@@ -92,9 +95,11 @@ def perplexity(
     `progress(chunks done, chunks, estimate)` is called. `save_logits` names a file to write the log-probabilities of
     the scored positions to, for `divergence` or llama-perplexity to compare with.
 
+    `backend`, `device` and `precision` say what computes, as for `backends.load`.
+
     Raises QuantkitError for a text that is too short, and when the model's logits are NaN.
     """
-    model = Transformer(source, n_threads)
+    model = load(source, n_threads, backend, device, precision)
     ids, bos = tokenize(source, text)
     raw = chunked(ids, n_ctx, chunks, None, source.label)
     tokens = raw.copy()
@@ -151,7 +156,7 @@ def perplexity(
 
 
 def pack_chunks(
-    model: Transformer, logits: np.ndarray, tokens: np.ndarray, first: int
+    model: Model, logits: np.ndarray, tokens: np.ndarray, first: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pack logits [n_seq, n_scored, n_vocab] of `tokens` [n_seq, n_ctx] into rows of a logits file.
 

@@ -28,6 +28,12 @@ class Importance:
     sums: np.ndarray
     counts: np.ndarray
 
+    def _spread(self, n_matrices: int) -> Importance:
+        """The entry as one of `n_matrices` that have one count together."""
+        if len(self.counts) == n_matrices or self.sums.size % n_matrices:
+            return self
+        return Importance(self.sums.reshape(n_matrices, -1), np.repeat(self.counts, n_matrices))
+
     def weights(self) -> np.ndarray:
         """Mean squares, float32 of the shape of `sums`; all 1 for an expert that saw no token."""
         counts = self.counts.astype(np.float32)[:, None]
@@ -107,6 +113,16 @@ class ImportanceMatrix:
         }
         return ImportanceMatrix(kept, self.datasets, self.chunk_count, self.chunk_size)
 
+    def counted_in_tokens(self, chunk_size: int) -> ImportanceMatrix:
+        """This matrix, or one read from the older format, which counts chunks, with chunks of so many tokens."""
+        if self.chunk_size:
+            return self
+        entries = {
+            name: Importance(entry.sums * np.float32(chunk_size), entry.counts * chunk_size)
+            for name, entry in self.entries.items()
+        }
+        return ImportanceMatrix(entries, self.datasets, self.chunk_count, chunk_size)
+
     def merge(self, other: ImportanceMatrix) -> None:
         """Add the sums and counts of `other`. Raises QuantkitError where a tensor has another shape there."""
         for name, entry in other.entries.items():
@@ -114,6 +130,11 @@ class ImportanceMatrix:
             if mine is None:
                 self.entries[name] = Importance(entry.sums.copy(), entry.counts.copy())
                 continue
+            if mine.sums.size == entry.sums.size and len(mine.counts) != len(entry.counts):
+                # The older format counts all experts of a tensor together.
+                n_matrices = max(len(mine.counts), len(entry.counts))
+                mine, entry = mine._spread(n_matrices), entry._spread(n_matrices)
+                self.entries[name] = mine
             if mine.sums.shape != entry.sums.shape:
                 raise QuantkitError(
                     f"importance matrices of different models: {name!r} has sums of {entry.sums.shape} "

@@ -1,0 +1,150 @@
+"""`quantkit imatrix`: importance matrices, computed, combined and shown."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from quantkit.cli.console import (
+    Chunks,
+    Context,
+    Json,
+    Pre,
+    Quiet,
+    Revision,
+    Threads,
+    Verbose,
+    announce_compilation,
+    chunk_progress,
+    emit,
+    note,
+    read_text,
+    setup,
+)
+from quantkit.errors import QuantkitError
+from quantkit.formats.texts import CALIBRATION
+
+if TYPE_CHECKING:
+    from quantkit.formats.imatrix import ImportanceMatrix
+
+Format = Literal["gguf", "dat"]
+
+
+def command(
+    source: Annotated[
+        str | None, typer.Argument(help="GGUF file, checkpoint directory, or hub id; none to combine files.")
+    ] = None,
+    text: Annotated[
+        str, typer.Option("--text", "--file", "-f", help="Calibration text: a file, or wikitext-2[:SPLIT].")
+    ] = CALIBRATION,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write.  [default: imatrix.gguf]")
+    ] = None,
+    in_file: Annotated[list[Path], typer.Option(help="Importance matrix to add; repeat it for several.")] = [],  # noqa: B006
+    output_format: Annotated[
+        Format | None, typer.Option(help="Format of the file.  [default: dat for *.dat, else gguf]")
+    ] = None,
+    n_ctx: Context = 512,
+    chunks: Chunks = None,
+    from_chunk: Annotated[int, typer.Option(min=0, help="Chunks of the text to leave out at its start.")] = 0,
+    process_output: Annotated[bool, typer.Option("--process-output", help="Collect for output.weight too.")] = False,
+    output_frequency: Annotated[int, typer.Option(min=0, help="Write the file every so many chunks.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the chunks that the output file has.")] = False,
+    show_statistics: Annotated[bool, typer.Option("--show-statistics", help="Show the statistics.")] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Chunks to run together.  [default: by memory]")] = None,
+    pre: Pre = None,
+    revision: Revision = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Compute an importance matrix for quantize --imatrix, as llama-imatrix does; or combine and show such files.
+
+    The text is cut into chunks of --n-ctx tokens; for every matrix of the model, the squares of what it is multiplied
+    with are summed by column.
+    """
+    setup(verbose, quiet)
+    from quantkit.formats.imatrix import ImportanceMatrix
+
+    if source is None and not in_file:
+        raise QuantkitError("nothing to do: name a model, or files to combine or show with --in-file")
+    if resume and (source is None or in_file):
+        raise QuantkitError("--resume needs a model, and no --in-file: the output file is the one to go on from")
+    target = output or (Path("imatrix.gguf") if source is not None else None)
+    if target is None and not show_statistics:
+        raise QuantkitError("name the file to write with -o, or show the files with --show-statistics")
+    before = ImportanceMatrix()
+    loaded = [ImportanceMatrix.load(path) for path in in_file]
+    if resume and target is not None and target.is_file():
+        stored = ImportanceMatrix.load(target)
+        if stored.chunk_size not in (0, n_ctx):
+            raise QuantkitError(f"{target}: was made with --n-ctx {stored.chunk_size}: resume with the same")
+        from_chunk += stored.chunk_count
+        if chunks is not None:
+            chunks -= stored.chunk_count
+        loaded.append(stored)
+        note(f"{target}: going on after {stored.chunk_count} chunks")
+    for one in loaded:
+        before.merge(one.counted_in_tokens(n_ctx))
+    matrix = before
+    if source is not None and (chunks is None or chunks > 0):
+        words = read_text(text)
+        announce_compilation()
+        from quantkit.evaluate.importance import importance_matrix
+        from quantkit.pipeline.source import open_source
+
+        model = open_source(source, revision=revision, pre=pre)
+
+        def save_so_far(so_far: ImportanceMatrix) -> None:
+            if target is not None:
+                _save(_merged(before, so_far), target, output_format)
+
+        with chunk_progress("imatrix") as bar:
+            new = importance_matrix(
+                model,
+                words,
+                n_ctx,
+                chunks,
+                threads,
+                batch,
+                process_output,
+                from_chunk=from_chunk,
+                dataset=text,
+                snapshot=save_so_far,
+                snapshot_every=output_frequency,
+                progress=lambda done, total: bar(done, total, ""),
+            )
+        matrix = _merged(before, new)
+    if target is not None:
+        _save(matrix, target, output_format)
+        note(f"{target}: {len(matrix.entries)} tensors, {matrix.chunk_count} chunks")
+    if show_statistics:
+        from quantkit.evaluate.importance import layer_statistics, statistics
+        from quantkit.report.importance import importance_tables
+
+        rows = statistics(matrix)
+        layers = layer_statistics(rows)
+        data = {"tensors": [asdict(row) for row in rows], "layers": [asdict(layer) for layer in layers]}
+        emit(importance_tables(rows, layers), data, as_json)
+    elif as_json:
+        emit("", {"path": str(target), "tensors": len(matrix.entries), "chunks": matrix.chunk_count}, True)
+
+
+def _merged(before: ImportanceMatrix, new: ImportanceMatrix) -> ImportanceMatrix:
+    from quantkit.formats.imatrix import ImportanceMatrix
+
+    both = ImportanceMatrix()
+    both.merge(before)
+    both.merge(new)
+    return both
+
+
+def _save(matrix: ImportanceMatrix, path: Path, output_format: Format | None) -> None:
+    if output_format == "dat" or (output_format is None and path.suffix == ".dat"):
+        matrix.save_legacy(path)
+    else:
+        matrix.save(path)

@@ -1,0 +1,209 @@
+"""Importance matrices: what a model's weights are multiplied with over a calibration text, as llama-imatrix sums it."""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantkit.errors import QuantkitError
+from quantkit.evaluate.logit_kernels import add_squares
+from quantkit.evaluate.perplexity import chunked, tokenize
+from quantkit.evaluate.transformer import Transformer
+from quantkit.formats.imatrix import Importance, ImportanceMatrix
+from quantkit.pipeline.source import TensorSource
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+# A mean square up to this counts as no activity.
+_INACTIVE = 1e-5
+
+
+class _Sums:
+    """Sums of squares by tensors that share their input: float64 [n_matrices, n_per_row], and counts of rows."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+        self._lock = threading.Lock()
+        self.of: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
+
+    def observe(self, names: tuple[str, ...], x: np.ndarray, expert: int | None = None) -> None:
+        """Add rows [rows, n_per_row] that are multiplied with tensors `names`, or with one expert's matrix of them."""
+        squares = np.zeros(x.shape[1])
+        add_squares(x, squares)
+        with self._lock:
+            if names not in self.of:
+                n_matrices = 1 if expert is None else self._source.tensors[names[0]].shape[2]
+                self.of[names] = np.zeros((n_matrices, x.shape[1])), np.zeros(n_matrices, np.int64)
+            sums, counts = self.of[names]
+            sums[expert or 0] += squares
+            counts[expert or 0] += len(x)
+
+    def entries(self) -> dict[str, Importance]:
+        """What was summed until now, by tensor name in order."""
+        with self._lock:
+            each = {
+                name: Importance(sums.astype(np.float32), counts.copy())
+                for names, (sums, counts) in self.of.items()
+                for name in names
+            }
+        for name, entry in each.items():
+            if not np.isfinite(entry.sums).all():
+                raise QuantkitError(f"{self._source.label}: the inputs of {name} are not finite, or out of range")
+        return dict(sorted(each.items(), key=lambda item: item[0].encode()))
+
+
+def importance_matrix(
+    source: TensorSource,
+    text: str | np.ndarray,
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    n_threads: int | None = None,
+    batch: int | None = None,
+    process_output: bool = False,
+    *,
+    from_chunk: int = 0,
+    dataset: str | None = None,
+    snapshot: Callable[[ImportanceMatrix], None] | None = None,
+    snapshot_every: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImportanceMatrix:
+    """The importance matrix of `source` over `text`, a string or token ids, by llama-imatrix's method.
+
+    The text is cut into chunks of `n_ctx` tokens, the first of each replaced by BOS where the vocabulary adds one, and
+    every position counts. For each matrix of the layers (each expert apart), and for output.weight with
+    `process_output`, the squares of what it is multiplied with are summed by column. `from_chunk` leaves out the first
+    chunks of the text; `dataset` is the text's name, for the record. Every `snapshot_every` chunks, `snapshot` gets
+    the matrix so far. After each batch `progress(chunks done, chunks)` is called.
+
+    Sums are kept in float64 and returned in float32; llama-imatrix adds in float32, so its sums differ by its rounding.
+    Raises QuantkitError for a text that is too short and for activations that are not finite.
+    """
+    if from_chunk < 0:
+        raise QuantkitError(f"cannot begin at chunk {from_chunk}: use 0 or more")
+    model = Transformer(source, n_threads)
+    ids, bos = tokenize(source, text)
+    tokens = chunked(ids[from_chunk * n_ctx :], n_ctx, chunks, bos, source.label)
+    step = batch or model.batch(n_ctx)
+    sums = _Sums(source)
+    model.observer = sums.observe
+
+    def matrix(n_chunks: int) -> ImportanceMatrix:
+        return ImportanceMatrix(sums.entries(), [] if dataset is None else [dataset], n_chunks, n_ctx)
+
+    done = saved = 0
+    while done < len(tokens):
+        some = tokens[done : done + step]
+        if snapshot is not None and snapshot_every > 0:
+            some = some[: saved + snapshot_every - done]
+        hidden = model.hidden(some, 0, n_ctx)
+        model.refuse_nan(some, hidden.reshape(len(some), -1))
+        if process_output and not model.spec.tied:
+            sums.observe((model.spec.output.weight,), hidden.reshape(-1, model.spec.n_embd))
+        done += len(some)
+        if progress is not None:
+            progress(done, len(tokens))
+        if snapshot is not None and done - saved == snapshot_every and done < len(tokens):
+            snapshot(matrix(done))
+            saved = done
+    return matrix(done)
+
+
+@dataclass(frozen=True)
+class TensorStatistics:
+    """What an importance matrix says of one tensor, as llama-imatrix's --show-statistics does.
+
+    Of the mean squares of its input's columns (of all its experts): their sum `total`, smallest, largest, mean and
+    standard deviation, the share that is more than 1e-5, the entropy of their distribution in bits, and the share that
+    lies more than a standard deviation above the mean (`zd`). `cosine` is the similarity of the sums with those of
+    the same tensor one layer before, 0 for the first. `block` is the layer, None outside of layers.
+    """
+
+    name: str
+    block: int | None
+    n: int
+    total: float
+    minimum: float
+    maximum: float
+    mean: float
+    deviation: float
+    active: float
+    entropy: float
+    zd: float
+    cosine: float
+
+    @property
+    def normalised_entropy(self) -> float:
+        """The entropy as a share of the largest possible."""
+        return self.entropy / math.log2(self.n) if self.n > 1 else 0.0
+
+    @property
+    def kind(self) -> str:
+        """The tensor's name without its layer: attn_q, ffn_down, ..."""
+        return _BLOCK.sub("", self.name).removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Means over the tensors of one layer, weighted by their number of columns: of `total`, `zd` and `cosine`."""
+
+    block: int
+    total: float
+    zd: float
+    cosine: float
+
+
+def statistics(matrix: ImportanceMatrix) -> list[TensorStatistics]:
+    """Statistics of every tensor that saw a token, by kind, the largest total first within a kind."""
+    rows = []
+    for name, entry in matrix.entries.items():
+        seen = entry.counts > 0
+        if not seen.any():
+            continue
+        squares = (entry.sums[seen].astype(np.float64) / entry.counts[seen, None]).reshape(-1)
+        total, mean, deviation = float(squares.sum()), float(squares.mean()), float(squares.std())
+        p = squares[squares > 0] / total if total > 0 else np.empty(0)
+        match = _BLOCK.search(name)
+        before = None if match is None else _BLOCK.sub(f"blk.{int(match[1]) - 1}.", name, count=1)
+        rows.append(
+            TensorStatistics(
+                name=name,
+                block=None if match is None else int(match[1]),
+                n=squares.size,
+                total=total,
+                minimum=float(squares.min()),
+                maximum=float(squares.max()),
+                mean=mean,
+                deviation=deviation,
+                active=float((squares > _INACTIVE).mean()),
+                entropy=float(-(p * np.log2(p)).sum()),
+                zd=float((squares > mean + deviation).mean()) if deviation > 0 else 0.0,
+                cosine=_cosine(entry, matrix.entries.get(before) if before else None),
+            )
+        )
+    return sorted(rows, key=lambda row: (row.kind, -row.total))
+
+
+def layer_statistics(rows: list[TensorStatistics]) -> list[LayerStatistics]:
+    """The statistics of each layer, in order."""
+    layers = []
+    for block in sorted({row.block for row in rows if row.block is not None}):
+        own = [row for row in rows if row.block == block]
+        weights = [row.n for row in own]
+        total, zd, cosine = (
+            float(np.average(values, weights=weights))
+            for values in ([r.total for r in own], [r.zd for r in own], [r.cosine for r in own])
+        )
+        layers.append(LayerStatistics(block, total, zd, cosine))
+    return layers
+
+
+def _cosine(a: Importance, b: Importance | None) -> float:
+    if b is None or a.sums.size != b.sums.size:
+        return 0.0
+    x, y = a.sums.astype(np.float64).reshape(-1), b.sums.astype(np.float64).reshape(-1)
+    lengths = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return float(x @ y) / lengths if lengths > 0 else 0.0

@@ -1,0 +1,49 @@
+"""A divergence as text, in llama-perplexity's order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quantkit.report.tables import table
+
+if TYPE_CHECKING:
+    from quantkit.evaluate.divergence import DivergenceResult
+
+_NAMES = {100.0: "maximum", 50.0: "median", 0.0: "minimum"}
+
+
+def divergence_text(result: DivergenceResult) -> str:
+    """Every statistic of `result` for a reader: perplexities, divergence, token probabilities, and by position."""
+    r = result
+
+    def name(percent: float) -> str:
+        return _NAMES.get(percent, f"{percent:.1f}%")
+
+    lines = ["Perplexity"]
+    for label, estimate in (
+        ("PPL(model)", r.ppl),
+        ("PPL(base)", r.ppl_base),
+        ("ln(PPL(model) / PPL(base))", r.ln_ratio),
+        ("PPL(model) / PPL(base)", r.ratio),
+        ("PPL(model) - PPL(base)", r.difference),
+    ):
+        lines.append(f"  {label:<27} {estimate.value:11.6f} ± {estimate.error:.6f}")
+    lines.append(f"  {'correlation of ln PPLs':<27} {100 * r.correlation:11.4f}%")
+    lines += ["", "Kullback-Leibler divergence from the base, in nats"]
+    lines.append(f"  {'mean':<27} {r.kld.value:11.6f} ± {r.kld.error:.6f}")
+    lines += [f"  {name(percent):<27} {value:11.6f}" for percent, value in r.kld_percentiles.items()]
+    lines += ["", "Probability of the text's token, less the base's (Δp)"]
+    for label, estimate in (("mean", r.delta_p), ("root mean square", r.delta_p_rms)):
+        lines.append(f"  {label:<27} {100 * estimate.value:10.3f}% ± {100 * estimate.error:.3f}%")
+    lines += [f"  {name(percent):<27} {100 * value:10.3f}%" for percent, value in r.delta_p_percentiles.items()]
+    lines += ["", "Likeliest tokens"]
+    for label, estimate in (("same first", r.same_top), ("same first five", r.same_top5)):
+        lines.append(f"  {label:<27} {100 * estimate.value:10.3f}% ± {100 * estimate.error:.3f}%")
+    bands = [[f"{b.first}-{b.last}", f"{b.kld:.6f}", f"{100 * b.flips:.2f}%"] for b in r.by_position]
+    lines += ["", table(["positions", "mean KLD", "flipped"], bands)]
+    lines += [
+        "",
+        f"{r.n_chunks} chunks of {r.n_ctx} tokens, {r.n_tokens} tokens scored, {r.seconds:.1f} s, "
+        f"{r.tokens_per_second:.0f} tokens/s ({r.backend}, {r.precision}; base: {r.base})",
+    ]
+    return "\n".join(lines)
