@@ -2,8 +2,9 @@
 
 The reference tries a number of scales for a sub-block. For each one it rounds the weights to levels, replaces every
 group of levels that is no grid point by its best neighbour, and keeps the scale and levels with the best fit. Here
-each lane has a sub-block, as in `searches`, for all of that but the choice of a neighbour, which has a candidate in
-each lane. Sub-blocks are stored transposed: weight i of sixteen sub-blocks is `xs[16 * i : 16 * i + 16]`.
+each lane has a sub-block, as in `searches`, for all of that but the choice of a neighbour. That has a trial in each
+lane where a run of trials has up to 16 neighbours to choose from, and a neighbour in each lane otherwise. Sub-blocks are stored transposed: weight i of sixteen sub-blocks is
+`xs[16 * i : 16 * i + 16]`.
 
 **Fewer searches than trials.** Consecutive trials often round a group to the same levels, so they choose from the same
 neighbours. The distance of neighbour j at scale s is `s*s*A_j - 2*s*B_j + C`, hence `(D_j - D_k) / s` is linear in s:
@@ -11,7 +12,8 @@ a neighbour that is nearest at two scales is nearest at every scale between them
 holds for rounded sums as well when the others are farther by more than the rounding errors can hide. For distances of
 at most 8 terms `w * (s*q - x)**2` these are below `2**-19 * S`, S being the sum of `w * (s*q_max + |x|)**2` (sixteen
 units in the last place, doubled for safety). Scales differ by less than a factor 2, so a margin of `2**-16 * S` at both
-ends is enough. So the search of a run of trials starts at its ends, and goes on in the middle while they disagree.
+ends is enough. So with a neighbour in each lane, the search of a run starts at its ends, and goes on in the middle
+while they disagree.
 """
 
 from __future__ import annotations
