@@ -3,8 +3,8 @@
 The reference tries a number of scales for a sub-block. For each one it rounds the weights to levels, replaces every
 group of levels that is no grid point by its best neighbour, and keeps the scale and levels with the best fit. Here
 each lane has a sub-block, as in `searches`, for all of that but the choice of a neighbour. That has a trial in each
-lane where a run of trials has up to 16 neighbours to choose from, and a neighbour in each lane otherwise. Sub-blocks are stored transposed: weight i of sixteen sub-blocks is
-`xs[16 * i : 16 * i + 16]`.
+lane where a run of trials has up to 16 neighbours to choose from, and a neighbour in each lane otherwise. Sub-blocks
+are stored transposed: weight i of sixteen sub-blocks is `xs[16 * i : 16 * i + 16]`.
 
 **Fewer searches than trials.** Consecutive trials often round a group to the same levels, so they choose from the same
 neighbours. The distance of neighbour j at scale s is `s*s*A_j - 2*s*B_j + C`, hence `(D_j - D_k) / s` is linear in s:
