@@ -82,6 +82,14 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Temperature:
+    """Queries that grow with their position p: they are multiplied by 1 + `scale` * ln(floor(p / `step`) + 1)."""
+
+    scale: float
+    step: int
+
+
+@dataclass(frozen=True)
 class Attention:
     """Causal self-attention of one layer.
 
@@ -107,6 +115,7 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     norm_whole: bool = False
+    temperature: Temperature | None = None
 
 
 @dataclass(frozen=True)

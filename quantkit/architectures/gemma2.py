@@ -35,7 +35,8 @@ _LAYERS_OF_27B = 46
 
 def plus_one(rows: np.ndarray) -> np.ndarray:
     """Gemma stores what its norms add to one; GGUF holds the whole factor."""
-    return np.add(rows, rows.dtype.type(1))
+    factors: np.ndarray = np.add(rows, rows.dtype.type(1))
+    return factors
 
 
 def scores_scale(model: ModelReader, n_layer: int) -> float:

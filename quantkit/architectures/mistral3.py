@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture
+from quantkit.architectures.forward import ForwardSpec, RopeStyle, Temperature, Yarn
 from quantkit.architectures.llama import Llama
+from quantkit.architectures.reader import ModelReader
+from quantkit.formats.gguf import Metadata, TensorInfo
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -44,3 +50,28 @@ class Mistral3(Llama):
     }
     parameters = (*Llama.parameters, _temperature)
     notes = "text part"
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Llama's, with YaRN's own parameters and queries that grow with their position."""
+        model = ModelReader(metadata, tensors)
+        rope = model.rope(RopeStyle.NORMAL)
+        if rope.yarn is not None:
+            yarn = Yarn(
+                beta_fast=model.number("rope.scaling.yarn_beta_fast", rope.yarn.beta_fast),
+                beta_slow=model.number("rope.scaling.yarn_beta_slow", rope.yarn.beta_slow),
+            )
+            all_dims = model.number("rope.scaling.yarn_log_multiplier", 0.0)
+            shrunk = rope.magnitude / (1.0 + 0.1 * all_dims * max(0.0, -math.log(rope.freq_scale)))
+            rope = replace(rope, yarn=yarn, magnitude=shrunk)
+        scale = model.number("attention.temperature_scale", 0.0)
+        growth = Temperature(scale, rope.n_ctx_orig) if scale else None
+        experts = model.integer("expert_count", 0) > 0
+        return model.spec(
+            model.layer(
+                i,
+                model.attention(i, rope, scale=model.scale, temperature=growth),
+                model.experts(i) if experts else model.feed_forward(i),
+            )
+            for i in range(model.n_layer)
+        )

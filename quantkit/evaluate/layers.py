@@ -24,6 +24,7 @@ from quantkit.architectures.forward import (
     Norm,
     NormKind,
     RopeStyle,
+    Temperature,
 )
 from quantkit.evaluate import kernels
 from quantkit.evaluate.weights import Weights
@@ -66,6 +67,12 @@ class Product(NamedTuple):
 Observer = Callable[..., None]
 
 
+def _temperatures(temperature: Temperature, positions: np.ndarray) -> np.ndarray:
+    """What queries at these positions are multiplied with: float32 [positions, 1]."""
+    grown = 1.0 + temperature.scale * np.log(positions // temperature.step + 1.0)
+    return grown.astype(np.float32)[:, None]
+
+
 def unsupported(layer: Layer) -> Iterable[str]:
     """What of `layer` cannot be computed, each in a few words."""
     attention, ff = layer.attention, layer.feed_forward
@@ -76,6 +83,8 @@ def unsupported(layer: Layer) -> Iterable[str]:
         yield "a gate alone"
     if attention.window is not None and attention.window < 1:
         yield f"a window of {attention.window} positions"
+    if attention.temperature is not None and attention.temperature.step < 1:
+        yield f"queries that grow every {attention.temperature.step} positions"
     if attention.softcap is not None and not attention.softcap > 0:
         yield f"scores capped at {attention.softcap}"
     kinds = (attention.q_norm, attention.k_norm)
@@ -260,6 +269,8 @@ class LayerRunner:
                 if norm is not None:
                     weight, _ = self._norms[norm]
                     kernels.rms_norm_columns(qkv, first, n // weight.size, weight, norm.eps)
+            if attention.temperature is not None:
+                qkv[:, :n_q] *= _temperatures(attention.temperature, np.arange(start, start + len(block)) % n_ctx)
             done = 0
             while done < len(block):
                 seq, position = divmod(start + done, n_ctx)

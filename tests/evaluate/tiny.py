@@ -256,6 +256,13 @@ FAMILIES = {
         "granite", _ATTENTION + _GATED,
         {"logit_scale": _f32(4.0), "rope__scaling__finetuned": (ValueType.BOOL, False)},
     ),
+    "mistral3": Family(
+        "mistral3", _ATTENTION + _GATED,
+        {
+            **_YARN, "rope__scaling__yarn_beta_fast": _f32(16.0), "rope__scaling__yarn_beta_slow": _f32(2.0),
+            "rope__scaling__yarn_log_multiplier": _f32(0.5), "attention__temperature_scale": _f32(0.4),
+        },
+    ),
     "smollm3": Family("smollm3", _ATTENTION + _GATED, n_layer=5, tied=True),
 }  # fmt: skip
 
