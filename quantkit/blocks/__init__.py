@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from quantkit.blocks.base import Block
 
-__all__ = ["GGMLType", "block", "decode", "encodable", "encode", "first_nonfinite", "largest"]
+__all__ = ["GGMLType", "block", "decode", "encodable", "encode", "first_nonfinite", "first_nonfinite_stored", "largest"]
 
-# The bits of the exponent of the 16-bit floats.
-_EXPONENTS = {GGMLType.F16: 0x7C00, GGMLType.BF16: 0x7F80}
+# The width of the plain floats, and the bits of the exponent, all set in NaN and infinity.
+_FLOATS = {GGMLType.F32: (32, 0x7F800000), GGMLType.F16: (16, 0x7C00), GGMLType.BF16: (16, 0x7F80)}
 
 
 def _registry() -> dict[GGMLType, type[Block]]:
@@ -78,18 +78,26 @@ def decode(rows: np.ndarray, kind: GGMLType, out: np.ndarray | None = None) -> n
     return out
 
 
-def first_nonfinite(rows: np.ndarray, kind: GGMLType = GGMLType.F32) -> int:
-    """The index of the first NaN or infinity in contiguous `rows`, flattened; -1 if there is none.
+def first_nonfinite(rows: np.ndarray) -> int:
+    """The index of the first NaN or infinity in contiguous float32 `rows`, flattened; -1 if there is none."""
+    from quantkit.blocks.plain import first_nonfinite as search
 
-    `rows` are floats of `kind` (F32, F16 or BF16), or their bytes.
+    return int(search(rows.reshape(-1)))
+
+
+def first_nonfinite_stored(rows: np.ndarray, kind: GGMLType) -> int:
+    """The same for contiguous uint8 rows that hold floats of `kind`: F32, F16 or BF16.
+
+    Plain numpy, for copying, which needs no kernels and should not wait for them.
     """
     import numpy as np
 
-    from quantkit.blocks import plain
-
-    if kind == GGMLType.F32:
-        return int(plain.first_nonfinite(rows.reshape(-1)))
-    return int(plain.first_nonfinite_word(rows.reshape(-1).view(np.uint8), _EXPONENTS[kind]))
+    bits, exponent = _FLOATS[kind]
+    words = rows.reshape(-1).view(f"u{bits // 8}")
+    # Seen as integers, NaN and infinity are the largest: of the positive floats, and with the sign bit of all.
+    if words.size == 0 or (words.view(f"i{bits // 8}").max() < exponent and words.max() < exponent | 1 << (bits - 1)):
+        return -1
+    return int(np.argmax(words & words.dtype.type(exponent) == exponent))
 
 
 def largest(rows: np.ndarray) -> float:

@@ -29,9 +29,8 @@ from quantkit.blocks.types import GGMLType
 
 
 @kernel
-def first_nonfinite(data: Any) -> Any:
-    """The index of the first NaN or infinity in float32 `data`, or in bytes that are float32; -1 without one."""
-    x = data.view(np.float32)  # here, because the bytes of a file may stand at an odd address
+def first_nonfinite(x: Any) -> Any:
+    """The index of the first NaN or infinity in float32 `x`, -1 if there is none."""
     exponent = 0x7F800000
     for start in range(0, x.size - LANES + 1, LANES):
         if bits((as_int_bits(load(x, start)) & splat(exponent)) == splat(exponent)) != 0:
@@ -40,21 +39,6 @@ def first_nonfinite(data: Any) -> Any:
                     return i
     for i in range(x.size - x.size % LANES, x.size):
         if not np.isfinite(x[i]):
-            return i
-    return -1
-
-
-@kernel
-def first_nonfinite_word(data: Any, exponent: Any) -> Any:
-    """The same for the bytes of 16-bit floats, whose NaN and infinity have all bits of `exponent` set."""
-    words = data.view(np.uint16)
-    for start in range(0, words.size - LANES + 1, LANES):
-        if bits((load(words, start) & splat(exponent)) == splat(exponent)) != 0:
-            for i in range(start, start + LANES):
-                if words[i] & exponent == exponent:
-                    return i
-    for i in range(words.size - words.size % LANES, words.size):
-        if words[i] & exponent == exponent:
             return i
     return -1
 

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+# Bytes given to the system at a time. Linux finds room in its cache for an eighth of a megabyte several times faster
+# than for several megabytes at once.
+WRITE = 1 << 17
+
+
 class GGUFOutput:
     """A GGUF file being written: the header at once, then the tensors' bytes in header order, in pieces.
 
@@ -81,7 +86,7 @@ class GGUFOutput:
         view = memoryview(data)
         try:
             while view:
-                view = view[self._file.write(view) :]
+                view = view[self._file.write(view[:WRITE]) :]
         except OSError as error:
             raise QuantkitError(
                 f"{self.path}: {error.strerror or error}; it needs {self.nbytes / 1e9:.2f} GB in all"

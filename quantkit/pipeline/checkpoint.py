@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 OutType = Literal["f32", "f16", "bf16", "q8_0", "auto"]
 
+SMALL = 1 << 16  # weights
+
 _STORED = {"F32": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16}
 # general.file_type, as llama.cpp numbers it.
 _FILE_TYPES = {GGMLType.F32: 0, GGMLType.F16: 1, GGMLType.Q8_0: 7, GGMLType.BF16: 32}
@@ -252,7 +254,7 @@ class CheckpointSource:
 
     def _refuse_overflow(self, name: str, encoded: np.ndarray, rows: np.ndarray, first_row: int) -> None:
         """Weights beyond float16's range would become infinite. NaN and infinity are the reader's to find."""
-        at = blocks.first_nonfinite(encoded, GGMLType.F16)
+        at = blocks.first_nonfinite_stored(encoded, GGMLType.F16)
         if at >= 0:
             row, column = divmod(at, rows.shape[1])
             value = _float32(rows[row : row + 1])[0, column]
@@ -326,7 +328,13 @@ def _take(view: np.ndarray, start: int, stop: int) -> np.ndarray:
 
 def _float32(rows: np.ndarray) -> np.ndarray:
     """float32 of rows as they are stored."""
-    return rows if rows.dtype == np.float32 else blocks.decode(rows.view(np.uint8), _stored_type(rows))
+    if rows.dtype == np.float32:
+        return rows
+    if rows.dtype == np.uint16 and rows.size <= SMALL:
+        # Norms, mostly: a conversion that only widens these needs no kernels, and should not wait for them.
+        shifted: np.ndarray = np.left_shift(rows, 16, dtype=np.uint32)
+        return shifted.view(np.float32)
+    return blocks.decode(rows.view(np.uint8), _stored_type(rows))
 
 
 def _stored_type(rows: np.ndarray) -> GGMLType:
@@ -335,4 +343,7 @@ def _stored_type(rows: np.ndarray) -> GGMLType:
 
 def _encode(rows: np.ndarray, kind: GGMLType) -> np.ndarray:
     """Contiguous rows of float32, float16 or bfloat16 (uint16) as uint8 rows of `kind`."""
-    return rows.view(np.uint8) if _stored_type(rows) == kind else blocks.encode(_float32(rows), kind)
+    if _stored_type(rows) == kind:
+        return rows.view(np.uint8)
+    values = _float32(rows)
+    return values.view(np.uint8) if kind == GGMLType.F32 else blocks.encode(values, kind)

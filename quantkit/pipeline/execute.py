@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 PIECE = 1 << 20  # weights handed to a thread at a time
+COPIED_PIECES = 8  # pieces handed over at a time where nothing is computed, so that handing over costs less
 BITE = 1 << 16  # weights decoded at a time: their float32 fit the second-level cache
 FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 HALF_MAX = 65504.0
@@ -77,6 +78,9 @@ def execute(
 
     def work(p: Piece) -> list[np.ndarray]:
         return _encode_piece(source, [plan.tensors[p.index] for plan in plans], p, allow_nonfinite)
+
+    if all(tensor.is_copy for plan in plans for tensor in plan):
+        piece *= COPIED_PIECES
 
     with ExitStack() as stack:
         files = [
@@ -170,8 +174,8 @@ def _encode_piece(
     check = kind in FLOAT_TYPES and not allow_nonfinite
     if all(t.is_copy for t in tensors):
         rows = np.ascontiguousarray(rows)
-        if check:
-            _check_finite(source, tensors[0], rows, kind, piece.start)
+        if check and (at := blocks.first_nonfinite_stored(rows, kind)) >= 0:
+            raise _nonfinite(source, tensors[0], blocks.decode(rows, kind), at, piece.start)
         return [rows for _ in tensors]
     results = []
     for t in tensors:
@@ -183,8 +187,8 @@ def _encode_piece(
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         values = blocks.decode(part, kind, bite[: len(part)])
-        if check:
-            _check_finite(source, tensors[0], values.view(np.uint8), GGMLType.F32, piece.start + start)
+        if check and (at := blocks.first_nonfinite(values)) >= 0:
+            raise _nonfinite(source, tensors[0], values, at, piece.start + start)
         for tensor, result in zip(tensors, results, strict=True):
             if not tensor.is_copy:
                 weights = None if tensor.weights is None else tensor.weights[matrix]
@@ -194,17 +198,14 @@ def _encode_piece(
     return results
 
 
-def _check_finite(
-    source: TensorSource, tensor: PlannedTensor, rows: np.ndarray, kind: GGMLType, first_row: int
-) -> None:
-    at = blocks.first_nonfinite(rows, kind)
-    if at >= 0:
-        row, column = divmod(at, tensor.info.n_per_row)
-        value = blocks.decode(rows[row : row + 1], kind)[0, column]
-        raise QuantkitError(
-            f"{source.label}: tensor {tensor.source_name!r} holds {value} at row {first_row + row}, "
-            f"column {column}; the checkpoint is damaged (--allow-nonfinite goes on regardless)"
-        )
+def _nonfinite(
+    source: TensorSource, tensor: PlannedTensor, values: np.ndarray, at: int, first_row: int
+) -> QuantkitError:
+    row, column = divmod(at, tensor.info.n_per_row)
+    return QuantkitError(
+        f"{source.label}: tensor {tensor.source_name!r} holds {values[row, column]} at row {first_row + row}, "
+        f"column {column}; the checkpoint is damaged (--allow-nonfinite goes on regardless)"
+    )
 
 
 def _check_range(source: TensorSource, tensor: PlannedTensor, encoded: np.ndarray) -> None:

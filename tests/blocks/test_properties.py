@@ -171,3 +171,15 @@ def test_first_nonfinite_finds_the_first(bad: float, size: int, at: int) -> None
     if at < size:
         rows[0, at:] = bad
         assert blocks.first_nonfinite(rows) == at
+
+
+@given(st.data(), st.sampled_from([GGMLType.F32, GGMLType.F16, GGMLType.BF16]))
+def test_nonfinite_floats_are_found_as_they_stand(data: st.DataObject, kind: GGMLType) -> None:
+    """Any bits: the first that decodes to NaN or infinity, at even and odd addresses."""
+    size = kind.type_size
+    values = data.draw(st.lists(st.integers(0, 256**size - 1), min_size=1, max_size=40))
+    odd = data.draw(st.integers(0, 1))
+    stored = b"\0" * odd + b"".join(value.to_bytes(size, "little") for value in values)
+    rows = np.frombuffer(stored, np.uint8)[odd:].reshape(1, -1)
+    wild = np.flatnonzero(~np.isfinite(blocks.decode(rows.copy(), kind)))
+    assert blocks.first_nonfinite_stored(rows, kind) == (wild[0] if wild.size else -1)
