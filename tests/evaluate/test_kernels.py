@@ -105,3 +105,83 @@ def test_log_likelihood_does_not_depend_on_tiles(n_vocab, tile, scale, seed):
     for at in range(0, n_vocab, tile):
         kernels.score_tile(np.ascontiguousarray(logits[:, at : at + tile]), at, targets, maxima, sums, chosen)
     np.testing.assert_allclose(chosen - maxima - np.log(sums), expected, rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 100), seed=st.integers(0, 99))
+def test_layer_norm_in_place_and_not(n, seed):
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((3, n)) * 4 + 9).astype(np.float32)
+    weight, bias = rng.standard_normal((2, n)).astype(np.float32)
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(1, keepdims=True)
+    expected = centred / np.sqrt((centred * centred).mean(1, keepdims=True) + 1e-3) * weight + bias
+    out = np.empty_like(x)
+    kernels.layer_norm(x, weight, bias, 1e-3, out)
+    # The mean rounds to float32: by 9 * 2^-24 of a value, over a deviation that may be as small as sqrt(eps).
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-4)
+    kernels.layer_norm(x, weight, bias, 1e-3, x)
+    np.testing.assert_array_equal(x, out)
+
+
+@pytest.mark.parametrize(("size", "count"), [(24, 3), (72, 1), (5, 4)])
+def test_norm_of_columns_touches_no_others(size, count):
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((6, 11 + size * count + 4)).astype(np.float32)
+    weight = rng.standard_normal(size).astype(np.float32)
+    heads = x[:, 11:-4].reshape(6, count, size).astype(np.float64)
+    expected = heads / np.sqrt((heads * heads).mean(-1, keepdims=True) + 1e-4) * weight
+    before = x.copy()
+    kernels.rms_norm_columns(x, 11, count, weight, 1e-4)
+    np.testing.assert_allclose(x[:, 11:-4].reshape(6, count, size), expected, rtol=1e-5)
+    np.testing.assert_array_equal(x[:, :11], before[:, :11])
+    np.testing.assert_array_equal(x[:, -4:], before[:, -4:])
+
+
+def test_gelu_is_the_tanh_approximation():
+    x = np.linspace(-30, 30, 5000).astype(np.float32).reshape(2, -1)
+    wide = x.astype(np.float64)
+    expected = 0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
+    out = np.empty_like(x)
+    kernels.gelu(x, out)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    gated = np.empty((2, 1250), np.float32)
+    kernels.gelu_gate(x, gated)
+    np.testing.assert_allclose(gated, expected[:, :1250] * wide[:, 1250:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0, 50.0])
+def test_soft_cap_keeps_its_stated_bound(cap):
+    x = np.concatenate([np.linspace(-400, 400, 999), [np.inf, -np.inf, 1e-8]]).astype(np.float32)[None]
+    expected = cap * np.tanh(x.astype(np.float64) / cap)
+    capped = x.copy()
+    kernels.soft_cap(capped, np.float32(cap))
+    assert np.abs(capped - expected).max() < 2e-7 * cap
+    scores, sums = x[:, :9].copy() / 50, np.empty(1, np.float32)
+    expected = np.exp(cap * np.tanh(scores.astype(np.float64) / cap))
+    kernels.causal_softmax(scores, 1, 8, 0, 9, np.float32(cap), sums)
+    np.testing.assert_allclose(scores / sums, expected / expected.sum(), rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(n_expert=st.integers(1, 20), data=st.data(), seed=st.integers(0, 99))
+def test_routing_takes_the_largest_and_their_softmax(n_expert, data, seed):
+    n_used = data.draw(st.integers(1, n_expert))
+    logits = (np.random.default_rng(seed).standard_normal((7, n_expert)) * 4).astype(np.float32)
+    logits[0] = 1.0
+    chosen, shares = np.empty((7, n_used), np.int32), np.empty((7, n_used), np.float32)
+    kernels.route(logits, chosen, shares)
+    expected = np.argsort(-logits, axis=1, kind="stable")[:, :n_used]
+    np.testing.assert_array_equal(chosen, expected)
+    weights = np.exp(np.take_along_axis(logits, expected, 1).astype(np.float64))
+    np.testing.assert_allclose(shares, weights / weights.sum(1, keepdims=True), rtol=2e-6)
+
+
+def test_adding_rows_that_were_gathered():
+    rng = np.random.default_rng(3)
+    out, x = rng.standard_normal((9, 5)).astype(np.float32), rng.standard_normal((3, 5)).astype(np.float32)
+    rows, weights = np.array([7, 0, 4]), np.array([0.5, 2.0, -1.0], np.float32)
+    expected = out.copy()
+    expected[rows] += x * weights[:, None]
+    kernels.add_rows(x, rows, weights, out)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
-from tiny import BOS, N_EMBD, N_VOCAB, plain_logits, relative_error, tiny_metadata, tiny_weights, write_gguf
+from tiny import BOS, FAMILIES, N_EMBD, N_VOCAB, plain_logits, relative_error, tiny_metadata, tiny_weights, write_gguf
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
@@ -173,3 +175,111 @@ def test_impossible_metadata(tmp_path, key, value):
     path = write_gguf(tmp_path / "m.gguf", metadata, tiny_weights())
     with pytest.raises(QuantkitError):
         Transformer(GGUFSource(path))
+
+
+def family_path(tmp_path, name, **keys):
+    family = FAMILIES[name]
+    metadata = family.metadata()
+    for key, value in keys.items():
+        metadata.set(f"{family.arch}.{key.replace('__', '.')}", ValueType.UINT32, value)
+    return write_gguf(tmp_path / f"{name}.gguf", metadata, family.weights(11))
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "gemma2", "gpt2", "gptneox"])
+def test_families_do_not_depend_on_batch_threads_or_memory(tmp_path, name):
+    source = GGUFSource(family_path(tmp_path, name))
+    tokens = some_tokens(5, 70)
+    base = Transformer(source, 1).log_likelihoods(tokens, 20)
+    for n_threads, memory, step in [(1, None, 1), (2, None, 5), (3, 0, 2)]:
+        model = Transformer(source, n_threads, memory)
+        other = np.concatenate([model.log_likelihoods(tokens[i : i + step], 20) for i in range(0, 5, step)])
+        np.testing.assert_allclose(other, base, rtol=1e-4)
+    wide = Transformer(source, 2).logits(tokens).astype(np.float64)
+    expected = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    expected = np.take_along_axis(expected[:, 20:-1], tokens[:, 21:, None], axis=2)[..., 0]
+    np.testing.assert_allclose(base, expected, rtol=1e-4)
+
+
+def test_an_observer_sees_what_each_expert_multiplies(tmp_path):
+    model = Transformer(GGUFSource(family_path(tmp_path, "mixtral")), 2)
+    seen = Counter()
+
+    def observer(names, rows, expert=None):
+        seen.update({(name, expert): len(rows) for name in names})
+
+    model.observer = observer
+    model.logits(some_tokens(3, 50))
+    n_layer = FAMILIES["mixtral"].n_layer
+    for i in range(n_layer):
+        for part in ("gate", "up", "down"):
+            counts = [seen[f"blk.{i}.ffn_{part}_exps.weight", e] for e in range(8)]
+            assert sum(counts) == 3 * 50 * 2
+            assert all(counts)
+        assert seen[f"blk.{i}.ffn_gate_inp.weight", None] == seen[f"blk.{i}.attn_q.weight", None] == 150
+
+
+def test_a_text_longer_than_the_learned_positions(tmp_path):
+    model = Transformer(GGUFSource(family_path(tmp_path, "gpt2")))
+    model.logits(some_tokens(1, 320), 310)
+    with pytest.raises(QuantkitError, match=r"321 tokens are too long .* 320 positions"):
+        model.logits(some_tokens(1, 321))
+
+
+def test_nan_of_an_expert_names_its_layer(tmp_path):
+    family = FAMILIES["mixtral"]
+    weights = family.weights(12)
+    weights["blk.2.ffn_up_exps.weight"][:, 3] = np.nan
+    model = Transformer(GGUFSource(write_gguf(tmp_path / "m.gguf", family.metadata(), weights)))
+    with pytest.raises(QuantkitError, match=r"blk\.2\b.*NaN"):
+        model.logits(some_tokens(1, 20))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("mixtral", "expert_used_count", 9),
+        ("mixtral", "expert_used_count", 0),
+        ("qwen3moe", "expert_group_count", 4),
+        ("gemma2", "attention__sliding_window", 0),
+        ("gemma2", "attention__key_length_swa", 8),
+        ("gemma2", "attn_logit_softcapping", 0),
+        ("gemma2", "final_logit_softcapping", 0),
+        ("gptneox", "rope__dimension_count", 5),
+        ("granite", "logit_scale", 0),
+        ("granite", "expert_count", 4),
+        ("phi3", "expert_count", 4),
+        ("qwen2", "nextn_predict_layers", 1),
+    ],
+)
+def test_what_is_not_supported_is_refused_in_one_line(tmp_path, name, key, value):
+    with pytest.raises(QuantkitError, match=r"^[^\n]*$"):
+        Transformer(GGUFSource(family_path(tmp_path, name, **{key: value})))
+
+
+def test_attention_to_later_tokens_is_refused(tmp_path):
+    family = FAMILIES["qwen3"]
+    metadata = family.metadata()
+    metadata.set("qwen3.attention.causal", ValueType.BOOL, False)
+    path = write_gguf(tmp_path / "m.gguf", metadata, family.weights(1))
+    with pytest.raises(QuantkitError, match="later tokens"):
+        Transformer(GGUFSource(path))
+
+
+@pytest.mark.parametrize("extra", ["blk.1.attn_q_norm.weight", "blk.0.attn_q.scale", "cls.output.weight"])
+def test_tensors_that_the_forward_pass_would_leave_out_are_refused(tmp_path, extra):
+    weights = {**tiny_weights(), extra: np.ones(16, np.float32)}
+    path = write_gguf(tmp_path / "m.gguf", tiny_metadata(), weights)
+    with pytest.raises(QuantkitError, match=extra.replace(".", r"\.")):
+        Transformer(GGUFSource(path))
+
+
+@pytest.mark.parametrize(
+    "missing", ["blk.3.ffn_gate_exps.weight", "blk.0.attn_q_norm.weight", "blk.1.ffn_gate_inp.weight"]
+)
+def test_missing_tensors_of_a_family_are_named(tmp_path, missing):
+    family = FAMILIES["qwen3moe"]
+    weights = family.weights(1)
+    del weights[missing]
+    path = write_gguf(tmp_path / "m.gguf", family.metadata(), weights)
+    with pytest.raises(QuantkitError, match=rf"{missing} is missing"):
+        Transformer(GGUFSource(path)).logits(some_tokens(1, 5))
