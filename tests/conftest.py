@@ -21,6 +21,9 @@ requires_reference = pytest.mark.skipif(
 requires_libgguf = pytest.mark.skipif(
     importlib.util.find_spec("libgguf") is None, reason="libgguf, prebuilt reference encoders, has no wheel here"
 )
+requires_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="torch (quantkit[torch]) is not installed"
+)
 
 REFERENCE_SOURCE = Path(os.environ.get("QUANTKIT_REFERENCE_SOURCE", "reference source not set"))
 requires_reference_source = pytest.mark.skipif(

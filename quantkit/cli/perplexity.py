@@ -9,10 +9,13 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.console import (
+    Backend,
     Chunks,
     Context,
+    Device,
     Json,
     Pre,
+    Precision,
     Quiet,
     Revision,
     Text,
@@ -42,6 +45,9 @@ def command(
     n_ctx: Context = 512,
     chunks: Chunks = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Chunks to run together.  [default: by memory]")] = None,
+    backend: Backend = "numpy",
+    device: Device = "cpu",
+    precision: Precision = "f32",
     pre: Pre = None,
     revision: Revision = None,
     threads: Threads = None,
@@ -76,6 +82,9 @@ def command(
                 batch,
                 lambda done, total, ppl: bar(done, total, f"PPL = {ppl:.4f}"),
                 save_logits,
+                backend,
+                device,
+                precision,
             )
         lines = (
             f"PPL = {result.ppl:.4f} ± {result.error:.5f}\n"
@@ -99,6 +108,9 @@ def command(
                 batch,
                 lambda done, total, kld: bar(done, total, f"KLD = {kld:.6f}"),
                 save_logits,
+                backend,
+                device,
+                precision,
             )
         lines = divergence_text(compared)
         data = {"model": model.label, "text": text if words is not None else None, **asdict(compared)}

@@ -14,9 +14,9 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import logit_kernels
+from quantkit.evaluate.backends import Model, load, visit_logits
 from quantkit.evaluate.logit_kernels import BASE_CHOSEN, BASE_MAX, BASE_SUM, CHOSEN, MAX, N_STATE, SUM, TOP, WEIGHTED
 from quantkit.evaluate.perplexity import chunked, pack_chunks, tokenize
-from quantkit.evaluate.transformer import Transformer, visit_logits
 from quantkit.evaluate.weights import available_memory
 from quantkit.formats.logits import LogitsFile, LogitsWriter, first_scored
 from quantkit.pipeline.source import TensorSource
@@ -97,6 +97,9 @@ def divergence(
     batch: int | None = None,
     progress: Callable[[int, int, float], None] | None = None,
     save_logits: str | os.PathLike[str] | None = None,
+    backend: str = "numpy",
+    device: str = "cpu",
+    precision: str = "f32",
 ) -> DivergenceResult:
     """Compare `model`'s predictions over `text` with those of `base`: another model, or the path of a logits file.
 
@@ -106,14 +109,17 @@ def divergence(
     log-probabilities are those of 16 bits that it holds. After each chunk `progress(chunks done, chunks, mean
     divergence so far)` is called. The statistics are llama-perplexity's, from the same scored tokens.
 
+    `backend`, `device` and `precision` say what computes, as for `backends.load`.
+
     Raises QuantkitError when the vocabularies differ, for a text that is too short or is not the file's, and when
     logits are NaN.
     """
     label = model.label
     stored = LogitsFile(base) if isinstance(base, (str, os.PathLike)) else None
     budget = available_memory() // 2
-    lead = Transformer(model, n_threads, budget if stored is not None else budget // 2)
-    other: Transformer | None = None
+    lead_budget = budget if stored is not None else budget // 2
+    lead = load(model, n_threads, backend, device, precision, lead_budget)
+    other: Model | None = None
     if stored is not None:
         assert isinstance(base, (str, os.PathLike))
         base_label = str(base)
@@ -126,7 +132,7 @@ def divergence(
         if text is None:
             raise QuantkitError(f"{label}: a text to compare over is missing")
         base_label = base.label
-        other = Transformer(base, n_threads, budget // 2)
+        other = load(base, n_threads, backend, device, precision, budget // 2)
         _same_vocabulary(model, base)
         ids, bos = tokenize(model, text)
         raw, n_vocab = chunked(ids, n_ctx, chunks, None, label), other.spec.n_vocab
@@ -167,7 +173,7 @@ def divergence(
 class _Pair:
     """One batch of chunks through both models (or through one, beside a stored base)."""
 
-    def __init__(self, lead: Transformer, other: Transformer | None, stored: LogitsFile | None, keep: bool) -> None:
+    def __init__(self, lead: Model, other: Model | None, stored: LogitsFile | None, keep: bool) -> None:
         self._lead, self._other, self._stored, self._keep = lead, other, stored, keep
 
     def run(self, tokens: np.ndarray, first: int, first_chunk: int) -> None:
@@ -281,7 +287,7 @@ def _exp(x: float) -> float:
 
 def _result(
     base: str,
-    lead: Transformer,
+    lead: Model,
     kld: np.ndarray,
     nll: np.ndarray,
     nll_base: np.ndarray,

@@ -57,6 +57,28 @@ def rope_tables(rope: Rope, n_positions: int, factors: np.ndarray | None) -> tup
     return (np.cos(angle) * rope.magnitude).astype(np.float32), (np.sin(angle) * rope.magnitude).astype(np.float32)
 
 
+def refuse_unsupported(spec: ForwardSpec, label: str) -> None:
+    """Raise QuantkitError for what no backend computes, and for sizes that cannot be."""
+    for layer in spec.layers:
+        attention, ff = layer.attention, layer.feed_forward
+        sizes = attention.n_head, attention.n_head_kv, attention.head_k, attention.head_v, ff.n_ff
+        if min(sizes) < 1 or attention.n_head % attention.n_head_kv:
+            raise QuantkitError(
+                f"{label}: impossible sizes: {attention.n_head} heads of {attention.head_k}, "
+                f"{attention.n_head_kv} for keys and values of {attention.head_v}, {ff.n_ff} in the feed-forward "
+                "block"
+            )
+        rope = attention.rope
+        if rope is not None and not (0 <= rope.n_dims <= attention.head_k and rope.n_dims % 2 == 0):
+            raise QuantkitError(f"{label}: {rope.n_dims} rotated dimensions in heads of {attention.head_k}")
+        if rope is not None and not rope.freq_base > 0:
+            raise QuantkitError(f"{label}: a rotary base of {rope.freq_base}")
+        for what in unsupported(layer):
+            raise QuantkitError(f"{label}: the forward pass does not know {what}")
+    if spec.logit_softcap is not None and not spec.logit_softcap > 0:
+        raise QuantkitError(f"{label}: logits capped at {spec.logit_softcap}")
+
+
 def usable_threads() -> int:
     """How many threads this process may run at once."""
     try:
@@ -85,7 +107,7 @@ class Transformer:
         self.spec: ForwardSpec = forward_spec(source.metadata, source.tensors)
         self.n_threads = max(1, usable_threads() if n_threads is None else n_threads)
         self.memory = available_memory() // 2 if memory is None else memory
-        self._refuse_unsupported()
+        refuse_unsupported(self.spec, source.label)
         n_weights = sum(info.n_elements for info in source.tensors.values())
         self._keep = n_weights * 4 <= self.memory // 2
         self._weights = Weights(source, self._run, self._keep)
@@ -291,28 +313,6 @@ class Transformer:
                 f"{self.source.label}: the logits are NaN though no layer's output is: "
                 f"{self.spec.output_norm.weight} or {self.spec.output.weight} is damaged"
             )
-
-    def _refuse_unsupported(self) -> None:
-        """Raise QuantkitError for what this backend does not compute, and for sizes that cannot be."""
-        spec, label = self.spec, self.source.label
-        for layer in spec.layers:
-            attention, ff = layer.attention, layer.feed_forward
-            sizes = attention.n_head, attention.n_head_kv, attention.head_k, attention.head_v, ff.n_ff
-            if min(sizes) < 1 or attention.n_head % attention.n_head_kv:
-                raise QuantkitError(
-                    f"{label}: impossible sizes: {attention.n_head} heads of {attention.head_k}, "
-                    f"{attention.n_head_kv} for keys and values of {attention.head_v}, {ff.n_ff} in the feed-forward "
-                    "block"
-                )
-            rope = attention.rope
-            if rope is not None and not (0 <= rope.n_dims <= attention.head_k and rope.n_dims % 2 == 0):
-                raise QuantkitError(f"{label}: {rope.n_dims} rotated dimensions in heads of {attention.head_k}")
-            if rope is not None and not rope.freq_base > 0:
-                raise QuantkitError(f"{label}: a rotary base of {rope.freq_base}")
-            for what in unsupported(layer):
-                raise QuantkitError(f"{label}: the forward pass does not know {what}")
-        if spec.logit_softcap is not None and not spec.logit_softcap > 0:
-            raise QuantkitError(f"{label}: logits capped at {spec.logit_softcap}")
 
 
 def visit_logits(

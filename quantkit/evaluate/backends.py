@@ -1,0 +1,102 @@
+"""What carries out a forward pass: numpy by default, or torch, behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.errors import QuantkitError
+from quantkit.evaluate import transformer
+from quantkit.evaluate.transformer import Transformer
+from quantkit.pipeline.source import TensorSource
+
+_T = TypeVar("_T")
+
+BACKENDS = ("numpy", "torch")
+# Logits of one model that stand in memory together where they come from a device.
+_LOGITS = 1 << 27
+
+
+class Model(Protocol):
+    """A model that can be run, whatever runs it. See `Transformer` for what its methods do."""
+
+    source: TensorSource
+    spec: ForwardSpec
+    backend: str
+    precision: str
+    memory: int
+
+    def logits(self, tokens: np.ndarray, first: int = 0, stop: int | None = None) -> np.ndarray:
+        """Logits at positions `first` to `stop` of each sequence: float32 [n_seq, positions, n_vocab]."""
+        ...
+
+    def log_likelihoods(self, tokens: np.ndarray, first: int = 0) -> np.ndarray:
+        """The natural log of the probability of each token after `first`: float64 [n_seq, n_ctx - 1 - first]."""
+        ...
+
+    def batch(self, n_ctx: int) -> int:
+        """How many sequences of `n_ctx` tokens to run together."""
+        ...
+
+    def pooled(self, task: Callable[[int], _T], items: Iterable[int]) -> Iterator[_T]:
+        """The results of `task` on each item, worked out side by side."""
+        ...
+
+    def refuse_nan(self, tokens: np.ndarray, result: np.ndarray) -> None:
+        """Raise QuantkitError if `result`, which came of `tokens`, holds NaN."""
+        ...
+
+
+def load(
+    source: TensorSource,
+    n_threads: int | None = None,
+    backend: str = "numpy",
+    device: str = "cpu",
+    precision: str = "f32",
+    memory: int | None = None,
+) -> Model:
+    """The model `source`, ready to run through `backend`: numpy or torch.
+
+    torch takes `device` (cpu, cuda, mps) and `precision` (f32, bf16); numpy has the CPU and float32 alone.
+    `memory` bounds the bytes that numpy takes. Raises QuantkitError for other combinations, and where torch or the
+    device is missing.
+    """
+    if backend == "torch":
+        from quantkit.evaluate.torch_backend import TorchTransformer
+
+        return TorchTransformer(source, n_threads, device, precision)
+    if backend != "numpy":
+        raise QuantkitError(f"there is no backend {backend!r}: use {' or '.join(BACKENDS)}")
+    if device != "cpu" or precision != "f32":
+        raise QuantkitError(f"the numpy backend computes on the CPU in f32, not on {device} in {precision}: use torch")
+    return Transformer(source, n_threads, memory)
+
+
+def visit_logits(
+    models: Sequence[Model],
+    tokens: np.ndarray,
+    first: int,
+    stop: int,
+    visit: Callable[[int, slice, int, list[np.ndarray]], None],
+) -> None:
+    """Show the logits of models with one vocabulary, as `transformer.visit_logits` does, whatever runs them.
+
+    Where one of them runs elsewhere than in numpy, a tile is all of a sequence's logits.
+    """
+    on_cpu = [model for model in models if isinstance(model, Transformer)]
+    if len(on_cpu) == len(models):
+        transformer.visit_logits(on_cpu, tokens, first, stop, visit)
+        return
+    rows = slice(0, stop - first)
+    step = max(1, _LOGITS // (rows.stop * models[0].spec.n_vocab))
+    for at in range(0, len(tokens), step):
+        logits = [model.logits(tokens[at : at + step], first, stop) for model in models]
+
+        def show(seq: int, at: int = at, logits: list[np.ndarray] = logits) -> None:
+            visit(at + seq, rows, 0, [each[seq] for each in logits])
+
+        for _ in models[0].pooled(show, range(len(logits[0]))):
+            pass

@@ -1,0 +1,471 @@
+"""The forward pass through torch: on a CPU with bfloat16 units, or on a GPU.
+
+The same description is carried out as in `transformer`. Products run in the precision that is asked for; norms, rotary
+embeddings, the residual stream and the log-softmax are float32 in either. float32 products never use TF32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from quantkit.architectures import forward_spec
+from quantkit.architectures.forward import (
+    Activation,
+    Attention,
+    Experts,
+    FeedForward,
+    ForwardSpec,
+    Layer,
+    Linear,
+    Norm,
+    NormKind,
+    Rope,
+    RopeStyle,
+    Yarn,
+)
+from quantkit.errors import QuantkitError
+from quantkit.evaluate.transformer import refuse_unsupported, rope_tables, usable_threads
+from quantkit.evaluate.weights import Weights, available_memory
+from quantkit.pipeline.source import TensorSource
+
+try:
+    import torch
+    from torch.nn import functional
+except ImportError as error:
+    raise QuantkitError(
+        f"the torch backend needs the package torch ({error}): install it with pip install 'quantkit[torch]'"
+    ) from None
+
+_T = TypeVar("_T")
+
+DEVICES = ("cpu", "cuda", "mps")
+PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16}
+# What results call them.
+_NAMES = {"f32": "float32", "bf16": "bfloat16"}
+# Logits that stand in memory together.
+_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}
+# Tokens that go through the layers together.
+_TOKENS = {"cpu": 4096, "cuda": 32768, "mps": 8192}
+
+# The fields of the description that this backend carries out. One that is added to the description later is refused
+# by name where a model uses it.
+_KNOWN: dict[type, str] = {
+    ForwardSpec: "architecture n_vocab n_embd n_ctx_train embedding layers output_norm output embedding_scale "
+    "position_embedding logit_scale logit_softcap",
+    Layer: "attention feed_forward attention_norm feed_forward_norm post_attention_norm post_feed_forward_norm "
+    "parallel branch_scale",
+    Attention: "n_head n_head_kv head_k head_v scale out q k v qkv rope window softcap q_norm k_norm norm_whole",
+    FeedForward: "n_ff down activation up gate gate_up",
+    Experts: "n_ff n_expert n_used router gate up down activation",
+    Rope: "n_dims freq_base style freq_scale magnitude factors long_factors n_ctx_orig yarn",
+    Yarn: "ext_factor beta_fast beta_slow",
+    Norm: "weight eps kind bias",
+    Linear: "weight bias",
+}
+
+
+def unknown_parts(value: object) -> Iterator[str]:
+    """What of a description this backend does not carry out: names as `Attention.window`."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from unknown_parts(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        known = _KNOWN.get(type(value), "").split()
+        for field in fields(value):
+            own = getattr(value, field.name)
+            if field.name in known:
+                yield from unknown_parts(own)
+            elif field.default is MISSING or own != field.default:
+                yield f"{type(value).__name__}.{field.name} = {own!r}"
+
+
+def _activate(activation: Activation, x: Any) -> Any:
+    if activation is Activation.SILU:
+        return functional.silu(x)
+    if activation is Activation.GELU:
+        return functional.gelu(x, approximate="tanh")
+    raise QuantkitError(f"the torch backend does not know the activation {activation.name}")
+
+
+class TorchTransformer:
+    """A model that runs through torch: token ids in, logits or log-likelihoods out, as `transformer.Transformer`.
+
+    `device` is cpu, cuda or mps, `precision` f32 or bf16: that of the weights and of the products. All weights are
+    decoded once and stay on the device. `n_threads` holds for decoding and for torch's work on the CPU, and for the
+    whole process.
+
+    Raises QuantkitError when the device is not there or its memory too small, and for models that the backend does
+    not know.
+    """
+
+    backend: str
+    precision: str
+
+    def __init__(
+        self, source: TensorSource, n_threads: int | None = None, device: str = "cpu", precision: str = "f32"
+    ) -> None:
+        self.source = source
+        self.spec: ForwardSpec = forward_spec(source.metadata, source.tensors)
+        self.n_threads = max(1, usable_threads() if n_threads is None else n_threads)
+        self.memory = available_memory() // 2
+        self._kind = device.partition(":")[0]
+        if self._kind not in DEVICES:
+            raise QuantkitError(f"the torch backend has no device {device!r}: use {', '.join(DEVICES)}")
+        if precision not in PRECISIONS:
+            raise QuantkitError(f"the torch backend has no precision {precision!r}: use {', '.join(PRECISIONS)}")
+        self._device = _open_device(device, self._kind)
+        self._dtype = PRECISIONS[precision]
+        self.backend, self.precision = f"torch {device}", _NAMES[precision]
+        refuse_unsupported(self.spec, source.label)
+        for part in unknown_parts(self.spec):
+            raise QuantkitError(f"{source.label}: the torch backend does not know {part}: use the default backend")
+        if self._kind == "cpu":
+            torch.set_num_threads(self.n_threads)
+        self._tensors: dict[str, Any] = {}
+        self._tables: dict[tuple[Rope, str | None, int], tuple[Any, Any]] = {}
+        try:
+            self._load()
+        except torch.OutOfMemoryError:
+            raise self._too_small() from None
+
+    # -- what callers ask for
+
+    def logits(self, tokens: np.ndarray, first: int = 0, stop: int | None = None) -> np.ndarray:
+        """Logits at positions `first` to `stop` of each sequence.
+
+        `tokens` is int32 [n_seq, n_ctx]; the result float32 [n_seq, positions, n_vocab].
+        """
+        stop = tokens.shape[1] if stop is None else stop
+        out = np.empty((len(tokens) * (stop - first), self.spec.n_vocab), np.float32)
+        for at, block in self._logit_blocks(tokens, first, stop):
+            out[at : at + len(block)] = block.cpu().numpy()
+        result = out.reshape(len(tokens), stop - first, self.spec.n_vocab)
+        self.refuse_nan(tokens, result.max(axis=2, initial=-np.inf))
+        return result
+
+    def log_likelihoods(self, tokens: np.ndarray, first: int = 0) -> np.ndarray:
+        """The natural log of the probability of each token from position `first` + 1 on, given those before it.
+
+        `tokens` is int32 [n_seq, n_ctx]; the result float64 [n_seq, n_ctx - 1 - first].
+        """
+        stop = tokens.shape[1] - 1
+        targets = torch.from_numpy(tokens[:, first + 1 :].astype(np.int64).reshape(-1, 1)).to(self._device)
+        parts = [
+            block.gather(1, targets[at : at + len(block)])[:, 0] - block.logsumexp(1)
+            for at, block in self._logit_blocks(tokens, first, stop)
+        ]
+        result: np.ndarray = torch.cat(parts).cpu().numpy().astype(np.float64).reshape(len(tokens), stop - first)
+        self.refuse_nan(tokens, result)
+        return result
+
+    def batch(self, n_ctx: int) -> int:
+        """How many sequences of `n_ctx` tokens to run together: enough to fill the device, bounded by its memory."""
+        widest = max((self._width(layer) for layer in self.spec.layers), default=0)
+        per_token = 4 * (6 * self.spec.n_embd + widest)
+        free = torch.cuda.mem_get_info(self._device)[0] // 2 if self._kind == "cuda" else self.memory // 2
+        return max(1, min(-(-_TOKENS[self._kind] // n_ctx), int(free) // (per_token * n_ctx)))
+
+    def pooled(self, task: Callable[[int], _T], items: Iterable[int]) -> Iterator[_T]:
+        """The results of `task` on each item, worked out side by side on the CPU's threads."""
+        with ThreadPoolExecutor(self.n_threads) as pool:
+            yield from pool.map(task, items)
+
+    def refuse_nan(self, tokens: np.ndarray, result: np.ndarray) -> None:
+        """Check `result` [n_seq, any], which came of `tokens` [n_seq, n_ctx].
+
+        Raises QuantkitError, which names the first layer that made a NaN, if it holds one.
+        """
+        bad = np.flatnonzero(np.isnan(result).any(axis=1))
+        if bad.size:
+            with torch.inference_mode(), _exact_products():
+                self._hidden(tokens[bad[:1]], 0, tokens.shape[1], nan_check=True)
+            raise QuantkitError(
+                f"{self.source.label}: the logits are NaN though no layer's output is: "
+                f"{self.spec.output_norm.weight} or {self.spec.output.weight} is damaged"
+            )
+
+    # -- weights
+
+    def _load(self) -> None:
+        """Decode every tensor that the forward pass reads, and put it on the device."""
+        spec = self.spec
+        with ThreadPoolExecutor(self.n_threads) as pool:
+
+            def run(tasks: Iterable[Callable[[], None]]) -> None:
+                for future in [pool.submit(task) for task in tasks]:
+                    future.result()
+
+            self._weights = Weights(self.source, run, keep=False)
+            self._lookup(spec.embedding)
+            if spec.position_embedding is not None:
+                self._lookup(spec.position_embedding)
+            for layer in spec.layers:
+                self._load_layer(layer)
+            self._norm_weights(spec.output_norm, spec.n_embd)
+            self._linear_weights(spec.output, spec.n_vocab, spec.n_embd)
+
+    def _load_layer(self, layer: Layer) -> None:
+        a, ff, n_embd = layer.attention, layer.feed_forward, self.spec.n_embd
+        n_q, n_k, n_v = a.n_head * a.head_k, a.n_head_kv * a.head_k, a.n_head_kv * a.head_v
+        for norm in (
+            layer.attention_norm, layer.feed_forward_norm, layer.post_attention_norm, layer.post_feed_forward_norm
+        ):  # fmt: skip
+            self._norm_weights(norm, n_embd)
+        self._norm_weights(a.q_norm, n_q if a.norm_whole else a.head_k)
+        self._norm_weights(a.k_norm, n_k if a.norm_whole else a.head_k)
+        for linear, n_out in ((a.qkv, n_q + n_k + n_v), (a.q, n_q), (a.k, n_k), (a.v, n_v)):
+            self._linear_weights(linear, n_out, n_embd)
+        self._linear_weights(a.out, n_embd, a.n_head * a.head_v)
+        if isinstance(ff, FeedForward):
+            for linear, n_out in ((ff.gate_up, 2 * ff.n_ff), (ff.gate, ff.n_ff), (ff.up, ff.n_ff)):
+                self._linear_weights(linear, n_out, n_embd)
+            self._linear_weights(ff.down, n_embd, ff.n_ff)
+        else:
+            self._linear_weights(ff.router, ff.n_expert, n_embd)
+            for name, n_out, n_in in ((ff.gate, ff.n_ff, n_embd), (ff.up, ff.n_ff, n_embd), (ff.down, n_embd, ff.n_ff)):
+                self._matrix(name, ff.n_expert * n_out, n_in)
+                self._tensors[name] = self._tensors[name].view(ff.n_expert, n_out, n_in)
+
+    def _matrix(self, name: str, n_rows: int, n_in: int) -> None:
+        if name not in self._tensors:
+            decoded = torch.from_numpy(self._weights.matrix("any", [(name, n_rows)], n_in))
+            self._tensors[name] = decoded.to(self._dtype).to(self._device, copy=True)
+
+    def _vector(self, name: str, size: int) -> None:
+        if name not in self._tensors:
+            self._tensors[name] = torch.from_numpy(self._weights.vector(name, size)).to(self._device, copy=True)
+
+    def _lookup(self, name: str) -> None:
+        info = self.source.tensors.get(name)
+        self._matrix(name, 0 if info is None else info.n_rows, self.spec.n_embd)
+
+    def _linear_weights(self, linear: Linear | None, n_out: int, n_in: int) -> None:
+        if linear is not None:
+            self._matrix(linear.weight, n_out, n_in)
+            if linear.bias is not None:
+                self._vector(linear.bias, n_out)
+
+    def _norm_weights(self, norm: Norm | None, size: int) -> None:
+        if norm is not None:
+            self._vector(norm.weight, size)
+            if norm.bias is not None:
+                self._vector(norm.bias, size)
+
+    # -- the forward pass
+
+    def _logit_blocks(self, tokens: np.ndarray, first: int, stop: int) -> Iterator[tuple[int, Any]]:
+        """Logits [rows, n_vocab], float32, of all sequences' positions below each other, and the first row's number."""
+        spec = self.spec
+        try:
+            with torch.inference_mode(), _exact_products():
+                hidden = self._hidden(tokens, first, stop).to(self._dtype).reshape(-1, spec.n_embd)
+                step = max(1, _LOGITS[self._kind] // spec.n_vocab)
+                for at in range(0, len(hidden), step):
+                    block = self._output(hidden[at : at + step])
+                    if spec.output.bias is not None:
+                        block += self._tensors[spec.output.bias]
+                    if spec.logit_scale != 1.0:
+                        block *= spec.logit_scale
+                    if spec.logit_softcap is not None:
+                        block = torch.tanh(block / spec.logit_softcap) * spec.logit_softcap
+                    yield at, block
+        except torch.OutOfMemoryError:
+            raise self._too_small() from None
+
+    def _output(self, x: Any) -> Any:
+        weight = self._tensors[self.spec.output.weight]
+        if self._kind == "cuda" and x.dtype != torch.float32:
+            try:
+                # Sums of bfloat16 products as they are, not rounded to bfloat16.
+                return torch.mm(x, weight.t(), out_dtype=torch.float32)
+            except TypeError:  # torch before 2.8
+                pass
+        return functional.linear(x, weight).float()
+
+    def _hidden(self, tokens: np.ndarray, first: int, stop: int, nan_check: bool = False) -> Any:
+        """The last layer's output, normalised, at positions `first` to `stop`: float32 [n_seq, positions, n_embd]."""
+        spec, label = self.spec, self.source.label
+        n_ctx = tokens.shape[1]
+        table = self._tensors[spec.embedding]
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < len(table):
+            wrong = tokens.max() if tokens.min() >= 0 else tokens.min()
+            raise QuantkitError(f"{label}: token {wrong} is not one of the {len(table)} of {spec.embedding}")
+        x = table[torch.from_numpy(tokens.astype(np.int64)).to(self._device)].float()
+        if spec.embedding_scale != 1.0:
+            x *= spec.embedding_scale
+        if spec.position_embedding is not None:
+            positions = self._tensors[spec.position_embedding]
+            if n_ctx > len(positions):
+                raise QuantkitError(
+                    f"{label}: sequences of {n_ctx} tokens are too long for a model that has learned "
+                    f"{len(positions)} positions: use a smaller context"
+                )
+            x += positions[:n_ctx].float()
+        if nan_check and bool(torch.isnan(x).any()):
+            raise QuantkitError(f"{label}: the embeddings hold NaN")
+        span = slice(0, n_ctx)
+        for i, layer in enumerate(spec.layers):
+            if i + 1 == len(spec.layers):
+                span = slice(first, stop)
+            x = self._layer(layer, x, span)
+            if nan_check and bool(torch.isnan(x).any()):
+                raise QuantkitError(
+                    f"{label}: layer {i} (blk.{i}) is the first whose output holds NaN; "
+                    f"its weights are damaged or out of {self.precision}'s range"
+                )
+        return self._normed(spec.output_norm, x if spec.layers else x[:, first:stop])
+
+    def _layer(self, layer: Layer, x: Any, span: slice) -> Any:
+        """`x` [n_seq, n_ctx, n_embd] after `layer`, at the positions of `span`."""
+        mixed = self._attention(layer.attention, self._normed(layer.attention_norm, x).to(self._dtype), span)
+        branch = self._normed(layer.post_attention_norm, self._linear(layer.attention.out, mixed).float())
+        x = x[:, span]
+        after = x + branch * layer.branch_scale
+        normed = self._normed(layer.feed_forward_norm, x if layer.parallel else after).to(self._dtype)
+        ff = layer.feed_forward
+        branch = self._dense(ff, normed) if isinstance(ff, FeedForward) else self._experts(ff, normed)
+        return after + self._normed(layer.post_feed_forward_norm, branch.float()) * layer.branch_scale
+
+    def _attention(self, a: Attention, x: Any, span: slice) -> Any:
+        """Attention at the positions of `span`, before its output product: [n_seq, positions, heads * head size]."""
+        n_seq, n_ctx, _ = x.shape
+        n_q, n_k = a.n_head * a.head_k, a.n_head_kv * a.head_k
+        if a.qkv is not None:
+            q, k, v = self._linear(a.qkv, x).split([n_q, n_k, a.n_head_kv * a.head_v], dim=2)
+        else:
+            q, k, v = (self._linear(part, x) for part in (a.q, a.k, a.v))
+
+        def heads(y: Any, n_head: int, norm: Norm | None) -> Any:
+            if norm is not None and a.norm_whole:
+                y = self._normed(norm, y.float())
+            y = y.reshape(n_seq, n_ctx, n_head, -1)
+            if norm is not None and not a.norm_whole:
+                y = self._normed(norm, y.float())
+            return self._rotated(a.rope, y, n_ctx).to(self._dtype).transpose(1, 2)
+
+        q, k = heads(q, a.n_head, a.q_norm)[:, :, span], heads(k, a.n_head_kv, a.k_norm)
+        v = v.reshape(n_seq, n_ctx, a.n_head_kv, a.head_v).transpose(1, 2)
+        if a.n_head != a.n_head_kv:
+            k, v = (y.repeat_interleave(a.n_head // a.n_head_kv, dim=1) for y in (k, v))
+        whole = q.shape[2] == n_ctx
+        mask: Any = None
+        if not whole or a.window is not None or a.softcap is not None:
+            positions = torch.arange(n_ctx, device=self._device)
+            distance = positions[span, None] - positions
+            mask = distance >= 0 if a.window is None else (distance >= 0) & (distance < a.window)
+        if a.softcap is None:
+            mixed = functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=a.scale
+            )
+        else:
+            scores = (q @ k.transpose(2, 3)).float() * a.scale
+            scores = torch.tanh(scores / a.softcap) * a.softcap
+            mixed = scores.masked_fill(~mask, -torch.inf).softmax(3).to(self._dtype) @ v
+        return mixed.transpose(1, 2).reshape(n_seq, -1, a.n_head * a.head_v)
+
+    def _rotated(self, rope: Rope | None, x: Any, n_ctx: int) -> Any:
+        """`x` [n_seq, n_ctx, heads, head size] turned by its positions, in float32."""
+        if rope is None or rope.n_dims == 0:
+            return x
+        cosines, sines = self._rope(rope, n_ctx)
+        turning, rest = x[..., : rope.n_dims].float(), x[..., rope.n_dims :]
+        if rope.style is RopeStyle.NORMAL:
+            a, b = turning[..., 0::2], turning[..., 1::2]
+        else:
+            a, b = turning.chunk(2, dim=3)
+        turned = a * cosines - b * sines, a * sines + b * cosines
+        neighbours = rope.style is RopeStyle.NORMAL
+        result = torch.stack(turned, dim=4).flatten(3) if neighbours else torch.cat(turned, dim=3)
+        return torch.cat((result, rest.float()), dim=3) if rest.shape[3] else result
+
+    def _rope(self, rope: Rope, n_ctx: int) -> tuple[Any, Any]:
+        """Cosines and sines [n_ctx, 1, n_dims / 2]."""
+        long = rope.long_factors is not None and n_ctx > rope.n_ctx_orig
+        name = rope.long_factors if long else rope.factors
+        key = rope, name, n_ctx
+        if key not in self._tables:
+            factors = None if name is None else self._weights.vector(name, rope.n_dims // 2)
+            cosines, sines = (torch.from_numpy(t[:, None]) for t in rope_tables(rope, n_ctx, factors))
+            self._tables[key] = cosines.to(self._device), sines.to(self._device)
+        return self._tables[key]
+
+    def _dense(self, ff: FeedForward, x: Any) -> Any:
+        if ff.gate_up is not None:
+            gate, up = self._linear(ff.gate_up, x).chunk(2, dim=2)
+            active = _activate(ff.activation, gate) * up
+        elif ff.gate is not None:
+            active = _activate(ff.activation, self._linear(ff.gate, x)) * self._linear(ff.up, x)
+        else:
+            active = _activate(ff.activation, self._linear(ff.up, x))
+        return self._linear(ff.down, active)
+
+    def _experts(self, ff: Experts, x: Any) -> Any:
+        rows = x.reshape(-1, x.shape[2])
+        # The softmax over all experts, made to sum to one over those chosen, is the softmax over these.
+        scores, chosen = self._linear(ff.router, rows).float().topk(ff.n_used, dim=1)
+        shares = scores.softmax(1)
+        branch = torch.zeros(rows.shape, dtype=torch.float32, device=self._device)
+        for e in range(ff.n_expert):
+            some, rank = torch.nonzero(chosen == e, as_tuple=True)
+            y = rows[some]
+            gate, up, down = (self._tensors[name][e] for name in (ff.gate, ff.up, ff.down))
+            y = _activate(ff.activation, functional.linear(y, gate)) * functional.linear(y, up)
+            branch.index_add_(0, some, functional.linear(y, down).float() * shares[some, rank, None])
+        return branch.reshape(x.shape)
+
+    def _linear(self, linear: Linear | None, x: Any) -> Any:
+        assert linear is not None
+        bias = None if linear.bias is None else self._tensors[linear.bias].to(x.dtype)
+        return functional.linear(x, self._tensors[linear.weight], bias)
+
+    def _normed(self, norm: Norm | None, x: Any) -> Any:
+        """`x` normalised over its last axis, float32."""
+        if norm is None:
+            return x
+        weight = self._tensors[norm.weight]
+        if norm.kind is NormKind.RMS:
+            return functional.rms_norm(x, weight.shape, weight, norm.eps)
+        bias = None if norm.bias is None else self._tensors[norm.bias]
+        return functional.layer_norm(x, weight.shape, weight, bias, norm.eps)
+
+    @staticmethod
+    def _width(layer: Layer) -> int:
+        """Numbers that one token's activations hold in a layer, about."""
+        a = layer.attention
+        return 6 * a.n_head * max(a.head_k, a.head_v) + 4 * layer.feed_forward.n_ff
+
+    def _too_small(self) -> QuantkitError:
+        return QuantkitError(
+            f"{self.source.label}: does not fit into the memory of {self.backend} in {self.precision}: "
+            "use --precision bf16, a smaller --batch, or another device"
+        )
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """float32 products without TF32, whatever the process asked for before."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _open_device(device: str, kind: str) -> Any:
+    """The torch device. Raises QuantkitError when this machine, or this torch, does not have it."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[kind]:
+        raise QuantkitError(f"torch {torch.__version__} finds no {kind} device here: use --device cpu")
+    try:
+        opened = torch.device(device)
+        torch.zeros(1, device=opened)
+    except RuntimeError as error:
+        raise QuantkitError(f"torch cannot use the device {device!r}: {str(error).splitlines()[0]}") from None
+    return opened

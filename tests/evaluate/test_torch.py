@@ -1,0 +1,205 @@
+"""The torch backend against numpy's float32, and what bfloat16 costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINYLM, requires_torch
+from tiny import N_VOCAB, tiny_metadata, tiny_weights, write_gguf
+
+from quantkit.architectures.forward import Activation, Experts, FeedForward, Linear, Norm, NormKind, Rope, RopeStyle
+from quantkit.blocks.types import GGMLType
+from quantkit.errors import QuantkitError
+from quantkit.evaluate.backends import load
+from quantkit.evaluate.divergence import divergence
+from quantkit.evaluate.perplexity import perplexity
+from quantkit.evaluate.transformer import Transformer
+from quantkit.formats.gguf import ValueType
+from quantkit.pipeline.source import GGUFSource, open_source
+
+pytestmark = requires_torch
+
+
+@pytest.fixture(scope="module")
+def tinylm():
+    return open_source(TINYLM)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return (ROOT / "fixtures" / "tinylm-test.txt").read_text(encoding="utf-8")
+
+
+def some_tokens(n_seq: int, n_ctx: int) -> np.ndarray:
+    return np.random.default_rng(3).integers(0, N_VOCAB, (n_seq, n_ctx)).astype(np.int32)
+
+
+def assert_same_logits(ours, numpys, tokens):
+    expected = numpys.logits(tokens, 5, 33)
+    np.testing.assert_allclose(ours.logits(tokens, 5, 33), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    expected = numpys.log_likelihoods(tokens, 20)
+    np.testing.assert_allclose(ours.log_likelihoods(tokens, 20), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_float32_equals_numpy_and_bfloat16_nearly(tinylm, text):
+    judge = perplexity(tinylm, text, 256, 8, 2)
+    single = perplexity(tinylm, text, 256, 8, 2, backend="torch")
+    half = perplexity(tinylm, text, 256, 8, 2, batch=3, backend="torch", precision="bf16")
+    assert single.chunk_nll == pytest.approx(judge.chunk_nll, rel=1e-5)
+    assert half.ppl == pytest.approx(judge.ppl, rel=2e-3)
+    assert half.ppl != pytest.approx(judge.ppl, rel=1e-7)
+    assert (single.backend, single.precision) == ("torch cpu", "float32")
+    assert (half.backend, half.precision) == ("torch cpu", "bfloat16")
+
+
+def test_divergence_equals_numpys(tmp_path):
+    weights = tiny_weights()
+    base = GGUFSource(write_gguf(tmp_path / "base.gguf", tiny_metadata(), weights))
+    coarse = GGUFSource(write_gguf(tmp_path / "coarse.gguf", tiny_metadata(), weights, GGMLType.Q8_0))
+    tokens = some_tokens(1, 400)[0]
+    judge = divergence(coarse, base, tokens, 64, n_threads=2)
+    other = divergence(coarse, base, tokens, 64, n_threads=2, backend="torch")
+    assert other.backend == "torch cpu"
+    assert other.kld.value == pytest.approx(judge.kld.value, rel=1e-3)
+    assert other.same_top == judge.same_top
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"tied": True}, {"biases": True}, {"factors": True}], ids=["plain", "tied", "biases", "factors"]
+)
+def test_llamas(tmp_path, options):
+    source = GGUFSource(write_gguf(tmp_path / "m.gguf", tiny_metadata(), tiny_weights(1, **options)))
+    assert_same_logits(load(source, 2, "torch"), Transformer(source, 2), some_tokens(3, 40))
+
+
+def changed_layers(spec, layer=None, attention=None, feed_forward=None):
+    layers = []
+    for each in spec.layers:
+        each = dataclasses.replace(
+            each,
+            attention=dataclasses.replace(each.attention, **(attention(each.attention) if attention else {})),
+            feed_forward=feed_forward(each.feed_forward) if feed_forward else each.feed_forward,
+        )
+        layers.append(dataclasses.replace(each, **(layer(each) if layer else {})))
+    return {"layers": tuple(layers)}
+
+
+EXTRA = ("blk.0.head_norm.weight", "router", "experts_down")
+NORM = Norm("blk.0.head_norm.weight", 1e-5)
+LAYER_NORM = Norm("output_norm.weight", 1e-5, NormKind.LAYER, "blk.0.ffn_norm.weight")
+VARIANTS = {
+    "window": lambda spec: changed_layers(spec, attention=lambda a: {"window": 7}),
+    "soft caps": lambda spec: {
+        **changed_layers(spec, attention=lambda a: {"softcap": 3.0, "window": 9}),
+        "logit_softcap": 5.0,
+    },
+    "multipliers": lambda spec: {
+        **changed_layers(spec, layer=lambda each: {"branch_scale": 0.3}),
+        "embedding_scale": 3.0,
+        "logit_scale": 0.5,
+    },
+    "neox rope": lambda spec: changed_layers(spec, attention=lambda a: {"rope": Rope(8, 500.0, RopeStyle.NEOX)}),
+    "part rope": lambda spec: changed_layers(spec, attention=lambda a: {"rope": Rope(8, 500.0, RopeStyle.NORMAL)}),
+    "no rope": lambda spec: changed_layers(spec, attention=lambda a: {"rope": None}),
+    "head norms": lambda spec: changed_layers(spec, attention=lambda a: {"q_norm": NORM, "k_norm": NORM}),
+    "layer norm": lambda spec: {"output_norm": LAYER_NORM},
+    "parallel": lambda spec: changed_layers(spec, layer=lambda each: {"parallel": True}),
+    "post norms": lambda spec: changed_layers(
+        spec, layer=lambda each: {"post_attention_norm": LAYER_NORM, "post_feed_forward_norm": spec.output_norm}
+    ),
+    "positions": lambda spec: {"position_embedding": spec.output.weight},
+    "ungated": lambda spec: changed_layers(
+        spec, feed_forward=lambda ff: FeedForward(ff.n_ff, ff.down, Activation.GELU, up=ff.up)
+    ),
+    "gelu": lambda spec: changed_layers(
+        spec, feed_forward=lambda ff: dataclasses.replace(ff, activation=Activation.GELU)
+    ),
+    "experts": lambda spec: changed_layers(
+        spec,
+        feed_forward=lambda ff: Experts(40, 4, 2, Linear("router"), ff.gate.weight, ff.up.weight, "experts_down"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_else_a_description_holds(tmp_path, monkeypatch, name):
+    from quantkit.evaluate import torch_backend, transformer
+
+    weights = tiny_weights(2)
+    rng = np.random.default_rng(8)
+    weights["blk.0.head_norm.weight"] = rng.uniform(0.5, 1.5, 16).astype(np.float32)
+    weights["router"] = rng.standard_normal((4, 96)).astype(np.float32)
+    weights["experts_down"] = rng.standard_normal((4 * 96, 40)).astype(np.float32) / 7
+    source = GGUFSource(write_gguf(tmp_path / "m.gguf", tiny_metadata(), weights))
+    of_llama = {name: info for name, info in source.tensors.items() if name not in EXTRA}
+    plain = transformer.forward_spec(source.metadata, of_llama)
+    spec = dataclasses.replace(plain, **VARIANTS[name](plain))
+    tokens = some_tokens(2, 40)
+    monkeypatch.setattr(transformer, "forward_spec", lambda *_: plain)
+    unchanged = Transformer(source, 2).logits(tokens)
+    for module in (transformer, torch_backend):
+        monkeypatch.setattr(module, "forward_spec", lambda *_: spec)
+    numpys = Transformer(source, 2)
+    assert np.abs(numpys.logits(tokens) - unchanged).max() > 1e-2
+    assert_same_logits(load(source, 2, "torch"), numpys, tokens)
+
+
+def test_a_description_that_grows_is_refused_by_name():
+    from quantkit.evaluate.torch_backend import unknown_parts
+
+    @dataclasses.dataclass(frozen=True)
+    class Clip:
+        limit: float
+        shift: float = 0.0
+
+    assert list(unknown_parts((Linear("a", "b"), NORM))) == []
+    assert list(unknown_parts((NORM, (Clip(2.0),)))) == ["Clip.limit = 2.0"]
+
+
+def test_nan_names_the_first_layer_that_made_it(tmp_path):
+    weights = tiny_weights()
+    weights["blk.1.ffn_down.weight"][5, 7] = np.nan
+    model = load(GGUFSource(write_gguf(tmp_path / "m.gguf", tiny_metadata(), weights)), 1, "torch")
+    for call in (model.logits, model.log_likelihoods):
+        with pytest.raises(QuantkitError, match=r"blk\.1\b.*NaN"):
+            call(some_tokens(2, 20))
+
+
+def test_bad_input(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", tiny_metadata(), tiny_weights())
+    source = GGUFSource(path)
+    for arguments, message in [
+        (("torch", "tpu"), "no device 'tpu'"),
+        (("torch", "cpu", "f16"), "no precision 'f16'"),
+        (("jax",), "no backend 'jax'"),
+        (("numpy", "cuda"), "use torch"),
+    ]:
+        with pytest.raises(QuantkitError, match=message):
+            load(source, 1, *arguments)
+    with pytest.raises(QuantkitError, match="token 258"):
+        load(source, 1, "torch").logits(np.array([[1, 258]], np.int32))
+    heads = tiny_metadata(attention__head_count=(ValueType.UINT32, 5))
+    with pytest.raises(QuantkitError, match="impossible sizes"):
+        load(GGUFSource(write_gguf(tmp_path / "heads.gguf", heads, tiny_weights())), 1, "torch")
+
+
+def test_a_device_that_is_not_there():
+    import torch
+
+    if not torch.backends.mps.is_available():
+        with pytest.raises(QuantkitError, match="no mps device"):
+            load(open_source(TINYLM), 1, "torch", "mps")
+
+
+def test_the_command_line_says_what_computed():
+    words = (
+        "perplexity fixtures/tinylm -f fixtures/tinylm-test.txt -c 64 --chunks 2 -t 1 --backend torch -q --precision"
+    )
+    for precision, said in (("f32", "(torch cpu, float32)"), ("bf16", "(torch cpu, bfloat16)")):
+        command = [sys.executable, "-c", "from quantkit.cli.main import main; main()", *words.split(), precision]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, said in done.stdout) == (0, True), done.stderr
