@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from quantkit.architectures import FAMILIES as CLASSES
 from quantkit.architectures import supported
+from quantkit.errors import QuantkitError
 from quantkit.pipeline.checkpoint import CheckpointSource, output_name
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.plan import plan_copy
@@ -115,3 +116,130 @@ def test_the_list_of_families() -> None:
     row = next(row for row in rows if row.family == "Gemma3")
     assert row.classes == ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
     assert row.gguf_name == "gemma3" and row.notes
+
+
+def values(source: CheckpointSource) -> dict[str, Any]:
+    return {key: value.value for key, value in source.metadata.items() if not key.startswith("tokenizer.")}
+
+
+OLD_SPELLINGS = {
+    "tiny-qwen2": {"rope_theta": 1000000.0, "layer_types": "absent"},
+    "tiny-gemma3": {
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "tiny-phi3": {"rope_theta": 10000.0, "num_key_value_heads": 2},
+    "tiny-smollm3": {"rope_theta": 5000000.0, "no_rope_layers": "absent"},
+    "tiny-olmo2": {"rope_theta": 500000.0},
+}
+
+
+@pytest.mark.parametrize("name", OLD_SPELLINGS)
+def test_rotary_parameters_at_the_root_say_the_same(
+    tiny: dict[str, Path], copy: Callable[..., Path], name: str
+) -> None:
+    """Most checkpoints on the hub were saved by transformers 4; the goldens are of configs of transformers 5."""
+    old = copy(name, rope_parameters="absent", **OLD_SPELLINGS[name])
+    assert values(CheckpointSource(old)) == values(CheckpointSource(tiny[name]))
+
+
+def test_stacked_experts_are_cut_into_the_same_tensors(tiny: dict[str, Path], copy: Callable[..., Path]) -> None:
+    from safetensors.numpy import save_file
+
+    from quantkit.formats.safetensors import SafetensorsCheckpoint
+
+    directory = copy("tiny-qwen3-moe")
+    stored = SafetensorsCheckpoint(directory)
+    tensors = {name: stored.data(name).view(np.float16) for name in stored.tensors if ".experts." not in name}
+    for layer in range(2):
+        part = f"model.layers.{layer}.mlp.experts.{{}}{{}}_proj"
+
+        def expert(e: int, kind: str, part: str = part) -> np.ndarray:
+            return stored.data(part.format(f"{e}.", kind) + ".weight").view(np.float16)
+
+        both = [np.concatenate([expert(e, "gate"), expert(e, "up")]) for e in range(4)]
+        tensors[part.format("", "gate_up")] = np.stack(both)
+        tensors[part.format("", "down")] = np.stack([expert(e, "down") for e in range(4)])
+    for path in directory.glob("model*"):
+        path.unlink()
+    save_file({name: np.ascontiguousarray(data) for name, data in tensors.items()}, directory / "model.safetensors")
+    one_by_one, stacked = CheckpointSource(tiny["tiny-qwen3-moe"]), CheckpointSource(directory)
+    assert stacked.tensors.keys() == one_by_one.tensors.keys()
+    for name, info in one_by_one.tensors.items():
+        assert stacked.tensors[name].shape == info.shape
+        if info.type.name == "BF16":
+            np.testing.assert_array_equal(stacked.read(name), one_by_one.read(name))
+
+
+def test_gemmas_padding_is_cut_by_tokenizer_json_too(tiny: dict[str, Path], copy: Callable[..., Path]) -> None:
+    directory = copy("tiny-gemma3")
+    (directory / "tokenizer.model").unlink()
+    tokenizer = {"model": {"vocab": {str(i): i for i in range(300)}}, "added_tokens": [{}] * 7}
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    source, whole = CheckpointSource(directory), CheckpointSource(tiny["tiny-gemma3"])
+    assert source.tensors["token_embd.weight"].shape == (256, 307)
+    assert whole.tensors["token_embd.weight"].shape == (256, 320)
+    np.testing.assert_array_equal(source.read("token_embd.weight"), whole.read("token_embd.weight", 0, 307))
+    (directory / "tokenizer.json").write_text("{}")
+    with pytest.raises(QuantkitError, match=r"lacks model\.vocab"):
+        CheckpointSource(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "key", "value"),
+    [
+        ("tiny-gpt2", {"n_ctx": "absent"}, "gpt2.context_length", 128),
+        ("tiny-gpt2", {"n_inner": 1024}, "gpt2.feed_forward_length", 1024),
+        ("tiny-pythia", {"rotary_emb_base": 25000}, "gptneox.rope.freq_base", 25000.0),
+        ("tiny-pythia", {"rotary_pct": "absent", "partial_rotary_factor": 0.5}, "gptneox.rope.dimension_count", 32),
+        ("tiny-granite", {"head_dim": 32}, "granite.rope.dimension_count", 64),
+        ("tiny-olmo3", {"layer_types": "absent"}, "olmo2.attention.sliding_window_pattern", [True, True, True, False]),
+        ("tiny-phi4", {"max_position_embeddings": 128}, "phi3.rope.scaling.attn_factor", 1.0),
+    ],
+)
+def test_where_a_config_is_silent_or_odd(
+    copy: Callable[..., Path], name: str, changes: dict[str, Any], key: str, value: Any
+) -> None:
+    found = CheckpointSource(copy(name, **changes)).metadata.require(key)
+    assert (list(found) if isinstance(value, list) else found) == value
+
+
+def test_smollm3_warns_of_layers_that_llama_cpp_would_turn(
+    copy: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert CheckpointSource(copy("tiny-smollm3", no_rope_layers=[1, 0, 1, 0])).tensors
+    assert "no_rope_layers differs" in caplog.text
+
+
+BAD = {
+    "another text model": (
+        "tiny-llava", {"text_config": {"model_type": "banana"}}, "around a text model of type 'banana' is not supported"
+    ),
+    "too few factors": (
+        "tiny-phi4",
+        {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}},
+        "long_factor must be a list of 24 numbers",
+    ),
+    "factors as text": (
+        "tiny-phi4",
+        {"rope_scaling": {"type": "longrope", "long_factor": ["x"] * 24, "short_factor": [1.0] * 24}},
+        "long_factor is 'x', not a finite number",
+    ),
+    "no short factors": (
+        "tiny-phi4",
+        {"rope_scaling": {"type": "longrope", "long_factor": [1.0] * 24}},
+        "a long_factor and no short_factor",
+    ),
+    "layer types": ("tiny-olmo3", {"layer_types": ["full_attention"]}, "not a list for 4 layers"),
+    "experts": ("tiny-mixtral", {"num_local_experts": 5}, "layer [01] lacks experts: only 12"),
+    "heads of fused attention": ("tiny-pythia", {"num_attention_heads": 7}, "does not fit what config.json says"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_config_is_refused_in_one_line(copy: Callable[..., Path], case: str) -> None:
+    name, changes, told = BAD[case]
+    with pytest.raises(QuantkitError, match=told) as caught:
+        assert CheckpointSource(copy(name, **changes)).metadata
+    assert "\n" not in str(caught.value)
