@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PIECE = 1 << 20  # weights handed to a thread at a time
 COPIED_PIECES = 8  # pieces handed over at a time where nothing is computed, so that handing over costs less
 BITE = 1 << 16  # weights decoded at a time: their float32 fit the second-level cache
+MAPPED = 64 << 20  # bytes of a tensor that may stay mapped after they were read
 FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 HALF_MAX = 65504.0
 
@@ -88,14 +89,15 @@ def execute(
             for plan, path in zip(plans, paths, strict=True)
         ]
         pool = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="quantkit"))
+        writer = _Writer(files, plans[0], source, min(MAPPED, max_buffer_size or MAPPED), progress)
         waiting: deque[tuple[Piece, Future[list[np.ndarray]]]] = deque()
         try:
             for p in _pieces(plans[0], piece):
                 waiting.append((p, pool.submit(work, p)))
                 if len(waiting) >= 3 * threads:
-                    _write(waiting, files, plans[0], source, progress)
+                    writer.take(*waiting.popleft())
             while waiting:
-                _write(waiting, files, plans[0], source, progress)
+                writer.take(*waiting.popleft())
         except BaseException:
             for _, future in waiting:
                 future.cancel()
@@ -146,22 +148,28 @@ def _pieces(plan: Plan, size: int) -> Iterator[Piece]:
                 yield Piece(index, start, stop, last=stop == info.n_rows)
 
 
-def _write(
-    waiting: deque[tuple[Piece, Future[list[np.ndarray]]]],
-    files: Sequence[_Shards],
-    plan: Plan,
-    source: TensorSource,
-    progress: Progress | None,
-) -> None:
-    piece, future = waiting.popleft()
-    for file, data in zip(files, future.result(), strict=True):
-        file.write(data)
-    tensor = plan.tensors[piece.index]
-    if piece.last:
-        source.release(tensor.source_name)
-    if progress is not None:
-        row = tensor.source_type.row_nbytes(tensor.info.n_per_row)
-        progress(tensor.info.name, (piece.stop - piece.start) * row)
+class _Writer:
+    """Takes finished pieces in order: writes them, gives back the memory that reading mapped, tells the progress."""
+
+    def __init__(
+        self, files: Sequence[_Shards], plan: Plan, source: TensorSource, release_after: int, progress: Progress | None
+    ) -> None:
+        self._files, self._plan, self._source = files, plan, source
+        self._release_after, self._progress, self._mapped = release_after, progress, 0
+
+    def take(self, piece: Piece, future: Future[list[np.ndarray]]) -> None:
+        """Wait for a piece and write it. Raises what its thread raised."""
+        for file, data in zip(self._files, future.result(), strict=True):
+            file.write(data)
+        tensor = self._plan.tensors[piece.index]
+        nbytes = (piece.stop - piece.start) * tensor.source_type.row_nbytes(tensor.info.n_per_row)
+        self._mapped += nbytes
+        # A tensor of experts can be larger than memory: what has been read of it goes before its end.
+        if piece.last or self._mapped >= self._release_after:
+            self._source.release(tensor.source_name)
+            self._mapped = 0
+        if self._progress is not None:
+            self._progress(tensor.info.name, nbytes)
 
 
 def _encode_piece(
