@@ -20,11 +20,14 @@ COMMANDS = {
     "quantize": ("quantize", "Quantize a checkpoint or a GGUF file, to one type or several."),
     "perplexity": ("perplexity", "Measure a model on a text: its perplexity, its divergence from another."),
     "imatrix": ("imatrix", "Compute an importance matrix from a text, or combine and show some."),
+    "tasks": ("tasks", "Score a model on HellaSwag, Winogrande or multiple-choice tasks."),
+    "generate": ("generate", "Let a model, or two side by side, continue a prompt."),
     "report": ("report", "Convert, quantize and measure in one go, and write the report."),
     "split": ("split", "Cut a GGUF file into shards."),
     "merge": ("merge", "Join the shards of a split GGUF model."),
     "dequantize": ("dequantize", "Write a GGUF model's weights as F32, F16 or BF16."),
     "compare": ("compare", "Show where two models differ: metadata, tensors, errors."),
+    "architectures": ("architectures", "List the models that can be converted and evaluated."),
     "inspect": ("inspect", "Show a GGUF file's metadata and tensors."),
 }
 

@@ -1,0 +1,22 @@
+"""`quantkit architectures`: which models can be converted and evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from quantkit.cli.console import Json, Quiet, Verbose, emit, setup
+
+
+def command(as_json: Json = False, verbose: Verbose = 0, quiet: Quiet = False) -> None:
+    """List the architectures that quantkit converts and evaluates, by their transformers classes."""
+    setup(verbose, quiet)
+    from quantkit.architectures import supported
+    from quantkit.report.tables import table
+
+    rows = supported()
+    text = table(
+        ["family", "general.architecture", "transformers classes", "notes"],
+        [[row.family, row.gguf_name, ", ".join(row.classes), row.notes] for row in rows],
+        left=4,
+    )
+    emit(text, [asdict(row) for row in rows], as_json)
