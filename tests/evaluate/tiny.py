@@ -279,13 +279,20 @@ def write_gguf(path: Path, metadata: Metadata, weights: dict[str, np.ndarray], k
     return path
 
 
-def plain_logits(path: Path, tokens: np.ndarray, freq_scale: float = 1.0) -> np.ndarray:
-    """The logits of tokens [n_ctx] in float64, one line of the paper after another: [n_ctx, n_vocab]."""
+def plain_logits(
+    path: Path, tokens: np.ndarray, freq_scale: float = 1.0, seen: dict[str, np.ndarray] | None = None
+) -> np.ndarray:
+    """The logits of tokens [n_ctx] in float64, one line of the paper after another: [n_ctx, n_vocab].
+
+    `seen` gets what each matrix is multiplied with, by tensor name.
+    """
     source = GGUFSource(path)
     w = {name: decode(source.read(name), info.type).astype(np.float64) for name, info in source.tensors.items()}
     n = len(tokens)
 
     def product(x: np.ndarray, name: str) -> np.ndarray:
+        if seen is not None:
+            seen[f"{name}.weight"] = x
         y = x @ w[f"{name}.weight"].T
         return y + w[f"{name}.bias"][0] if f"{name}.bias" in w else y
 
@@ -316,7 +323,7 @@ def plain_logits(path: Path, tokens: np.ndarray, freq_scale: float = 1.0) -> np.
         h = norm(x, at + "ffn_norm")
         gate = product(h, at + "ffn_gate")
         x = x + product(gate / (1 + np.exp(-gate)) * product(h, at + "ffn_up"), at + "ffn_down")
-    return norm(x, "output_norm") @ w["output.weight" if "output.weight" in w else "token_embd.weight"].T
+    return product(norm(x, "output_norm"), "output" if "output.weight" in w else "token_embd")
 
 
 def relative_error(a: np.ndarray, b: np.ndarray) -> float:
