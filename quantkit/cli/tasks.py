@@ -1,0 +1,76 @@
+"""`quantkit tasks`: HellaSwag, Winogrande and multiple-choice scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.console import (
+    Backend,
+    Device,
+    Json,
+    Pre,
+    Precision,
+    Quiet,
+    Revision,
+    Threads,
+    Verbose,
+    announce_compilation,
+    chunk_progress,
+    emit,
+    setup,
+)
+from quantkit.errors import QuantkitError
+
+
+def _show(bar: Callable[[int, int, str], None], done: int, total: int, share: float) -> None:
+    bar(done, total, f"{share:.1%}")
+
+
+def command(
+    source: Annotated[str, typer.Argument(help="GGUF file, checkpoint directory, or hub id ORG/NAME.")],
+    hellaswag: Annotated[Path | None, typer.Option(help="HellaSwag tasks: six lines each.")] = None,
+    winogrande: Annotated[Path | None, typer.Option(help="Winogrande tasks: CSV.")] = None,
+    multiple_choice: Annotated[Path | None, typer.Option(help="Multiple-choice tasks: binary.")] = None,
+    n_tasks: Annotated[int | None, typer.Option("--tasks", min=1, help="Tasks to pick at random.  [all]")] = None,
+    backend: Backend = "numpy",
+    device: Device = "cpu",
+    precision: Precision = "f32",
+    pre: Pre = None,
+    revision: Revision = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Score a model on tasks, as llama-perplexity does, from files in its formats.
+
+    The model's answer is the ending with the highest mean log-likelihood a token.
+    """
+    setup(verbose, quiet)
+    files = {"hellaswag": hellaswag, "winogrande": winogrande, "multiple-choice": multiple_choice}
+    wanted = {kind: path for kind, path in files.items() if path is not None}
+    if not wanted:
+        raise QuantkitError("no tasks: give a file with --hellaswag, --winogrande or --multiple-choice")
+    announce_compilation()
+    from quantkit.evaluate.tasks import read_tasks, tasks
+    from quantkit.pipeline.source import open_source
+
+    items = {kind: read_tasks(kind, path, n_tasks) for kind, path in wanted.items()}
+    model = open_source(source, revision=revision, pre=pre)
+    lines, data = [], []
+    for kind, own in items.items():
+        with chunk_progress(kind, "task") as bar:
+            show = partial(_show, bar)
+            result = tasks(model, own, kind, threads, show, backend, device, precision)
+        lines.append(
+            f"{kind}: {100 * result.accuracy:.4f} % ± {100 * result.error:.4f} ({result.n_right} of {result.n_tasks} "
+            f"tasks; 95 %: {100 * result.low:.2f} to {100 * result.high:.2f}; {result.backend}, {result.precision})"
+        )
+        data.append({"file": str(wanted[kind]), **asdict(result)})
+    emit("\n".join(lines), {"model": model.label, "tasks": data}, as_json)
