@@ -196,9 +196,11 @@ def test_sums_equal_those_of_llama_cpps_graph(tmp_path: Path, family: str) -> No
     matrix = importance_matrix(GGUFSource(path), tokens, N_CTX)
     expected = reference_sums(path, chunks_of(tokens))
     assert list(matrix.entries) == sorted(expected)
+    # ggml looks GELU up in a table of float16; elsewhere both compute in float32.
+    tolerance = 2e-3 if family in ("gemma3", "gptneox") else 5e-5
     for name, (sums, counts) in expected.items():
         assert matrix.entries[name].counts.tolist() == counts.tolist()
-        np.testing.assert_allclose(matrix.entries[name].sums, sums, rtol=3e-4, atol=1e-6 * sums.max())
+        np.testing.assert_allclose(matrix.entries[name].sums, sums, rtol=tolerance)
 
 
 def test_statistics() -> None:

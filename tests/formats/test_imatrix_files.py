@@ -90,3 +90,20 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     matrix.save(tmp_path / "m.gguf")
     with pytest.raises(QuantkitError, match=r"not finite, for 'blk.0.attn_q.weight'"):
         ImportanceMatrix.load(tmp_path / "m.gguf")
+
+
+def test_merging_an_older_file_counts_its_chunks_in_tokens(tmp_path: Path) -> None:
+    """As llama-imatrix does: its mean squares weigh as many tokens as it has chunks of; all experts have one count."""
+    matrix = example()
+    matrix.entries["blk.0.ffn_up_exps.weight"].counts[:] = 1024
+    matrix.save_legacy(tmp_path / "m.dat")
+    old = ImportanceMatrix.load(tmp_path / "m.dat").counted_in_tokens(512)
+    assert old.entries["blk.0.attn_q.weight"].counts.tolist() == [1024]
+    for first, second in ((matrix, old), (old, matrix)):
+        both = ImportanceMatrix()
+        both.merge(first)
+        both.merge(second)
+        for name, entry in matrix.entries.items():
+            assert both.entries[name].counts.tolist() == (2 * entry.counts).tolist()
+            np.testing.assert_allclose(both.entries[name].sums, 2 * entry.sums, rtol=1e-6)
+    assert matrix.counted_in_tokens(99) is matrix
