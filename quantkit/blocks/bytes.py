@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.blocks.base import piece
 from quantkit.blocks.lanes import half_bits, half_value
+from quantkit.kernels import piece
 
 
 @piece

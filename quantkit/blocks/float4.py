@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from quantkit.blocks.base import Block, kernel, piece
+from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_values
 from quantkit.blocks.lanes import (
     LANES,
@@ -26,6 +26,7 @@ from quantkit.blocks.lanes import (
     store,
 )
 from quantkit.blocks.types import GGMLType
+from quantkit.kernels import kernel, piece
 
 ZERO = np.float32(0)
 VALUES = np.array(gguf.quants.MXFP4.kvalues, np.float32)

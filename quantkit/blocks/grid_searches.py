@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.blocks.base import piece
 from quantkit.blocks.lanes import (
     LANES,
     absolute,
@@ -43,6 +42,7 @@ from quantkit.blocks.lanes import (
     to_float,
 )
 from quantkit.blocks.searches import level_of, nearest_ints
+from quantkit.kernels import piece
 
 ZERO = np.float32(0)
 ONE = np.float32(1)

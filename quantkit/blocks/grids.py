@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.blocks.base import kernel
 from quantkit.blocks.lanes import LANES
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
+from quantkit.kernels import kernel
 
 # How many distances count as near: the reference's constant for each grid.
 _DISTANCES = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.blocks.base import Block, kernel, piece
+from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, put_half
 from quantkit.blocks.grid_searches import (
     SUPER,
@@ -40,6 +40,7 @@ from quantkit.blocks.lanes import (
 )
 from quantkit.blocks.searches import ONE, ZERO, gather
 from quantkit.blocks.types import GGMLType
+from quantkit.kernels import kernel, piece
 
 DELTA = np.float32(0.125)
 # The six levels: shifted up, and shifted down.

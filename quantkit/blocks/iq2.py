@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.blocks.base import Block, kernel, piece
+from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_word, put_half
 from quantkit.blocks.grid_searches import (
     ROUND_ALL,
@@ -30,6 +30,7 @@ from quantkit.blocks.grids import even_signs, grid, require_weights, sign_table
 from quantkit.blocks.lanes import LANES, load, select, splat, store
 from quantkit.blocks.searches import GROUP_MAX_EPS, ONE, ZERO, gather
 from quantkit.blocks.types import GGMLType
+from quantkit.kernels import kernel, piece
 
 SHAPE = (8, 2, 2)  # weights in a group, bits of a level, highest level
 STEP = np.float32(0.1)  # between the inverse scales that are tried

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.blocks.base import Block, kernel, piece
+from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_word, put_half
 from quantkit.blocks.grid_searches import (
     ROUND_ANY,
@@ -29,6 +29,7 @@ from quantkit.blocks.grids import even_signs, grid, sign_table
 from quantkit.blocks.lanes import LANES, load, select, splat, store
 from quantkit.blocks.searches import ONE, ZERO, gather
 from quantkit.blocks.types import GGMLType
+from quantkit.kernels import kernel, piece
 
 SHAPE = (4, 3, 7)  # weights in a group, bits of a level, highest level
 STEP = np.float32(0.2)  # between the inverse scales that are tried

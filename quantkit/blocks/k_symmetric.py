@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.blocks.base import Block, kernel, piece
+from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, put_half
 from quantkit.blocks.lanes import LANES, absolute, load, maximum, minimum, select, splat, store
 from quantkit.blocks.searches import (
@@ -25,6 +25,7 @@ from quantkit.blocks.searches import (
 )
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
+from quantkit.kernels import kernel, piece
 
 ZERO = np.float32(0)
 

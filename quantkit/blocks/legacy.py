@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.blocks.base import Block, kernel, piece
+from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_word, put_half, put_word
 from quantkit.blocks.lanes import (
     LANES,
@@ -32,6 +32,7 @@ from quantkit.blocks.lanes import (
 from quantkit.blocks.searches import affine_search, clamped_ints, signed_search, weigh
 from quantkit.blocks.tiles import block_starts, spread
 from quantkit.blocks.types import GGMLType
+from quantkit.kernels import kernel, piece
 
 QK = 32
 ZERO = np.float32(0)

@@ -10,12 +10,13 @@ from typing import Any
 import gguf
 import numpy as np
 
-from quantkit.blocks.base import Block, kernel, piece
+from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_values, put_half
 from quantkit.blocks.lanes import LANES, absolute, load, select, splat, store, to_float
 from quantkit.blocks.searches import clamped_ints, extremes, sum_of_squares, weigh
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
+from quantkit.kernels import kernel, piece
 
 QK = 32
 ZERO = np.float32(0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.blocks.base import Block, kernel, piece
+from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, put_half
 from quantkit.blocks.lanes import (
     LANES,
@@ -24,6 +24,7 @@ from quantkit.blocks.lanes import (
 )
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
+from quantkit.kernels import kernel, piece
 
 ZERO = np.float32(0)
 ONE = np.float32(1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.blocks.base import Block, kernel
+from quantkit.blocks.base import Block
 from quantkit.blocks.lanes import (
     LANES,
     absolute,
@@ -26,6 +26,7 @@ from quantkit.blocks.lanes import (
     store,
 )
 from quantkit.blocks.types import GGMLType
+from quantkit.kernels import kernel
 
 
 @kernel

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.blocks.base import piece
 from quantkit.blocks.lanes import (
     LANES,
     absolute,
@@ -28,6 +27,7 @@ from quantkit.blocks.lanes import (
     store,
     to_float,
 )
+from quantkit.kernels import piece
 
 # Adding 1.5 * 2**23 leaves the number, rounded half to even, in the low bits: right up to 2**22 in magnitude.
 MAGIC = np.float32(12582912.0)

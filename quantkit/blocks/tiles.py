@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantkit.blocks.base import piece
 from quantkit.blocks.lanes import LANES, transpose_tile
+from quantkit.kernels import piece
 
 SUPER = 256  # weights in a super-block
 

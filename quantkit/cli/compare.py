@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import Json, Quiet, Revision, Verbose, announce_compilation, byte_progress, emit, setup
+from quantkit.cli.console import Json, Quiet, Revision, Verbose, byte_progress, emit, setup
 
 
 def command(
@@ -22,7 +22,6 @@ def command(
     RMSE is the root of the mean square difference of the weights, relative RMSE that over the root mean square of A's.
     """
     setup(verbose, quiet)
-    announce_compilation()
     from quantkit.pipeline.source import open_source
     from quantkit.report.comparison import compare
 

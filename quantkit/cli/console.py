@@ -38,8 +38,17 @@ def setup(verbose: int = 0, quiet: bool = False) -> None:
     _quiet = quiet
     level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    _tell("quantkit.kernels", logging.ERROR if quiet else logging.INFO)
     for name in ("numba", "llvmlite", "httpx", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _tell(name: str, level: int) -> None:
+    """Let a logger speak to the user in its own words, without a level in front."""
+    logger, handler = logging.getLogger(name), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(level)
 
 
 def note(text: str) -> None:
@@ -51,24 +60,6 @@ def note(text: str) -> None:
 def emit(text: str, data: Any, as_json: bool) -> None:
     """Print a result on stdout: `text`, or `data` with --json."""
     typer.echo(json.dumps(data, indent=2, allow_nan=False, default=str) if as_json else text)
-
-
-def announce_compilation() -> None:
-    """Tell the user once when kernels are compiled: the first run on a machine takes some seconds longer."""
-    from numba.core import event
-
-    class Announcer(event.Listener):  # type: ignore[misc]
-        said = False
-
-        def on_start(self, event: Any) -> None:
-            if not self.said:
-                Announcer.said = True
-                note("Compiling kernels for this machine; later runs skip this.")
-
-        def on_end(self, event: Any) -> None:
-            pass
-
-    event.register("numba:compile", Announcer())
 
 
 @contextmanager

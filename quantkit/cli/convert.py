@@ -14,7 +14,6 @@ from quantkit.cli.console import (
     Revision,
     Threads,
     Verbose,
-    announce_compilation,
     byte_progress,
     note,
     setup,
@@ -49,7 +48,6 @@ def command(
     checkpoint from the hub, into the current one.
     """
     setup(verbose, quiet)
-    announce_compilation()
     from quantkit.formats.hub import resolve
     from quantkit.pipeline.checkpoint import CheckpointSource, output_name
     from quantkit.pipeline.execute import execute

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import Quiet, Threads, Verbose, announce_compilation, byte_progress, note, setup
+from quantkit.cli.console import Quiet, Threads, Verbose, byte_progress, note, setup
 
 
 class FloatType(str, Enum):
@@ -29,7 +29,6 @@ def command(
 ) -> None:
     """Write a GGUF model's weights as F32, F16 or BF16, for tools that cannot read its types."""
     setup(verbose, quiet)
-    announce_compilation()
     from quantkit.blocks.types import GGMLType
     from quantkit.pipeline.execute import execute
     from quantkit.pipeline.naming import output_paths

@@ -17,7 +17,6 @@ from quantkit.cli.console import (
     Revision,
     Threads,
     Verbose,
-    announce_compilation,
     chunk_progress,
     emit,
     note,
@@ -93,7 +92,6 @@ def command(
     matrix = before
     if source is not None and (chunks is None or chunks > 0):
         words = read_text(text)
-        announce_compilation()
         from quantkit.evaluate.importance import importance_matrix
         from quantkit.pipeline.source import open_source
 

@@ -21,7 +21,6 @@ from quantkit.cli.console import (
     Text,
     Threads,
     Verbose,
-    announce_compilation,
     chunk_progress,
     emit,
     note,
@@ -64,7 +63,6 @@ def command(
     if base_logits is not None and (base is not None or save_logits is not None):
         raise QuantkitError("--base-logits is the base: leave out --base and --save-logits")
     words = None if base_logits is not None else read_text(text)
-    announce_compilation()
     from quantkit.pipeline.source import open_source
 
     model = open_source(source, revision=revision, pre=pre)

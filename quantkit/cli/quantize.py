@@ -16,7 +16,6 @@ from quantkit.cli.console import (
     SplitTensors,
     Threads,
     Verbose,
-    announce_compilation,
     byte_progress,
     emit,
     note,
@@ -66,7 +65,6 @@ def command(
     and written beside a local source, or into the current directory for a checkpoint from the hub.
     """
     setup(verbose, quiet)
-    announce_compilation()
     from quantkit.pipeline.execute import execute
     from quantkit.pipeline.mixtures import file_type
     from quantkit.pipeline.naming import output_paths

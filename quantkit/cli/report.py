@@ -17,7 +17,6 @@ from quantkit.cli.console import (
     Text,
     Threads,
     Verbose,
-    announce_compilation,
     byte_progress,
     chunk_progress,
     emit,
@@ -48,7 +47,6 @@ def command(
     """
     setup(verbose, quiet)
     words = read_text(text)
-    announce_compilation()
     from quantkit.pipeline.mixtures import file_type
     from quantkit.pipeline.naming import stem
     from quantkit.pipeline.source import open_source

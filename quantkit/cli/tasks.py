@@ -20,7 +20,6 @@ from quantkit.cli.console import (
     Revision,
     Threads,
     Verbose,
-    announce_compilation,
     chunk_progress,
     emit,
     setup,
@@ -57,7 +56,6 @@ def command(
     wanted = {kind: path for kind, path in files.items() if path is not None}
     if not wanted:
         raise QuantkitError("no tasks: give a file with --hellaswag, --winogrande or --multiple-choice")
-    announce_compilation()
     from quantkit.evaluate.tasks import read_tasks, tasks
     from quantkit.pipeline.source import open_source
 

@@ -8,16 +8,12 @@ every machine; fastmath stays off.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from quantkit.blocks.lanes import get, load, splat
-
-kernel: Callable[..., Any] = njit(nogil=True, cache=True, error_model="numpy", fastmath=False)
-piece: Callable[..., Any] = njit(nogil=True, error_model="numpy", fastmath=False, forceinline=True)
+from quantkit.kernels import kernel, piece
 
 _ZERO, _ONE, _LOWEST, _HIGHEST = np.float32(0.0), np.float32(1.0), np.float32(-87.0), np.float32(88.0)
 _TWO = np.float32(2.0)

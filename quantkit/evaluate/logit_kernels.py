@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.evaluate.kernels import _maximum, _sum, exp, kernel, piece
+from quantkit.evaluate.kernels import _maximum, _sum, exp
+from quantkit.kernels import kernel, piece
 
 # Tokens that are taken together: little enough for the first-level cache, and for short float32 sums.
 _PIECE = 512

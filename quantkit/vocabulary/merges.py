@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from quantkit.kernels import kernel
 
 Array = np.ndarray[Any, Any]
 
@@ -45,7 +46,7 @@ class MergeTable:
         return out[:count]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _slot(keys: Array, key: Any) -> Any:
     """Where `key` is in the open hash table, or the empty place where it would be."""
     mask = np.uint64(keys.size - 1)
@@ -56,7 +57,7 @@ def _slot(keys: Array, key: Any) -> Any:
     return np.int64(at)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _fill(keys: Array, entries: Array, pairs: Array, rank: Array, merged: Array) -> None:
     for i in range(pairs.size):
         at = _slot(keys, pairs[i])
@@ -66,7 +67,7 @@ def _fill(keys: Array, entries: Array, pairs: Array, rank: Array, merged: Array)
             entries[at, 1] = merged[i]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _push(heap: Array, size: int, item: np.int64) -> int:
     child = size
     while child > 0:
@@ -79,7 +80,7 @@ def _push(heap: Array, size: int, item: np.int64) -> int:
     return size + 1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _pop(heap: Array, size: int) -> int:
     """Remove heap[0]; the caller has read it."""
     size -= 1
@@ -99,12 +100,12 @@ def _pop(heap: Array, size: int) -> int:
     return size
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _pair(symbols: Array, left: int, right: int) -> Any:
     return (np.int64(symbols[left]) << 32) | np.int64(symbols[right])
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _merge(keys: Array, entries: Array, symbols: Array, ends: Array, whole: Array, out: Array, longest: int) -> int:
     word = np.empty(longest, dtype=np.int32)
     following = np.empty(longest, dtype=np.int64)
