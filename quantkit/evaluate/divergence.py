@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -106,125 +106,174 @@ def divergence(
     With a model as base both run side by side over the text, cut as `perplexity` cuts it, and compare in float32;
     `save_logits` then writes the base's log-probabilities to a file that this function and llama-perplexity read.
     With a file as base, `text` and `n_ctx` are the file's (a given text must be the same), and the base's
-    log-probabilities are those of 16 bits that it holds. After each chunk `progress(chunks done, chunks, mean
-    divergence so far)` is called. The statistics are llama-perplexity's, from the same scored tokens.
+    log-probabilities are those of 16 bits that it holds: none is further than 16 below the largest, which shows in
+    `ppl_base` of a model that is sure of itself. After each chunk `progress(chunks done, chunks, mean divergence so
+    far)` is called. The statistics are llama-perplexity's, from the same scored tokens.
 
     `backend`, `device` and `precision` say what computes, as for `backends.load`.
 
     Raises QuantkitError when the vocabularies differ, for a text that is too short or is not the file's, and when
     logits are NaN.
     """
-    label = model.label
+    return divergences(
+        [model], base, text, n_ctx, chunks, n_threads, batch, progress, save_logits, backend, device, precision
+    )[0]
+
+
+def divergences(
+    models: Sequence[TensorSource],
+    base: TensorSource | str | os.PathLike[str],
+    text: str | np.ndarray | None = None,
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    n_threads: int | None = None,
+    batch: int | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+    save_logits: str | os.PathLike[str] | None = None,
+    backend: str = "numpy",
+    device: str = "cpu",
+    precision: str = "f32",
+) -> list[DivergenceResult]:
+    """`divergence` of several models from one base, in one pass: the base runs once, and all models share the memory.
+
+    The progress is told of the first model's divergence; `seconds` of each result is the time of all models together.
+    """
     stored = LogitsFile(base) if isinstance(base, (str, os.PathLike)) else None
     budget = available_memory() // 2
-    lead_budget = budget if stored is not None else budget // 2
-    lead = load(model, n_threads, backend, device, precision, lead_budget)
+    share = budget // (len(models) + (stored is None))
+    leads = [load(model, n_threads, backend, device, precision, share) for model in models]
     other: Model | None = None
     if stored is not None:
         assert isinstance(base, (str, os.PathLike))
         base_label = str(base)
         if save_logits is not None:
             raise QuantkitError(f"{base_label}: the base's log-probabilities are in this file already: copy it instead")
-        raw, bos = _stored_tokens(model, stored, text, chunks)
+        raw, bos = _stored_tokens(models[0], stored, text, chunks)
         n_ctx, n_vocab = stored.n_ctx, stored.n_vocab
     else:
         assert not isinstance(base, (str, os.PathLike))
         if text is None:
-            raise QuantkitError(f"{label}: a text to compare over is missing")
+            raise QuantkitError(f"{models[0].label}: a text to compare over is missing")
         base_label = base.label
-        other = load(base, n_threads, backend, device, precision, budget // 2)
-        _same_vocabulary(model, base)
-        ids, bos = tokenize(model, text)
-        raw, n_vocab = chunked(ids, n_ctx, chunks, None, label), other.spec.n_vocab
-    if lead.spec.n_vocab != n_vocab:
-        raise QuantkitError(
-            f"{label}: a vocabulary of {lead.spec.n_vocab} tokens, but the base {base_label} has {n_vocab}: "
-            "compare models of one vocabulary"
-        )
+        other = load(base, n_threads, backend, device, precision, share)
+        for model in models:
+            _same_vocabulary(model, base)
+        ids, bos = tokenize(models[0], text)
+        raw, n_vocab = chunked(ids, n_ctx, chunks, None, models[0].label), other.spec.n_vocab
+    for lead in leads:
+        if lead.spec.n_vocab != n_vocab:
+            raise QuantkitError(
+                f"{lead.source.label}: a vocabulary of {lead.spec.n_vocab} tokens, but the base {base_label} has "
+                f"{n_vocab}: compare models of one vocabulary"
+            )
     tokens = raw.copy()
     if bos is not None:
         tokens[:, 0] = bos
     first = first_scored(n_ctx)
     shape = len(tokens), n_ctx - 1 - first
-    step = batch or min(each.batch(n_ctx) for each in (lead, other) if each is not None)
+    step = batch or min(each.batch(n_ctx) for each in (*leads, other) if each is not None)
     if save_logits is not None:
         # All logits of a batch then stand in memory.
         step = max(1, min(step, budget // 4 // (shape[1] * n_vocab * 6)))
-    kld, nll, nll_base = np.empty(shape), np.empty(shape), np.empty(shape)
-    same = np.empty((*shape, 2), bool)
+    kld, nll, nll_base = (np.empty((len(leads), *shape)) for _ in range(3))
+    same = np.empty((len(leads), *shape, 2), bool)
     began = time.perf_counter()
     with ExitStack() as stack:
         writer = None if save_logits is None else stack.enter_context(LogitsWriter(save_logits, raw, n_vocab))
         for at in range(0, len(tokens), step):
             part = slice(at, min(at + step, len(tokens)))
-            pair = _Pair(lead, other, stored, keep=writer is not None)
-            pair.run(tokens[part], first, at)
-            kld[part], nll[part], nll_base[part], same[part] = pair.results(tokens[part], first)
+            some = _Batch(leads, other, stored, writer is not None, tokens[part], first, at)
+            for i in range(len(leads)):
+                kld[i, part], nll[i, part], nll_base[i, part], same[i, part] = some.results(i)
             if writer is not None and other is not None:
-                for rows, _ in pack_chunks(other, pair.logits, tokens[part], first):
+                for rows, _ in pack_chunks(other, some.logits, tokens[part], first):
                     writer.write(rows)
             if progress is not None:
                 for done in range(part.start, part.stop):
-                    progress(done + 1, len(tokens), float(kld[: done + 1].mean()))
+                    progress(done + 1, len(tokens), float(kld[0, : done + 1].mean()))
     seconds = time.perf_counter() - began
-    return _result(base_label, lead, kld, nll, nll_base, same, n_ctx, seconds)
+    return [
+        _result(base_label, lead, kld[i], nll[i], nll_base[i], same[i], n_ctx, seconds) for i, lead in enumerate(leads)
+    ]
 
 
-class _Pair:
-    """One batch of chunks through both models (or through one, beside a stored base)."""
+class _Batch:
+    """One batch of chunks through all models, beside the base or its stored log-probabilities."""
 
-    def __init__(self, lead: Model, other: Model | None, stored: LogitsFile | None, keep: bool) -> None:
-        self._lead, self._other, self._stored, self._keep = lead, other, stored, keep
+    def __init__(
+        self,
+        leads: Sequence[Model],
+        other: Model | None,
+        stored: LogitsFile | None,
+        keep: bool,
+        tokens: np.ndarray,
+        first: int,
+        first_chunk: int,
+    ) -> None:
+        """Compare at every scored position of `tokens` [n_seq, n_ctx], the chunks from `first_chunk` on.
 
-    def run(self, tokens: np.ndarray, first: int, first_chunk: int) -> None:
-        """Fill the state of every scored position of `tokens` [n_seq, n_ctx], the chunks from `first_chunk` on."""
+        With `keep`, the base's logits stay as `logits`, float32 [n_seq, n_scored, n_vocab].
+        """
+        self._leads, self._other, self._tokens = leads, other, tokens
         n_seq, stop = len(tokens), tokens.shape[1] - 1
         shape = n_seq, stop - first
-        n_vocab = self._lead.spec.n_vocab
+        n_vocab = leads[0].spec.n_vocab
         targets = np.ascontiguousarray(tokens[:, first + 1 :])
-        self.state = np.zeros((*shape, N_STATE))
-        self.state[..., MAX] = -np.inf
+        self._state = np.zeros((len(leads), *shape, N_STATE))
+        self._state[..., MAX] = -np.inf
         # The file's log-probabilities are taken as they are: nothing is divided by their sum.
-        self.state[..., BASE_MAX] = -np.inf if self._stored is None else 0.0
-        values = np.full((*shape, 2, TOP), -np.inf, np.float32)
-        self.top = np.full((*shape, 2, TOP), -1, np.int32)
-        self.logits = np.empty((*shape, n_vocab) if self._keep else (0, 0, 0), np.float32)
-        stored = [] if self._stored is None else [self._stored.chunk(first_chunk + seq) for seq in range(n_seq)]
+        self._state[..., BASE_MAX] = -np.inf if stored is None else 0.0
+        values = np.full((len(leads), *shape, 2, TOP), -np.inf, np.float32)
+        self._top = np.full((len(leads), *shape, 2, TOP), -1, np.int32)
+        self.logits = np.empty((*shape, n_vocab) if keep else (0, 0, 0), np.float32)
+        loaded = [] if stored is None else [stored.chunk(first_chunk + seq) for seq in range(n_seq)]
 
         def compare(seq: int, rows: slice, at: int, tiles: list[np.ndarray]) -> None:
             end = at + tiles[0].shape[1]
-            if stored:
-                affine, codes = stored[seq]
-                tiles.append(np.empty_like(tiles[0]))
-                logit_kernels.unpack(affine[rows], codes[rows, at:end], tiles[1])
-            if self._keep:
-                self.logits[seq, rows, at:end] = tiles[1]
-            logit_kernels.compare_tile(
-                *tiles, at, targets[seq, rows], self.state[seq, rows], values[seq, rows], self.top[seq, rows]
-            )
+            if loaded:
+                affine, codes = loaded[seq]
+                base = np.empty_like(tiles[0])
+                logit_kernels.unpack(affine[rows], codes[rows, at:end], base)
+            else:
+                base = tiles[-1]
+            if keep:
+                self.logits[seq, rows, at:end] = base
+            for i in range(len(leads)):
+                logit_kernels.compare_tile(
+                    tiles[i],
+                    base,
+                    at,
+                    targets[seq, rows],
+                    self._state[i, seq, rows],
+                    values[i, seq, rows],
+                    self._top[i, seq, rows],
+                )
 
-        models = [self._lead] if self._other is None else [self._lead, self._other]
-        visit_logits(models, tokens, first, stop, compare)
+        visit_logits([*leads] if other is None else [*leads, other], tokens, first, stop, compare)
         self._base_nll = np.empty(shape)
-        for seq, (affine, codes) in enumerate(stored):
+        for seq, (affine, codes) in enumerate(loaded):
             code = codes[np.arange(shape[1]), targets[seq]].astype(np.float32)
             self._base_nll[seq] = -(affine[:, 0] * code + affine[:, 1])
 
-    def results(self, tokens: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Divergences and negative log-likelihoods of both, float64 [n_seq, n_scored]; [..., 2] same top, same five."""
-        s = self.state
+    def results(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """What came of model `i`, at every scored position.
+
+        Divergences, negative log-likelihoods of the model and of the base, float64 [n_seq, n_scored]; and whether the
+        likeliest and the likeliest five are the same, bool [n_seq, n_scored, 2].
+        """
+        s = self._state[i]
         log_sum = s[..., MAX] + np.log(s[..., SUM])
         nll = log_sum - s[..., CHOSEN]
-        self._lead.refuse_nan(tokens, nll)
+        self._leads[i].refuse_nan(self._tokens, nll)
         if self._other is None:
             nll_base = self._base_nll
             kld = s[..., WEIGHTED] + s[..., BASE_SUM] * log_sum
         else:
             log_base_sum = s[..., BASE_MAX] + np.log(s[..., BASE_SUM])
             nll_base = log_base_sum - s[..., BASE_CHOSEN]
-            self._other.refuse_nan(tokens, nll_base)
+            self._other.refuse_nan(self._tokens, nll_base)
             kld = s[..., WEIGHTED] / s[..., BASE_SUM] - log_base_sum + log_sum
-        top, base_top = self.top[..., 0, :], self.top[..., 1, :]
+        top, base_top = self._top[i, ..., 0, :], self._top[i, ..., 1, :]
         same = np.stack([top[..., 0] == base_top[..., 0], (np.sort(top) == np.sort(base_top)).all(axis=-1)], axis=-1)
         return kld, nll, nll_base, same
 

@@ -51,7 +51,7 @@ def _download() -> Path:
     )
     # The library reports each attempt; one line at the end says it all.
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.ERROR)
     try:
         return Path(hf_hub_download(_REPO, _FILE, repo_type="dataset"))
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):

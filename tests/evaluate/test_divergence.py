@@ -15,7 +15,7 @@ from tiny import BOS, N_VOCAB, plain_logits, tiny_metadata, tiny_weights, write_
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import logit_kernels
-from quantkit.evaluate.divergence import DivergenceResult, divergence
+from quantkit.evaluate.divergence import DivergenceResult, divergence, divergences
 from quantkit.evaluate.perplexity import perplexity
 from quantkit.formats.gguf import ValueType
 from quantkit.formats.logits import LogitsFile
@@ -155,6 +155,17 @@ def test_results_do_not_depend_on_batch_or_threads(pair: tuple[Path, Path]) -> N
     base = numbers(1, 1)
     for n_threads, batch in ((2, None), (3, 2), (1, 9)):
         assert numbers(n_threads, batch) == pytest.approx(base, rel=1e-5)
+
+
+def test_several_models_in_one_pass_are_each_by_itself(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    third = write_gguf(tmp_path / "q8_0.gguf", tiny_metadata(), tiny_weights(7), GGMLType.Q8_0)
+    sources = [GGUFSource(path) for path in (third, *pair)]
+    together = divergences(sources, sources[2], TEXT, 96)
+    for one, source in zip(together, sources, strict=True):
+        alone = divergence(source, sources[2], TEXT, 96)
+        assert one.chunk_kld == pytest.approx(alone.chunk_kld, rel=1e-5, abs=1e-8)
+        assert (one.ppl.value, one.same_top) == (pytest.approx(alone.ppl.value, rel=1e-6), alone.same_top)
+    assert together[2].same_top.value == 1 and together[0].kld.value < together[1].kld.value
 
 
 def test_a_model_does_not_diverge_from_itself(pair: tuple[Path, Path]) -> None:
