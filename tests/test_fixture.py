@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,9 @@ def test_quantization_costs_something_and_q8_0_does_not(tmp_path: Path) -> None:
     text = (FIXTURES / "tinylm-test.txt").read_text(encoding="utf-8")
     ladder = measure(source, built, text, text_name="held out")
     base, q8, q4 = ladder.rungs
-    assert base.perplexity.ppl < 25
+    assert base.ppl.value < 25
     assert abs(ladder.ratio(q8) - 1) < 0.002
     assert ladder.ratio(q4) > 1.005
+    assert q8.divergence and q4.divergence
+    assert 10 * q8.divergence.kld.value < q4.divergence.kld.value
+    assert q8.divergence.same_top.value > q4.divergence.same_top.value

@@ -25,11 +25,12 @@ from quantkit.cli.console import (
     setup,
     split_list,
 )
+from quantkit.formats.texts import DEFAULT
 
 
 def command(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, hub id ORG/NAME, or 16-bit GGUF file.")],
-    text: Text,
+    text: Text = DEFAULT,
     types: Annotated[list[str], typer.Option("--types", help="File types, with commas.")] = ["Q8_0", "Q4_K_M", "Q4_0"],  # noqa: B006
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory.  [default: NAME-GGUF]")] = None,
     n_ctx: Context = 512,
@@ -67,7 +68,7 @@ def command(
             n_ctx=n_ctx,
             chunks=chunks,
             threads=threads,
-            progress=lambda name, done, all_of_them, ppl: bar(done, all_of_them, f"{name} PPL = {ppl:.4f}"),
+            progress=lambda done, all_of_them, kld: bar(done, all_of_them, f"{files[0].name} KLD = {kld:.6f}"),
         )
     emit(str(ladder), ladder.as_dict(), as_json)
     for path in ladder.write(directory):

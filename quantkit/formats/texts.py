@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from logging import ERROR
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
@@ -51,7 +52,7 @@ def _download() -> Path:
     )
     # The library reports each attempt; one line at the end says it all.
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(ERROR)
     try:
         return Path(hf_hub_download(_REPO, _FILE, repo_type="dataset"))
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):

@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import quantkit
-from quantkit.evaluate.perplexity import PerplexityResult, perplexity, tokenize
+from quantkit.errors import QuantkitError
+from quantkit.evaluate.divergence import DivergenceResult, Estimate, divergences
 from quantkit.pipeline.execute import Progress, execute
 from quantkit.pipeline.mixtures import FileType
 from quantkit.pipeline.naming import output_paths
@@ -17,19 +18,17 @@ from quantkit.pipeline.plan import Plan, plan_copy, plan_quantize
 from quantkit.pipeline.source import GGUFSource, TensorSource
 from quantkit.report.tables import table
 
-if TYPE_CHECKING:
-    import numpy as np
-
 
 @dataclass(frozen=True)
 class Rung:
-    """One type of a ladder: its file (None for the source itself), and its perplexity."""
+    """One type of a ladder: its file, its perplexity, and its divergence from the source (both None for the source)."""
 
     name: str
     path: Path | None
     size: int
     bits_per_weight: float
-    perplexity: PerplexityResult
+    ppl: Estimate
+    divergence: DivergenceResult | None
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,12 @@ class Ladder:
 
     def ratio(self, rung: Rung) -> float:
         """Perplexity of `rung` over that of the source: 1 is no loss."""
-        return rung.perplexity.ppl / self.rungs[0].perplexity.ppl
+        return rung.ppl.value / self.rungs[0].ppl.value
+
+    @property
+    def measured(self) -> DivergenceResult:
+        """One of the measurements, for what all have in common."""
+        return next(rung.divergence for rung in self.rungs if rung.divergence is not None)
 
     def __str__(self) -> str:
         """The table, in Markdown."""
@@ -51,28 +55,33 @@ class Ladder:
                 rung.name + ("" if rung.path else " (source)"),
                 f"{rung.size / 1e6:.1f} MB" if rung.size < 1e9 else f"{rung.size / 1e9:.2f} GB",
                 f"{rung.bits_per_weight:.2f}",
-                f"{rung.perplexity.ppl:.4f} ± {rung.perplexity.error:.4f}",
+                f"{rung.ppl.value:.4f} ± {rung.ppl.error:.4f}",
                 f"{self.ratio(rung):.4f}",
                 f"{100 / self.ratio(rung):.2f}%",
+                "" if rung.divergence is None else f"{rung.divergence.kld.value:.6f}",
+                "" if rung.divergence is None else f"{rung.divergence.same_top.value:.2%}",
             ]
             for rung in self.rungs
         ]
-        return table(["type", "size", "bits/weight", "perplexity", "ratio", "retention"], rows)
+        headers = ["type", "size", "bits/weight", "perplexity", "ratio", "retention", "mean KLD", "same top"]
+        return table(headers, rows)
 
     def markdown(self) -> str:
         """The report as a page: the table, and how it was measured."""
-        first = self.rungs[0].perplexity
+        first = self.measured
         return (
             f"# {self.model}\n\n{self}\n\n"
             f"Perplexity on {self.text}: {first.n_chunks} chunks of {first.n_ctx} tokens, the second half of each "
             f"scored ({first.n_tokens} tokens), by llama-perplexity's method; ± is the standard error. "
-            "The ratio is the perplexity over the source's, retention its inverse. "
+            "The ratio is the perplexity over the source's, retention its inverse; the mean KLD is Kullback and "
+            "Leibler's divergence of its predictions from the source's in nats, and same top the share of tokens whose "
+            "likeliest prediction is the source's. "
             f"Measured with quantkit {quantkit.__version__} ({first.backend}, {first.precision}).\n"
         )
 
     def as_dict(self) -> dict[str, Any]:
         """The same for programs."""
-        first = self.rungs[0].perplexity
+        first = self.measured
         return {
             "model": self.model,
             "text": self.text,
@@ -88,11 +97,11 @@ class Ladder:
                     "file": rung.path.name if rung.path else None,
                     "size": rung.size,
                     "bits_per_weight": rung.bits_per_weight,
-                    "perplexity": rung.perplexity.ppl,
-                    "perplexity_error": rung.perplexity.error,
+                    "perplexity": rung.ppl.value,
+                    "perplexity_error": rung.ppl.error,
                     "ratio": self.ratio(rung),
                     "retention": 1 / self.ratio(rung),
-                    "tokens_per_second": rung.perplexity.tokens_per_second,
+                    **({} if rung.divergence is None else _costs(rung.divergence)),
                 }
                 for rung in self.rungs
             ],
@@ -104,6 +113,18 @@ class Ladder:
         page.write_text(self.markdown(), encoding="utf-8")
         data.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
         return [page, data]
+
+
+def _costs(divergence: DivergenceResult) -> dict[str, float]:
+    return {
+        "ratio_error": divergence.ratio.error,
+        "kld": divergence.kld.value,
+        "kld_error": divergence.kld.error,
+        "kld_99.9%": divergence.kld_percentiles[99.9],
+        "delta_p_rms": divergence.delta_p_rms.value,
+        "same_top": divergence.same_top.value,
+        "same_top_error": divergence.same_top.error,
+    }
 
 
 def build(
@@ -132,21 +153,21 @@ def measure(
     n_ctx: int = 512,
     chunks: int | None = None,
     threads: int | None = None,
-    progress: Callable[[str, int, int, float], None] | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> Ladder:
-    """Measure the perplexity of `source` and of each file built from it. Progress: type, chunks done, all, estimate."""
-    tokens: np.ndarray = tokenize(source, text)[0]
+    """Measure each file built from `source` against it, all in one pass over the text.
+
+    `progress` is told chunks done, chunks, and the first file's mean divergence so far. Raises QuantkitError when
+    nothing was built, and as `divergences` does.
+    """
+    if not built:
+        raise QuantkitError("name at least one file type to measure")
     plan = plan_copy(source)
     kinds = {t.info.type.name: t.info.n_elements for t in plan if len(t.info.shape) > 1}
-    rungs = []
-    models = [(max(kinds, key=lambda name: kinds[name]), plan, None), *((p.name, p, path) for p, path in built)]
-    for name, planned, path in models:
-
-        def advance(done: int, total: int, ppl: float, name: str = name) -> None:
-            if progress is not None:
-                progress(name, done, total, ppl)
-
-        model = source if path is None else GGUFSource(path)
-        result = perplexity(model, tokens, n_ctx, chunks, threads, progress=advance)
-        rungs.append(Rung(name, path, planned.file_size, planned.bits_per_weight, result))
+    files = [GGUFSource(path) for _, path in built]
+    results = divergences(files, source, text, n_ctx, chunks, threads, progress=progress)
+    own = max(kinds, key=lambda name: kinds[name])
+    rungs = [Rung(own, None, plan.file_size, plan.bits_per_weight, results[0].ppl_base, None)]
+    for (planned, path), result in zip(built, results, strict=True):
+        rungs.append(Rung(planned.name, path, planned.file_size, planned.bits_per_weight, result.ppl, result))
     return Ladder(source.metadata.lookup("general.name") or source.label, text_name, rungs)
