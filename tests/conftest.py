@@ -37,6 +37,19 @@ def docs_llama() -> Path:
     return SHARED / "models" / "docs-llama-45m"
 
 
+@pytest.fixture(scope="session")
+def tinylm_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny trained model as a GGUF file of float32 weights."""
+    from quantkit.pipeline.checkpoint import CheckpointSource
+    from quantkit.pipeline.execute import execute
+    from quantkit.pipeline.plan import plan_copy
+
+    path = tmp_path_factory.mktemp("tinylm") / "tinylm-f32.gguf"
+    source = CheckpointSource(TINYLM, "f32")
+    execute(source, [(plan_copy(source), path)], threads=1)
+    return path
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """With QUANTKIT_NO_SKIPS, as in CI, a skipped test is a failed run."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

@@ -83,7 +83,7 @@ def unsupported(layer: Layer) -> Iterable[str]:
         yield "a gate alone"
     if attention.window is not None and attention.window < 1:
         yield f"a window of {attention.window} positions"
-    if attention.temperature is not None and attention.temperature.step < 1:
+    if attention.temperature is not None and not 0 < attention.temperature.step < 1 << 62:
         yield f"queries that grow every {attention.temperature.step} positions"
     if attention.softcap is not None and not attention.softcap > 0:
         yield f"scores capped at {attention.softcap}"
@@ -225,10 +225,10 @@ class LayerRunner:
         Before its output product: [n_seq * positions, heads * head size].
         """
         attention = self.layer.attention
-        q, k, v = self._queries_keys_values(x)
+        q, k, v = self.queries_keys_values(x)
         n_seq, groups, n_ctx, heads, head_k = q.shape
         head_v, (first, stop), take = attention.head_v, span, self._take
-        window = n_ctx if attention.window is None else attention.window
+        window = min(n_ctx, attention.window or n_ctx)
         cap = np.float32(attention.softcap or 0.0)
         n_queries = max(1, _SCORE_ROWS // heads)
         mixed = take("mixed", n_seq, stop - first, attention.n_head * head_v)
@@ -246,8 +246,11 @@ class LayerRunner:
                     kernels.merge_heads(values, sums, mixed[seq, start - first : end - first], group * heads * head_v)
         return mixed.reshape(-1, attention.n_head * head_v)
 
-    def _queries_keys_values(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The heads of `x`, normalised and rotated: [n_seq, groups, n_ctx, heads of a group, head size] each."""
+    def queries_keys_values(self, x: np.ndarray, past: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The heads of `x`, normalised and rotated: [n_seq, groups, n_ctx, heads of a group, head size] each.
+
+        `x` [n_seq, n_ctx, n_embd] stands at the positions from `past` on, and so do the layer's tables.
+        """
         attention: Attention = self.layer.attention
         n_seq, n_ctx, n_embd = x.shape
         groups, head_k, head_v = attention.n_head_kv, attention.head_k, attention.head_v
@@ -270,7 +273,9 @@ class LayerRunner:
                     weight, _ = self._norms[norm]
                     kernels.rms_norm_columns(qkv, first, n // weight.size, weight, norm.eps)
             if attention.temperature is not None:
-                qkv[:, :n_q] *= _temperatures(attention.temperature, np.arange(start, start + len(block)) % n_ctx)
+                qkv[:, :n_q] *= _temperatures(
+                    attention.temperature, past + np.arange(start, start + len(block)) % n_ctx
+                )
             done = 0
             while done < len(block):
                 seq, position = divmod(start + done, n_ctx)

@@ -27,6 +27,7 @@ from quantkit.architectures.forward import (
     NormKind,
     Rope,
     RopeStyle,
+    Temperature,
     Yarn,
 )
 from quantkit.errors import QuantkitError
@@ -60,7 +61,9 @@ _KNOWN: dict[type, str] = {
     "position_embedding logit_scale logit_softcap",
     Layer: "attention feed_forward attention_norm feed_forward_norm post_attention_norm post_feed_forward_norm "
     "parallel branch_scale",
-    Attention: "n_head n_head_kv head_k head_v scale out q k v qkv rope window softcap q_norm k_norm norm_whole",
+    Attention: "n_head n_head_kv head_k head_v scale out q k v qkv rope window softcap q_norm k_norm norm_whole "
+    "temperature",
+    Temperature: "scale step",
     FeedForward: "n_ff down activation up gate gate_up",
     Experts: "n_ff n_expert n_used router gate up down activation",
     Rope: "n_dims freq_base style freq_scale magnitude factors long_factors n_ctx_orig yarn",
@@ -349,7 +352,13 @@ class TorchTransformer:
                 y = self._normed(norm, y.float())
             return self._rotated(a.rope, y, n_ctx).to(self._dtype).transpose(1, 2)
 
-        q, k = heads(q, a.n_head, a.q_norm)[:, :, span], heads(k, a.n_head_kv, a.k_norm)
+        if a.temperature is not None:
+            steps = torch.arange(n_ctx, device=self._device) // a.temperature.step
+            growth = 1 + a.temperature.scale * torch.log(steps.float() + 1)
+            q = heads(q, a.n_head, a.q_norm) * growth[:, None].to(self._dtype)
+        else:
+            q = heads(q, a.n_head, a.q_norm)
+        q, k = q[:, :, span], heads(k, a.n_head_kv, a.k_norm)
         v = v.reshape(n_seq, n_ctx, a.n_head_kv, a.head_v).transpose(1, 2)
         if a.n_head != a.n_head_kv:
             k, v = (y.repeat_interleave(a.n_head // a.n_head_kv, dim=1) for y in (k, v))

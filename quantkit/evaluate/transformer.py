@@ -31,6 +31,8 @@ _T = TypeVar("_T")
 
 # Tokens of the vocabulary whose logits stand in memory together.
 _TILE = 2048
+# Heads are not larger than this, which bounds the tables of rotary embeddings.
+_LARGEST_HEAD = 1 << 16
 # The output matrix is decoded in slabs of this many weights when it is not kept.
 _SLAB_WEIGHTS = 1 << 26
 
@@ -62,7 +64,11 @@ def refuse_unsupported(spec: ForwardSpec, label: str) -> None:
     for layer in spec.layers:
         attention, ff = layer.attention, layer.feed_forward
         sizes = attention.n_head, attention.n_head_kv, attention.head_k, attention.head_v, ff.n_ff
-        if min(sizes) < 1 or attention.n_head % attention.n_head_kv:
+        if (
+            min(sizes) < 1
+            or attention.n_head % attention.n_head_kv
+            or max(attention.head_k, attention.head_v) > _LARGEST_HEAD
+        ):
             raise QuantkitError(
                 f"{label}: impossible sizes: {attention.n_head} heads of {attention.head_k}, "
                 f"{attention.n_head_kv} for keys and values of {attention.head_v}, {ff.n_ff} in the feed-forward "
@@ -73,6 +79,15 @@ def refuse_unsupported(spec: ForwardSpec, label: str) -> None:
             raise QuantkitError(f"{label}: {rope.n_dims} rotated dimensions in heads of {attention.head_k}")
         if rope is not None and not rope.freq_base > 0:
             raise QuantkitError(f"{label}: a rotary base of {rope.freq_base}")
+        yarn = None if rope is None else rope.yarn
+        if (
+            rope is not None
+            and yarn is not None
+            and not (rope.freq_base > 1 and min(yarn.beta_fast, yarn.beta_slow) > 0)
+        ):
+            raise QuantkitError(
+                f"{label}: YaRN with a rotary base of {rope.freq_base}, from {yarn.beta_slow} to {yarn.beta_fast} turns"
+            )
         for what in unsupported(layer):
             raise QuantkitError(f"{label}: the forward pass does not know {what}")
     if spec.logit_softcap is not None and not spec.logit_softcap > 0:
@@ -199,17 +214,7 @@ class Transformer:
         """The last layer's output, normalised, at positions `first` to `stop`: float32 [n_seq, positions, n_embd]."""
         n_seq, n_ctx = tokens.shape
         spec = self.spec
-        x = self._weights.lookup(spec.embedding, tokens, spec.n_embd)
-        if spec.embedding_scale != 1.0:
-            x *= np.float32(spec.embedding_scale)
-        if spec.position_embedding is not None:
-            learned = self.source.tensors.get(spec.position_embedding)
-            if learned is not None and n_ctx > learned.n_rows:
-                raise QuantkitError(
-                    f"{self.source.label}: sequences of {n_ctx} tokens are too long for a model that has learned "
-                    f"{learned.n_rows} positions: use a smaller context"
-                )
-            x += self._weights.lookup(spec.position_embedding, np.arange(n_ctx), spec.n_embd)
+        x = self.embedded(tokens)
         if nan_check and np.isnan(x).any():
             raise QuantkitError(f"{self.source.label}: the embeddings hold NaN")
         n_together = max(1, ROWS // n_ctx)
@@ -231,6 +236,22 @@ class Transformer:
                 last[:] = x[:, first:stop]
             self._each(lambda u: self._normalise(spec.output_norm, last[units[u]]), len(units))
         return last
+
+    def embedded(self, tokens: np.ndarray, start: int = 0) -> np.ndarray:
+        """What the first layer reads for `tokens` [n_seq, n], at positions from `start`: float32 [n_seq, n, n_embd]."""
+        spec, stop = self.spec, start + tokens.shape[1]
+        x = self._weights.lookup(spec.embedding, tokens, spec.n_embd)
+        if spec.embedding_scale != 1.0:
+            x *= np.float32(spec.embedding_scale)
+        if spec.position_embedding is not None:
+            learned = self.source.tensors.get(spec.position_embedding)
+            if learned is not None and stop > learned.n_rows:
+                raise QuantkitError(
+                    f"{self.source.label}: sequences of {stop} tokens are too long for a model that has learned "
+                    f"{learned.n_rows} positions: use a smaller context"
+                )
+            x += self._weights.lookup(spec.position_embedding, np.arange(start, stop), spec.n_embd)
+        return x
 
     def _run_layer(
         self, runner: LayerRunner, x: np.ndarray, units: list[slice], span: tuple[int, int], to: np.ndarray

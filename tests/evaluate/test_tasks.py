@@ -17,9 +17,6 @@ from tiny import tiny_metadata, tiny_weights, write_gguf
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import tasks as module
 from quantkit.evaluate.tasks import Task, read_tasks, tasks
-from quantkit.pipeline.checkpoint import CheckpointSource
-from quantkit.pipeline.execute import execute
-from quantkit.pipeline.plan import plan_copy
 from quantkit.pipeline.source import GGUFSource, open_source
 
 HELLASWAG = [
@@ -164,14 +161,6 @@ def test_missing_file_and_no_tasks(tmp_path):
         read_tasks("hellaswag", tmp_path / "none")
     with pytest.raises(QuantkitError, match="0 tasks"):
         read_tasks("hellaswag", written(tmp_path, hellaswag_bytes()), 0)
-
-
-@pytest.fixture(scope="module")
-def tinylm_f32(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tinylm") / "tinylm-f32.gguf"
-    source = CheckpointSource(TINYLM, "f32")
-    execute(source, [(plan_copy(source), path)], threads=1)
-    return path
 
 
 class Reference:

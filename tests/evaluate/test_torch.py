@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINYLM, requires_torch
 from tiny import N_VOCAB, tiny_metadata, tiny_weights, write_gguf
+from variants import NORM, VARIANTS, variant
 
-from quantkit.architectures.forward import Activation, Experts, FeedForward, Linear, Norm, NormKind, Rope, RopeStyle
+from quantkit.architectures.forward import Linear
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import load
@@ -76,68 +77,11 @@ def test_llamas(tmp_path, options):
     assert_same_logits(load(source, 2, "torch"), Transformer(source, 2), some_tokens(3, 40))
 
 
-def changed_layers(spec, layer=None, attention=None, feed_forward=None):
-    layers = []
-    for each in spec.layers:
-        each = dataclasses.replace(
-            each,
-            attention=dataclasses.replace(each.attention, **(attention(each.attention) if attention else {})),
-            feed_forward=feed_forward(each.feed_forward) if feed_forward else each.feed_forward,
-        )
-        layers.append(dataclasses.replace(each, **(layer(each) if layer else {})))
-    return {"layers": tuple(layers)}
-
-
-EXTRA = ("blk.0.head_norm.weight", "router", "experts_down")
-NORM = Norm("blk.0.head_norm.weight", 1e-5)
-LAYER_NORM = Norm("output_norm.weight", 1e-5, NormKind.LAYER, "blk.0.ffn_norm.weight")
-VARIANTS = {
-    "window": lambda spec: changed_layers(spec, attention=lambda a: {"window": 7}),
-    "soft caps": lambda spec: {
-        **changed_layers(spec, attention=lambda a: {"softcap": 3.0, "window": 9}),
-        "logit_softcap": 5.0,
-    },
-    "multipliers": lambda spec: {
-        **changed_layers(spec, layer=lambda each: {"branch_scale": 0.3}),
-        "embedding_scale": 3.0,
-        "logit_scale": 0.5,
-    },
-    "neox rope": lambda spec: changed_layers(spec, attention=lambda a: {"rope": Rope(8, 500.0, RopeStyle.NEOX)}),
-    "part rope": lambda spec: changed_layers(spec, attention=lambda a: {"rope": Rope(8, 500.0, RopeStyle.NORMAL)}),
-    "no rope": lambda spec: changed_layers(spec, attention=lambda a: {"rope": None}),
-    "head norms": lambda spec: changed_layers(spec, attention=lambda a: {"q_norm": NORM, "k_norm": NORM}),
-    "layer norm": lambda spec: {"output_norm": LAYER_NORM},
-    "parallel": lambda spec: changed_layers(spec, layer=lambda each: {"parallel": True}),
-    "post norms": lambda spec: changed_layers(
-        spec, layer=lambda each: {"post_attention_norm": LAYER_NORM, "post_feed_forward_norm": spec.output_norm}
-    ),
-    "positions": lambda spec: {"position_embedding": spec.output.weight},
-    "ungated": lambda spec: changed_layers(
-        spec, feed_forward=lambda ff: FeedForward(ff.n_ff, ff.down, Activation.GELU, up=ff.up)
-    ),
-    "gelu": lambda spec: changed_layers(
-        spec, feed_forward=lambda ff: dataclasses.replace(ff, activation=Activation.GELU)
-    ),
-    "experts": lambda spec: changed_layers(
-        spec,
-        feed_forward=lambda ff: Experts(40, 4, 2, Linear("router"), ff.gate.weight, ff.up.weight, "experts_down"),
-    ),
-}
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_else_a_description_holds(tmp_path, monkeypatch, name):
     from quantkit.evaluate import torch_backend, transformer
 
-    weights = tiny_weights(2)
-    rng = np.random.default_rng(8)
-    weights["blk.0.head_norm.weight"] = rng.uniform(0.5, 1.5, 16).astype(np.float32)
-    weights["router"] = rng.standard_normal((4, 96)).astype(np.float32)
-    weights["experts_down"] = rng.standard_normal((4 * 96, 40)).astype(np.float32) / 7
-    source = GGUFSource(write_gguf(tmp_path / "m.gguf", tiny_metadata(), weights))
-    of_llama = {name: info for name, info in source.tensors.items() if name not in EXTRA}
-    plain = transformer.forward_spec(source.metadata, of_llama)
-    spec = dataclasses.replace(plain, **VARIANTS[name](plain))
+    source, plain, spec = variant(tmp_path / "m.gguf", name)
     tokens = some_tokens(2, 40)
     monkeypatch.setattr(transformer, "forward_spec", lambda *_: plain)
     unchanged = Transformer(source, 2).logits(tokens)

@@ -1,0 +1,90 @@
+"""`quantkit generate`: what a model says, or two side by side."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.console import (
+    Json,
+    Pre,
+    Quiet,
+    Revision,
+    Threads,
+    Verbose,
+    chunk_progress,
+    emit,
+    setup,
+)
+
+
+def command(
+    source: Annotated[str, typer.Argument(help="GGUF file, checkpoint directory, or hub id ORG/NAME.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; with --chat a user's message.")],
+    model2: Annotated[str | None, typer.Option(help="Another model, to show beside the first.")] = None,
+    n_tokens: Annotated[int, typer.Option("--n-predict", "-n", min=1, help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option("--temp", min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this share.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
+    pre: Pre = None,
+    revision: Revision = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Let a model continue a prompt; with --model2 two models, side by side.
+
+    By default each token is the likeliest one, so that differences between models are the models' own.
+    """
+    setup(verbose, quiet)
+    from quantkit.evaluate.generate import generate
+    from quantkit.pipeline.source import open_source
+
+    models = [open_source(source, revision=revision, pre=pre)]
+    if model2 is not None:
+        models.append(open_source(model2, pre=pre))
+    results = []
+    for model in models:
+        with chunk_progress("generate", "token") as bar:
+            results.append(
+                generate(
+                    model,
+                    prompt,
+                    n_tokens,
+                    temperature,
+                    top_p,
+                    seed,
+                    chat,
+                    system,
+                    threads,
+                    lambda done, total, speed: bar(done, total, f"{speed:.1f} tokens/s"),
+                )
+            )
+    names = [model.label for model in models]
+    data = [{"model": name, **asdict(result)} for name, result in zip(names, results, strict=True)]
+    shown = results[0].text if len(results) == 1 else _beside(names, [result.text for result in results])
+    emit(shown, {"prompt": prompt, "results": data}, as_json)
+
+
+def _beside(names: list[str], texts: list[str]) -> str:
+    """Texts in columns as wide as the terminal allows, under their names, and where they part."""
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    table = Table(*map(escape, names), expand=True)
+    table.add_row(*(Text(text) for text in texts))
+    out = Console(file=StringIO(), width=Console().width, color_system=None)
+    out.print(table)
+    parted = "the same text" if texts[0] == texts[1] else f"the texts part after {same} characters"
+    assert isinstance(out.file, StringIO)
+    return out.file.getvalue() + parted

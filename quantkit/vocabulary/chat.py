@@ -1,0 +1,72 @@
+"""Chat templates: a conversation as the text that a model was trained on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf import Metadata, ValueType
+from quantkit.vocabulary import _render
+from quantkit.vocabulary.vocabulary import Vocabulary
+
+KEY = "tokenizer.chat_template"
+_MAX_TEMPLATE = 1 << 20
+_MAX_TEXT = 1 << 22
+_SECONDS = 10
+
+
+class Message(TypedDict):
+    """One turn of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+def render(metadata: Metadata, messages: Sequence[Message]) -> str:
+    """The text of `messages` in the model's own chat template, up to where its answer begins.
+
+    The BOS token is left out where `Vocabulary.encode` adds one. The template runs in jinja2's sandbox, in a process
+    with bounded time and memory. Raises QuantkitError when the model has no template, or it fails.
+    """
+    value = metadata.get(KEY)
+    if value is None or value.type != ValueType.STRING:
+        raise QuantkitError(f"the model has no chat template ({KEY}): give the prompt as plain text")
+    template = str(value.value)
+    if len(template) > _MAX_TEMPLATE:
+        raise QuantkitError(f"{KEY} has {len(template)} characters, more than any template needs: {_MAX_TEMPLATE}")
+    vocabulary = Vocabulary.from_metadata(metadata)
+    bos, eos = (
+        "" if token is None else vocabulary.tokens[token] for token in (vocabulary.bos, vocabulary.eos)
+    )  # fmt: skip
+    variables = {"messages": list(messages), "bos_token": bos, "eos_token": eos, "add_generation_prompt": True}
+    text = _run(template, variables)
+    return text.removeprefix(bos) if vocabulary.add_bos else text
+
+
+def _run(template: str, variables: dict[str, object]) -> str:
+    request = json.dumps({"template": template, "variables": variables, "seconds": _SECONDS})
+    try:
+        done = subprocess.run(
+            [sys.executable, str(Path(_render.__file__))],
+            input=request.encode(),
+            capture_output=True,
+            timeout=_SECONDS + 5,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise QuantkitError(f"{KEY} runs for more than {_SECONDS} seconds") from None
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        raise QuantkitError(f"{KEY} runs for too long or takes too much memory") from None
+    if "error" in answer:
+        raise QuantkitError(f"{KEY} cannot be applied: {' '.join(str(answer['error']).split())[:300]}")
+    text = str(answer["text"])
+    if len(text) > _MAX_TEXT:
+        raise QuantkitError(f"{KEY} makes a text of {len(text)} characters of this conversation")
+    return text
