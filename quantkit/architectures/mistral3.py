@@ -11,6 +11,7 @@ from quantkit.architectures.base import Architecture
 from quantkit.architectures.forward import ForwardSpec, RopeStyle, Temperature, Yarn
 from quantkit.architectures.llama import Llama
 from quantkit.architectures.reader import ModelReader
+from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo
 
 if TYPE_CHECKING:
@@ -62,8 +63,12 @@ class Mistral3(Llama):
                 beta_slow=model.number("rope.scaling.yarn_beta_slow", rope.yarn.beta_slow),
             )
             all_dims = model.number("rope.scaling.yarn_log_multiplier", 0.0)
-            shrunk = rope.magnitude / (1.0 + 0.1 * all_dims * max(0.0, -math.log(rope.freq_scale)))
-            rope = replace(rope, yarn=yarn, magnitude=shrunk)
+            shrinking = 1.0 + 0.1 * all_dims * max(0.0, -math.log(rope.freq_scale))
+            if shrinking <= 0.0:
+                raise QuantkitError(
+                    f"the metadata's mistral3.rope.scaling.yarn_log_multiplier is {all_dims}, too small"
+                )
+            rope = replace(rope, yarn=yarn, magnitude=rope.magnitude / shrinking)
         scale = model.number("attention.temperature_scale", 0.0)
         growth = Temperature(scale, rope.n_ctx_orig) if scale else None
         experts = model.integer("expert_count", 0) > 0

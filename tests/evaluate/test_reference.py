@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,17 @@ def test_each_familys_logits_equal_llama_cpps(tmp_path, name, kind):
 
 
 @requires_reference
-@pytest.mark.parametrize("name", ["phi3-long", "olmo3", "gemma3"])
+@pytest.mark.parametrize(("name", "n_layer"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_models_that_are_told_by_their_layers(tmp_path, name, n_layer):
+    """The largest of a family scales scores by another size than its heads'; there is no key for it."""
+    family = replace(FAMILIES[name], n_layer=n_layer)
+    path = write_gguf(tmp_path / "m.gguf", family.metadata(), family.weights(8))
+    ids = np.random.default_rng(9).integers(0, N_VOCAB, 40).astype(np.int32)
+    assert relative_error(Transformer(GGUFSource(path)).logits(ids[None])[0], reference_logits(path, ids)) < 2e-3
+
+
+@requires_reference
+@pytest.mark.parametrize("name", ["phi3-long", "llama-long", "olmo3", "gemma3"])
 def test_short_texts_equal_llama_cpps(tmp_path, name):
     """Within the original context: LongRoPE's other divisors."""
     family = FAMILIES[name]

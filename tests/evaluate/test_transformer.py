@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import BOS, FAMILIES, N_EMBD, N_VOCAB, plain_logits, relative_error, tiny_metadata, tiny_weights, write_gguf
 
 from quantkit.blocks.types import GGMLType
@@ -283,3 +286,38 @@ def test_missing_tensors_of_a_family_are_named(tmp_path, missing):
     path = write_gguf(tmp_path / "m.gguf", family.metadata(), weights)
     with pytest.raises(QuantkitError, match=rf"{missing} is missing"):
         Transformer(GGUFSource(path)).logits(some_tokens(1, 5))
+
+
+HOSTILE = [
+    (ValueType.UINT32, 0),
+    (ValueType.UINT32, 1),
+    (ValueType.UINT32, 7),
+    (ValueType.UINT32, 2**32 - 1),
+    (ValueType.UINT64, 2**64 - 1),
+    (ValueType.INT32, -1),
+    (ValueType.FLOAT32, 0.0),
+    (ValueType.FLOAT32, -3.5),
+    (ValueType.FLOAT32, 3e38),
+    (ValueType.FLOAT64, 1e-300),
+    (ValueType.FLOAT32, math.nan),
+    (ValueType.STRING, "x"),
+    (ValueType.BOOL, True),
+    (ValueType.BOOL, False),
+]
+
+
+@settings(deadline=None, max_examples=150)
+@given(name=st.sampled_from(sorted(FAMILIES)), data=st.data())
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_hostile_metadata_is_refused_or_computed(tmp_path_factory, name, data):
+    family = FAMILIES[name]
+    metadata = family.metadata()
+    keys = [key for key in metadata if key.startswith(family.arch) and not key.endswith("vocab_size")]
+    for key in data.draw(st.lists(st.sampled_from(keys), min_size=1, max_size=2)):
+        kind, value = data.draw(st.sampled_from(HOSTILE))
+        metadata.set(key, kind, value)
+    path = write_gguf(tmp_path_factory.mktemp("hostile") / "m.gguf", metadata, family.weights(1))
+    try:
+        Transformer(GGUFSource(path), 1).logits(some_tokens(1, 5))
+    except QuantkitError as error:
+        assert "\n" not in str(error)

@@ -195,6 +195,12 @@ FAMILIES = {
     "qwen2": Family("qwen2", _ATTENTION + _GATED, _YARN, biased=("attn_q", "attn_k", "attn_v")),
     "qwen3": Family("qwen3", _ATTENTION + _QK_NORMS + _GATED, _HEAD_24, head=24, tied=True),
     "mixtral": Family("llama", _ATTENTION + _EXPERTS, _MIXTURE, n_expert=8),
+    "llama-fused": Family("llama", ("attn_norm", "attn_qkv", "attn_output", *_GATED)),
+    "llama-long": Family(
+        "llama", _ATTENTION + _GATED,
+        {**_LONGROPE, "rope__scaling__type": (ValueType.STRING, "longrope")},
+        factors=("rope_factors_long", "rope_factors_short"),
+    ),
     "qwen3moe": Family(
         "qwen3moe", _ATTENTION + _QK_NORMS + _EXPERTS,
         {**_HEAD_24, "expert_count": _u32(16), "expert_used_count": _u32(4), "expert_feed_forward_length": _u32(64)},
