@@ -6,6 +6,9 @@ are not in the floor. The reference decodes in llama-perplexity's way: 2,048 tok
 in its own stream, logits for the second half of each; what llama-perplexity does to logits afterwards is not counted
 against it.
 
+With F16 come two more lines, the KL divergence from stored logits and the importance matrix (KLD, imatrix): ours
+whole, loading of the model included, against the reference's decoding alone, which its own tools add to.
+
 Each round times ours, the reference and the floor once. The table shows medians of each round's ratio, which other work
 on the machine disturbs least, and the speeds of the fastest round. `--cpu` compares processor time, not wall time.
 
@@ -28,7 +31,9 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from quantkit.architectures.forward import FeedForward
-from quantkit.evaluate.perplexity import chunked, tokenize
+from quantkit.evaluate.divergence import divergence
+from quantkit.evaluate.importance import importance_matrix
+from quantkit.evaluate.perplexity import chunked, perplexity, tokenize
 from quantkit.evaluate.transformer import Transformer
 from quantkit.pipeline.source import GGUFSource
 
@@ -136,6 +141,19 @@ def quantized(f16: Path, name: str, n_threads: int, folder: Path) -> Path:
     return path
 
 
+def derived(
+    source: GGUFSource, chunks: np.ndarray, args: argparse.Namespace, folder: Path
+) -> dict[str, Callable[[], object]]:
+    """What else is measured over a text: divergence from stored logits, and the importance matrix. Loading included."""
+    logits, n_ctx, n_threads = folder / "base.logits", args.n_ctx, args.threads
+    tokens = chunks.reshape(-1)
+    perplexity(source, tokens, n_ctx, n_threads=n_threads, save_logits=logits)
+    return {
+        "KLD": lambda: divergence(source, logits, n_threads=n_threads),
+        "imatrix": lambda: importance_matrix(source, tokens, n_ctx, n_threads=n_threads),
+    }
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -186,6 +204,15 @@ def main() -> None:
                 f"{bare.flops / least / 1e9:14.0f}"
             )
             sys.stdout.flush()
+            if name == "F16":
+                jobs = derived(source, chunks, args, Path(folder))
+                for label, job in jobs.items():
+                    job()
+                    pairs = [(timed(job), timed(partial(reference.run, chunks))) for _ in range(args.rounds)]
+                    mine, theirs = (min(column) for column in zip(*pairs, strict=True))
+                    ratio = statistics.median(b / a for a, b in pairs)
+                    print(f"{label:8} {chunks.size / mine:11.0f} {chunks.size / theirs:11.0f} {ratio:7.2f}")
+                    sys.stdout.flush()
             reference.close()
 
 
