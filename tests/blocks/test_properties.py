@@ -28,8 +28,8 @@ each_quantized = pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kin
 BOUNDS = {
     GGMLType.F16: 2**-11, GGMLType.BF16: 2**-8, GGMLType.F32: 0, GGMLType.Q8_0: 0.5 / 127 + 2**-11,
     GGMLType.Q6_K: 0.04, GGMLType.Q5_0: 1 / 16 + 2**-11, GGMLType.Q5_1: 0.04, GGMLType.Q5_K: 0.06,
-    GGMLType.Q4_0: 1 / 8 + 2**-11, GGMLType.Q4_1: 0.08, GGMLType.Q4_K: 0.12, GGMLType.IQ4_NL: 0.2, GGMLType.IQ4_XS: 0.25,
-    GGMLType.MXFP4: 0.26, GGMLType.NVFP4: 0.2, GGMLType.Q3_K: 0.4, GGMLType.Q2_K: 0.6,
+    GGMLType.Q4_0: 1 / 8 + 2**-11, GGMLType.Q4_1: 0.08, GGMLType.Q4_K: 0.12, GGMLType.IQ4_NL: 0.2,
+    GGMLType.IQ4_XS: 0.25, GGMLType.MXFP4: 0.26, GGMLType.NVFP4: 0.2, GGMLType.Q3_K: 0.4, GGMLType.Q2_K: 0.6,
     GGMLType.TQ1_0: 0.5, GGMLType.TQ2_0: 0.5, GGMLType.Q2_0: 0.5,
 }  # fmt: skip
 
