@@ -58,14 +58,23 @@ def extreme(x: Any, at: Any) -> Any:
 
 @piece
 def span(x: Any, at: Any) -> Any:
-    """The smallest and the largest of 32 weights. Zero has two forms: the reference keeps the first that it meets."""
+    """The smallest and the largest of 32 weights; zero in either of its forms."""
     low, high = load(x, at), load(x, at + LANES)
-    least, most = smallest(minimum(low, high)), largest(maximum(low, high))
-    if least == ZERO:
-        least = first_match(x, at, low, high, ZERO)
-    if most == ZERO:
-        most = first_match(x, at, low, high, ZERO)
-    return least, most
+    return smallest(minimum(low, high)), largest(maximum(low, high))
+
+
+@piece
+def settle_zeros(x: Any, first: Any, count: Any, least: Any, most: Any) -> None:
+    """Zero has two forms: of a block's zeros, the reference keeps the first that it meets."""
+    zero = splat(ZERO)
+    if bits((load(least, 0) == zero) | (load(most, 0) == zero)) != 0:
+        for k in range(count):
+            at = (first + k) * QK
+            low, high = load(x, at), load(x, at + LANES)
+            if least[k] == ZERO:
+                least[k] = first_match(x, at, low, high, ZERO)
+            if most[k] == ZERO:
+                most[k] = first_match(x, at, low, high, ZERO)
 
 
 @piece
@@ -157,6 +166,7 @@ def encode_affine(x: Any, out: Any, nbytes: Any, top: Any, limit: Any) -> None:
         count = min(LANES, n_blocks - first)
         for k in range(count):
             least[k], most[k] = span(x, (first + k) * QK)
+        settle_zeros(x, first, count, least, most)
         d = (load(most, 0) - load(least, 0)) / splat(np.float32(top))
         tame = inverses(d, inverse)
         store(most, 0, d)
