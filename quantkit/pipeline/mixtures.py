@@ -354,6 +354,15 @@ NEVER_QUANTIZED = (
     "a.rvq.codebook",
     "mm.a.code_embd",
 )
+# The same for one family alone, and what of it no mixture takes below Q8_0.
+NEVER_QUANTIZED_IN: dict[str, tuple[str, ...]] = {
+    "glm5-next": (
+        *("hc_", "indexer.attn_q_b", "indexer.attn_k", "indexer.proj", "indexer_compressor_gate"),
+        *("indexer_compressor_ape", "ssm_f_a.weight", "ssm_f_b.weight", "ssm_g_a.weight", "ssm_g_b.weight"),
+        *("ssm_beta.weight", "attn_kv_a_mqa.weight", "attn_k_b.weight", "attn_v_b.weight"),
+    )
+}
+AT_LEAST_Q8_0_IN: dict[str, tuple[str, ...]] = {"glm5-next": ("attn_q_a", "attn_q_b", "nextn.eh_proj")}
 NEVER_QUANTIZED_EXACTLY = ("position_embd.weight", "token_types.weight")
 
 NEEDS_IMATRIX = frozenset({T.IQ3_XXS, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ1_M, T.IQ1_S})

@@ -11,12 +11,14 @@ from quantkit.blocks.types import GGMLType as T
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import TensorInfo
 from quantkit.pipeline.mixtures import (
+    AT_LEAST_Q8_0_IN,
     FALLBACKS,
     LOW_BIT_FILES,
     LOW_BIT_RULES,
     NEEDS_IMATRIX,
     NEVER_QUANTIZED,
     NEVER_QUANTIZED_EXACTLY,
+    NEVER_QUANTIZED_IN,
     RULES,
     Category,
     FileType,
@@ -108,10 +110,13 @@ class Recipe:
             return False
         if self.options.leave_output_tensor and name == "output.weight":
             return False
-        return name not in NEVER_QUANTIZED_EXACTLY and not any(part in name for part in NEVER_QUANTIZED)
+        never = (*NEVER_QUANTIZED, *NEVER_QUANTIZED_IN.get(self.model.architecture, ()))
+        return name not in NEVER_QUANTIZED_EXACTLY and not any(part in name for part in never)
 
     def _mixture(self, info: TensorInfo, kind: Category, tied: bool, n_values: int, seen: Counter[str]) -> T:
         default, name = self.file.default, self.file.name
+        if any(part in info.name for part in AT_LEAST_Q8_0_IN.get(self.model.architecture, ())):
+            return T.Q8_0
         if kind is Category.OUTPUT or (tied and kind is Category.TOKEN_EMBD):
             return self._output_type(info)
         if name == "MXFP4_MOE":
