@@ -274,8 +274,18 @@ def perplexity(model: Llama, tokenizer: Tokenizer, text: str, n_ctx: int = 512) 
 
 
 def train(
-    corpus: Corpus, tokenizer: Tokenizer, shape: Shape, *, device: str, steps: int, seed: int, batch: int, window: int,
-    rate: float, dropout: float, decay: float,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    shape: Shape,
+    *,
+    device: str,
+    steps: int,
+    seed: int,
+    batch: int,
+    window: int,
+    rate: float,
+    dropout: float,
+    decay: float,
 ) -> Llama:
     """Train on random windows of `window` tokens, each behind a BOS, with AdamW and a cosine schedule."""
     torch.manual_seed(seed)
@@ -291,7 +301,9 @@ def train(
     vectors = [weight for weight in model.parameters() if weight.dim() == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=rate, betas=(0.9, 0.95), fused=True,
+        lr=rate,
+        betas=(0.9, 0.95),
+        fused=True,
     )
     warmup = min(200, steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -318,7 +330,10 @@ def train(
         if step % max(1, steps // 10) == 0:
             log.info(
                 "step %d: training loss %.3f, validation perplexity %.3f, %.0f s",
-                step, loss.item(), perplexity(model, tokenizer, valid), time.perf_counter() - started,
+                step,
+                loss.item(),
+                perplexity(model, tokenizer, valid),
+                time.perf_counter() - started,
             )
     return model
 
@@ -374,7 +389,11 @@ def write_checkpoint(model: Llama, tokenizer: Tokenizer, out: Path) -> None:
             "add_bos_token": True,
             "added_tokens_decoder": {
                 str(tokenizer.token_to_id(token)): {
-                    "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+                    "content": token,
+                    "lstrip": False,
+                    "normalized": False,
+                    "rstrip": False,
+                    "single_word": False,
                     "special": True,
                 }
                 for token in (BOS, EOS)
@@ -480,14 +499,24 @@ def main() -> None:
     shape = Shape()
     tokenizer = train_tokenizer(corpus.train, shape.vocab)
     model = train(
-        corpus, tokenizer, shape, device=options.device, steps=options.steps, seed=options.seed, batch=options.batch,
-        window=options.window, rate=options.rate, dropout=options.dropout, decay=options.decay,
+        corpus,
+        tokenizer,
+        shape,
+        device=options.device,
+        steps=options.steps,
+        seed=options.seed,
+        batch=options.batch,
+        window=options.window,
+        rate=options.rate,
+        dropout=options.dropout,
+        decay=options.decay,
     )
     write_checkpoint(model, tokenizer, options.out / "tinylm")
     stored, tokenizer = read_checkpoint(options.out / "tinylm")
     log.info(
         "held-out perplexity of the stored weights: %.4f over %d tokens",
-        perplexity(stored.to(options.device), tokenizer, test), len(tokenizer.encode(test).ids),
+        perplexity(stored.to(options.device), tokenizer, test),
+        len(tokenizer.encode(test).ids),
     )
 
 

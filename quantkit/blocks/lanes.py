@@ -158,13 +158,13 @@ def _pick(sign: str) -> Callable[..., Any]:
 
 @intrinsic
 def minimum(typingctx: Any, a: Any, b: Any) -> Any:
-    """`a < b ? a : b` in each lane; b where either is NaN."""
+    """`a < b ? a : b` of scalars, or in each lane; b where either is NaN."""
     return a(a, b), _pick("<")
 
 
 @intrinsic
 def maximum(typingctx: Any, a: Any, b: Any) -> Any:
-    """`a > b ? a : b` in each lane; b where either is NaN."""
+    """`a > b ? a : b` of scalars, or in each lane; b where either is NaN."""
     return a(a, b), _pick(">")
 
 
@@ -178,6 +178,14 @@ def select(typingctx: Any, mask: Any, a: Any, b: Any) -> Any:
     return a(mask, a, b), codegen
 
 
+def _fill(builder: Any, vector: LaneVector, scalar: Any) -> Any:
+    """`scalar` in every lane of a `vector`."""
+    undefined = ir.Constant(_vector(vector.element), ir.Undefined)
+    one = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
+    order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    return builder.shuffle_vector(one, undefined, order)
+
+
 @intrinsic
 def splat(typingctx: Any, value: Any) -> Any:
     """The scalar `value` (float32, or an int) in every lane."""
@@ -189,13 +197,66 @@ def splat(typingctx: Any, value: Any) -> Any:
         return None
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        scalar = context.cast(builder, args[0], sig.args[0], element)
-        kind = _vector(result.element)
-        one = builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-        order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-        return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), order)
+        return _fill(builder, result, context.cast(builder, args[0], sig.args[0], element))
 
     return result(value), codegen
+
+
+@intrinsic
+def like(typingctx: Any, value: Any, x: Any) -> Any:
+    """The scalar `value` as what `x` is: a float32, or a vector with it in every lane."""
+    kind = f32x16 if x == f32x16 else types.float32
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        scalar = context.cast(builder, args[0], sig.args[0], types.float32)
+        return _fill(builder, f32x16, scalar) if sig.return_type == f32x16 else scalar
+
+    return kind(value, x), codegen
+
+
+@intrinsic
+def power_of_two(typingctx: Any, low_bits: Any) -> Any:
+    """2^n for the integer n, from -126 to 127, in the low bits of a float32 or of each lane."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        floats = args[0].type
+        bits = _vector("i32") if sig.return_type == f32x16 else ir.IntType(32)
+
+        def number(n: int) -> Any:
+            return ir.Constant(bits, [n] * LANES if sig.return_type == f32x16 else n)
+
+        moved = builder.shl(builder.bitcast(args[0], bits), number(23))
+        return builder.bitcast(builder.add(moved, number(127 << 23)), floats)
+
+    return low_bits(low_bits), codegen
+
+
+@intrinsic
+def spread(typingctx: Any, array: Any, index: Any) -> Any:
+    """The float32 at `index` of a contiguous 1-D array, which is not negative, in every lane."""
+    if not _contiguous(array):
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        position = context.cast(builder, args[1], sig.args[1], types.intp)
+        return _fill(builder, f32x16, builder.load(_address(context, builder, sig.args[0], args[0], position)))
+
+    return f32x16(array, index), codegen
+
+
+@intrinsic
+def multiply_add(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    """`a * b + c` of float32 or of vectors, rounded once where the machine has such an instruction, else twice.
+
+    What it gives differs between machines: never for what encodes or decodes.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        suffix = "v16f32" if sig.return_type == f32x16 else "f32"
+        return _call(builder, f"llvm.fmuladd.{suffix}", args[0].type, *args)
+
+    kind = f32x16 if a == f32x16 else types.float32
+    return kind(kind, kind, kind), codegen
 
 
 @intrinsic

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from quantkit.architectures.forward import Attention
 from quantkit.errors import QuantkitError
-from quantkit.evaluate.layers import LayerRunner, Routed
+from quantkit.evaluate.layers import Routed
 from quantkit.evaluate.transformer import Transformer
 from quantkit.evaluate.weights import available_memory
 from quantkit.pipeline.source import TensorSource
@@ -92,13 +91,12 @@ class Decoder:
                 cosines, sines = (
                     np.ascontiguousarray(table[past : past + n]) for table in model._rope(layer.attention, self.n_ctx)
                 )
-                runner = LayerRunner(
-                    layer, model.spec.n_embd, model._weights, (cosines, sines), model._workspace, model.observer
-                )
+                runner = model.runner(layer, (cosines, sines))
                 q, k, v = runner.queries_keys_values(x, past)
-                self._keys[i][:, past : past + n] = k[0, :, :, 0]
-                self._values[i][:, past : past + n] = v[0, :, :, 0]
-                mixed = attend(layer.attention, q[0], self._keys[i][:, : past + n], self._values[i][:, : past + n])
+                self._keys[i][:, past : past + n] = k[0]
+                self._values[i][:, past : past + n] = v[0]
+                mixed = np.empty((n, layer.attention.n_head * layer.attention.head_v), np.float32)
+                runner.mix(q[0], self._keys[i], self._values[i], 0, past, mixed)
                 routed = Routed.of(layer, n, model.spec.n_embd)
                 runner.finish(mixed, x[0], routed)
                 if routed is not None:
@@ -119,27 +117,6 @@ class Decoder:
                 out[:, at : at + _SLAB] = model._logits(x, product, np.empty((1, len(product.matrix)), np.float32))
         logits: np.ndarray = out[0]
         return logits
-
-
-def attend(attention: Attention, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Attention of the last queries on all keys, before its output product: [n, heads * head size].
-
-    `q` is [groups, n, heads of a group, head size], already scaled; `k` and `v` are [groups, positions, head size].
-    """
-    groups, n, heads, _ = q.shape
-    total = k.shape[1]
-    distance = np.arange(total - n, total)[:, None] - np.arange(total)
-    unseen = (distance < 0) | (distance >= (attention.window or total))
-    mixed = np.empty((n, groups, heads, attention.head_v), np.float32)
-    for group in range(groups):
-        scores = q[group] @ k[group].T
-        if attention.softcap is not None:
-            cap = np.float32(attention.softcap)
-            scores = np.tanh(scores / cap) * cap
-        scores = np.where(unseen[:, None], np.float32(-np.inf), scores)
-        scores = np.exp(scores - scores.max(axis=2, keepdims=True))
-        mixed[:, group] = (scores @ v[group]) / scores.sum(axis=2, keepdims=True)
-    return mixed.reshape(n, groups * heads * attention.head_v)
 
 
 def pick(logits: np.ndarray, temperature: float, top_p: float, generator: np.random.Generator) -> int:

@@ -1,8 +1,8 @@
 """What a forward pass does between its matrix products: fused, vectorised, holding no lock.
 
 Each kernel runs over all rows that it is given, on one thread; threads share work by taking different rows. Arrays are
-float32 and contiguous unless said otherwise. Sums run in sixteen lanes, so they round like short sums, and the same on
-every machine; fastmath stays off.
+float32 and contiguous unless said otherwise. Sums run in sixteen lanes, so they round like short sums. A product and
+the sum it goes into round once where the machine can; fastmath stays off.
 """
 
 from __future__ import annotations
@@ -12,7 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.blocks.lanes import get, load, splat
+from quantkit.blocks.lanes import (
+    LANES,
+    get,
+    largest,
+    like,
+    load,
+    maximum,
+    minimum,
+    multiply_add,
+    power_of_two,
+    select,
+    splat,
+    spread,
+    store,
+)
 from quantkit.kernels import kernel, piece
 
 _ZERO, _ONE, _LOWEST, _HIGHEST = np.float32(0.0), np.float32(1.0), np.float32(-87.0), np.float32(88.0)
@@ -28,52 +42,62 @@ _C0, _C1, _C2, _C3, _C4 = (
 # -2 sqrt(2 / pi), and that times 0.044715.
 _GELU_LINEAR = np.float32(-2.0 * math.sqrt(2.0 / math.pi))
 _GELU_CUBIC = np.float32(-2.0 * math.sqrt(2.0 / math.pi) * 0.044715)
+# Rows that `attention` takes through its products together.
+_TILE_ROWS = 6
+_NOTHING = np.float32(-np.inf)
 _MIN_INT = np.int32(-2147483648)
 
 
 @piece
 def exp(x: Any) -> Any:
-    """e^x in float32 with a relative error under 1.5e-7, for x in [-87, 88]; beyond, the value at that end; NaN is NaN.
+    """e^x of a float32 or of sixteen, with a relative error under 1.5e-7, for x in [-87, 88].
 
-    The exponent is rounded by adding 1.5 * 2^23, which leaves it in the low bits of the sum; a polynomial does the
-    rest. LLVM vectorises loops over this.
+    Beyond, the value at that end; NaN is NaN. The exponent is rounded by adding 1.5 * 2^23, which leaves it in the low
+    bits of the sum; a polynomial does the rest. LLVM vectorises loops over this.
     """
-    x = _LOWEST if x < _LOWEST else x
-    x = _HIGHEST if x > _HIGHEST else x
-    shifted = x * _LOG2_E + _MAGIC
-    n = shifted - _MAGIC
-    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
-    p = (((_C4 * r + _C3) * r + _C2) * r + _C1) * r + _C0
-    power = np.int32((np.float32(shifted).view(np.int32) << 23) + (127 << 23))
-    return (p * r * r + r + _ONE) * np.int32(power).view(np.float32)
+    x = maximum(like(_LOWEST, x), x)
+    x = minimum(like(_HIGHEST, x), x)
+    shifted = multiply_add(x, like(_LOG2_E, x), like(_MAGIC, x))
+    n = shifted - like(_MAGIC, x)
+    r = multiply_add(n, like(-_LN2_LOW, x), multiply_add(n, like(-_LN2_HIGH, x), x))
+    p = multiply_add(like(_C4, x), r, like(_C3, x))
+    p = multiply_add(p, r, like(_C2, x))
+    p = multiply_add(p, r, like(_C1, x))
+    p = multiply_add(p, r, like(_C0, x))
+    return multiply_add(p, r * r, r + like(_ONE, x)) * power_of_two(shifted)
 
 
 @piece
-def _sum(x: Any, n: int) -> float:
+def _total(lanes: Any) -> Any:
+    """The sum of sixteen lanes, in float64."""
+    total = 0.0
+    for j in range(LANES):
+        total += get(lanes, j)
+    return total
+
+
+@piece
+def _sum(x: Any, n: int) -> Any:
     """The sum of the first `n` numbers of a row, in float64 from sixteen float32 lanes."""
     lanes = splat(_ZERO)
-    whole = n // 16 * 16
-    for j in range(0, whole, 16):
+    whole = n // LANES * LANES
+    for j in range(0, whole, LANES):
         lanes = lanes + load(x, j)
-    total = 0.0
-    for j in range(16):
-        total += get(lanes, j)
+    total = _total(lanes)
     for j in range(whole, n):
         total += x[j]
     return total
 
 
 @piece
-def _sum_squares(x: Any, n: int) -> float:
+def _sum_squares(x: Any, n: int) -> Any:
     """The sum of the squares of the first `n` numbers of a row, in float64 from sixteen float32 lanes."""
     lanes = splat(_ZERO)
-    whole = n // 16 * 16
-    for j in range(0, whole, 16):
+    whole = n // LANES * LANES
+    for j in range(0, whole, LANES):
         v = load(x, j)
-        lanes = lanes + v * v
-    total = 0.0
-    for j in range(16):
-        total += get(lanes, j)
+        lanes = multiply_add(v, v, lanes)
+    total = _total(lanes)
     for j in range(whole, n):
         total += np.float64(x[j]) * np.float64(x[j])
     return total
@@ -210,64 +234,160 @@ def split_heads(
 
 
 @piece
-def _capped(x: Any, cap: Any, twice: Any) -> Any:
-    """cap * tanh(x / cap), where `twice` is 2 / cap; absolute error under 2e-7 * cap."""
-    return cap - (cap + cap) / (exp(x * twice) + _ONE)
+def _capped(x: Any, cap: Any) -> Any:
+    """cap * tanh(x / cap) of a float32 or of sixteen; absolute error under 2e-7 * cap."""
+    return like(cap, x) - like(cap + cap, x) / (exp(x * like(_TWO / cap, x)) + like(_ONE, x))
 
 
 @kernel
 def soft_cap(x: np.ndarray, cap: np.float32) -> None:
     """Every number x of [rows, n] to cap * tanh(x / cap), in place."""
-    twice = _TWO / cap
     for i in range(x.shape[0]):
         row = x[i]
         for j in range(row.size):
-            row[j] = _capped(row[j], cap, twice)
+            row[j] = _capped(row[j], cap)
 
 
-@kernel
-def causal_softmax(
-    scores: np.ndarray, heads: int, first_query: int, first_key: int, window: int, cap: np.float32, sums: np.ndarray
-) -> None:
-    """Scores to exponentials less the row's maximum, in place, and their sums: softmax but for the division.
+@piece
+def _softmax(row: Any, start: int, stop: int, cap: Any) -> Any:
+    """Exponentials of the scores from `start` to `stop` less their maximum, in place, and zeros around; their sum.
 
-    `scores` is [queries * heads, keys]: `heads` rows for each query from position `first_query` on, and the keys from
-    position `first_key` on. A query sees the `window` keys that end with its own; the others become 0. Unless `cap` is
-    0 scores are bent by `soft_cap` first. `sums` is [queries * heads].
+    `row` holds a multiple of sixteen. Unless `cap` is 0 scores are bent by `soft_cap` first.
     """
-    n_keys = scores.shape[1]
-    twice = _TWO / cap if cap > _ZERO else _ZERO
-    for i in range(scores.shape[0]):
-        query = first_query + i // heads
-        stop = min(query - first_key + 1, n_keys)
-        start = max(0, query - window + 1 - first_key)
-        row = scores[i]
-        seen = row[start:stop]
+    row[:start] = _NOTHING
+    row[stop:] = _NOTHING
+    highest = splat(_NOTHING)
+    for j in range(0, row.size, LANES):
+        x = load(row, j)
         if cap > _ZERO:
-            for j in range(seen.size):
-                seen[j] = _capped(seen[j], cap, twice)
-        largest = _maximum(seen, seen.size)
-        for j in range(seen.size):
-            seen[j] = exp(seen[j] - largest)
-        sums[i] = np.float32(_sum(seen, seen.size))
-        row[:start] = _ZERO
-        row[stop:] = _ZERO
+            x = select(x == splat(_NOTHING), x, _capped(x, cap))
+            store(row, j, x)
+        highest = maximum(x, highest)
+    peak, total = splat(largest(highest)), splat(_ZERO)
+    for j in range(0, row.size, LANES):
+        x = exp(load(row, j) - peak)
+        store(row, j, x)
+        total = total + x
+    # They were 1e-38 each, which the sum did not feel.
+    row[:start] = _ZERO
+    row[stop:] = _ZERO
+    return np.float32(_total(total))
+
+
+@piece
+def _multiply_tile(
+    a: Any, a_at: int, stride: int, n: int, b: Any, b_at: int, out: Any, out_at: int, width: int
+) -> None:
+    """Six rows of `a` times sixteen columns: out[r, j] is the sum over k < n of a[r, k] * b[k, j].
+
+    Arrays are 1-D and their first element is at `a_at`, `b_at`, `out_at`; rows of `a` stand `stride` apart, those of
+    `b` are sixteen long, those of `out` stand `width` apart. Twelve registers of eight lanes hold the sums, as in the
+    kernels of BLAS for processors with sixteen registers (Goto and van de Geijn 2008).
+    """
+    s0 = splat(_ZERO)
+    s1, s2, s3, s4, s5 = s0, s0, s0, s0, s0
+    for k in range(n):
+        y = load(b, b_at + LANES * k)
+        at = a_at + k
+        s0 = multiply_add(spread(a, at), y, s0)
+        s1 = multiply_add(spread(a, at + stride), y, s1)
+        s2 = multiply_add(spread(a, at + 2 * stride), y, s2)
+        s3 = multiply_add(spread(a, at + 3 * stride), y, s3)
+        s4 = multiply_add(spread(a, at + 4 * stride), y, s4)
+        s5 = multiply_add(spread(a, at + 5 * stride), y, s5)
+    store(out, out_at, s0)
+    store(out, out_at + width, s1)
+    store(out, out_at + 2 * width, s2)
+    store(out, out_at + 3 * width, s3)
+    store(out, out_at + 4 * width, s4)
+    store(out, out_at + 5 * width, s5)
+
+
+def attention_room(n_keys: int, head_k: int, head_v: int) -> int:
+    """How many float32 `attention` needs for its own use, for at most `n_keys` keys."""
+    width = (n_keys + 2 * LANES - 1) // LANES * LANES
+    return width * (head_k + (head_v + LANES - 1) // LANES * LANES + _TILE_ROWS) + _TILE_ROWS * (head_k + LANES)
 
 
 @kernel
-def merge_heads(x: np.ndarray, sums: np.ndarray, out: np.ndarray, column: int) -> None:
-    """Finish softmax and put heads side by side: x[query * heads + h] / sums into out[query], head h from `column` on.
+def attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    first: int,
+    past: int,
+    window: int,
+    cap: np.float32,
+    room: np.ndarray,
+    out: np.ndarray,
+    column: int,
+) -> None:
+    """Causal attention of the query heads that share one head of keys and values.
 
-    `x` is [queries * heads, head size], `out` [queries, any].
+    `q` is [queries, heads, head_k], already scaled, and its first row stands at position `past`; `k` [positions,
+    head_k] and `v` [positions, head_v] begin at position 0. Row i of `out` [rows, any] gets what query `first` + i
+    sees, the heads side by side from `column` on: the `window` keys that end with its own. Unless `cap` is 0 scores are
+    bent by `soft_cap`. `room` is scratch of `attention_room` numbers.
+
+    Keys are laid out anew as columns of sixteen and values as sixteen columns, so that both products run over
+    neighbours; six rows of scores at a time stay in the first-level cache from product to product.
     """
-    size = x.shape[1]
-    heads = x.shape[0] // out.shape[0]
-    for i in range(x.shape[0]):
-        at = column + i % heads * size
-        row, to = x[i], out[i // heads, at : at + size]
-        scale = _ONE / sums[i]
-        for j in range(size):
-            to[j] = row[j] * scale
+    heads, head_k, head_v = q.shape[1], q.shape[2], v.shape[1]
+    base = past + first
+    stop = base + out.shape[0]
+    low = max(0, base - window + 1) // LANES * LANES
+    n_tiles = (stop - low + LANES - 1) // LANES
+    width = n_tiles * LANES
+    whole, v_tiles = head_v // LANES, (head_v + LANES - 1) // LANES
+    at = width * head_k
+    keys = room[:at]
+    values = room[at : at + width * v_tiles * LANES]
+    at += values.size
+    scores = room[at : at + _TILE_ROWS * width]
+    at += scores.size
+    rows = room[at : at + _TILE_ROWS * head_k]
+    at += rows.size
+    result = room[at : at + _TILE_ROWS * LANES]
+    keys[(n_tiles - 1) * LANES * head_k :] = _ZERO
+    values[:] = _ZERO
+    for i in range(stop - low):
+        key, value = k[low + i], v[low + i]
+        to = i // LANES * LANES * head_k + i % LANES
+        for d in range(head_k):
+            keys[to + d * LANES] = key[d]
+        for c in range(whole):
+            store(values, (c * width + i) * LANES, load(value, c * LANES))
+        for d in range(whole * LANES, head_v):
+            values[(whole * width + i) * LANES + d - whole * LANES] = value[d]
+    n_rows = out.shape[0] * heads
+    scales = np.empty(_TILE_ROWS, np.float32)
+    for row in range(0, n_rows, _TILE_ROWS):
+        n = min(_TILE_ROWS, n_rows - row)
+        rows[n * head_k :] = _ZERO
+        for r in range(n):
+            rows[r * head_k : (r + 1) * head_k] = q[first + (row + r) // heads, (row + r) % heads]
+        begin = (max(0, base + row // heads - window + 1) - low) // LANES
+        end = (base + (row + n - 1) // heads - low) // LANES + 1
+        for t in range(begin, end):
+            _multiply_tile(rows, 0, head_k, head_k, keys, t * LANES * head_k, scores, t * LANES, width)
+        for r in range(n):
+            position = base + (row + r) // heads
+            seen = scores[r * width + begin * LANES : r * width + end * LANES]
+            origin = low + begin * LANES
+            scales[r] = _ONE / _softmax(seen, max(0, position - window + 1 - origin), position + 1 - origin, cap)
+        for c in range(v_tiles):
+            _multiply_tile(
+                scores, begin * LANES, width, (end - begin) * LANES,
+                values, (c * width + begin * LANES) * LANES, result, 0, LANES,
+            )  # fmt: skip
+            for r in range(n):
+                to = column + (row + r) % heads * head_v + c * LANES
+                mixed = out[(row + r) // heads]
+                if c < whole:
+                    store(mixed, to, load(result, r * LANES) * splat(scales[r]))
+                else:
+                    for j in range(head_v - c * LANES):
+                        mixed[to + j] = result[r * LANES + j] * scales[r]
 
 
 @kernel

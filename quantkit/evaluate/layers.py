@@ -29,10 +29,8 @@ from quantkit.architectures.forward import (
 from quantkit.evaluate import kernels
 from quantkit.evaluate.weights import Weights
 
-# Rows that go through a product together, and queries of all heads of a group that meet the keys together. Measured on
-# two cores with 512 KB of second-level cache each.
+# Rows that go through a product together. Measured on two cores with 512 KB of second-level cache each.
 ROWS = 512
-_SCORE_ROWS = 128
 
 # What activations exist, with a gate and without: kernels from [rows, n_ff or twice that] to [rows, n_ff].
 _GATED = {Activation.SILU: kernels.silu_gate, Activation.GELU: kernels.gelu_gate}
@@ -135,7 +133,8 @@ class LayerRunner:
     """A layer with its weights decoded, ready to run on parts of a batch from several threads.
 
     `tables` are the cosines and sines of its rotary embedding, [positions, pairs] each, without columns where it has
-    none. `observer` is told of each matrix product.
+    none. `observer` is told of each matrix product. `each` runs a task for 0 to a count: side by side, if the threads
+    have nothing else to do.
 
     The order: `attend`, then `finish` for each part; where the layer has experts, all parts meet then, and `expert`
     runs for each part and each of `experts`, then `close` for each part.
@@ -149,10 +148,12 @@ class LayerRunner:
         tables: tuple[np.ndarray, np.ndarray],
         workspace: Workspace,
         observer: Observer | None,
+        each: Callable[[Callable[[int], None], int], None],
     ) -> None:
         """Decode the layer's weights, but those of its experts."""
         self.layer, self.n_embd = layer, n_embd
-        self._weights, self._tables, self._observer, self._take = weights, tables, observer, workspace.take
+        self._weights, self._tables, self._take = weights, tables, workspace.take
+        self._observer, self._each = observer, each
         attention, ff = layer.attention, layer.feed_forward
         n_q, n_k = attention.n_head * attention.head_k, attention.n_head_kv * attention.head_k
         n_v = attention.n_head_kv * attention.head_v
@@ -226,30 +227,35 @@ class LayerRunner:
         """
         attention = self.layer.attention
         q, k, v = self.queries_keys_values(x)
-        n_seq, groups, n_ctx, heads, head_k = q.shape
-        head_v, (first, stop), take = attention.head_v, span, self._take
-        window = min(n_ctx, attention.window or n_ctx)
+        first, stop = span
+        mixed = self._take("mixed", len(x), stop - first, attention.n_head * attention.head_v)
+        for seq in range(len(x)):
+            self.mix(q[seq], k[seq], v[seq], first, 0, mixed[seq])
+        return mixed.reshape(-1, attention.n_head * attention.head_v)
+
+    def mix(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, past: int, out: np.ndarray) -> None:
+        """What the queries from `first` on of one sequence see: into `out` [queries, heads * head size].
+
+        `q` is [groups, queries, heads of a group, head size], its first query at position `past`; `k` and `v` are
+        [groups, positions, head size], from position 0 on.
+        """
+        attention = self.layer.attention
+        (_, _, heads, head_k), head_v, stop = q.shape, attention.head_v, past + first + len(out)
+        window = min(stop, attention.window or stop)
         cap = np.float32(attention.softcap or 0.0)
-        n_queries = max(1, _SCORE_ROWS // heads)
-        mixed = take("mixed", n_seq, stop - first, attention.n_head * head_v)
-        for seq in range(n_seq):
-            for group in range(groups):
-                for start in range(first, stop, n_queries):
-                    end = min(start + n_queries, stop)
-                    key = max(0, start - window + 1)
-                    n_rows = (end - start) * heads
-                    scores, sums = take("scores", n_rows, end - key), take("sums", n_rows)
-                    np.matmul(q[seq, group, start:end].reshape(n_rows, head_k), k[seq, group, key:end, 0].T, out=scores)
-                    kernels.causal_softmax(scores, heads, start, key, window, cap, sums)
-                    values = take("values", n_rows, head_v)
-                    np.matmul(scores, v[seq, group, key:end, 0], out=values)
-                    kernels.merge_heads(values, sums, mixed[seq, start - first : end - first], group * heads * head_v)
-        return mixed.reshape(-1, attention.n_head * head_v)
+
+        def mix_group(group: int) -> None:
+            room = self._take("attention", kernels.attention_room(stop, head_k, head_v))
+            column = group * heads * head_v
+            kernels.attention(q[group], k[group], v[group], first, past, window, cap, room, out, column)
+
+        self._each(mix_group, len(q))
 
     def queries_keys_values(self, x: np.ndarray, past: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The heads of `x`, normalised and rotated: [n_seq, groups, n_ctx, heads of a group, head size] each.
+        """The heads of `x` [n_seq, n_ctx, n_embd], normalised and rotated.
 
-        `x` [n_seq, n_ctx, n_embd] stands at the positions from `past` on, and so do the layer's tables.
+        Queries are [n_seq, groups, n_ctx, heads of a group, head size], keys and values [n_seq, groups, n_ctx, head
+        size]. `x` stands at the positions from `past` on, and so do the layer's tables.
         """
         attention: Attention = self.layer.attention
         n_seq, n_ctx, n_embd = x.shape
@@ -285,7 +291,7 @@ class LayerRunner:
                 kernels.split_heads(part, n_q, *tables, position, neighbours, one, k[seq])
                 kernels.split_heads(part, n_q + n_k, still, still, position, neighbours, one, v[seq])
                 done += n
-        return q, k, v
+        return q, k[..., 0, :], v[..., 0, :]
 
     # What comes after it
 

@@ -20,7 +20,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from quantkit.architectures import forward_spec
-from quantkit.architectures.forward import Attention, Experts, ForwardSpec, Norm, NormKind, Rope
+from quantkit.architectures.forward import Attention, Experts, ForwardSpec, Layer, Norm, NormKind, Rope
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import kernels
 from quantkit.evaluate.layers import ROWS, Expert, LayerRunner, Observer, Product, Routed, Workspace, unsupported
@@ -201,12 +201,15 @@ class Transformer:
 
     def _each(self, task: Callable[[int], None], count: int) -> None:
         """`task(0)` to `task(count - 1)`, side by side where there are enough to fill the threads."""
-        if self._side_by_side:
-            for _ in self._pool.map(task, range(count)):
-                pass
-        else:
-            for i in range(count):
-                task(i)
+        (self._together if self._side_by_side else self._one_by_one)(task, count)
+
+    def _together(self, task: Callable[[int], None], count: int) -> None:
+        for _ in self._pool.map(task, range(count)):
+            pass
+
+    def _one_by_one(self, task: Callable[[int], None], count: int) -> None:
+        for i in range(count):
+            task(i)
 
     # -- the forward pass
 
@@ -223,7 +226,7 @@ class Transformer:
         with self._blas(len(units)):
             for i, layer in enumerate(spec.layers):
                 tables = self._rope(layer.attention, n_ctx)
-                runner = LayerRunner(layer, spec.n_embd, self._weights, tables, self._workspace, self.observer)
+                runner = self.runner(layer, tables)
                 in_place = i + 1 < len(spec.layers)
                 span, to = ((0, n_ctx), x) if in_place else ((first, stop), last)
                 self._run_layer(runner, x, units, span, to)
@@ -236,6 +239,12 @@ class Transformer:
                 last[:] = x[:, first:stop]
             self._each(lambda u: self._normalise(spec.output_norm, last[units[u]]), len(units))
         return last
+
+    def runner(self, layer: Layer, tables: tuple[np.ndarray, np.ndarray]) -> LayerRunner:
+        """`layer`, ready to run with these cosines and sines."""
+        busy = self._side_by_side or self.n_threads == 1
+        each = self._one_by_one if busy else self._together
+        return LayerRunner(layer, self.spec.n_embd, self._weights, tables, self._workspace, self.observer, each)
 
     def embedded(self, tokens: np.ndarray, start: int = 0) -> np.ndarray:
         """What the first layer reads for `tokens` [n_seq, n], at positions from `start`: float32 [n_seq, n, n_embd]."""

@@ -27,28 +27,47 @@ def test_exponential_at_the_ends():
     assert np.isnan(out[6])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=60)
 @given(
     n=st.integers(1, 70),
-    heads=st.integers(1, 4),
-    first=st.integers(0, 40),
-    window=st.integers(1, 90),
+    heads=st.integers(1, 7),
+    sizes=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    first=st.integers(0, 9),
+    past=st.integers(0, 40),
+    window=st.integers(1, 130),
+    cap=st.sampled_from([0.0, 0.0, 4.0]),
     seed=st.integers(0, 99),
 )
-def test_softmax_sees_its_window_and_no_later_key(n, heads, first, window, seed):
+def test_attention_sees_its_window_and_no_later_key(n, heads, sizes, first, past, window, cap, seed):
     rng = np.random.default_rng(seed)
-    first_key = max(0, first - window + 1)
-    scores = rng.standard_normal((n * heads, first + n - first_key)).astype(np.float32) * 5
-    query = first + np.arange(n * heads)[:, None] // heads
-    key = first_key + np.arange(scores.shape[1])
+    (head_k, head_v), base = sizes, past + first
+    # Positions from base + n on, and queries before `first`, are nobody's business: NaN would show.
+    q = rng.standard_normal((first + n, heads, head_k)).astype(np.float32) * 2 / np.float32(head_k**0.5)
+    k = rng.standard_normal((base + n + 20, head_k)).astype(np.float32) * 2
+    v = rng.standard_normal((base + n + 20, head_v)).astype(np.float32)
+    q[:first], k[base + n :], v[base + n :] = np.nan, np.nan, np.nan
+    k[: max(0, base - window + 1) // 16 * 16] = np.nan
+    query, key = base + np.arange(n)[:, None], np.arange(base + n)
     seen = (key <= query) & (key > query - window)
-    expected = np.where(seen, np.exp(np.where(seen, scores, -np.inf).astype(np.float64)), 0)
-    expected /= expected.sum(1, keepdims=True)
-    sums = np.empty(n * heads, np.float32)
-    kernels.causal_softmax(scores, heads, first, first_key, window, np.float32(0), sums)
-    assert (scores[~seen] == 0).all()
-    # Scores differ from their maximum by up to 40: that difference rounds by 40 * 2^-24, and so does the exponent.
-    np.testing.assert_allclose(scores / sums[:, None], expected, rtol=5e-6, atol=1e-30)
+    scores = np.einsum("nhd,kd->hnk", q[first:], np.nan_to_num(k[: base + n]), dtype=np.float64)
+    scores = np.where(seen, cap * np.tanh(scores / cap) if cap else scores, -np.inf)
+    p = np.exp(scores - scores.max(2, keepdims=True))
+    expected = np.einsum("hnk,kd->nhd", p / p.sum(2, keepdims=True), v[: base + n])
+    room = np.full(kernels.attention_room(base + n, head_k, head_v) + 9, np.nan, np.float32)
+    out = np.full((n, 5 + heads * head_v + 3), np.nan, np.float32)
+    kernels.attention(q, k, v, first, past, window, np.float32(cap), room[:-9], out, 5)
+    # Scores of up to 40 round by 40 * 2^-24, and so do their exponents.
+    np.testing.assert_allclose(out[:, 5:-3].reshape(expected.shape), expected, rtol=1e-5, atol=2e-5)
+    assert np.isnan(out[:, :5]).all() and np.isnan(out[:, -3:]).all() and np.isnan(room[-9:]).all()
+
+
+def test_attention_keeps_a_query_that_is_not_a_number():
+    q, k, v = np.ones((3, 1, 4), np.float32), np.ones((3, 4), np.float32), np.ones((3, 4), np.float32)
+    q[1] = np.nan
+    out = np.empty((3, 4), np.float32)
+    room = np.empty(kernels.attention_room(3, 4, 4), np.float32)
+    kernels.attention(q, k, v, 0, 0, 3, np.float32(0), room, out, 0)
+    assert np.isnan(out).all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("neighbours", [True, False])
@@ -157,10 +176,6 @@ def test_soft_cap_keeps_its_stated_bound(cap):
     capped = x.copy()
     kernels.soft_cap(capped, np.float32(cap))
     assert np.abs(capped - expected).max() < 2e-7 * cap
-    scores, sums = x[:, :9].copy() / 50, np.empty(1, np.float32)
-    expected = np.exp(cap * np.tanh(scores.astype(np.float64) / cap))
-    kernels.causal_softmax(scores, 1, 8, 0, 9, np.float32(cap), sums)
-    np.testing.assert_allclose(scores / sums, expected / expected.sum(), rtol=1e-4)
 
 
 @settings(deadline=None, max_examples=40)
