@@ -18,7 +18,8 @@ from typing import Any, cast
 from llvmlite import ir
 from numba import extending
 from numba.core import types
-from numba.core.cgutils import gep_inbounds
+from numba.core.cgutils import gep_inbounds, pack_array, unpack_tuple
+from numba.core.errors import RequireLiteralValue
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import models, register_model
@@ -232,19 +233,6 @@ def power_of_two(typingctx: Any, low_bits: Any) -> Any:
 
 
 @intrinsic
-def spread(typingctx: Any, array: Any, index: Any) -> Any:
-    """The float32 at `index` of a contiguous 1-D array, which is not negative, in every lane."""
-    if not _contiguous(array):
-        return None
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        position = context.cast(builder, args[1], sig.args[1], types.intp)
-        return _fill(builder, f32x16, builder.load(_address(context, builder, sig.args[0], args[0], position)))
-
-    return f32x16(array, index), codegen
-
-
-@intrinsic
 def multiply_add(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     """`a * b + c` of float32 or of vectors, rounded once where the machine has such an instruction, else twice.
 
@@ -326,6 +314,58 @@ def store(typingctx: Any, array: Any, index: Any, vector: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, index, vector), codegen
+
+
+@intrinsic
+def repeat(typingctx: Any, vector: Any, count: Any) -> Any:
+    """A tuple of `count`, a constant, times the vector."""
+    if not isinstance(count, types.IntegerLiteral):
+        raise RequireLiteralValue(count)
+    result = types.UniTuple(vector, count.literal_value)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return pack_array(builder, [args[0]] * result.count)
+
+    return result(vector, count), codegen
+
+
+@intrinsic
+def add_products(typingctx: Any, sums: Any, array: Any, index: Any, stride: Any, vector: Any) -> Any:
+    """A tuple of f32x16 with `array[index + i * stride] * vector` added to its i-th, as `multiply_add` does.
+
+    `array` is contiguous, 1-D and float32, and no index negative.
+    """
+    if not _contiguous(array):
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        position, step = (context.cast(builder, args[i], sig.args[i], types.intp) for i in (2, 3))
+        results = []
+        for total in unpack_tuple(builder, args[0]):
+            scalar = builder.load(_address(context, builder, sig.args[1], args[1], position))
+            spread = _fill(builder, f32x16, scalar)
+            results.append(_call(builder, "llvm.fmuladd.v16f32", _vector("float"), spread, args[4], total))
+            position = builder.add(position, step)
+        return pack_array(builder, results)
+
+    return sums(sums, array, index, stride, vector), codegen
+
+
+@intrinsic
+def store_all(typingctx: Any, array: Any, index: Any, stride: Any, vectors: Any) -> Any:
+    """Write a tuple of f32x16 to a contiguous 1-D float32 array, from `index` on and `stride` apart."""
+    if not _contiguous(array):
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        position, step = (context.cast(builder, args[i], sig.args[i], types.intp) for i in (1, 2))
+        for vector in unpack_tuple(builder, args[3]):
+            at = _address(context, builder, sig.args[0], args[0], position)
+            builder.store(vector, builder.bitcast(at, ir.PointerType(vector.type)), align=4)
+            position = builder.add(position, step)
+        return context.get_dummy_value()
+
+    return types.void(array, index, stride, vectors), codegen
 
 
 @intrinsic

@@ -11,9 +11,11 @@ import math
 from typing import Any
 
 import numpy as np
+from llvmlite.binding import get_host_cpu_features
 
 from quantkit.blocks.lanes import (
     LANES,
+    add_products,
     get,
     largest,
     like,
@@ -22,10 +24,11 @@ from quantkit.blocks.lanes import (
     minimum,
     multiply_add,
     power_of_two,
+    repeat,
     select,
     splat,
-    spread,
     store,
+    store_all,
 )
 from quantkit.kernels import kernel, piece
 
@@ -42,8 +45,10 @@ _C0, _C1, _C2, _C3, _C4 = (
 # -2 sqrt(2 / pi), and that times 0.044715.
 _GELU_LINEAR = np.float32(-2.0 * math.sqrt(2.0 / math.pi))
 _GELU_CUBIC = np.float32(-2.0 * math.sqrt(2.0 / math.pi) * 0.044715)
-# Rows that `attention` takes through its products together.
-_TILE_ROWS = 6
+# Rows that `attention` takes through its products together: their sums fill the registers of sixteen lanes that a
+# processor has, or eight do where these are as many as it can add at a time.
+_TILE_ROWS = 8 if get_host_cpu_features().get("avx512f") else 6
+_MOST_ROWS = 8
 _NOTHING = np.float32(-np.inf)
 _MIN_INT = np.int32(-2147483648)
 
@@ -278,35 +283,22 @@ def _softmax(row: Any, start: int, stop: int, cap: Any) -> Any:
 def _multiply_tile(
     a: Any, a_at: int, stride: int, n: int, b: Any, b_at: int, out: Any, out_at: int, width: int
 ) -> None:
-    """Six rows of `a` times sixteen columns: out[r, j] is the sum over k < n of a[r, k] * b[k, j].
+    """`_TILE_ROWS` rows of `a` times sixteen columns: out[r, j] is the sum over k < n of a[r, k] * b[k, j].
 
     Arrays are 1-D and their first element is at `a_at`, `b_at`, `out_at`; rows of `a` stand `stride` apart, those of
-    `b` are sixteen long, those of `out` stand `width` apart. Twelve registers of eight lanes hold the sums, as in the
-    kernels of BLAS for processors with sixteen registers (Goto and van de Geijn 2008).
+    `b` are sixteen long, those of `out` stand `width` apart. The sums stay in registers, as in the kernels of BLAS
+    (Goto and van de Geijn 2008).
     """
-    s0 = splat(_ZERO)
-    s1, s2, s3, s4, s5 = s0, s0, s0, s0, s0
+    sums = repeat(splat(_ZERO), _TILE_ROWS)
     for k in range(n):
-        y = load(b, b_at + LANES * k)
-        at = a_at + k
-        s0 = multiply_add(spread(a, at), y, s0)
-        s1 = multiply_add(spread(a, at + stride), y, s1)
-        s2 = multiply_add(spread(a, at + 2 * stride), y, s2)
-        s3 = multiply_add(spread(a, at + 3 * stride), y, s3)
-        s4 = multiply_add(spread(a, at + 4 * stride), y, s4)
-        s5 = multiply_add(spread(a, at + 5 * stride), y, s5)
-    store(out, out_at, s0)
-    store(out, out_at + width, s1)
-    store(out, out_at + 2 * width, s2)
-    store(out, out_at + 3 * width, s3)
-    store(out, out_at + 4 * width, s4)
-    store(out, out_at + 5 * width, s5)
+        sums = add_products(sums, a, a_at + k, stride, load(b, b_at + LANES * k))
+    store_all(out, out_at, width, sums)
 
 
 def attention_room(n_keys: int, head_k: int, head_v: int) -> int:
     """How many float32 `attention` needs for its own use, for at most `n_keys` keys."""
     width = (n_keys + 2 * LANES - 1) // LANES * LANES
-    return width * (head_k + (head_v + LANES - 1) // LANES * LANES + _TILE_ROWS) + _TILE_ROWS * (head_k + LANES)
+    return width * (head_k + (head_v + LANES - 1) // LANES * LANES + _MOST_ROWS) + _MOST_ROWS * (head_k + LANES)
 
 
 @kernel
@@ -330,7 +322,7 @@ def attention(
     bent by `soft_cap`. `room` is scratch of `attention_room` numbers.
 
     Keys are laid out anew as columns of sixteen and values as sixteen columns, so that both products run over
-    neighbours; six rows of scores at a time stay in the first-level cache from product to product.
+    neighbours; a few rows of scores at a time stay in the first-level cache from product to product.
     """
     heads, head_k, head_v = q.shape[1], q.shape[2], v.shape[1]
     base = past + first
