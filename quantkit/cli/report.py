@@ -8,10 +8,13 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.console import (
+    Backend,
     Chunks,
     Context,
+    Device,
     Json,
     Pre,
+    Precision,
     Quiet,
     Revision,
     Text,
@@ -35,6 +38,9 @@ def command(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory.  [default: NAME-GGUF]")] = None,
     n_ctx: Context = 512,
     chunks: Chunks = None,
+    backend: Backend = "numpy",
+    device: Device = "cpu",
+    precision: Precision = "f32",
     pre: Pre = None,
     revision: Revision = None,
     threads: Threads = None,
@@ -68,7 +74,10 @@ def command(
             n_ctx=n_ctx,
             chunks=chunks,
             threads=threads,
-            progress=lambda done, all_of_them, kld: bar(done, all_of_them, f"{files[0].name} KLD = {kld:.6f}"),
+            progress=lambda done, all_of_them, kld: bar(done, all_of_them, f"KLD = {kld:.6f}"),
+            backend=backend,
+            device=device,
+            precision=precision,
         )
     emit(str(ladder), ladder.as_dict(), as_json)
     for path in ladder.write(directory):

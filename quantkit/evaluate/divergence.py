@@ -154,7 +154,16 @@ def divergences(
     """`divergence` of several models from one base, in one pass: the base runs once, and all models share the memory.
 
     The progress is told of the first model's divergence; `seconds` of each result is the time of all models together.
+    Through torch, which holds whole models on its device, each model takes a pass of its own beside the base.
     """
+    if backend == "torch" and len(models) > 1:
+        return [
+            divergence(
+                model, base, text, n_ctx, chunks, n_threads, batch, progress, None if i else save_logits, backend,
+                device, precision,
+            )
+            for i, model in enumerate(models)
+        ]  # fmt: skip
     stored = LogitsFile(base) if isinstance(base, (str, os.PathLike)) else None
     budget = available_memory() // 2
     share = budget // (len(models) + (stored is None))

@@ -154,18 +154,25 @@ def measure(
     chunks: int | None = None,
     threads: int | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    backend: str = "numpy",
+    device: str = "cpu",
+    precision: str = "f32",
 ) -> Ladder:
     """Measure each file built from `source` against it, all in one pass over the text.
 
-    `progress` is told chunks done, chunks, and the first file's mean divergence so far. Raises QuantkitError when
-    nothing was built, and as `divergences` does.
+    `backend`, `device` and `precision` say what computes, as for `evaluate.backends.load`. `progress` is told chunks
+    done, chunks, and a file's mean divergence so far: the first's, or each in turn through torch. Raises QuantkitError
+    when nothing was built, and as `divergences` does.
     """
     if not built:
         raise QuantkitError("name at least one file type to measure")
     plan = plan_copy(source)
     kinds = {t.info.type.name: t.info.n_elements for t in plan if len(t.info.shape) > 1}
     files = [GGUFSource(path) for _, path in built]
-    results = divergences(files, source, text, n_ctx, chunks, threads, progress=progress)
+    results = divergences(
+        files, source, text, n_ctx, chunks, threads,
+        progress=progress, backend=backend, device=device, precision=precision,
+    )  # fmt: skip
     own = max(kinds, key=lambda name: kinds[name])
     rungs = [Rung(own, None, plan.file_size, plan.bits_per_weight, results[0].ppl_base, None)]
     for (planned, path), result in zip(built, results, strict=True):

@@ -16,7 +16,7 @@ from quantkit.architectures.forward import Linear
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import load
-from quantkit.evaluate.divergence import divergence
+from quantkit.evaluate.divergence import divergence, divergences
 from quantkit.evaluate.importance import importance_matrix
 from quantkit.evaluate.perplexity import perplexity
 from quantkit.evaluate.transformer import Transformer
@@ -68,6 +68,8 @@ def test_divergence_equals_numpys(tmp_path):
     assert other.backend == "torch cpu"
     assert other.kld.value == pytest.approx(judge.kld.value, rel=1e-3)
     assert other.same_top == judge.same_top
+    both = divergences([coarse, base], base, tokens, 64, n_threads=2, backend="torch")
+    assert [one.kld.value for one in both] == pytest.approx([other.kld.value, 0.0], abs=1e-9)
 
 
 @pytest.mark.parametrize(
