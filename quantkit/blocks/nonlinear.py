@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 
 from quantkit.blocks.base import Block
-from quantkit.blocks.bytes import get_half, get_values, put_half
+from quantkit.blocks.bytes import get_half, get_nibble, get_short, get_values, put_half, put_short
 from quantkit.blocks.lanes import LANES, absolute, load, select, splat, store, to_float
 from quantkit.blocks.searches import clamped_ints, extremes, sum_of_squares, weigh
 from quantkit.blocks.tiles import SUPER, block_starts, spread
@@ -176,8 +176,7 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
                 for j in range(8):
                     top |= (codes[j * LANES + lane] >> 4) << (2 * j)
                     put_nibbles(x, (first + lane) * SUPER + j * QK, inverses[j * LANES + lane], out, at + 8 + j * 16)
-                out[at + 2] = np.uint8(top & 0xFF)
-                out[at + 3] = np.uint8(top >> 8)
+                put_short(out, at + 2, top)
                 for j in range(4):
                     low, high = codes[2 * j * LANES + lane], codes[(2 * j + 1) * LANES + lane]
                     out[at + 4 + j] = np.uint8((low & 15) | ((high & 15) << 4))
@@ -189,8 +188,7 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
         for block in range(out.size // SUPER):
             at = block * 136
             d = get_half(data, at)
-            top = np.int32(data[at + 2]) | (np.int32(data[at + 3]) << 8)
+            top = get_short(data, at + 2)
             for j in range(8):
-                low = (np.int32(data[at + 4 + j // 2]) >> (4 * (j % 2))) & 15
-                step = d * np.float32((low | (((top >> (2 * j)) & 3) << 4)) - 32)
+                step = d * np.float32((get_nibble(data, at + 4, j) | (((top >> (2 * j)) & 3) << 4)) - 32)
                 get_values(data, at + 8 + j * 16, 16, VALUES, step, out, block * SUPER + j * QK)

@@ -64,14 +64,6 @@ def clamped_floats(values: Any, low: Any, high: Any) -> Any:
 
 
 @piece
-def gather(x: Any, start: Any, stride: Any, n: Any, xs: Any, lane: Any, count: Any) -> None:
-    """Transpose `count` sub-blocks of `n` elements, `stride` apart from `start` on, into lanes from `lane` on."""
-    for i in range(n):
-        for k in range(count):
-            xs[i * LANES + lane + k] = x[start + k * stride + i]
-
-
-@piece
 def sum_of_squares(xs: Any, n: Any) -> Any:
     """The sum of squares of each lane's first `n` elements, added up in order."""
     total = splat(ZERO)
@@ -347,7 +339,7 @@ def positive_search(xs: Any, ws: Any, codes: Any, n: Any, nmax: Any) -> Any:
         sum_lx = sum_lx + w * x * level
         sum_l2 = sum_l2 + w * level * level
     for _ in range(5):
-        moved = splat(0)
+        moved = np.uint32(0)
         for i in range(n):
             x = load(xs, i * LANES)
             w = load(ws, i * LANES)
@@ -356,17 +348,17 @@ def positive_search(xs: Any, ws: Any, codes: Any, n: Any, nmax: Any) -> Any:
             rest_lx = sum_lx - w * x * old
             rest_l2 = sum_l2 - w * old * old
             code = minimum(top, nearest_ints(x * rest_l2 / rest_lx))
-            level = to_float(code)
-            new_lx = rest_lx + w * x * level
-            new_l2 = rest_l2 + w * level * level
             better = (rest_lx > zero) & (rest_l2 > zero) & (code != old_code)
-            better = better & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
-            sum_lx = select(better, new_lx, sum_lx)
-            sum_l2 = select(better, new_l2, sum_l2)
-            change = select(better, (code & byte) - old_code, splat(0))
-            store(codes, i * LANES, old_code + change)
-            moved = moved | change
-        if bits(moved != splat(0)) == 0:
+            if bits(better):
+                level = to_float(code)
+                new_lx = rest_lx + w * x * level
+                new_l2 = rest_l2 + w * level * level
+                better = better & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
+                sum_lx = select(better, new_lx, sum_lx)
+                sum_l2 = select(better, new_l2, sum_l2)
+                store(codes, i * LANES, select(better, code & byte, old_code))
+                moved |= bits(better)  # also where -1 replaces the byte 255
+        if moved == 0:
             break
     for i in range(n):
         store(codes, i * LANES, select(empty, splat(0), load(codes, i * LANES)))

@@ -52,9 +52,9 @@ def test_neighbours_by_definition(kind: GGMLType) -> None:
         distance = ((points - levels) ** 2).sum(axis=1)
         place = int(table.where[code])
         if distance.min() == 0:
-            assert place == -1 and table.index[code] == distance.argmin()
+            assert place == -1 and table.index_of[code] == distance.argmin()
             continue
-        assert table.index[code] == -1
+        assert table.index_of[code] == -1
         first, count = place >> 10, place & 1023
         found = table.lists[first * 16 : (first + -(-count // 16)) * 16].tolist()
         order = np.argsort(distance, kind="stable")
