@@ -25,6 +25,8 @@ import numpy as np
 from quantkit.blocks.bytes import put_word
 from quantkit.blocks.lanes import (
     LANES,
+    ONE,
+    ZERO,
     absolute,
     bits,
     first_lane,
@@ -46,8 +48,6 @@ from quantkit.blocks.searches import level_of, nearest_ints, weigh
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.kernels import piece
 
-ZERO = np.float32(0)
-ONE = np.float32(1)
 HALF = np.float32(0.5)
 INFINITY = np.float32(np.inf)
 MARGIN = np.float32(2.0**-16)

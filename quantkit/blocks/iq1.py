@@ -18,6 +18,8 @@ from quantkit.blocks.grid_searches import most_of, nearest_point, scale_code, sq
 from quantkit.blocks.grids import grid, require_weights
 from quantkit.blocks.lanes import (
     LANES,
+    ONE,
+    ZERO,
     absolute,
     bits,
     half_bits,
@@ -30,7 +32,6 @@ from quantkit.blocks.lanes import (
     store,
     to_float,
 )
-from quantkit.blocks.searches import ONE, ZERO
 from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece

@@ -21,8 +21,8 @@ from quantkit.blocks.grid_searches import (
     put_signs_and_scale,
 )
 from quantkit.blocks.grids import even_sign_table, grid, put_group, require_weights, sign_table
-from quantkit.blocks.lanes import LANES, splat
-from quantkit.blocks.searches import GROUP_MAX_EPS, ONE, ZERO, positive_search
+from quantkit.blocks.lanes import LANES, ONE, ZERO, splat
+from quantkit.blocks.searches import GROUP_MAX_EPS, positive_search
 from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece

@@ -21,8 +21,7 @@ from quantkit.blocks.grid_searches import (
     put_signs_and_scale,
 )
 from quantkit.blocks.grids import even_sign_table, grid, put_group, sign_table
-from quantkit.blocks.lanes import LANES, splat
-from quantkit.blocks.searches import ONE, ZERO
+from quantkit.blocks.lanes import LANES, ONE, ZERO, splat
 from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece

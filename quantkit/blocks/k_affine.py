@@ -11,7 +11,7 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, put_half
-from quantkit.blocks.lanes import LANES, absolute, load, maximum, minimum, select, splat, sqrt, store, to_float
+from quantkit.blocks.lanes import LANES, ZERO, absolute, load, maximum, minimum, select, splat, sqrt, store, to_float
 from quantkit.blocks.searches import (
     affine_search,
     clamped_ints,
@@ -24,8 +24,6 @@ from quantkit.blocks.searches import (
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece
-
-ZERO = np.float32(0)
 
 
 @piece

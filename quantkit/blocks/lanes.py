@@ -15,6 +15,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 from llvmlite import ir
 from numba import extending
 from numba.core import types
@@ -25,6 +26,8 @@ from numba.extending import models, register_model
 from numba.np.arrayobj import make_array
 
 LANES = 16
+ALL = np.uint32(0xFFFF)  # the `bits` of a mask that holds in all lanes
+ZERO, ONE = np.float32(0), np.float32(1)
 
 # Typed as a plain callable: numba's own annotation shows the typing context, which callers never pass.
 intrinsic: Callable[..., Any] = extending.intrinsic

@@ -14,7 +14,10 @@ import numpy as np
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_word, put_half, put_word
 from quantkit.blocks.lanes import (
+    ALL,
     LANES,
+    ONE,
+    ZERO,
     absolute,
     bits,
     first_lane,
@@ -31,16 +34,12 @@ from quantkit.blocks.lanes import (
     to_float,
     to_int,
 )
-from quantkit.blocks.searches import affine_search, clamped_ints, signed_search, weigh
+from quantkit.blocks.searches import affine_search, clamped_ints, reciprocals, signed_search, weigh
 from quantkit.blocks.tiles import block_starts, spread
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece
 
 QK = 32
-ZERO = np.float32(0)
-ONE = np.float32(1)
-HUGE = np.float32(np.inf)
-ALL = np.uint32(0xFFFF)
 
 
 @piece
@@ -82,8 +81,8 @@ def settle_zeros(x: Any, first: Any, count: Any, least: Any, most: Any) -> None:
 @piece
 def inverses(d: Any, out: Any) -> Any:
     """Store 1/d of sixteen blocks, 0 for 0, and say whether all of d and 1/d are finite."""
-    zero, limit = splat(ZERO), splat(HUGE)
-    inverse = select(d != zero, splat(ONE) / d, zero)
+    limit = splat(np.float32(np.inf))
+    inverse = reciprocals(d)
     store(out, 0, inverse)
     return bits((absolute(d) < limit) & (absolute(inverse) < limit)) == ALL
 

@@ -11,23 +11,11 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_short, put_half, put_short
-from quantkit.blocks.lanes import (
-    LANES,
-    absolute,
-    bits,
-    largest,
-    load,
-    maximum,
-    select,
-    splat,
-    store,
-)
+from quantkit.blocks.lanes import LANES, ONE, ZERO, absolute, bits, largest, load, maximum, select, splat, store
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece
 
-ZERO = np.float32(0)
-ONE = np.float32(1)
 HALF = np.float32(0.5)
 BIT_OF_LANE = np.left_shift(1, np.arange(LANES, dtype=np.int32))
 POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)
