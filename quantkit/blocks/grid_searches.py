@@ -420,46 +420,6 @@ def settle(scale: Any, empty: Any, signs: Any, n_signs: Any, mask: Any, codes: A
 
 
 @piece
-def encode_groups(
-    x: Any,
-    out: Any,
-    n_per_row: Any,
-    weights: Any,
-    grid: Any,
-    sizes: Any,
-    trials: Any,
-    even: Any,
-    begin: Any,
-    put: Any,
-) -> None:
-    """Encode super-blocks, sixteen sub-blocks at a time: IQ2 and IQ3.
-
-    `sizes` are: the weights of a sub-block, `factor` and `share` of `take_tile`, and the shape of `grid_search`.
-    `trials` are its number of trials, their step, and what it rounds again. `even` is said in `take_signs`. `begin`
-    answers which lanes are empty, what stands for the highest level, and the scale where no trial fits. `put` lays out
-    one super-block, whose sub-blocks begin in a certain lane.
-    """
-    n, factor, share, shape = sizes
-    n_trials, step, refit = trials
-    tile, work = tile_space(n), work_space(n // shape[0], n_trials)
-    xs, ws, _ = tile
-    codes = work[4]
-    us = np.empty(n * LANES, np.float32)
-    signs = np.empty(n // 8 * LANES, np.int32)
-    found, empties = np.empty(LANES, np.float32), np.empty(LANES, np.int32)
-    for first in range(0, x.size // SUPER, n * LANES // SUPER):
-        count = take_tile(x, first, n, n_per_row, weights, factor, share, tile)
-        largest = take_signs(xs, ws, n, even, signs)
-        empty, extreme, scale = begin(xs, ws, largest, work[0])
-        extreme = select(empty, splat(ONE), extreme)
-        scale = grid_search(xs, ws, us, n, shape, extreme, scale, n_trials, step, refit, grid, work)
-        store(found, 0, settle(scale, empty, signs, n // 8, 127 if even else 255, codes, n // shape[0]))
-        store(empties, 0, select(empty, splat(1), splat(0)))
-        for k in range(count):
-            put(out, first + k, k * (SUPER // n), (found, empties, codes, signs), grid.index_of)
-
-
-@piece
 def most_of(found: Any, first: Any, n: Any) -> Any:
     """The largest of `n` scales, none below zero."""
     most = ZERO

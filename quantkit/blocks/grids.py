@@ -33,7 +33,6 @@ class Grid(NamedTuple):
     """One format's grid, as flat arrays: kernels take it as it is.
 
     - `values`, float32: what the levels of each point decode to, point after point.
-    - `codes`, int32: the code of each point.
     - `index_of`, int16, by code: the index of the point, -1 if there is none.
     - `where`, int32, by code: -1 for a point, else `first << 10 | count`: the row in `lists` where its neighbours begin
       and their number.
@@ -41,7 +40,6 @@ class Grid(NamedTuple):
     """
 
     values: np.ndarray
-    codes: np.ndarray
     index_of: np.ndarray
     where: np.ndarray
     lists: np.ndarray
@@ -112,7 +110,7 @@ def grid(kind: GGMLType) -> Grid:
     where = np.full(index.size, -1, np.int32)
     points = np.ascontiguousarray(levels.T, np.int16)
     lists = _list_neighbours(points, width, n_levels, _DISTANCES[kind], index, where)
-    return Grid(values, codes, index, where, lists)
+    return Grid(values, index, where, lists)
 
 
 @lru_cache

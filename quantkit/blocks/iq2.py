@@ -15,13 +15,18 @@ from quantkit.blocks.bytes import get_half, get_nibble, get_short, get_word, put
 from quantkit.blocks.grid_searches import (
     ROUND_ALL,
     ROUND_REPLACED,
-    encode_groups,
+    grid_search,
     most_of,
     put_scale_codes,
     put_signs_and_scale,
+    settle,
+    take_signs,
+    take_tile,
+    tile_space,
+    work_space,
 )
 from quantkit.blocks.grids import even_sign_table, grid, put_group, require_weights, sign_table
-from quantkit.blocks.lanes import LANES, ONE, ZERO, splat
+from quantkit.blocks.lanes import LANES, ONE, ZERO, select, splat, store
 from quantkit.blocks.searches import GROUP_MAX_EPS, positive_search
 from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
@@ -33,24 +38,8 @@ GROUP_MAX_EPS_IQ2_S = np.float32(1e-8)
 
 
 @piece
-def _begin_xxs(xs: Any, ws: Any, largest: Any, scratch: Any) -> Any:
-    scale = positive_search(xs, ws, scratch, 32, 4)
-    return scale <= splat(ZERO), scale * splat(np.float32(3)), scale
-
-
-@piece
-def _begin_xs(xs: Any, ws: Any, largest: Any, scratch: Any) -> Any:
-    return largest < splat(GROUP_MAX_EPS), largest, largest / splat(np.float32(5))
-
-
-@piece
-def _begin_s(xs: Any, ws: Any, largest: Any, scratch: Any) -> Any:
-    return largest < splat(GROUP_MAX_EPS_IQ2_S), largest, largest / splat(np.float32(5))
-
-
-@piece
 def _put_xxs(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> None:
-    found, _, codes, signs = sub_blocks
+    found, codes, signs = sub_blocks
     at = block * 66
     most = most_of(found, lane, 8)
     step = most / np.float32(31)
@@ -65,8 +54,8 @@ def _put_xxs(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> No
 
 
 @piece
-def _put_xs(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> None:
-    found, _, codes, signs = sub_blocks
+def _put_xs(out: Any, block: Any, sub_blocks: Any, index: Any) -> None:
+    found, codes, signs = sub_blocks
     at = block * 74
     most = most_of(found, 0, 16)
     step = most / np.float32(31)
@@ -82,8 +71,8 @@ def _put_xs(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> Non
 
 
 @piece
-def _put_s(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> None:
-    found, _, codes, signs = sub_blocks
+def _put_s(out: Any, block: Any, sub_blocks: Any, index: Any) -> None:
+    found, codes, signs = sub_blocks
     at = block * 82
     most = most_of(found, 0, 16)
     step = most / np.float32(31)
@@ -105,20 +94,52 @@ def _put_s(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> None
 
 @kernel
 def _encode_xxs(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None:
-    sizes, trials = (32, 1, 0, SHAPE), (13, STEP, ROUND_ALL)
-    encode_groups(x, out, n_per_row, weights, grid, sizes, trials, True, _begin_xxs, _put_xxs)
+    """Two super-blocks of 8 sub-blocks fill the lanes."""
+    tile, work = tile_space(32), work_space(4, 13)
+    xs, ws, _ = tile
+    us, signs, found = np.empty(32 * LANES, np.float32), np.empty(4 * LANES, np.int32), np.empty(LANES, np.float32)
+    codes = work[4]
+    for first in range(0, x.size // SUPER, 2):
+        count = take_tile(x, first, 32, n_per_row, weights, 1, 0, tile)
+        take_signs(xs, ws, 32, True, signs)
+        initial = positive_search(xs, ws, work[0], 32, 4)  # 0 where all but empty
+        extreme = initial * splat(np.float32(3))
+        empty = extreme <= splat(ZERO)
+        extreme = select(empty, splat(ONE), extreme)
+        scale = grid_search(xs, ws, us, 32, SHAPE, extreme, initial, 13, STEP, ROUND_ALL, grid, work)
+        store(found, 0, settle(scale, empty, signs, 4, 127, codes, 4))
+        for half in range(count):
+            _put_xxs(out, first + half, half * 8, (found, codes, signs), grid.index_of)
+
+
+@piece
+def _sixteens(
+    x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any, factor: Any, even: Any, epsilon: Any, put: Any
+) -> None:
+    """IQ2_XS and IQ2_S: one super-block's 16 sub-blocks fill the lanes. `put` lays out scales, codes and signs."""
+    tile, work = tile_space(16), work_space(2, 19)
+    xs, ws, _ = tile
+    us, signs, found = np.empty(16 * LANES, np.float32), np.empty(2 * LANES, np.int32), np.empty(LANES, np.float32)
+    codes = work[4]
+    for block in range(x.size // SUPER):
+        take_tile(x, block, 16, n_per_row, weights, factor, 0.25, tile)
+        largest = take_signs(xs, ws, 16, even, signs)
+        empty = largest < splat(epsilon)
+        extreme = select(empty, splat(ONE), largest)
+        initial = extreme / splat(np.float32(5))
+        scale = grid_search(xs, ws, us, 16, SHAPE, extreme, initial, 19, STEP, ROUND_REPLACED, grid, work)
+        store(found, 0, settle(scale, empty, signs, 2, 127 if even else 255, codes, 2))
+        put(out, block, (found, codes, signs), grid.index_of)
 
 
 @kernel
 def _encode_xs(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None:
-    sizes, trials = (16, 1, 0, SHAPE), (19, STEP, ROUND_REPLACED)
-    encode_groups(x, out, n_per_row, weights, grid, sizes, trials, True, _begin_xs, _put_xs)
+    _sixteens(x, out, n_per_row, weights, grid, 1, True, GROUP_MAX_EPS, _put_xs)
 
 
 @kernel
 def _encode_s(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None:
-    sizes, trials = (16, 2, 0.25, SHAPE), (19, STEP, ROUND_REPLACED)
-    encode_groups(x, out, n_per_row, weights, grid, sizes, trials, False, _begin_s, _put_s)
+    _sixteens(x, out, n_per_row, weights, grid, 2, False, GROUP_MAX_EPS_IQ2_S, _put_s)
 
 
 @piece

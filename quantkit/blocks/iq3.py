@@ -15,13 +15,18 @@ from quantkit.blocks.bytes import get_half, get_nibble, get_word, put_half
 from quantkit.blocks.grid_searches import (
     ROUND_ANY,
     ROUND_REPLACED,
-    encode_groups,
+    grid_search,
     most_of,
     put_scale_codes,
     put_signs_and_scale,
+    settle,
+    take_signs,
+    take_tile,
+    tile_space,
+    work_space,
 )
 from quantkit.blocks.grids import even_sign_table, grid, put_group, sign_table
-from quantkit.blocks.lanes import LANES, ONE, ZERO, splat
+from quantkit.blocks.lanes import LANES, ONE, ZERO, select, splat, store
 from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece
@@ -32,13 +37,34 @@ GROUP_MAX_EPS_IQ3_XXS = np.float32(1e-8)
 
 
 @piece
-def _begin_xxs(xs: Any, ws: Any, largest: Any, scratch: Any) -> Any:
-    return largest < splat(GROUP_MAX_EPS_IQ3_XXS), largest, largest / splat(np.float32(15))
-
-
-@piece
-def _begin_s(xs: Any, ws: Any, largest: Any, scratch: Any) -> Any:
-    return largest == splat(ZERO), largest, largest / splat(np.float32(15))
+def _encode(
+    x: Any,
+    out: Any,
+    n_per_row: Any,
+    weights: Any,
+    grid: Any,
+    even: Any,
+    n_trials: Any,
+    refit: Any,
+    put: Any,
+) -> None:
+    """Two super-blocks of 8 sub-blocks fill the lanes. `put` lays out scales, codes and signs."""
+    tile, work = tile_space(32), work_space(8, n_trials)
+    xs, ws, _ = tile
+    us, signs, found = np.empty(32 * LANES, np.float32), np.empty(4 * LANES, np.int32), np.empty(LANES, np.float32)
+    empties = np.empty(LANES, np.int32)
+    codes = work[4]
+    for first in range(0, x.size // SUPER, 2):
+        count = take_tile(x, first, 32, n_per_row, weights, 2, 0, tile)
+        largest = take_signs(xs, ws, 32, even, signs)
+        empty = largest < splat(GROUP_MAX_EPS_IQ3_XXS) if even else largest == splat(ZERO)
+        extreme = select(empty, splat(ONE), largest)
+        initial = extreme / splat(np.float32(15))
+        scale = grid_search(xs, ws, us, 32, SHAPE, extreme, initial, n_trials, STEP, refit, grid, work)
+        store(found, 0, settle(scale, empty, signs, 4, 127 if even else 255, codes, 8))
+        store(empties, 0, select(empty, splat(1), splat(0)))
+        for half in range(count):
+            put(out, first + half, half * 8, (found, empties, codes, signs), grid.index_of)
 
 
 @piece
@@ -84,14 +110,12 @@ def _put_s(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> None
 
 @kernel
 def _encode_xxs(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None:
-    sizes, trials = (32, 2, 0, SHAPE), (31, STEP, ROUND_REPLACED)
-    encode_groups(x, out, n_per_row, weights, grid, sizes, trials, True, _begin_xxs, _put_xxs)
+    _encode(x, out, n_per_row, weights, grid, True, 31, ROUND_REPLACED, _put_xxs)
 
 
 @kernel
 def _encode_s(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None:
-    sizes, trials = (32, 2, 0, SHAPE), (19, STEP, ROUND_ANY)
-    encode_groups(x, out, n_per_row, weights, grid, sizes, trials, False, _begin_s, _put_s)
+    _encode(x, out, n_per_row, weights, grid, False, 19, ROUND_ANY, _put_s)
 
 
 @piece

@@ -150,11 +150,8 @@ def round_half_away(typingctx: Any, a: Any) -> Any:
 def _pick(sign: str) -> Callable[..., Any]:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         a, b = args
-        if sig.return_type is i32x16 or sig.return_type == i32x16:
-            condition = builder.icmp_signed(sign, a, b)
-        else:
-            condition = builder.fcmp_ordered(sign, a, b)
-        return builder.select(condition, a, b)
+        compare = builder.icmp_signed if sig.return_type == i32x16 else builder.fcmp_ordered
+        return builder.select(compare(sign, a, b), a, b)
 
     return codegen
 

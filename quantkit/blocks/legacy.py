@@ -248,7 +248,7 @@ def encode_weighted(
 
 @piece
 def decode_levels(data: Any, out: Any, five: Any, affine: Any) -> None:
-    """Decode all four: levels of four bits, or `five`. The middle one is 0, but `affine` formats have a minimum."""
+    """Decode all four: levels of 4 bits, with `five` of 5. The middle stands for 0; `affine` formats have a minimum."""
     nbytes = 18 + (4 if five else 0) + (2 if affine else 0)
     middle = splat(0 if affine else 16 if five else 8)
     for block in range(out.size // QK):
