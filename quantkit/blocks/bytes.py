@@ -11,17 +11,34 @@ from quantkit.kernels import piece
 
 
 @piece
+def put_short(out: Any, at: Any, value: Any) -> None:
+    """Store the low 16 bits of `value` at byte `at`, the lower byte first."""
+    out[at] = np.uint8(value & 0xFF)
+    out[at + 1] = np.uint8((value >> 8) & 0xFF)
+
+
+@piece
+def get_short(data: Any, at: Any) -> Any:
+    """Load two bytes at `at` as an integer that is not negative, the lower first."""
+    return np.int64(data[at]) | (np.int64(data[at + 1]) << 8)
+
+
+@piece
+def get_nibble(data: Any, at: Any, j: Any) -> Any:
+    """The j-th four bits from byte `at` on, the low ones of a byte first."""
+    return (np.int32(data[at + j // 2]) >> (4 * (j & 1))) & 15
+
+
+@piece
 def put_half(out: Any, at: Any, value: Any) -> None:
     """Store a float32 as float16 at byte `at`."""
-    half = half_bits(value)
-    out[at] = np.uint8(half & 0xFF)
-    out[at + 1] = np.uint8(half >> 8)
+    put_short(out, at, half_bits(value))
 
 
 @piece
 def get_half(data: Any, at: Any) -> Any:
     """Load the float16 at byte `at` as float32."""
-    return half_value(np.uint16(data[at]) | np.uint16(np.uint16(data[at + 1]) << 8))
+    return half_value(np.uint16(get_short(data, at)))
 
 
 @piece

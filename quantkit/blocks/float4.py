@@ -15,6 +15,7 @@ from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_values
 from quantkit.blocks.lanes import (
     LANES,
+    ZERO,
     absolute,
     bits_float,
     float_bits,
@@ -28,7 +29,6 @@ from quantkit.blocks.lanes import (
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece
 
-ZERO = np.float32(0)
 VALUES = np.array(gguf.quants.MXFP4.kvalues, np.float32)
 # Half way between neighbours the smaller magnitude is taken.
 BORDERS = (VALUES[1:8] + VALUES[:7]) / np.float32(2)

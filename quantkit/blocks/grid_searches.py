@@ -22,8 +22,11 @@ from typing import Any
 
 import numpy as np
 
+from quantkit.blocks.bytes import put_word
 from quantkit.blocks.lanes import (
     LANES,
+    ONE,
+    ZERO,
     absolute,
     bits,
     first_lane,
@@ -41,11 +44,10 @@ from quantkit.blocks.lanes import (
     store,
     to_float,
 )
-from quantkit.blocks.searches import level_of, nearest_ints
+from quantkit.blocks.searches import level_of, nearest_ints, weigh
+from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.kernels import piece
 
-ZERO = np.float32(0)
-ONE = np.float32(1)
 HALF = np.float32(0.5)
 INFINITY = np.float32(np.inf)
 MARGIN = np.float32(2.0**-16)
@@ -55,24 +57,51 @@ MOST = np.float32(1e10)
 # What is rounded once more with the best scale: every group; every group if one was replaced; the replaced ones.
 ROUND_ALL, ROUND_ANY, ROUND_REPLACED = 0, 1, 2
 REPLACED = 1 << 16  # a code with this bit is of a point that took the place of levels outside the grid
-SUPER = 256
 
 
 @piece
-def mean_square(x: Any, start: Any) -> Any:
-    """The sum of the squares of a super-block, one after another, by 256."""
+def sum_of_squares(x: Any, start: Any) -> Any:
+    """The sum of the squares of a super-block, one after another."""
     total = ZERO
     for i in range(SUPER):
         total += x[start + i] * x[start + i]
-    return total / np.float32(SUPER)
+    return total
 
 
 @piece
-def make_weights(xs: Any, ws: Any, n: Any, sigma: Any) -> None:
-    """Importance weights, in `ws`, become the search's: times the root of `sigma` plus the square."""
-    for i in range(n):
-        x = load(xs, i * LANES)
-        store(ws, i * LANES, load(ws, i * LANES) * sqrt(sigma + x * x))
+def tile_space(n: Any) -> Any:
+    """What `take_tile` fills: weights and their importance; and its scratch."""
+    return (
+        np.empty(n * LANES, np.float32),
+        np.empty(n * LANES, np.float32),
+        (np.empty(LANES, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.float32)),
+    )
+
+
+@piece
+def take_tile(x: Any, first: Any, n: Any, n_per_row: Any, weights: Any, factor: Any, share: Any, tile: Any) -> Any:
+    """Sixteen sub-blocks of `n` weights, from super-block `first` on. Returns how many super-blocks these are.
+
+    sigma is `factor` times the mean square of the super-block. Importance weights are multiplied by the root of sigma
+    plus the square of the weight; without them, that square plus `share` of sigma stands for them. Lanes beyond the
+    last sub-block repeat it.
+    """
+    xs, ws, (starts, columns, sigmas) = tile
+    lanes = SUPER // n  # of a super-block
+    used = block_starts(first * lanes, x.size // n, n, n_per_row, starts, columns)
+    spread(x, starts, 0, n, xs)
+    if weights is not None or share != 0:
+        for lane in range(0, LANES, lanes):
+            start = starts[lane] // SUPER * SUPER
+            sigmas[lane : lane + lanes] = np.float32(factor) * sum_of_squares(x, start) / np.float32(SUPER)
+    if weights is None:
+        for i in range(n):
+            v = load(xs, i * LANES)
+            store(ws, i * LANES, splat(np.float32(share)) * load(sigmas, 0) + v * v if share != 0 else v * v)
+    else:
+        spread(weights, columns, 0, n, ws)
+        weigh(xs, ws, n, load(sigmas, 0))
+    return used // lanes
 
 
 @piece
@@ -224,7 +253,7 @@ def replace_by_points(
     shape: Any,
 ) -> None:
     """Replace the codes that are no grid points by their nearest neighbours, in all trials of all lanes."""
-    where, lists = grid
+    where, lists = grid.where, grid.lists
     dim, width, _ = shape
     ends, sure, terms, winners = searched
     stride = n_trials + LANES
@@ -406,60 +435,20 @@ def scale_code(scale: Any, inverse: Any, top: Any) -> Any:
 
 
 @piece
-def positive_search(xs: Any, ws: Any, ls: Any, n: Any, nmax: Any, extreme: Any) -> Any:
-    """Scale for `x ~ scale * l`, l at most `nmax`, that the IQ2_XXS search starts from (make_qp_quants).
+def put_scale_codes(found: Any, first: Any, n: Any, inverse: Any, out: Any, at: Any) -> None:
+    """The codes 0..15 of `n` scales, two in a byte."""
+    for j in range(0, n, 2):
+        low, high = scale_code(found[first + j], inverse, 15), scale_code(found[first + j + 1], inverse, 15)
+        out[at + j // 2] = np.uint8(low | (high << 4))
 
-    `extreme` is the largest number of each lane, `ls` int32 scratch. Levels have no lower bound, but those kept are
-    bytes: -1 is remembered as 255.
-    """
-    zero, one = splat(ZERO), splat(ONE)
-    inverse = splat(np.float32(nmax)) / extreme
-    scale = one / inverse
-    least = zero
-    for i in range(n):
-        x = load(xs, i * LANES)
-        diff = x - scale * to_float(nearest_ints(inverse * x) & splat(255))
-        least = least + load(ws, i * LANES) * diff * diff
-    best_inverse = inverse
-    for trial in range(-4, 5):
-        if trial == 0:
-            continue
-        inverse = splat(np.float32(0.1) * np.float32(trial) + np.float32(nmax)) / extreme
-        scale = one / inverse
-        error = zero
-        for i in range(n):
-            x = load(xs, i * LANES)
-            diff = x - scale * to_float(minimum(splat(nmax), nearest_ints(inverse * x)))
-            error = error + load(ws, i * LANES) * diff * diff
-        better = error < least
-        least = select(better, error, least)
-        best_inverse = select(better, inverse, best_inverse)
-    sum_lx, sum_l2 = zero, zero
-    for i in range(n):
-        x, w = load(xs, i * LANES), load(ws, i * LANES)
-        level = minimum(splat(nmax), nearest_ints(best_inverse * x))
-        store(ls, i * LANES, level & splat(255))
-        sum_lx = sum_lx + w * x * to_float(level)
-        sum_l2 = sum_l2 + w * to_float(level) * to_float(level)
-    for _ in range(5):
-        changes = np.uint32(0)
-        for i in range(n):
-            x, w, old = load(xs, i * LANES), load(ws, i * LANES), load(ls, i * LANES)
-            rest_lx = sum_lx - w * x * to_float(old)
-            rest_l2 = sum_l2 - w * to_float(old) * to_float(old)
-            new = minimum(splat(nmax), nearest_ints(x * rest_l2 / rest_lx))
-            change = (rest_lx > zero) & (rest_l2 > zero) & (new != old)
-            if bits(change):
-                new_lx = rest_lx + w * x * to_float(new)
-                new_l2 = rest_l2 + w * to_float(new) * to_float(new)
-                change = change & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
-                store(ls, i * LANES, select(change, new & splat(255), old))
-                sum_lx = select(change, new_lx, sum_lx)
-                sum_l2 = select(change, new_l2, sum_l2)
-                changes |= bits(change)
-        if changes == 0:
-            break
-    return select(sum_l2 > zero, sum_lx / sum_l2, zero)
+
+@piece
+def put_signs_and_scale(signs: Any, lane: Any, scale: Any, inverse: Any, out: Any, at: Any) -> None:
+    """Four bytes: the signs of four groups, 7 bits each, and in the highest bits the code 0..15 of the scale."""
+    word = np.int64(scale_code(scale, inverse, 15)) << 28
+    for k in range(4):
+        word |= np.int64(signs[k * LANES + lane]) << (7 * k)
+    put_word(out, at, word)
 
 
 @piece

@@ -8,16 +8,15 @@ then in order of index (iq2xs_init_impl and iq3xs_init_impl in ggml-quants.c). T
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from quantkit.blocks.lanes import LANES
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
-from quantkit.kernels import kernel
+from quantkit.kernels import kernel, piece
 
 # How many distances count as near: the reference's constant for each grid.
 _DISTANCES = {
@@ -30,21 +29,18 @@ _DISTANCES = {
 }
 
 
-@dataclass(frozen=True)
-class Grid:
-    """One format's grid, as flat arrays for kernels.
+class Grid(NamedTuple):
+    """One format's grid, as flat arrays: kernels take it as it is.
 
     - `values`, float32: what the levels of each point decode to, point after point.
-    - `codes`, int32: the code of each point.
-    - `index`, int16, by code: the index of the point, -1 if there is none.
+    - `index_of`, int16, by code: the index of the point, -1 if there is none.
     - `where`, int32, by code: -1 for a point, else `first << 10 | count`: the row in `lists` where its neighbours begin
       and their number.
     - `lists`, uint16: the codes of neighbours in rows of sixteen. The last neighbour fills its list's last row.
     """
 
     values: np.ndarray
-    codes: np.ndarray
-    index: np.ndarray
+    index_of: np.ndarray
     where: np.ndarray
     lists: np.ndarray
 
@@ -114,7 +110,7 @@ def grid(kind: GGMLType) -> Grid:
     where = np.full(index.size, -1, np.int32)
     points = np.ascontiguousarray(levels.T, np.int16)
     lists = _list_neighbours(points, width, n_levels, _DISTANCES[kind], index, where)
-    return Grid(values, codes, index, where, lists)
+    return Grid(values, index, where, lists)
 
 
 @lru_cache
@@ -125,11 +121,19 @@ def sign_table() -> np.ndarray:
 
 
 @lru_cache
-def even_signs() -> np.ndarray:
-    """The byte of signs for 7 stored bits: the eighth makes their number even."""
+def even_sign_table() -> np.ndarray:
+    """The same for every 7 stored bits: the eighth makes the number of signs even."""
     stored = np.arange(128)
     odd = ((stored[:, None] >> np.arange(7)) & 1).sum(1) & 1
-    return np.asarray(stored | odd << 7, np.uint8)
+    table: np.ndarray = sign_table().reshape(-1, 8)[stored | odd << 7].reshape(-1)
+    return table
+
+
+@piece
+def put_group(out: Any, to: Any, scale: Any, values: Any, at: Any, n: Any, signs: Any, first: Any) -> None:
+    """Decode `n` weights: the scale, times the values of a point, times factors from a table of signs."""
+    for i in range(n):
+        out[to + i] = scale * values[at + i] * signs[first + i]
 
 
 def require_weights(weights: np.ndarray | None, kind: GGMLType) -> np.ndarray:

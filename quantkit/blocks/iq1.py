@@ -13,19 +13,13 @@ from typing import Any
 import numpy as np
 
 from quantkit.blocks.base import Block
-from quantkit.blocks.bytes import get_half, put_half
-from quantkit.blocks.grid_searches import (
-    SUPER,
-    make_weights,
-    mean_square,
-    most_of,
-    nearest_point,
-    scale_code,
-    square_terms,
-)
+from quantkit.blocks.bytes import get_half, get_short, put_half, put_short
+from quantkit.blocks.grid_searches import most_of, nearest_point, scale_code, square_terms, take_tile, tile_space
 from quantkit.blocks.grids import grid, require_weights
 from quantkit.blocks.lanes import (
     LANES,
+    ONE,
+    ZERO,
     absolute,
     bits,
     half_bits,
@@ -38,7 +32,7 @@ from quantkit.blocks.lanes import (
     store,
     to_float,
 )
-from quantkit.blocks.searches import ONE, ZERO, gather
+from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece
 
@@ -104,7 +98,7 @@ def _replace_by_points(
 
     `shifts` holds an eighth or minus that, for each lane, and with `n_shifts` 2 for each group.
     """
-    where, lists = grid
+    where, lists = grid.where, grid.lists
     lanes = 0
     levels = to_float((lane_numbers() & splat(3)) - splat(1))
     for k in range(n // 8):
@@ -199,24 +193,19 @@ def _split_s(sorted_x: Any, sorted_w: Any, n: Any, largest: Any, px: Any, pw: An
 
 
 @kernel
-def _encode_s(x: Any, out: Any, n_per_row: Any, weights: Any, where: Any, lists: Any, index: Any) -> None:
-    xs, ws = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32)
+def _encode_s(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None:
+    tile = tile_space(32)
+    xs, ws, _ = tile
     sorted_x, sorted_w = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32)
     order = np.empty(32 * LANES, np.int32)
     px, pw = np.empty(33 * LANES, np.float32), np.empty(33 * LANES, np.float32)
     up, down = np.empty(66 * LANES, np.float32), np.empty(66 * LANES, np.float32)
     codes = np.empty(4 * LANES, np.int32)
-    shifts, sigmas, found = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    shifts, found = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     tables = np.empty(8 * 8 + LANES, np.float32)
     zero = splat(ZERO)
-    n_blocks = x.size // SUPER
-    for first in range(0, n_blocks, 2):
-        for half in range(2):
-            start = min(first + half, n_blocks - 1) * SUPER  # the last one of an odd number fills both halves
-            gather(x, start, 32, 32, xs, half * 8, 8)
-            gather(weights, start % n_per_row, 32, 32, ws, half * 8, 8)
-            sigmas[half * 8 : half * 8 + 8] = np.float32(2) * mean_square(x, start)
-        make_weights(xs, ws, 32, load(sigmas, 0))
+    for first in range(0, x.size // SUPER, 2):
+        count = take_tile(x, first, 32, n_per_row, weights, 2, 0, tile)
         largest = _largest_magnitude(xs, 32)
         sorted_x[:] = xs
         sorted_w[:] = ws
@@ -228,12 +217,12 @@ def _encode_s(x: Any, out: Any, n_per_row: Any, weights: Any, where: Any, lists:
         scale = select(negative, -scale, scale)
         store(shifts, 0, select(negative, -shift, shift))
         store(found, 0, scale)
-        moved = _replace_by_points(codes, found, shifts, xs, ws, 32, 1, tables, (where, lists))
+        moved = _replace_by_points(codes, found, shifts, xs, ws, 32, 1, tables, grid)
         store(found, 0, select(empty, zero, _refit(codes, shifts, xs, ws, 32, 1, moved, scale)))
         for k in range(4):
             store(codes, k * LANES, select(empty, splat(0), load(codes, k * LANES)))
         store(shifts, 0, select(empty, splat(DELTA), load(shifts, 0)))
-        for half in range(min(2, n_blocks - first)):
+        for half in range(count):
             at = (first + half) * 50
             lane = half * 8
             most = most_of(found, lane, 8)
@@ -243,14 +232,13 @@ def _encode_s(x: Any, out: Any, n_per_row: Any, weights: Any, where: Any, lists:
             for j in range(8):
                 word = np.int32(0)
                 for k in range(4):
-                    point = np.int32(index[codes[k * LANES + lane + j]])
+                    point = np.int32(grid.index_of[codes[k * LANES + lane + j]])
                     out[at + 2 + 4 * j + k] = np.uint8(point & 0xFF)
                     word |= (point >> 8) << np.int32(3 * k)
                 if most != ZERO:
                     code = scale_code(found[lane + j], inverse, 7)
                     word |= (code | (8 if shifts[lane + j] < ZERO else 0)) << 12
-                out[at + 34 + 2 * j] = np.uint8(word & 0xFF)
-                out[at + 35 + 2 * j] = np.uint8((word >> 8) & 0xFF)
+                put_short(out, at + 34 + 2 * j, word)
 
 
 @piece
@@ -322,8 +310,9 @@ def _split_m(sorted_x: Any, sorted_w: Any, order: Any, n: Any, largest: Any, px:
 
 
 @kernel
-def _encode_m(x: Any, out: Any, n_per_row: Any, weights: Any, where: Any, lists: Any, index: Any) -> None:
-    xs, ws = np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.float32)
+def _encode_m(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None:
+    tile = tile_space(16)
+    xs, ws, _ = tile
     sorted_x, sorted_w = np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.float32)
     order = np.empty(16 * LANES, np.int32)
     px, pw, tails = np.empty(34 * LANES, np.float32), np.empty(34 * LANES, np.float32), np.empty(68 * LANES, np.float32)
@@ -332,15 +321,8 @@ def _encode_m(x: Any, out: Any, n_per_row: Any, weights: Any, where: Any, lists:
     tables = np.empty(8 * 8 + LANES, np.float32)
     zero = splat(ZERO)
     for block in range(x.size // SUPER):
-        start, at = block * SUPER, block * 56
-        gather(x, start, 16, 16, xs, 0, LANES)
-        if weights is None:
-            for i in range(16):
-                v = load(xs, i * LANES)
-                store(ws, i * LANES, v * v)
-        else:
-            gather(weights, start % n_per_row, 16, 16, ws, 0, LANES)
-            make_weights(xs, ws, 16, splat(np.float32(2) * mean_square(x, start)))
+        at = block * 56
+        take_tile(x, block, 16, n_per_row, weights, 2, 0, tile)
         largest = _largest_magnitude(xs, 16)
         sorted_x[:] = xs
         sorted_w[:] = ws
@@ -354,7 +336,7 @@ def _encode_m(x: Any, out: Any, n_per_row: Any, weights: Any, where: Any, lists:
         store(shifts, 0, select(choice < splat(2), splat(DELTA), splat(-DELTA)))
         store(shifts, LANES, select((choice & splat(1)) == splat(0), splat(DELTA), splat(-DELTA)))
         store(found, 0, scale)
-        moved = _replace_by_points(codes, found, shifts, xs, ws, 16, 2, tables, (where, lists))
+        moved = _replace_by_points(codes, found, shifts, xs, ws, 16, 2, tables, grid)
         store(found, 0, select(empty, zero, _refit(codes, shifts, xs, ws, 16, 2, moved, scale)))
         for k in range(2):
             store(codes, k * LANES, select(empty, splat(0), load(codes, k * LANES)))
@@ -363,7 +345,7 @@ def _encode_m(x: Any, out: Any, n_per_row: Any, weights: Any, where: Any, lists:
         inverse = ONE / step
         for j in range(LANES):
             scales[j] = scale_code(found[j], inverse, 7)
-            a, b = np.int32(index[codes[j]]), np.int32(index[codes[LANES + j]])
+            a, b = np.int32(grid.index_of[codes[j]]), np.int32(grid.index_of[codes[LANES + j]])
             out[at + 2 * j] = np.uint8(a & 0xFF)
             out[at + 2 * j + 1] = np.uint8(b & 0xFF)
             high = (a >> 8) | ((b >> 8) << 4)
@@ -395,8 +377,15 @@ def _encode_m(x: Any, out: Any, n_per_row: Any, weights: Any, where: Any, lists:
             word = ((half >> (4 * j)) & 15) << 12
             for i in range(4):
                 word |= np.int64(scales[4 * j + i]) << (3 * i)
-            out[at + 48 + 2 * j] = np.uint8(word & 0xFF)
-            out[at + 49 + 2 * j] = np.uint8(word >> 8)
+            put_short(out, at + 48 + 2 * j, word)
+
+
+@piece
+def _put_group(out: Any, to: Any, scale: Any, values: Any, point: Any, down: Any) -> None:
+    """Decode one group: the scale, times the point's values shifted up, or down."""
+    shift = -DELTA if down else DELTA
+    for i in range(8):
+        out[to + i] = scale * (values[point * 8 + i] + shift)
 
 
 @kernel
@@ -405,14 +394,11 @@ def _decode_s(data: Any, out: Any, values: Any) -> None:
         at = block * 50
         d = get_half(data, at)
         for j in range(8):
-            word = np.int64(data[at + 34 + 2 * j]) | (np.int64(data[at + 35 + 2 * j]) << 8)
+            word = get_short(data, at + 34 + 2 * j)
             scale = d * np.float32(2 * ((word >> 12) & 7) + 1)
-            shift = -DELTA if word & 0x8000 else DELTA
             for k in range(4):
                 point = np.int64(data[at + 2 + 4 * j + k]) | (((word >> (3 * k)) & 7) << 8)
-                to = block * SUPER + 32 * j + 8 * k
-                for i in range(8):
-                    out[to + i] = scale * (values[point * 8 + i] + shift)
+                _put_group(out, block * SUPER + 32 * j + 8 * k, scale, values, point, word & 0x8000)
 
 
 @kernel
@@ -424,15 +410,12 @@ def _decode_m(data: Any, out: Any, values: Any) -> None:
             half |= np.uint16(np.uint16(data[at + 49 + 2 * j] >> 4) << np.uint16(4 * j))
         d = half_value(half)
         for j in range(16):
-            word = np.int64(data[at + 48 + 2 * (j // 4)]) | (np.int64(data[at + 49 + 2 * (j // 4)]) << 8)
+            word = get_short(data, at + 48 + 2 * (j // 4))
             scale = d * np.float32(2 * ((word >> (3 * (j & 3))) & 7) + 1)
             for k in range(2):
                 high = np.int64(data[at + 32 + j]) >> (4 * k)
-                shift = -DELTA if high & 8 else DELTA
                 point = np.int64(data[at + 2 * j + k]) | ((high & 7) << 8)
-                to = block * SUPER + 16 * j + 8 * k
-                for i in range(8):
-                    out[to + i] = scale * (values[point * 8 + i] + shift)
+                _put_group(out, block * SUPER + 16 * j + 8 * k, scale, values, point, high & 8)
 
 
 class IQ1_S(Block, type=GGMLType.IQ1_S):
@@ -441,9 +424,7 @@ class IQ1_S(Block, type=GGMLType.IQ1_S):
     @staticmethod
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_iq1_s_impl. Raises QuantkitError without weights."""
-        points = grid(GGMLType.IQ1_S)
-        weights = require_weights(weights, GGMLType.IQ1_S)
-        _encode_s(x, out, n_per_row, weights, points.where, points.lists, points.index)
+        _encode_s(x, out, n_per_row, require_weights(weights, GGMLType.IQ1_S), grid(GGMLType.IQ1_S))
 
     @staticmethod
     def decode(data: Any, out: Any) -> None:
@@ -457,8 +438,7 @@ class IQ1_M(Block, type=GGMLType.IQ1_M):
     @staticmethod
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_iq1_m_impl."""
-        points = grid(GGMLType.IQ1_S)
-        _encode_m(x, out, n_per_row, weights, points.where, points.lists, points.index)
+        _encode_m(x, out, n_per_row, weights, grid(GGMLType.IQ1_S))
 
     @staticmethod
     def decode(data: Any, out: Any) -> None:

@@ -11,23 +11,23 @@ from typing import Any
 import numpy as np
 
 from quantkit.blocks.base import Block
-from quantkit.blocks.bytes import get_half, get_word, put_half
+from quantkit.blocks.bytes import get_half, get_nibble, get_word, put_half
 from quantkit.blocks.grid_searches import (
     ROUND_ANY,
     ROUND_REPLACED,
-    SUPER,
     grid_search,
-    make_weights,
-    mean_square,
     most_of,
-    scale_code,
+    put_scale_codes,
+    put_signs_and_scale,
     settle,
     take_signs,
+    take_tile,
+    tile_space,
     work_space,
 )
-from quantkit.blocks.grids import even_signs, grid, sign_table
-from quantkit.blocks.lanes import LANES, load, select, splat, store
-from quantkit.blocks.searches import ONE, ZERO, gather
+from quantkit.blocks.grids import even_sign_table, grid, put_group, sign_table
+from quantkit.blocks.lanes import LANES, ONE, ZERO, select, splat, store
+from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece
 
@@ -39,6 +39,7 @@ GROUP_MAX_EPS_IQ3_XXS = np.float32(1e-8)
 @piece
 def _encode(
     x: Any,
+    out: Any,
     n_per_row: Any,
     weights: Any,
     grid: Any,
@@ -46,41 +47,29 @@ def _encode(
     n_trials: Any,
     refit: Any,
     put: Any,
-    out: Any,
-    index: Any,
 ) -> None:
     """Two super-blocks of 8 sub-blocks fill the lanes. `put` lays out scales, codes and signs."""
-    xs, ws, us = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32)
-    signs = np.empty(4 * LANES, np.int32)
-    sigmas, found, empties = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.int32)
-    work = work_space(8, n_trials)
-    n_blocks = x.size // SUPER
-    for first in range(0, n_blocks, 2):
-        for half in range(2):
-            start = min(first + half, n_blocks - 1) * SUPER  # the last one of an odd number fills both halves
-            gather(x, start, 32, 32, xs, half * 8, 8)
-            if weights is not None:
-                gather(weights, start % n_per_row, 32, 32, ws, half * 8, 8)
-                sigmas[half * 8 : half * 8 + 8] = np.float32(2) * mean_square(x, start)
-        if weights is None:
-            for i in range(32):
-                v = load(xs, i * LANES)
-                store(ws, i * LANES, v * v)
-        else:
-            make_weights(xs, ws, 32, load(sigmas, 0))
+    tile, work = tile_space(32), work_space(8, n_trials)
+    xs, ws, _ = tile
+    us, signs, found = np.empty(32 * LANES, np.float32), np.empty(4 * LANES, np.int32), np.empty(LANES, np.float32)
+    empties = np.empty(LANES, np.int32)
+    codes = work[4]
+    for first in range(0, x.size // SUPER, 2):
+        count = take_tile(x, first, 32, n_per_row, weights, 2, 0, tile)
         largest = take_signs(xs, ws, 32, even, signs)
         empty = largest < splat(GROUP_MAX_EPS_IQ3_XXS) if even else largest == splat(ZERO)
         extreme = select(empty, splat(ONE), largest)
         initial = extreme / splat(np.float32(15))
         scale = grid_search(xs, ws, us, 32, SHAPE, extreme, initial, n_trials, STEP, refit, grid, work)
-        store(found, 0, settle(scale, empty, signs, 4, 127 if even else 255, work[4], 8))
+        store(found, 0, settle(scale, empty, signs, 4, 127 if even else 255, codes, 8))
         store(empties, 0, select(empty, splat(1), splat(0)))
-        for half in range(min(2, n_blocks - first)):
-            put(out, first + half, found, empties, work[4], signs, half * 8, index)
+        for half in range(count):
+            put(out, first + half, half * 8, (found, empties, codes, signs), grid.index_of)
 
 
 @piece
-def _put_xxs(out: Any, block: Any, found: Any, empties: Any, codes: Any, signs: Any, lane: Any, index: Any) -> None:
+def _put_xxs(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> None:
+    found, _, codes, signs = sub_blocks
     at = block * 98
     most = most_of(found, lane, 8)
     step = most / np.float32(31)
@@ -89,17 +78,14 @@ def _put_xxs(out: Any, block: Any, found: Any, empties: Any, codes: Any, signs: 
     for j in range(8):
         for k in range(8):
             out[at + 2 + 8 * j + k] = np.uint8(index[codes[k * LANES + lane + j]])
-        word = np.int64(scale_code(found[lane + j], inverse, 15)) << 28
-        for k in range(4):
-            word |= np.int64(signs[k * LANES + lane + j]) << (7 * k)
-        for k in range(4):
-            out[at + 66 + 4 * j + k] = np.uint8((word >> (8 * k)) & 0xFF)
+        put_signs_and_scale(signs, lane + j, found[lane + j], inverse, out, at + 66 + 4 * j)
     if most == ZERO:
         out[at : at + 98] = 0
 
 
 @piece
-def _put_s(out: Any, block: Any, found: Any, empties: Any, codes: Any, signs: Any, lane: Any, index: Any) -> None:
+def _put_s(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> None:
+    found, empties, codes, signs = sub_blocks
     at = block * 110
     out[at : at + 110] = 0
     most = most_of(found, lane, 8)
@@ -119,32 +105,28 @@ def _put_s(out: Any, block: Any, found: Any, empties: Any, codes: Any, signs: An
         step = most / np.float32(31)
         inverse = ONE / step
         put_half(out, at, step * np.float32(1.033))
-        for j in range(0, 8, 2):
-            low, high = scale_code(found[lane + j], inverse, 15), scale_code(found[lane + j + 1], inverse, 15)
-            out[at + 106 + j // 2] = np.uint8(low | (high << 4))
+        put_scale_codes(found, lane, 8, inverse, out, at + 106)
 
 
 @kernel
-def _encode_xxs(x: Any, out: Any, n_per_row: Any, weights: Any, where: Any, lists: Any, index: Any) -> None:
-    _encode(x, n_per_row, weights, (where, lists), True, 31, ROUND_REPLACED, _put_xxs, out, index)
+def _encode_xxs(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None:
+    _encode(x, out, n_per_row, weights, grid, True, 31, ROUND_REPLACED, _put_xxs)
 
 
 @kernel
-def _encode_s(x: Any, out: Any, n_per_row: Any, weights: Any, where: Any, lists: Any, index: Any) -> None:
-    _encode(x, n_per_row, weights, (where, lists), False, 19, ROUND_ANY, _put_s, out, index)
+def _encode_s(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None:
+    _encode(x, out, n_per_row, weights, grid, False, 19, ROUND_ANY, _put_s)
 
 
 @piece
-def _put_group(out: Any, to: Any, scale: Any, values: Any, a: Any, b: Any, factors: Any, signs: Any) -> None:
-    """Decode two groups, points `a` and `b`: scale, times the point's values, times the signs."""
-    for i in range(4):
-        out[to + i] = scale * values[a * 4 + i] * factors[signs * 8 + i]
-    for i in range(4):
-        out[to + 4 + i] = scale * values[b * 4 + i] * factors[signs * 8 + 4 + i]
+def _put_pair(out: Any, to: Any, scale: Any, values: Any, a: Any, b: Any, signs: Any, byte: Any) -> None:
+    """Decode two groups, points `a` and `b`, which share a byte of signs."""
+    put_group(out, to, scale, values, a * 4, 4, signs, byte * 8)
+    put_group(out, to + 4, scale, values, b * 4, 4, signs, byte * 8 + 4)
 
 
 @kernel
-def _decode_xxs(data: Any, out: Any, values: Any, factors: Any, even: Any) -> None:
+def _decode_xxs(data: Any, out: Any, values: Any, signs: Any) -> None:
     for block in range(out.size // SUPER):
         at = block * 98
         d = get_half(data, at)
@@ -153,24 +135,23 @@ def _decode_xxs(data: Any, out: Any, values: Any, factors: Any, even: Any) -> No
             scale = d * (np.float32(0.5) + np.float32(word >> np.uint32(28))) * np.float32(0.5)
             for k in range(4):
                 source, to = at + 2 + 8 * j + 2 * k, block * SUPER + 32 * j + 8 * k
-                signs = np.int64(even[(word >> np.uint32(7 * k)) & 127])
-                _put_group(out, to, scale, values, np.int64(data[source]), np.int64(data[source + 1]), factors, signs)
+                a, b = np.int64(data[source]), np.int64(data[source + 1])
+                _put_pair(out, to, scale, values, a, b, signs, np.int64((word >> np.uint32(7 * k)) & 127))
 
 
 @kernel
-def _decode_s(data: Any, out: Any, values: Any, factors: Any) -> None:
+def _decode_s(data: Any, out: Any, values: Any, signs: Any) -> None:
     for block in range(out.size // SUPER):
         at = block * 110
         d = get_half(data, at)
         for j in range(8):
-            nibble = (data[at + 106 + j // 2] >> (4 * (j & 1))) & 15
-            scale = d * np.float32(1 + 2 * np.int32(nibble))
+            scale = d * np.float32(1 + 2 * get_nibble(data, at + 106, j))
             high = np.int64(data[at + 66 + j])
             for k in range(4):
                 source, to = at + 2 + 8 * j + 2 * k, block * SUPER + 32 * j + 8 * k
                 a = np.int64(data[source]) | (((high >> (2 * k)) & 1) << 8)
                 b = np.int64(data[source + 1]) | (((high >> (2 * k + 1)) & 1) << 8)
-                _put_group(out, to, scale, values, a, b, factors, np.int64(data[at + 74 + 4 * j + k]))
+                _put_pair(out, to, scale, values, a, b, signs, np.int64(data[at + 74 + 4 * j + k]))
 
 
 class IQ3_XXS(Block, type=GGMLType.IQ3_XXS):
@@ -179,13 +160,12 @@ class IQ3_XXS(Block, type=GGMLType.IQ3_XXS):
     @staticmethod
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_iq3_xxs_impl."""
-        points = grid(GGMLType.IQ3_XXS)
-        _encode_xxs(x, out, n_per_row, weights, points.where, points.lists, points.index)
+        _encode_xxs(x, out, n_per_row, weights, grid(GGMLType.IQ3_XXS))
 
     @staticmethod
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_iq3_xxs."""
-        _decode_xxs(data, out, grid(GGMLType.IQ3_XXS).values, sign_table(), even_signs())
+        _decode_xxs(data, out, grid(GGMLType.IQ3_XXS).values, even_sign_table())
 
 
 class IQ3_S(Block, type=GGMLType.IQ3_S):
@@ -194,8 +174,7 @@ class IQ3_S(Block, type=GGMLType.IQ3_S):
     @staticmethod
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_iq3_s_impl."""
-        points = grid(GGMLType.IQ3_S)
-        _encode_s(x, out, n_per_row, weights, points.where, points.lists, points.index)
+        _encode_s(x, out, n_per_row, weights, grid(GGMLType.IQ3_S))
 
     @staticmethod
     def decode(data: Any, out: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, put_half
-from quantkit.blocks.lanes import LANES, absolute, load, maximum, minimum, select, splat, sqrt, store
+from quantkit.blocks.lanes import LANES, ZERO, absolute, load, maximum, minimum, select, splat, sqrt, store, to_float
 from quantkit.blocks.searches import (
     affine_search,
     clamped_ints,
@@ -24,8 +24,6 @@ from quantkit.blocks.searches import (
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece
-
-ZERO = np.float32(0)
 
 
 @piece
@@ -221,6 +219,21 @@ def encode_affine(
             pack(levels, out, at)
 
 
+@piece
+def decode_6(data: Any, out: Any, nbytes: Any, five: Any) -> None:
+    """Decode Q4_K and Q5_K, which has the fifth bits between its head and its nibbles."""
+    for block in range(out.size // SUPER):
+        at = block * nbytes
+        for j in range(8):
+            step, low = get_step_6(data, at, j)
+            source, to, shift = at + nbytes - 128 + (j // 2) * 32, block * SUPER + j * 32, (j & 1) * 4
+            for i in range(0, 32, LANES):
+                level = (load(data, source + i) >> splat(shift)) & splat(15)
+                if five:
+                    level = level | (((load(data, at + 16 + i) >> splat(j)) & splat(1)) << splat(4))
+                store(out, to + i, splat(step) * to_float(level) - splat(low))
+
+
 class Q2_K(Block, type=GGMLType.Q2_K):
     """2 bits with 4-bit scales and minimums for every 16 weights."""
 
@@ -242,8 +255,8 @@ class Q2_K(Block, type=GGMLType.Q2_K):
             for j in range(16):
                 step, low = get_step_4(data, at, j)
                 source, to, shift = at + 16 + (j // 8) * 32 + (j & 1) * 16, block * SUPER + j * 16, (j // 2 & 3) * 2
-                for i in range(16):
-                    out[to + i] = step * np.float32((data[source + i] >> shift) & 3) - low
+                level = (load(data, source) >> splat(shift)) & splat(3)
+                store(out, to, splat(step) * to_float(level) - splat(low))
 
 
 class Q4_K(Block, type=GGMLType.Q4_K):
@@ -260,13 +273,7 @@ class Q4_K(Block, type=GGMLType.Q4_K):
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q4_K."""
-        for block in range(out.size // SUPER):
-            at = block * 144
-            for j in range(8):
-                step, low = get_step_6(data, at, j)
-                source, to, shift = at + 16 + (j // 2) * 32, block * SUPER + j * 32, (j & 1) * 4
-                for i in range(32):
-                    out[to + i] = step * np.float32((data[source + i] >> shift) & 15) - low
+        decode_6(data, out, 144, False)
 
 
 class Q5_K(Block, type=GGMLType.Q5_K):
@@ -283,11 +290,4 @@ class Q5_K(Block, type=GGMLType.Q5_K):
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q5_K."""
-        for block in range(out.size // SUPER):
-            at = block * 176
-            for j in range(8):
-                step, low = get_step_6(data, at, j)
-                source, to, shift = at + 48 + (j // 2) * 32, block * SUPER + j * 32, (j & 1) * 4
-                for i in range(32):
-                    level = ((data[source + i] >> shift) & 15) + (((data[at + 16 + i] >> j) & 1) << 4)
-                    out[to + i] = step * np.float32(level) - low
+        decode_6(data, out, 176, True)

@@ -11,13 +11,14 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, put_half
-from quantkit.blocks.lanes import LANES, absolute, load, maximum, minimum, select, splat, store
+from quantkit.blocks.lanes import LANES, ZERO, load, maximum, minimum, select, splat, store
 from quantkit.blocks.searches import (
     GROUP_MAX_EPS,
     clamped_ints,
     level_of,
     nearest_int,
     nearest_ints,
+    peak,
     refined_search,
     signed_search,
     sum_of_squares,
@@ -27,19 +28,12 @@ from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece
 
-ZERO = np.float32(0)
-
 
 @piece
 def code_by_extreme(scales: Any, codes: Any) -> Any:
     """Quantize 16 scales of each super-block to 0..63 (32 is zero), the scale of largest magnitude to 0 (Q3_K)."""
     zero = splat(ZERO)
-    amax, extreme = zero, zero
-    for j in range(16):
-        scale = load(scales, j * LANES)
-        larger = absolute(scale) > amax
-        amax = select(larger, absolute(scale), amax)
-        extreme = select(larger, scale, extreme)
+    _, extreme = peak(scales, 16)
     some = extreme != zero
     inverse = splat(np.float32(-32)) / extreme
     for j in range(16):

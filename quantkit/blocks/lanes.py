@@ -15,6 +15,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 from llvmlite import ir
 from numba import extending
 from numba.core import types
@@ -26,6 +27,8 @@ from numba.extending import models, register_model
 from numba.np.arrayobj import make_array
 
 LANES = 16
+ALL = np.uint32(0xFFFF)  # the `bits` of a mask that holds in all lanes
+ZERO, ONE = np.float32(0), np.float32(1)
 
 # Typed as a plain callable: numba's own annotation shows the typing context, which callers never pass.
 intrinsic: Callable[..., Any] = extending.intrinsic
@@ -148,11 +151,8 @@ def round_half_away(typingctx: Any, a: Any) -> Any:
 def _pick(sign: str) -> Callable[..., Any]:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         a, b = args
-        if sig.return_type is i32x16 or sig.return_type == i32x16:
-            condition = builder.icmp_signed(sign, a, b)
-        else:
-            condition = builder.fcmp_ordered(sign, a, b)
-        return builder.select(condition, a, b)
+        compare = builder.icmp_signed if sig.return_type == i32x16 else builder.fcmp_ordered
+        return builder.select(compare(sign, a, b), a, b)
 
     return codegen
 

@@ -14,10 +14,14 @@ import numpy as np
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_word, put_half, put_word
 from quantkit.blocks.lanes import (
+    ALL,
     LANES,
+    ONE,
+    ZERO,
     absolute,
     bits,
     first_lane,
+    lane_numbers,
     largest,
     load,
     maximum,
@@ -27,18 +31,15 @@ from quantkit.blocks.lanes import (
     smallest,
     splat,
     store,
+    to_float,
     to_int,
 )
-from quantkit.blocks.searches import affine_search, clamped_ints, signed_search, weigh
+from quantkit.blocks.searches import affine_search, clamped_ints, reciprocals, signed_search, weigh
 from quantkit.blocks.tiles import block_starts, spread
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece
 
 QK = 32
-ZERO = np.float32(0)
-ONE = np.float32(1)
-HUGE = np.float32(np.inf)
-ALL = np.uint32(0xFFFF)
 
 
 @piece
@@ -80,8 +81,8 @@ def settle_zeros(x: Any, first: Any, count: Any, least: Any, most: Any) -> None:
 @piece
 def inverses(d: Any, out: Any) -> Any:
     """Store 1/d of sixteen blocks, 0 for 0, and say whether all of d and 1/d are finite."""
-    zero, limit = splat(ZERO), splat(HUGE)
-    inverse = select(d != zero, splat(ONE) / d, zero)
+    limit = splat(np.float32(np.inf))
+    inverse = reciprocals(d)
     store(out, 0, inverse)
     return bits((absolute(d) < limit) & (absolute(inverse) < limit)) == ALL
 
@@ -245,6 +246,28 @@ def encode_weighted(
             put_levels(out, at, first_half, second_half, high - low == 31)
 
 
+@piece
+def decode_levels(data: Any, out: Any, five: Any, affine: Any) -> None:
+    """Decode all four: levels of 4 bits, with `five` of 5. The middle stands for 0; `affine` formats have a minimum."""
+    nbytes = 18 + (4 if five else 0) + (2 if affine else 0)
+    middle = splat(0 if affine else 16 if five else 8)
+    for block in range(out.size // QK):
+        at, to = block * nbytes, block * QK
+        nibbles = load(data, at + nbytes - 16)
+        low, high = nibbles & splat(15), nibbles >> splat(4)
+        if five:
+            tops = splat(get_word(data, at + nbytes - 20)) >> lane_numbers()
+            low = low | ((tops & splat(1)) << splat(4))
+            high = high | ((tops >> splat(12)) & splat(16))
+        d = splat(get_half(data, at))
+        first, second = to_float(low - middle) * d, to_float(high - middle) * d
+        if affine:
+            m = splat(get_half(data, at + 2))
+            first, second = first + m, second + m
+        store(out, to, first)
+        store(out, to + LANES, second)
+
+
 class Q4_0(Block, type=GGMLType.Q4_0):
     """4 bits and a float16 scale."""
 
@@ -261,13 +284,7 @@ class Q4_0(Block, type=GGMLType.Q4_0):
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q4_0."""
-        for block in range(out.size // QK):
-            at, to = block * 18, block * QK
-            d = get_half(data, at)
-            for i in range(16):
-                byte = np.int32(data[at + 2 + i])
-                out[to + i] = np.float32((byte & 15) - 8) * d
-                out[to + 16 + i] = np.float32((byte >> 4) - 8) * d
+        decode_levels(data, out, False, False)
 
 
 class Q4_1(Block, type=GGMLType.Q4_1):
@@ -286,13 +303,7 @@ class Q4_1(Block, type=GGMLType.Q4_1):
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q4_1."""
-        for block in range(out.size // QK):
-            at, to = block * 20, block * QK
-            d, m = get_half(data, at), get_half(data, at + 2)
-            for i in range(16):
-                byte = np.int32(data[at + 4 + i])
-                out[to + i] = np.float32(byte & 15) * d + m
-                out[to + 16 + i] = np.float32(byte >> 4) * d + m
+        decode_levels(data, out, False, True)
 
 
 class Q5_0(Block, type=GGMLType.Q5_0):
@@ -311,15 +322,7 @@ class Q5_0(Block, type=GGMLType.Q5_0):
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q5_0."""
-        for block in range(out.size // QK):
-            at, to = block * 22, block * QK
-            d, top = get_half(data, at), np.int64(get_word(data, at + 2))
-            for i in range(16):
-                byte = np.int32(data[at + 6 + i])
-                low = (byte & 15) | np.int32(((top >> i) & 1) << 4)
-                high = (byte >> 4) | np.int32(((top >> (i + 16)) & 1) << 4)
-                out[to + i] = np.float32(low - 16) * d
-                out[to + 16 + i] = np.float32(high - 16) * d
+        decode_levels(data, out, True, False)
 
 
 class Q5_1(Block, type=GGMLType.Q5_1):
@@ -338,15 +341,7 @@ class Q5_1(Block, type=GGMLType.Q5_1):
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q5_1."""
-        for block in range(out.size // QK):
-            at, to = block * 24, block * QK
-            d, m, top = get_half(data, at), get_half(data, at + 2), np.int64(get_word(data, at + 4))
-            for i in range(16):
-                byte = np.int32(data[at + 8 + i])
-                low = (byte & 15) | np.int32(((top >> i) & 1) << 4)
-                high = (byte >> 4) | np.int32(((top >> (i + 16)) & 1) << 4)
-                out[to + i] = np.float32(low) * d + m
-                out[to + 16 + i] = np.float32(high) * d + m
+        decode_levels(data, out, True, True)
 
 
 class Q8_0(Block, type=GGMLType.Q8_0):
@@ -369,8 +364,9 @@ class Q8_0(Block, type=GGMLType.Q8_0):
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q8_0."""
+        levels = data.view(np.int8)
         for block in range(out.size // QK):
             at, to = block * 34, block * QK
-            d = get_half(data, at)
-            for i in range(QK):
-                out[to + i] = np.float32(np.int8(data[at + 2 + i])) * d
+            d = splat(get_half(data, at))
+            for i in range(0, QK, LANES):
+                store(out, to + i, to_float(load(levels, at + 2 + i)) * d)

@@ -11,16 +11,14 @@ import gguf
 import numpy as np
 
 from quantkit.blocks.base import Block
-from quantkit.blocks.bytes import get_half, get_values, put_half
-from quantkit.blocks.lanes import LANES, absolute, load, select, splat, store, to_float
-from quantkit.blocks.searches import clamped_ints, extremes, sum_of_squares, weigh
+from quantkit.blocks.bytes import get_half, get_nibble, get_short, get_values, put_half, put_short
+from quantkit.blocks.lanes import LANES, ONE, ZERO, load, select, splat, store, to_float
+from quantkit.blocks.searches import clamped_ints, extremes, peak, reciprocals, sum_of_squares, weigh
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece
 
 QK = 32
-ZERO = np.float32(0)
-ONE = np.float32(1)
 VALUES = np.array(gguf.quants.IQ4_NL.kvalues, np.float32)
 STEPS = np.diff(VALUES)
 # Half way between neighbours the upper one is taken. The reference compares two distances, which are exact near there.
@@ -74,12 +72,6 @@ def table_search(xs: Any, ws: Any) -> Any:
             scale = select(better, this_scale, scale)
             best = select(better, this_scale * sum_qx, best)
     return select(empty, zero, scale)
-
-
-@piece
-def reciprocals(x: Any) -> Any:
-    """1 / x, and 0 for 0."""
-    return select(x != splat(ZERO), splat(ONE) / x, splat(ZERO))
 
 
 @piece
@@ -150,7 +142,6 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
             spread(x, starts, 0, SUPER, xs)
             if weights is not None:
                 sigma = sum_of_squares(xs, SUPER) * splat(np.float32(2 / SUPER))
-            amax, extreme = splat(ZERO), splat(ZERO)
             for j in range(8):
                 part = xs[j * QK * LANES : (j + 1) * QK * LANES]
                 if weights is None:
@@ -160,9 +151,7 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
                     weigh(part, ws, QK, sigma)
                     scale = table_search(part, ws)
                 store(scales, j * LANES, scale)
-                larger = absolute(scale) > amax
-                amax = select(larger, absolute(scale), amax)
-                extreme = select(larger, scale, extreme)
+            _, extreme = peak(scales, 8)
             step = -extreme / splat(np.float32(32))
             store(steps, 0, step)
             for j in range(8):
@@ -176,8 +165,7 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
                 for j in range(8):
                     top |= (codes[j * LANES + lane] >> 4) << (2 * j)
                     put_nibbles(x, (first + lane) * SUPER + j * QK, inverses[j * LANES + lane], out, at + 8 + j * 16)
-                out[at + 2] = np.uint8(top & 0xFF)
-                out[at + 3] = np.uint8(top >> 8)
+                put_short(out, at + 2, top)
                 for j in range(4):
                     low, high = codes[2 * j * LANES + lane], codes[(2 * j + 1) * LANES + lane]
                     out[at + 4 + j] = np.uint8((low & 15) | ((high & 15) << 4))
@@ -189,8 +177,7 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
         for block in range(out.size // SUPER):
             at = block * 136
             d = get_half(data, at)
-            top = np.int32(data[at + 2]) | (np.int32(data[at + 3]) << 8)
+            top = get_short(data, at + 2)
             for j in range(8):
-                low = (np.int32(data[at + 4 + j // 2]) >> (4 * (j % 2))) & 15
-                step = d * np.float32((low | (((top >> (2 * j)) & 3) << 4)) - 32)
+                step = d * np.float32((get_nibble(data, at + 4, j) | (((top >> (2 * j)) & 3) << 4)) - 32)
                 get_values(data, at + 8 + j * 16, 16, VALUES, step, out, block * SUPER + j * QK)

@@ -10,24 +10,12 @@ from typing import Any
 import numpy as np
 
 from quantkit.blocks.base import Block
-from quantkit.blocks.bytes import get_half, put_half
-from quantkit.blocks.lanes import (
-    LANES,
-    absolute,
-    bits,
-    largest,
-    load,
-    maximum,
-    select,
-    splat,
-    store,
-)
+from quantkit.blocks.bytes import get_half, get_short, put_half, put_short
+from quantkit.blocks.lanes import LANES, ONE, ZERO, absolute, bits, largest, load, maximum, select, splat, store
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece
 
-ZERO = np.float32(0)
-ONE = np.float32(1)
 HALF = np.float32(0.5)
 BIT_OF_LANE = np.left_shift(1, np.arange(LANES, dtype=np.int32))
 POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)
@@ -79,9 +67,7 @@ class Q1_0(Block, type=GGMLType.Q1_0):
                 at = (first + lane) * 18
                 put_half(out, at, means[lane])
                 for i in range(8):
-                    signs = bits(load(x, starts[lane] + i * LANES) >= splat(ZERO))
-                    out[at + 2 + 2 * i] = np.uint8(signs & 0xFF)
-                    out[at + 3 + 2 * i] = np.uint8(signs >> 8)
+                    put_short(out, at + 2 + 2 * i, bits(load(x, starts[lane] + i * LANES) >= splat(ZERO)))
 
     @staticmethod
     @kernel
@@ -91,8 +77,7 @@ class Q1_0(Block, type=GGMLType.Q1_0):
             at = block * 18
             d = get_half(data, at)
             for i in range(8):
-                word = np.int32(data[at + 2 + 2 * i]) | (np.int32(data[at + 3 + 2 * i]) << 8)
-                positive = (splat(word) & load(BIT_OF_LANE, 0)) != splat(0)
+                positive = (splat(get_short(data, at + 2 + 2 * i)) & load(BIT_OF_LANE, 0)) != splat(0)
                 store(out, block * 128 + i * LANES, select(positive, splat(d), splat(-d)))
 
 

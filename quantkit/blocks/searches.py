@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 
 from quantkit.blocks.lanes import (
+    ALL,
     LANES,
+    ONE,
+    ZERO,
     absolute,
     as_float_bits,
     as_int_bits,
@@ -33,9 +36,6 @@ from quantkit.kernels import piece
 MAGIC = np.float32(12582912.0)
 MAGIC_LIMIT = np.float32(4194303.0)
 GROUP_MAX_EPS = np.float32(1e-15)
-ALL = np.uint32(0xFFFF)
-ZERO = np.float32(0)
-ONE = np.float32(1)
 
 
 @piece
@@ -57,18 +57,18 @@ def clamped_ints(values: Any, low: Any, high: Any) -> Any:
 
 
 @piece
-def clamped_floats(values: Any, low: Any, high: Any) -> Any:
-    """`clamped_ints` as floats, for values that are known to lie within 2**22: two instructions fewer."""
+def levels(values: Any, low: Any, high: Any, tame: Any) -> Any:
+    """`clamped_ints` as floats. `tame` values are known to lie within 2**22, which saves two instructions."""
+    if not tame:
+        return to_float(clamped_ints(values, low, high))
     magic = splat(MAGIC)
-    return minimum(maximum(values + magic, splat(MAGIC + low)), splat(MAGIC + high)) - magic
+    return minimum(maximum(values + magic, splat(MAGIC + np.float32(low))), splat(MAGIC + np.float32(high))) - magic
 
 
 @piece
-def gather(x: Any, start: Any, stride: Any, n: Any, xs: Any, lane: Any, count: Any) -> None:
-    """Transpose `count` sub-blocks of `n` elements, `stride` apart from `start` on, into lanes from `lane` on."""
-    for i in range(n):
-        for k in range(count):
-            xs[i * LANES + lane + k] = x[start + k * stride + i]
+def reciprocals(x: Any) -> Any:
+    """1 / x, and 0 for 0."""
+    return select(x != splat(ZERO), splat(ONE) / x, splat(ZERO))
 
 
 @piece
@@ -91,6 +91,21 @@ def weigh(xs: Any, ws: Any, n: Any, sigma: Any) -> Any:
         store(ws, i * LANES, w)
         total = total + w
     return total
+
+
+@piece
+def affine_sums(xs: Any, ws: Any, ls: Any, n: Any, inverse: Any, low: Any, nmax: Any, tame: Any) -> Any:
+    """Leave the levels of one inverse scale in `ls`; return the sums of w l, w l l and w x l. `tame`: see `levels`."""
+    sum_l, sum_l2, sum_xl = splat(ZERO), splat(ZERO), splat(ZERO)
+    for i in range(n):
+        x = load(xs, i * LANES)
+        level = levels(inverse * (x - low), 0, nmax, tame)
+        store(ls, i * LANES, level)
+        weighted = load(ws, i * LANES) * level
+        sum_l = sum_l + weighted
+        sum_l2 = sum_l2 + weighted * level
+        sum_xl = sum_xl + weighted * x
+    return sum_l, sum_l2, sum_xl
 
 
 @piece
@@ -127,34 +142,19 @@ def affine_search(
     error = zero
     for i in range(n):
         x = load(xs, i * LANES)
-        level = to_float(clamped_ints(inverse * (x - low), 0, nmax))
+        level = levels(inverse * (x - low), 0, nmax, False)
         diff = scale * level + low - x
         error = error + load(ws, i * LANES) * (absolute(diff) if use_mad else diff * diff)
     best_error = error
 
     for step in range(nstep + 1):
         inverse = splat(rmin + rdelta * np.float32(step) + np.float32(nmax)) / (high - low)
-        sum_l, sum_l2, sum_xl = zero, zero, zero
         # Rounding is monotonic, so when both ends of the data are within 2**22, all of it is.
         ends = maximum(absolute(inverse * (high - low)), absolute(inverse * (lowest - low)))
         if bits(ends <= splat(MAGIC_LIMIT)) == ALL:
-            for i in range(n):
-                x = load(xs, i * LANES)
-                level = clamped_floats(inverse * (x - low), ZERO, np.float32(nmax))
-                store(ls, i * LANES, level)
-                weighted = load(ws, i * LANES) * level
-                sum_l = sum_l + weighted
-                sum_l2 = sum_l2 + weighted * level
-                sum_xl = sum_xl + weighted * x
+            sum_l, sum_l2, sum_xl = affine_sums(xs, ws, ls, n, inverse, low, nmax, True)
         else:
-            for i in range(n):
-                x = load(xs, i * LANES)
-                level = to_float(clamped_ints(inverse * (x - low), 0, nmax))
-                store(ls, i * LANES, level)
-                weighted = load(ws, i * LANES) * level
-                sum_l = sum_l + weighted
-                sum_l2 = sum_l2 + weighted * level
-                sum_xl = sum_xl + weighted * x
+            sum_l, sum_l2, sum_xl = affine_sums(xs, ws, ls, n, inverse, low, nmax, False)
         determinant = sum_w * sum_l2 - sum_l * sum_l
         this_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
         this_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
@@ -180,11 +180,8 @@ def affine_search(
 
 
 @piece
-def extremes(xs: Any, n: Any) -> Any:
-    """The element of largest magnitude, the first of equals, and the mask of sub-blocks that are all but zero.
-
-    There the extreme is 1, to keep what is computed from it small.
-    """
+def peak(xs: Any, n: Any) -> Any:
+    """The largest magnitude, and the element that has it, the first of equals."""
     amax, extreme = splat(ZERO), splat(ZERO)
     for i in range(n):
         x = load(xs, i * LANES)
@@ -192,8 +189,36 @@ def extremes(xs: Any, n: Any) -> Any:
         larger = ax > amax
         amax = select(larger, ax, amax)
         extreme = select(larger, x, extreme)
+    return amax, extreme
+
+
+@piece
+def extremes(xs: Any, n: Any) -> Any:
+    """The element of largest magnitude, the first of equals, and the mask of sub-blocks that are all but zero.
+
+    There the extreme is 1, to keep what is computed from it small.
+    """
+    amax, extreme = peak(xs, n)
     empty = amax < splat(GROUP_MAX_EPS)
     return select(empty, splat(ONE), extreme), empty
+
+
+@piece
+def signed_sums(xs: Any, ws: Any, ls: Any, n: Any, inverse: Any, nmax: Any, tame: Any) -> Any:
+    """The sums of w x l and w l l for one inverse scale, whose levels go to `ls` unless it is None.
+
+    `ws` are the weights, or None for x squared. `tame` as in `levels`.
+    """
+    sum_lx, sum_l2 = splat(ZERO), splat(ZERO)
+    for i in range(n):
+        x = load(xs, i * LANES)
+        level = levels(inverse * x, -nmax, nmax - 1, tame)
+        if ls is not None:
+            store(ls, i * LANES, level)
+        w = x * x if ws is None else load(ws, i * LANES)
+        sum_lx = sum_lx + w * x * level
+        sum_l2 = sum_l2 + w * level * level
+    return sum_lx, sum_l2
 
 
 @piece
@@ -210,21 +235,10 @@ def signed_search(xs: Any, ws: Any, n: Any, nmax: Any) -> Any:
         # The reference tries the plain scale first, then the 18 around it.
         step = np.float32(0) if trial == 0 else np.float32(trial - 10 if trial < 10 else trial - 9)
         inverse = splat(-(np.float32(nmax) + np.float32(0.1) * step)) / extreme
-        sum_lx, sum_l2 = zero, zero
         if bits(absolute(inverse * extreme) <= splat(MAGIC_LIMIT)) == ALL:
-            for i in range(n):
-                x = load(xs, i * LANES)
-                level = clamped_floats(inverse * x, np.float32(-nmax), np.float32(nmax - 1))
-                w = x * x if ws is None else load(ws, i * LANES)
-                sum_lx = sum_lx + w * x * level
-                sum_l2 = sum_l2 + w * level * level
+            sum_lx, sum_l2 = signed_sums(xs, ws, None, n, inverse, nmax, True)
         else:
-            for i in range(n):
-                x = load(xs, i * LANES)
-                level = to_float(clamped_ints(inverse * x, -nmax, nmax - 1))
-                w = x * x if ws is None else load(ws, i * LANES)
-                sum_lx = sum_lx + w * x * level
-                sum_l2 = sum_l2 + w * level * level
+            sum_lx, sum_l2 = signed_sums(xs, ws, None, n, inverse, nmax, False)
         if trial == 0:
             scale = select(sum_l2 != zero, sum_lx / sum_l2, zero)
             best = scale * sum_lx
@@ -242,15 +256,7 @@ def signed_search(xs: Any, ws: Any, n: Any, nmax: Any) -> Any:
 def first_levels(xs: Any, ls: Any, n: Any, nmax: Any) -> Any:
     """Levels, stored in `ls`, that put the extreme at -nmax; and the sums of w x l and w l l, w being x squared."""
     extreme, empty = extremes(xs, n)
-    inverse = splat(-np.float32(nmax)) / extreme
-    sum_lx, sum_l2 = splat(ZERO), splat(ZERO)
-    for i in range(n):
-        x = load(xs, i * LANES)
-        level = to_float(clamped_ints(inverse * x, -nmax, nmax - 1))
-        store(ls, i * LANES, level)
-        w = x * x
-        sum_lx = sum_lx + w * x * level
-        sum_l2 = sum_l2 + w * level * level
+    sum_lx, sum_l2 = signed_sums(xs, None, ls, n, splat(-np.float32(nmax)) / extreme, nmax, False)
     return sum_lx, sum_l2, empty
 
 
@@ -261,7 +267,7 @@ def refine_level(x: Any, old: Any, sum_lx: Any, sum_l2: Any, nmax: Any) -> Any:
     wx = w * x
     rest_lx = sum_lx - wx * old
     rest_l2 = sum_l2 - w * old * old
-    level = to_float(clamped_ints(x * rest_l2 / rest_lx, -nmax, nmax - 1))
+    level = levels(x * rest_l2 / rest_lx, -nmax, nmax - 1, False)
     new_lx = rest_lx + wx * level
     new_l2 = rest_l2 + w * level * level
     # A lane that must not move gets a score that exceeds nothing. Joining masks with & would be clearer, and a third
@@ -347,7 +353,7 @@ def positive_search(xs: Any, ws: Any, codes: Any, n: Any, nmax: Any) -> Any:
         sum_lx = sum_lx + w * x * level
         sum_l2 = sum_l2 + w * level * level
     for _ in range(5):
-        moved = splat(0)
+        moved = np.uint32(0)
         for i in range(n):
             x = load(xs, i * LANES)
             w = load(ws, i * LANES)
@@ -356,17 +362,17 @@ def positive_search(xs: Any, ws: Any, codes: Any, n: Any, nmax: Any) -> Any:
             rest_lx = sum_lx - w * x * old
             rest_l2 = sum_l2 - w * old * old
             code = minimum(top, nearest_ints(x * rest_l2 / rest_lx))
-            level = to_float(code)
-            new_lx = rest_lx + w * x * level
-            new_l2 = rest_l2 + w * level * level
             better = (rest_lx > zero) & (rest_l2 > zero) & (code != old_code)
-            better = better & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
-            sum_lx = select(better, new_lx, sum_lx)
-            sum_l2 = select(better, new_l2, sum_l2)
-            change = select(better, (code & byte) - old_code, splat(0))
-            store(codes, i * LANES, old_code + change)
-            moved = moved | change
-        if bits(moved != splat(0)) == 0:
+            if bits(better):
+                level = to_float(code)
+                new_lx = rest_lx + w * x * level
+                new_l2 = rest_l2 + w * level * level
+                better = better & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
+                sum_lx = select(better, new_lx, sum_lx)
+                sum_l2 = select(better, new_l2, sum_l2)
+                store(codes, i * LANES, select(better, code & byte, old_code))
+                moved |= bits(better)  # also where -1 replaces the byte 255
+        if moved == 0:
             break
     for i in range(n):
         store(codes, i * LANES, select(empty, splat(0), load(codes, i * LANES)))

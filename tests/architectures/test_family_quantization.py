@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, requires_reference
+from conversion import convert
+from llama_reference import llama_quantize
 
-from quantkit.pipeline.checkpoint import CheckpointSource
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import file_type
-from quantkit.pipeline.plan import plan_copy, plan_quantize
+from quantkit.pipeline.plan import plan_quantize
 from quantkit.pipeline.source import GGUFSource
-
-if find_spec("llama_cpp"):
-    from llama_reference import llama_quantize
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from make_checkpoints import FAMILIES, make_checkpoint
@@ -28,10 +25,7 @@ pytestmark = requires_reference
 def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint as GGUF in the type that it is stored in."""
     directory = tmp_path_factory.mktemp("quantize")
-    source = CheckpointSource(make_checkpoint(request.param, directory))
-    path = directory / "source.gguf"
-    execute(source, [(plan_copy(source), path)])
-    return path
+    return convert(make_checkpoint(request.param, directory), directory / "source.gguf")
 
 
 @pytest.mark.parametrize("name", ["Q4_K_M", "IQ4_XS"])

@@ -39,8 +39,11 @@ def test_neighbours_by_definition(kind: GGMLType) -> None:
     dim, width, n_levels, n_distances = GRIDS[kind]
     table = grid(kind)
     shifts = width * np.arange(dim)
-    points = (table.codes[:, None] >> shifts) & ((1 << width) - 1)
-    assert points.max() < n_levels and len(set(table.codes.tolist())) == len(points)
+    codes = np.flatnonzero(table.index_of >= 0)
+    codes = codes[np.argsort(table.index_of[codes])]
+    assert np.array_equal(table.index_of[codes], np.arange(table.values.size // dim))
+    points = (codes[:, None] >> shifts) & ((1 << width) - 1)
+    assert points.max() < n_levels
     values = table.values.reshape(-1, dim)
     assert all(len(set(values[points == level].tolist())) == 1 for level in range(n_levels))
     places = table.where[table.where >= 0]
@@ -52,14 +55,14 @@ def test_neighbours_by_definition(kind: GGMLType) -> None:
         distance = ((points - levels) ** 2).sum(axis=1)
         place = int(table.where[code])
         if distance.min() == 0:
-            assert place == -1 and table.index[code] == distance.argmin()
+            assert place == -1 and table.index_of[code] == distance.argmin()
             continue
-        assert table.index[code] == -1
+        assert table.index_of[code] == -1
         first, count = place >> 10, place & 1023
         found = table.lists[first * 16 : (first + -(-count // 16)) * 16].tolist()
         order = np.argsort(distance, kind="stable")
         near = distance[order] <= np.unique(distance)[n_distances - 1]
-        expected = table.codes[order[near]].tolist()
+        expected = codes[order[near]].tolist()
         assert count == len(expected) and found == expected + [expected[-1]] * (-len(expected) % 16)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import TINYLM, requires_reference
+from llama_reference import llama_logits
 from test_cli import error, run
 
 import quantkit
@@ -16,9 +16,6 @@ from quantkit import blocks
 from quantkit.blocks.types import GGMLType
 from quantkit.formats.gguf import GGUFFile
 from quantkit.pipeline.source import GGUFSource
-
-if find_spec("llama_cpp"):
-    from llama_reference import llama_logits
 
 
 @pytest.fixture(scope="module")

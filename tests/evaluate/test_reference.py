@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, SHARED, requires_reference, requires_shared
+from conversion import convert
 from tiny import FAMILIES, N_VOCAB, relative_error, tiny_metadata, tiny_weights, write_gguf
 
 from quantkit.architectures.forward import Activation, Experts
@@ -18,8 +19,6 @@ from quantkit.evaluate.perplexity import perplexity
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
 from quantkit.pipeline.checkpoint import CheckpointSource
-from quantkit.pipeline.execute import execute
-from quantkit.pipeline.plan import plan_copy
 from quantkit.pipeline.source import GGUFSource
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -134,9 +133,7 @@ def test_short_texts_equal_llama_cpps(tmp_path, name):
 @pytest.mark.parametrize("name", FAMILY_CHECKPOINTS)
 def test_converted_checkpoints_give_llama_cpps_logits(tmp_path, name, outtype):
     """The tiny checkpoints that transformers' logits are recorded for, converted, in llama.cpp."""
-    source = CheckpointSource(make_checkpoint(name, tmp_path), outtype)
-    path = tmp_path / "m.gguf"
-    execute(source, [(plan_copy(source), path)])
+    path = convert(make_checkpoint(name, tmp_path), tmp_path / "m.gguf", outtype)
     ids = tokens(128 if name == "tiny-gpt2" else 200).astype(np.int32)
     model = Transformer(GGUFSource(path), 2)
     error = relative_error(model.logits(ids[None])[0], reference_logits(path, ids))

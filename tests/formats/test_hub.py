@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from local_hub import COMMIT, NOWHERE, Hub, endpoint_of, output_of, serve
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.hub import repo_id_of, resolve
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
     "config.json": b'{"architectures": ["LlamaForCausalLM"]}',
     "tokenizer.json": b"{}",
@@ -31,16 +27,8 @@ FILES = {
 }
 
 
-class Hub(BaseHTTPRequestHandler):
+class TinyHub(Hub):
     """As much of the hub's HTTP interface as a download uses."""
-
-    def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
@@ -68,49 +56,15 @@ class Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
 
 @pytest.fixture
 def hub() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked = set()  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serve(TinyHub, asked=set()) as server:
+        yield server
 
 
 def fetch(home: Path, endpoint: str, *arguments: object, offline: bool = False) -> str:
-    """What `resolve(*arguments)` prints in a fresh process, where huggingface_hub reads its environment."""
-    program = (
-        "import sys\n"
-        "from quantkit.errors import QuantkitError\n"
-        "from quantkit.formats.hub import resolve\n"
-        f"try: print(resolve(*{arguments!r}))\n"
-        "except QuantkitError as error: print('refused:', error)\n"
-    )
-    environment = {
-        **os.environ,
-        "HF_HOME": str(home),
-        "HF_ENDPOINT": endpoint,
-        "HF_HUB_OFFLINE": str(int(offline)),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    for name in ("HF_TOKEN", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def endpoint_of(server: ThreadingHTTPServer) -> str:
-    return f"http://127.0.0.1:{server.server_port}"
+    return output_of(f"resolve(*{arguments!r})", home, endpoint, offline).strip()
 
 
 def test_a_hub_id_downloads_only_what_conversion_reads_and_is_cached(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
@@ -119,8 +73,8 @@ def test_a_hub_id_downloads_only_what_conversion_reads_and_is_cached(hub: Thread
     assert {p.name: p.read_bytes() for p in directory.iterdir()} == {name: FILES[name] for name in needed}
     assert hub.asked == needed  # type: ignore[attr-defined]
     assert repo_id_of(directory) == "org/tiny"
-    assert fetch(tmp_path, "http://127.0.0.1:9", "org/tiny", offline=True) == str(directory)
-    assert fetch(tmp_path, "http://127.0.0.1:9", "org/tiny") == str(directory)
+    assert fetch(tmp_path, NOWHERE, "org/tiny", offline=True) == str(directory)
+    assert fetch(tmp_path, NOWHERE, "org/tiny") == str(directory)
 
 
 def test_a_revision_is_passed_on(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
@@ -142,7 +96,7 @@ def test_refusals_of_the_hub_are_one_line(hub: ThreadingHTTPServer, tmp_path: Pa
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_an_unreachable_hub_is_one_line(tmp_path: Path, offline: bool) -> None:
-    answer = fetch(tmp_path, "http://127.0.0.1:9", "org/tiny", offline=offline)
+    answer = fetch(tmp_path, NOWHERE, "org/tiny", offline=offline)
     assert answer == "refused: org/tiny: no such directory, not in the hub's cache, and the hub cannot be reached"
 
 

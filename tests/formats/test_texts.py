@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import subprocess
-import sys
-import threading
 import zipfile
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from local_hub import COMMIT, NOWHERE, Hub, endpoint_of, output_of, serve
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.texts import read_named
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SPLITS = {split: f" = Title of {split} = \n\n café <unk> \n" for split in ("test", "valid", "train")}
 
 
@@ -30,66 +26,29 @@ def archive(**members: str) -> bytes:
     return buffer.getvalue()
 
 
-class Hub(BaseHTTPRequestHandler):
+class WikitextHub(Hub):
     """As much of the hub's HTTP interface as one file needs."""
 
-    body = b""
-
     def do_GET(self) -> None:
-        found = self.path.split("?")[0].startswith("/datasets/ggml-org/ci/resolve/") and self.path.endswith(
-            "/wikitext-2-raw-v1.zip"
-        )
+        path = self.path.split("?")[0]
+        found = path.startswith("/datasets/ggml-org/ci/resolve/") and path.endswith("/wikitext-2-raw-v1.zip")
         body = self.server.body if found else b"{}"  # type: ignore[attr-defined]
-        self.server.asked.append(self.path)  # type: ignore[attr-defined]
-        self.send_response(200 if found else 404)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", '"' + hashlib.sha1(body).hexdigest() + '"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.server.asked.append(path)  # type: ignore[attr-defined]
+        tag = '"' + hashlib.sha1(body).hexdigest() + '"'
+        self.answer(body, 200 if found else 404, ETag=tag, X_Repo_Commit=COMMIT)
 
     do_HEAD = do_GET
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
 
 @pytest.fixture
 def hub() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.body, server.asked = archive(**SPLITS), []  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serve(WikitextHub, body=archive(**SPLITS), asked=[]) as server:
+        yield server
 
 
 def fetch(home: Path, name: str, server: ThreadingHTTPServer | None = None) -> str:
-    """What `read_named(name)` returns in a fresh process, where huggingface_hub reads its environment."""
-    program = (
-        "import sys\n"
-        "from quantkit.errors import QuantkitError\n"
-        "from quantkit.formats.texts import read_named\n"
-        f"try: sys.stdout.buffer.write(read_named({name!r}).encode())\n"
-        "except QuantkitError as error: print('refused:', error)\n"
-    )
-    environment = {
-        **os.environ,
-        "HF_HOME": str(home),
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}" if server else "http://127.0.0.1:9",
-        "HF_HUB_OFFLINE": str(int(server is None)),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    for name in ("HF_TOKEN", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, cwd=Path(__file__).parents[2]
-    )
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    return done.stdout.decode()
+    endpoint = endpoint_of(server) if server else NOWHERE
+    return output_of(f"read_named({name!r})", home, endpoint, offline=server is None)
 
 
 def test_it_is_fetched_once_and_its_splits_are_named(hub: ThreadingHTTPServer, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -16,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, requires_reference, requires_shared
+from conversion import OUTTYPES, assert_recorded, changed_copy, golden, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llama_reference import llama_computes
 
 from quantkit import architectures
 from quantkit.architectures.base import Architecture, Experts, Transform
@@ -26,28 +27,11 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import GGUFFile, Metadata, Value, ValueType
 from quantkit.formats.safetensors import SafetensorsCheckpoint
 from quantkit.pipeline.checkpoint import CheckpointSource, output_name
-from quantkit.pipeline.execute import execute
-from quantkit.pipeline.plan import plan_copy
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from make_checkpoints import RECIPES, make_checkpoint
 
-GOLDENS = ROOT / "tests" / "goldens" / "convert"
-OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 LLAMA3, LINEAR, YARN = "Tiny-Llama-0.1M-Instruct-v0.2", "tiny-linear", "tiny-yarn"
-
-
-def golden(name: str) -> dict[str, Any]:
-    return json.loads((GOLDENS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def write(source: CheckpointSource, path: Path) -> Path:
-    execute(source, [(plan_copy(source), path)])
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +45,7 @@ def copy(tiny: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
     """A checkpoint to damage, with changes to its config.json."""
 
     def make(name: str = YARN, **changes: Any) -> Path:
-        directory = Path(shutil.copytree(tiny[name], tmp_path / name))
-        config = {**json.loads((directory / "config.json").read_text()), **changes}
-        (directory / "config.json").write_text(json.dumps(config))
-        return directory
+        return changed_copy(tiny[name], tmp_path / name, **changes)
 
     return make
 
@@ -72,49 +53,23 @@ def copy(tiny: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
 @pytest.mark.parametrize("outtype", OUTTYPES)
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_file_is_the_reference_converters(tiny: dict[str, Path], tmp_path: Path, name: str, outtype: Any) -> None:
-    source = CheckpointSource(tiny[name], outtype)
-    wanted = golden(name)[outtype]
-    if outtype == "auto":  # first what is told record by record, so that a difference is named
-        records = []
-        for key, value in source.metadata.items():
-            kind = int(value.type).to_bytes(4, "little")
-            raw = len(key.encode()).to_bytes(8, "little") + key.encode() + kind + bytes(value.raw)
-            records.append((key, sha256(raw)))
-        assert records == [(key, digest) for key, _, digest, _ in wanted["metadata"]]
-        tensors = [
-            [t.name, t.type.name, list(t.shape), sha256(source.read(t.name).tobytes())] for t in source.tensors.values()
-        ]
-        assert tensors == wanted["tensors"]
-    assert output_name(source.metadata, source.type.name) == wanted["file"]
-    assert sha256(write(source, tmp_path / "out.gguf").read_bytes()) == wanted["sha256"]
+    assert_recorded(CheckpointSource(tiny[name], outtype), golden(name)[outtype], tmp_path / "out.gguf")
 
 
 @requires_shared
 @pytest.mark.parametrize("outtype", OUTTYPES)
 def test_the_development_checkpoint_converts_like_the_reference(docs_llama: Path, tmp_path: Path, outtype: Any) -> None:
-    source = CheckpointSource(docs_llama, outtype)
-    with open(write(source, tmp_path / "out.gguf"), "rb") as file:
-        assert sha256(file.read()) == golden("docs-llama-45m")[outtype]["sha256"]
-    assert output_name(source.metadata, source.type.name) == golden("docs-llama-45m")[outtype]["file"]
+    recorded = golden("docs-llama-45m")[outtype]
+    assert_recorded(CheckpointSource(docs_llama, outtype), recorded, tmp_path / "out.gguf")
 
 
 @requires_reference
 @pytest.mark.parametrize("name", RECIPES)
 def test_llama_cpp_loads_the_file_and_computes(tiny: dict[str, Path], tmp_path: Path, name: str) -> None:
-    import llama_cpp
-
     source = CheckpointSource(tiny[name], "f16")
-    path = write(source, tmp_path / "out.gguf")
-    model = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False)
-    try:
-        assert model.metadata["general.name"] == source.metadata.require("general.name")
-        ids = model.tokenize(b"the 123 hats<|end|>", add_bos=True, special=True)
-        assert ids[0] == 296 and ids[-1] == 299
-        model.eval(ids)
-        assert np.isfinite(np.array(model.scores[: len(ids)])).all()
-        assert np.ptp(model.scores[len(ids) - 1]) > 0
-    finally:
-        model.close()
+    metadata, ids = llama_computes(write(source, tmp_path / "out.gguf"), b"the 123 hats<|end|>")
+    assert metadata["general.name"] == source.metadata.require("general.name")
+    assert ids[0] == 296 and ids[-1] == 299
 
 
 @settings(max_examples=60, deadline=None)

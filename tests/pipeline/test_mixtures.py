@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, requires_reference
+from llama_reference import llama_plan
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
@@ -15,9 +15,6 @@ from quantkit.pipeline.mixtures import FILE_TYPES, file_type
 from quantkit.pipeline.plan import Plan, plan_quantize
 from quantkit.pipeline.recipe import Options
 from quantkit.pipeline.source import GGUFSource
-
-if find_spec("llama_cpp"):
-    from llama_reference import llama_plan
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from make_shapes import SHAPES, make_shape

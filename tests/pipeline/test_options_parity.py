@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ROOT, TINYLM, requires_reference
+from conversion import convert
+from llama_reference import llama_quantize
 
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
 from quantkit.formats.imatrix import Importance, ImportanceMatrix
-from quantkit.pipeline.checkpoint import CheckpointSource
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import FILE_TYPES
 from quantkit.pipeline.plan import plan_copy
 from quantkit.pipeline.run import parse_override, plan
 from quantkit.pipeline.source import GGUFSource, TensorSource
-
-if find_spec("llama_cpp"):
-    from llama_reference import llama_quantize
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from make_shapes import make_shape
@@ -65,10 +62,7 @@ def keys_of(matrix: ImportanceMatrix) -> list[tuple[str, int, Any]]:
 
 @pytest.fixture(scope="module")
 def tinylm(tmp_path_factory: pytest.TempPathFactory) -> GGUFSource:
-    source = CheckpointSource(TINYLM)
-    path = tmp_path_factory.mktemp("tinylm") / "tinylm.gguf"
-    execute(source, [(plan_copy(source), path)])
-    return GGUFSource(path)
+    return GGUFSource(convert(TINYLM, tmp_path_factory.mktemp("tinylm") / "tinylm.gguf"))
 
 
 @pytest.fixture(scope="module")

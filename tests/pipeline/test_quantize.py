@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINYLM
+from conversion import convert
 
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
@@ -17,7 +18,7 @@ from quantkit.pipeline.checkpoint import CheckpointSource
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import FILE_TYPES, file_type
 from quantkit.pipeline.naming import output_paths
-from quantkit.pipeline.plan import plan_copy, plan_quantize
+from quantkit.pipeline.plan import plan_quantize
 from quantkit.pipeline.recipe import Options
 from quantkit.pipeline.source import GGUFSource
 
@@ -28,10 +29,7 @@ MAIN_TYPES += ["Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M"]
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fixture checkpoint as a GGUF file, by `--outtype auto`."""
-    source = CheckpointSource(TINYLM)
-    path = tmp_path_factory.mktemp("converted") / "tinylm-BF16.gguf"
-    execute(source, [(plan_copy(source), path)])
-    return path
+    return convert(TINYLM, tmp_path_factory.mktemp("converted") / "tinylm-BF16.gguf")
 
 
 def test_checkpoint_and_its_conversion_give_the_same_files(converted: Path, tmp_path: Path) -> None:
