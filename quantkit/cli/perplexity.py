@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,6 +30,9 @@ from quantkit.cli.console import (
 )
 from quantkit.errors import QuantkitError
 from quantkit.formats.texts import DEFAULT
+
+if TYPE_CHECKING:
+    from quantkit.pipeline.source import TensorSource
 
 
 def command(
@@ -66,11 +70,12 @@ def command(
     from quantkit.pipeline.source import open_source
 
     model = open_source(source, revision=revision, pre=pre)
+    ahead = _compiled_ahead(model, base is not None or base_logits is not None, threads, backend)
     if base is None and base_logits is None:
         from quantkit.evaluate.perplexity import perplexity
 
         assert words is not None
-        with chunk_progress("perplexity") as bar:
+        with ahead, chunk_progress("perplexity") as bar:
             result = perplexity(
                 model,
                 words,
@@ -95,7 +100,7 @@ def command(
         from quantkit.report.divergence import divergence_text
 
         against = open_source(base, pre=pre) if base is not None else str(base_logits)
-        with chunk_progress("divergence") as bar:
+        with ahead, chunk_progress("divergence") as bar:
             compared = divergence(
                 model,
                 against,
@@ -115,3 +120,15 @@ def command(
     emit(lines, data, as_json)
     if save_logits is not None:
         note(f"wrote {save_logits}")
+
+
+def _compiled_ahead(
+    model: TensorSource, comparing: bool, threads: int | None, backend: str
+) -> AbstractContextManager[None]:
+    """Compile what the measurement will need in processes beside this one."""
+    from quantkit.ahead import compiled_ahead
+    from quantkit.evaluate.ahead import jobs
+    from quantkit.pipeline.execute import default_threads
+
+    needed = jobs(model, (), comparing) if backend == "numpy" else []
+    return compiled_ahead(needed, threads or default_threads())
