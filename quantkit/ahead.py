@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from quantkit import kernel_cache
 from quantkit.kernel_cache import KernelCache
 
-# A helper takes about a second to start; it should have twice that to do.
-_WORTHWHILE = 2.0
+# Seconds of work that make up for starting a helper.
+_WORTHWHILE = 1.5
 _MOST_HELPERS = 3
 # The helper gets this process's module path: with -m, files in the working directory would come before it.
 _HELPER = "import sys; sys.path[:] = sys.argv[1:]; from quantkit.ahead import serve; serve()"

@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,8 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
             return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
         except Exception as error:  # whatever unpickling a damaged file raises
             log.debug("%s is not read from the cache: %r", self._name, error)
+            with suppress(OSError):
+                self._cache_file.flush()
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
