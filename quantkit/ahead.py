@@ -2,7 +2,7 @@
 
 numba compiles one kernel at a time in a process. A command that knows which kernels it will need lists them in the
 order in which it will come to them. Helper processes take them from the end and leave the machine code in the cache;
-this process compiles what it comes to as ever, and waits for a kernel only while a helper is at it.
+this process compiles what it comes to as ever; while a helper is at what it needs, it compiles the next.
 """
 
 from __future__ import annotations
@@ -88,11 +88,18 @@ class _Helpers:
             thread.start()
 
     def wait(self, cache: KernelCache, signature: Any) -> None:
-        """Come back when no helper is compiling this kernel; none will begin to."""
-        with self._changed:
-            self._left.pop((cache, signature), None)
-            while (cache, signature) in self._under_way:
-                self._changed.wait(1.0)  # Ctrl-C does not end an endless wait on Windows
+        """Come back when no helper is compiling this kernel; none will begin to. Meanwhile, compile others here."""
+        key = (cache, signature)
+        while True:
+            with self._changed:
+                self._left.pop(key, None)
+                if key not in self._under_way:
+                    return
+                if not self._left:
+                    self._changed.wait(1.0)  # Ctrl-C does not end an endless wait on Windows
+                    continue
+                job = self._left.pop(next(iter(self._left)))
+            job.kernel.compile(job.signature)
 
     def close(self) -> None:
         """End the helpers, whatever they are at."""
