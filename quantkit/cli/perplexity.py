@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,15 +23,13 @@ from quantkit.cli.console import (
     Verbose,
     chunk_progress,
     emit,
+    measured_ahead,
     note,
     read_text,
     setup,
 )
 from quantkit.errors import QuantkitError
 from quantkit.formats.texts import DEFAULT
-
-if TYPE_CHECKING:
-    from quantkit.pipeline.source import TensorSource
 
 
 def command(
@@ -70,7 +67,7 @@ def command(
     from quantkit.pipeline.source import open_source
 
     model = open_source(source, revision=revision, pre=pre)
-    ahead = _compiled_ahead(model, base is not None or base_logits is not None, threads, backend)
+    ahead = measured_ahead(model, threads, backend, base is not None or base_logits is not None)
     if base is None and base_logits is None:
         from quantkit.evaluate.perplexity import perplexity
 
@@ -120,15 +117,3 @@ def command(
     emit(lines, data, as_json)
     if save_logits is not None:
         note(f"wrote {save_logits}")
-
-
-def _compiled_ahead(
-    model: TensorSource, comparing: bool, threads: int | None, backend: str
-) -> AbstractContextManager[None]:
-    """Compile what the measurement will need in processes beside this one."""
-    from quantkit.ahead import compiled_ahead
-    from quantkit.evaluate.ahead import jobs
-    from quantkit.pipeline.execute import default_threads
-
-    needed = jobs(model, (), comparing) if backend == "numpy" else []
-    return compiled_ahead(needed, threads or default_threads())
