@@ -7,7 +7,8 @@ in its own stream, logits for the second half of each; what llama-perplexity doe
 against it.
 
 With F16 come two more lines, the KL divergence from stored logits and the importance matrix (KLD, imatrix): ours
-whole, loading of the model included, against the reference's decoding alone, which its own tools add to.
+whole, loading of the model included, against the reference's decoding alone, which its own tools add to. `--torch` adds
+the torch backend on the CPU, in float32 and bfloat16.
 
 Each round times ours, the reference and the floor once. The table shows medians of each round's ratio, which other work
 on the machine disturbs least, and the speeds of the fastest round. `--cpu` compares processor time, not wall time.
@@ -31,6 +32,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from quantkit.architectures.forward import FeedForward
+from quantkit.evaluate.backends import Model, load
 from quantkit.evaluate.divergence import divergence
 from quantkit.evaluate.importance import importance_matrix
 from quantkit.evaluate.perplexity import chunked, perplexity, tokenize
@@ -144,14 +146,28 @@ def quantized(f16: Path, name: str, n_threads: int, folder: Path) -> Path:
 def derived(
     source: GGUFSource, chunks: np.ndarray, args: argparse.Namespace, folder: Path
 ) -> dict[str, Callable[[], object]]:
-    """What else is measured over a text: divergence from stored logits, and the importance matrix. Loading included."""
+    """What else is measured over a text: divergence from stored logits, and the importance matrix. Loading included.
+
+    With --torch also log-likelihoods by the torch backend, loading not included.
+    """
     logits, n_ctx, n_threads = folder / "base.logits", args.n_ctx, args.threads
     tokens = chunks.reshape(-1)
     perplexity(source, tokens, n_ctx, n_threads=n_threads, save_logits=logits)
-    return {
+    jobs: dict[str, Callable[[], object]] = {
         "KLD": lambda: divergence(source, logits, n_threads=n_threads),
         "imatrix": lambda: importance_matrix(source, tokens, n_ctx, n_threads=n_threads),
     }
+    for precision in ("f32", "bf16") if args.torch else ():
+        model = load(source, n_threads, "torch", precision=precision)
+        jobs[f"torch {precision}"] = partial(scored, model, chunks)
+    return jobs
+
+
+def scored(model: Model, chunks: np.ndarray) -> None:
+    """The log-likelihoods of the second half of each of `chunks`."""
+    step = model.batch(chunks.shape[1])
+    for at in range(0, len(chunks), step):
+        model.log_likelihoods(chunks[at : at + step], chunks.shape[1] // SCORED)
 
 
 def main() -> None:
@@ -164,6 +180,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=8, help="chunks in each round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--torch", action="store_true", help="measure the torch backend too")
     parser.add_argument("--cpu", action="store_true", help="compare processor time")
     args = parser.parse_args()
     clock = time.process_time if args.cpu else time.perf_counter
@@ -173,7 +190,7 @@ def main() -> None:
         function()
         return clock() - began
 
-    print(f"{'type':8} {'ours tok/s':>11} {'reference':>11} {'ratio':>7} {'over floor':>11} {'floor GFLOP/s':>14}")
+    print(f"{'type':10} {'ours tok/s':>11} {'reference':>11} {'ratio':>7} {'over floor':>11} {'floor GFLOP/s':>14}")
     with tempfile.TemporaryDirectory() as folder:
         for name in args.types.split(","):
             path = quantized(args.model, name, args.threads, Path(folder))
@@ -181,18 +198,10 @@ def main() -> None:
             model = Transformer(source, args.threads)
             ids, bos = tokenize(source, args.text.read_text(encoding="utf-8"))
             chunks = chunked(ids, args.n_ctx, args.chunks, bos, str(args.text))
-            first = args.n_ctx // SCORED
             reference = Reference(path, args.n_ctx, args.threads)
             bare = Floor(model, chunks.size)
-            step = model.batch(args.n_ctx)
-
-            def ours(
-                model: Transformer = model, chunks: np.ndarray = chunks, step: int = step, first: int = first
-            ) -> None:
-                for at in range(0, len(chunks), step):
-                    model.log_likelihoods(chunks[at : at + step], first)
-
-            jobs: list[Callable[[], object]] = [ours, partial(reference.run, chunks), bare.run]
+            decode = partial(reference.run, chunks)
+            jobs: list[Callable[[], object]] = [partial(scored, model, chunks), decode, bare.run]
             for job in jobs:
                 job()
             rounds = [[timed(job) for job in jobs] for _ in range(args.rounds)]
@@ -200,7 +209,7 @@ def main() -> None:
             ratio = statistics.median(b / a for a, b, _ in rounds)
             over = statistics.median(a / c for a, _, c in rounds)
             print(
-                f"{name:8} {chunks.size / mine:11.0f} {chunks.size / theirs:11.0f} {ratio:7.2f} {over:11.2f} "
+                f"{name:10} {chunks.size / mine:11.0f} {chunks.size / theirs:11.0f} {ratio:7.2f} {over:11.2f} "
                 f"{bare.flops / least / 1e9:14.0f}"
             )
             sys.stdout.flush()
@@ -208,10 +217,10 @@ def main() -> None:
                 jobs = derived(source, chunks, args, Path(folder))
                 for label, job in jobs.items():
                     job()
-                    pairs = [(timed(job), timed(partial(reference.run, chunks))) for _ in range(args.rounds)]
+                    pairs = [(timed(job), timed(decode)) for _ in range(args.rounds)]
                     mine, theirs = (min(column) for column in zip(*pairs, strict=True))
                     ratio = statistics.median(b / a for a, b in pairs)
-                    print(f"{label:8} {chunks.size / mine:11.0f} {chunks.size / theirs:11.0f} {ratio:7.2f}")
+                    print(f"{label:10} {chunks.size / mine:11.0f} {chunks.size / theirs:11.0f} {ratio:7.2f}")
                     sys.stdout.flush()
             reference.close()
 

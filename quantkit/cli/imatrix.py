@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from quantkit.cli.console import (
+    Backend,
     Chunks,
     Context,
+    Device,
     Json,
     Pre,
+    Precision,
     Quiet,
     Revision,
     Threads,
@@ -54,6 +57,9 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the chunks that the output file has.")] = False,
     show_statistics: Annotated[bool, typer.Option("--show-statistics", help="Show the statistics.")] = False,
     batch: Annotated[int | None, typer.Option(min=1, help="Chunks to run together.  [default: by memory]")] = None,
+    backend: Backend = "numpy",
+    device: Device = "cpu",
+    precision: Precision = "f32",
     pre: Pre = None,
     revision: Revision = None,
     threads: Threads = None,
@@ -115,6 +121,9 @@ def command(
                 snapshot=save_so_far,
                 snapshot_every=output_frequency,
                 progress=lambda done, total: bar(done, total, ""),
+                backend=backend,
+                device=device,
+                precision=precision,
             )
         matrix = _merged(before, new)
     if target is not None:

@@ -70,6 +70,7 @@ def command(
     ahead = measured_ahead(model, threads, backend, base is not None or base_logits is not None)
     if base is None and base_logits is None:
         from quantkit.evaluate.perplexity import perplexity
+        from quantkit.report.perplexity import perplexity_text
 
         assert words is not None
         with ahead, chunk_progress("perplexity") as bar:
@@ -86,11 +87,7 @@ def command(
                 device,
                 precision,
             )
-        lines = (
-            f"PPL = {result.ppl:.4f} ± {result.error:.5f}\n"
-            f"{result.n_chunks} chunks of {n_ctx} tokens, {result.n_tokens} tokens scored, {result.seconds:.1f} s, "
-            f"{result.tokens_per_second:.0f} tokens/s ({result.backend}, {result.precision})"
-        )
+        lines = perplexity_text(result)
         data = {"model": model.label, "text": text, **asdict(result)}
     else:
         from quantkit.evaluate.divergence import divergence

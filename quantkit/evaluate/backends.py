@@ -10,6 +10,7 @@ import numpy as np
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import transformer
+from quantkit.evaluate.layers import Observer
 from quantkit.evaluate.transformer import Transformer
 from quantkit.pipeline.source import TensorSource
 
@@ -28,6 +29,11 @@ class Model(Protocol):
     backend: str
     precision: str
     memory: int
+    observer: Observer | None
+
+    def hidden(self, tokens: np.ndarray, first: int, stop: int) -> np.ndarray:
+        """The last layer's output, normalised, at positions `first` to `stop`: float32 [n_seq, positions, n_embd]."""
+        ...
 
     def logits(self, tokens: np.ndarray, first: int = 0, stop: int | None = None) -> np.ndarray:
         """Logits at positions `first` to `stop` of each sequence: float32 [n_seq, positions, n_vocab]."""
@@ -35,6 +41,10 @@ class Model(Protocol):
 
     def log_likelihoods(self, tokens: np.ndarray, first: int = 0) -> np.ndarray:
         """The natural log of the probability of each token after `first`: float64 [n_seq, n_ctx - 1 - first]."""
+        ...
+
+    def peak_memory(self) -> int | None:
+        """The most memory, in bytes, taken until now: of the GPU where one computes, else of the process, or None."""
         ...
 
     def batch(self, n_ctx: int) -> int:

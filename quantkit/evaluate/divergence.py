@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from quantkit.evaluate import logit_kernels
 from quantkit.evaluate.backends import Model, load, visit_logits
 from quantkit.evaluate.logit_kernels import BASE_CHOSEN, BASE_MAX, BASE_SUM, CHOSEN, MAX, N_STATE, SUM, TOP, WEIGHTED
 from quantkit.evaluate.perplexity import chunked, pack_chunks, tokenize
+from quantkit.evaluate.token_classes import CLASSES, token_classes
 from quantkit.evaluate.weights import available_memory
 from quantkit.formats.logits import LogitsFile, LogitsWriter, first_scored
 from quantkit.pipeline.source import TensorSource
@@ -49,6 +51,16 @@ class PositionBand:
 
 
 @dataclass(frozen=True)
+class TokenClass:
+    """The scored tokens of one kind of text: their number, mean divergence and share of flipped tokens."""
+
+    name: str
+    n_tokens: int
+    kld: float
+    flips: float
+
+
+@dataclass(frozen=True)
 class DivergenceResult:
     """A model compared with a base, over the `n_tokens` scored tokens of a text.
 
@@ -58,8 +70,10 @@ class DivergenceResult:
     the model gives the token of the text, less the base's: `delta_p` its mean, `delta_p_rms` its root mean square.
     `same_top` is the share of tokens whose likeliest prediction is the same, `same_top5` that of tokens whose five
     likeliest predictions are the same five. Percentiles have the per cent as key, 0 for the minimum and 100 for the
-    maximum. `chunk_kld` is each chunk's mean. `seconds` is the time of the forward passes of both models, and
-    `tokens_per_second` counts all tokens that went through the model.
+    maximum. `chunk_kld` is each chunk's mean; `by_position` and `by_class` are the same tokens by their place in a
+    chunk and by what kind of text they stand for. `seconds` is the time of the forward passes of both models, and
+    `tokens_per_second` counts all tokens that went through the model, `batch` chunks together; `memory` is the most
+    that was taken, in bytes: of the GPU where one computed, else of the process, None where it is not known.
     """
 
     base: str
@@ -81,9 +95,12 @@ class DivergenceResult:
     n_ctx: int
     seconds: float
     tokens_per_second: float
+    batch: int
+    memory: int | None
     backend: str
     precision: str
     by_position: list[PositionBand] = field(repr=False)
+    by_class: list[TokenClass] = field(repr=False)
     chunk_kld: list[float] = field(repr=False)
 
 
@@ -192,9 +209,19 @@ def divergences(
                 for done in range(part.start, part.stop):
                     progress(done + 1, len(tokens), float(kld[0, : done + 1].mean()))
     seconds = time.perf_counter() - began
+    classes = token_classes(Vocabulary.from_metadata(models[0].metadata), tokens[:, first + 1 :])
+    cost = _Cost(seconds, min(step, len(tokens)))
     return [
-        _result(base_label, lead, kld[i], nll[i], nll_base[i], same[i], n_ctx, seconds) for i, lead in enumerate(leads)
+        _result(base_label, lead, kld[i], nll[i], nll_base[i], same[i], classes, n_ctx, cost)
+        for i, lead in enumerate(leads)
     ]
+
+
+class _Cost(NamedTuple):
+    """What a measurement took: seconds, and chunks run together."""
+
+    seconds: float
+    batch: int
 
 
 class _Batch:
@@ -341,8 +368,9 @@ def _result(
     nll: np.ndarray,
     nll_base: np.ndarray,
     same: np.ndarray,
+    classes: np.ndarray,
     n_ctx: int,
-    seconds: float,
+    cost: _Cost,
 ) -> DivergenceResult:
     """Every statistic of the positions' values, all [n_chunks, n_scored], `same` [..., 2]."""
     n_chunks, n_scored = kld.shape
@@ -377,8 +405,10 @@ def _result(
         n_tokens=n,
         n_chunks=n_chunks,
         n_ctx=n_ctx,
-        seconds=seconds,
-        tokens_per_second=n_chunks * n_ctx / seconds,
+        seconds=cost.seconds,
+        tokens_per_second=n_chunks * n_ctx / cost.seconds,
+        batch=cost.batch,
+        memory=lead.peak_memory(),
         backend=lead.backend,
         precision=lead.precision,
         by_position=[
@@ -389,6 +419,11 @@ def _result(
                 1.0 - float(same[:, start:stop, 0].mean()),
             )
             for start, stop in itertools.pairwise(edges.tolist())
+        ],
+        by_class=[
+            TokenClass(name, int(own.sum()), float(kld[own].mean()), 1.0 - float(same[own, 0].mean()))
+            for name, own in ((name, classes == i) for i, name in enumerate(CLASSES))
+            if own.any()
         ],
         chunk_kld=kld.mean(axis=1).tolist(),
     )

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from quantkit.errors import QuantkitError
-from quantkit.evaluate.logit_kernels import add_squares
+from quantkit.evaluate.backends import load
+from quantkit.evaluate.kernels import add_squares
 from quantkit.evaluate.perplexity import chunked, tokenize
-from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.imatrix import Importance, ImportanceMatrix
 from quantkit.pipeline.source import TensorSource
 
@@ -30,17 +30,15 @@ class _Sums:
         self._lock = threading.Lock()
         self.of: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
 
-    def observe(self, names: tuple[str, ...], x: np.ndarray, expert: int | None = None) -> None:
-        """Add rows [rows, n_per_row] that are multiplied with tensors `names`, or with one expert's matrix of them."""
-        squares = np.zeros(x.shape[1])
-        add_squares(x, squares)
+    def observe(self, names: tuple[str, ...], squares: np.ndarray, n_rows: int, expert: int | None) -> None:
+        """Add what `n_rows` rows that tensors `names`, or one expert's matrix of them, are multiplied with sum to."""
         with self._lock:
             if names not in self.of:
                 n_matrices = 1 if expert is None else self._source.tensors[names[0]].shape[2]
-                self.of[names] = np.zeros((n_matrices, x.shape[1])), np.zeros(n_matrices, np.int64)
+                self.of[names] = np.zeros((n_matrices, squares.size)), np.zeros(n_matrices, np.int64)
             sums, counts = self.of[names]
             sums[expert or 0] += squares
-            counts[expert or 0] += len(x)
+            counts[expert or 0] += n_rows
 
     def entries(self) -> dict[str, Importance]:
         """What was summed until now, by tensor name in order."""
@@ -70,6 +68,9 @@ def importance_matrix(
     snapshot: Callable[[ImportanceMatrix], None] | None = None,
     snapshot_every: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    backend: str = "numpy",
+    device: str = "cpu",
+    precision: str = "f32",
 ) -> ImportanceMatrix:
     """The importance matrix of `source` over `text`, a string or token ids, by llama-imatrix's method.
 
@@ -77,14 +78,15 @@ def importance_matrix(
     every position counts. For each matrix of the layers (each expert apart), and for output.weight with
     `process_output`, the squares of what it is multiplied with are summed by column. `from_chunk` leaves out the first
     chunks of the text; `dataset` is the text's name, for the record. Every `snapshot_every` chunks, `snapshot` gets
-    the matrix so far. After each batch `progress(chunks done, chunks)` is called.
+    the matrix so far. After each batch `progress(chunks done, chunks)` is called. `backend`, `device` and `precision`
+    say what computes, as for `backends.load`.
 
     Sums are kept in float64 and returned in float32; llama-imatrix adds in float32, so its sums differ by its rounding.
     Raises QuantkitError for a text that is too short and for activations that are not finite.
     """
     if from_chunk < 0:
         raise QuantkitError(f"cannot begin at chunk {from_chunk}: use 0 or more")
-    model = Transformer(source, n_threads)
+    model = load(source, n_threads, backend, device, precision)
     ids, bos = tokenize(source, text)
     tokens = chunked(ids[from_chunk * n_ctx :], n_ctx, chunks, bos, source.label)
     step = batch or model.batch(n_ctx)
@@ -102,7 +104,10 @@ def importance_matrix(
         hidden = model.hidden(some, 0, n_ctx)
         model.refuse_nan(some, hidden.reshape(len(some), -1))
         if process_output and not model.spec.tied:
-            sums.observe((model.spec.output.weight,), hidden.reshape(-1, model.spec.n_embd))
+            rows = hidden.reshape(-1, model.spec.n_embd)
+            squares = np.zeros(rows.shape[1])
+            add_squares(rows, squares)
+            sums.observe((model.spec.output.weight,), squares, len(rows), None)
         done += len(some)
         if progress is not None:
             progress(done, len(tokens))

@@ -462,6 +462,16 @@ def add_rows(x: np.ndarray, rows: np.ndarray, weights: np.ndarray, out: np.ndarr
 
 
 @kernel
+def add_squares(x: np.ndarray, sums: np.ndarray) -> None:
+    """Add the squares of the rows of `x` [rows, n] to `sums`, float64 [n]."""
+    for i in range(x.shape[0]):
+        row = x[i]
+        for j in range(row.size):
+            v = np.float64(row[j])
+            sums[j] += v * v
+
+
+@kernel
 def score_tile(
     logits: np.ndarray,
     first: int,

@@ -60,9 +60,9 @@ class Product(NamedTuple):
     names: tuple[str, ...]
 
 
-# Told the names of tensors, and the rows (float32 [rows, n_in]) that they are about to be multiplied with; for a tensor
-# of experts also the number of the expert that multiplies them.
-Observer = Callable[..., None]
+# Told of what is multiplied: the names of tensors, the sums of the squares of the columns that they meet (float64
+# [n_in]), the number of rows, and the expert that multiplies them, None for tensors without experts.
+Observer = Callable[[tuple[str, ...], np.ndarray, int, "int | None"], None]
 
 
 def _temperatures(temperature: Temperature, positions: np.ndarray) -> np.ndarray:
@@ -198,10 +198,15 @@ class LayerRunner:
         ]
         return Product(matrix, np.concatenate(biases), names)
 
+    def _observe(self, names: tuple[str, ...], x: np.ndarray, expert: int | None = None) -> None:
+        if self._observer is not None:
+            squares = np.zeros(x.shape[1])
+            kernels.add_squares(x, squares)
+            self._observer(names, squares, len(x), expert)
+
     def _multiply(self, x: np.ndarray, product: Product, out: np.ndarray) -> np.ndarray:
         """`out = x @ matrix.T + bias`."""
-        if self._observer is not None:
-            self._observer(product.names, x)
+        self._observe(product.names, x)
         np.matmul(x, product.matrix.T, out=out)
         if product.bias is not None:
             kernels.add_bias(out, product.bias)
@@ -371,14 +376,12 @@ class LayerRunner:
             some = rows[start : start + ROWS]
             n = len(some)
             x = np.take(routed.normed, some, axis=0, out=take("chosen", n, self.n_embd), mode="clip")
-            if self._observer is not None:
-                self._observer(gate.names + up.names, x, e)
+            self._observe(gate.names + up.names, x, e)
             wide, active = take("wide", n, 2 * n_ff), take("active", n, n_ff)
             np.matmul(x, gate.matrix.T, out=wide[:, :n_ff])
             np.matmul(x, up.matrix.T, out=wide[:, n_ff:])
             self._activate(wide, active)
-            if self._observer is not None:
-                self._observer(down.names, active, e)
+            self._observe(down.names, active, e)
             branch = take("branch", n, self.n_embd)
             np.matmul(active, down.matrix.T, out=branch)
             kernels.add_rows(branch, some, routed.shares[some, ranks[start : start + ROWS]], routed.branch)

@@ -142,13 +142,3 @@ def pack(logits: np.ndarray, targets: np.ndarray, affine: np.ndarray, codes: np.
                 to[j] = code if row[j] > least else 0
         else:
             to[:] = 0
-
-
-@kernel
-def add_squares(x: np.ndarray, sums: np.ndarray) -> None:
-    """Add the squares of the rows of `x` [rows, n] to `sums`, float64 [n]."""
-    for i in range(x.shape[0]):
-        row = x[i]
-        for j in range(row.size):
-            v = np.float64(row[j])
-            sums[j] += v * v

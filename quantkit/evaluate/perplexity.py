@@ -25,7 +25,9 @@ class PerplexityResult:
 
     `ppl` is e to the mean negative log-likelihood, in nats, of the `n_tokens` scored tokens, and `error` its standard
     error. `chunk_nll` is each chunk's mean, `running` the estimate after each chunk. `seconds` is the time of the
-    forward passes, and `tokens_per_second` counts all tokens that went through the model.
+    forward passes, and `tokens_per_second` counts all tokens that went through the model. `batch` chunks went through
+    it together, and `memory` is the most that was taken, in bytes: of the GPU where one computed, else of the process,
+    None where it is not known.
     """
 
     ppl: float
@@ -35,6 +37,8 @@ class PerplexityResult:
     n_ctx: int
     seconds: float
     tokens_per_second: float
+    batch: int
+    memory: int | None
     backend: str
     precision: str
     chunk_nll: list[float] = field(repr=False)
@@ -148,6 +152,8 @@ def perplexity(
         n_ctx=n_ctx,
         seconds=seconds,
         tokens_per_second=tokens.size / seconds,
+        batch=min(step, len(tokens)),
+        memory=model.peak_memory(),
         backend=model.backend,
         precision=model.precision,
         chunk_nll=chunk_nll,

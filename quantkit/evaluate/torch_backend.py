@@ -31,8 +31,9 @@ from quantkit.architectures.forward import (
     Yarn,
 )
 from quantkit.errors import QuantkitError
+from quantkit.evaluate.layers import Observer
 from quantkit.evaluate.transformer import refuse_unsupported, rope_tables, usable_threads
-from quantkit.evaluate.weights import Weights, available_memory
+from quantkit.evaluate.weights import Weights, available_memory, peak_memory
 from quantkit.pipeline.source import TensorSource
 
 try:
@@ -109,6 +110,8 @@ class TorchTransformer:
 
     backend: str
     precision: str
+    # Told of each product of the layers.
+    observer: Observer | None = None
 
     def __init__(
         self, source: TensorSource, n_threads: int | None = None, device: str = "cpu", precision: str = "f32"
@@ -166,6 +169,19 @@ class TorchTransformer:
         result: np.ndarray = torch.cat(parts).cpu().numpy().astype(np.float64).reshape(len(tokens), stop - first)
         self.refuse_nan(tokens, result)
         return result
+
+    def hidden(self, tokens: np.ndarray, first: int, stop: int) -> np.ndarray:
+        """The last layer's output, normalised, at positions `first` to `stop`: float32 [n_seq, positions, n_embd]."""
+        try:
+            with torch.inference_mode(), _exact_products():
+                result: np.ndarray = self._hidden(tokens, first, stop).cpu().numpy()
+        except torch.OutOfMemoryError:
+            raise self._too_small() from None
+        return result
+
+    def peak_memory(self) -> int | None:
+        """The most memory, in bytes, taken until now: of the GPU, elsewhere of this process."""
+        return int(torch.cuda.max_memory_allocated(self._device)) if self._kind == "cuda" else peak_memory()
 
     def batch(self, n_ctx: int) -> int:
         """How many sequences of `n_ctx` tokens to run together: enough to fill the device, bounded by its memory."""
@@ -327,7 +343,8 @@ class TorchTransformer:
     def _layer(self, layer: Layer, x: Any, span: slice) -> Any:
         """`x` [n_seq, n_ctx, n_embd] after `layer`, at the positions of `span`."""
         mixed = self._attention(layer.attention, self._normed(layer.attention_norm, x).to(self._dtype), span)
-        branch = self._normed(layer.post_attention_norm, self._linear(layer.attention.out, mixed).float())
+        (branch,) = self._products(mixed, layer.attention.out)
+        branch = self._normed(layer.post_attention_norm, branch.float())
         x = x[:, span]
         after = x + branch * layer.branch_scale
         normed = self._normed(layer.feed_forward_norm, x if layer.parallel else after).to(self._dtype)
@@ -340,9 +357,10 @@ class TorchTransformer:
         n_seq, n_ctx, _ = x.shape
         n_q, n_k = a.n_head * a.head_k, a.n_head_kv * a.head_k
         if a.qkv is not None:
-            q, k, v = self._linear(a.qkv, x).split([n_q, n_k, a.n_head_kv * a.head_v], dim=2)
+            (whole,) = self._products(x, a.qkv)
+            q, k, v = whole.split([n_q, n_k, a.n_head_kv * a.head_v], dim=2)
         else:
-            q, k, v = (self._linear(part, x) for part in (a.q, a.k, a.v))
+            q, k, v = self._products(x, a.q, a.k, a.v)
 
         def heads(y: Any, n_head: int, norm: Norm | None) -> Any:
             if norm is not None and a.norm_whole:
@@ -406,32 +424,52 @@ class TorchTransformer:
 
     def _dense(self, ff: FeedForward, x: Any) -> Any:
         if ff.gate_up is not None:
-            gate, up = self._linear(ff.gate_up, x).chunk(2, dim=2)
+            (wide,) = self._products(x, ff.gate_up)
+            gate, up = wide.chunk(2, dim=2)
             active = _activate(ff.activation, gate) * up
         elif ff.gate is not None:
-            active = _activate(ff.activation, self._linear(ff.gate, x)) * self._linear(ff.up, x)
+            gate, up = self._products(x, ff.gate, ff.up)
+            active = _activate(ff.activation, gate) * up
         else:
-            active = _activate(ff.activation, self._linear(ff.up, x))
-        return self._linear(ff.down, active)
+            (up,) = self._products(x, ff.up)
+            active = _activate(ff.activation, up)
+        (branch,) = self._products(active, ff.down)
+        return branch
 
     def _experts(self, ff: Experts, x: Any) -> Any:
         rows = x.reshape(-1, x.shape[2])
         # The softmax over all experts, made to sum to one over those chosen, is the softmax over these.
-        scores, chosen = self._linear(ff.router, rows).float().topk(ff.n_used, dim=1)
+        (scores,) = self._products(rows, ff.router)
+        scores, chosen = scores.float().topk(ff.n_used, dim=1)
         shares = scores.softmax(1)
         branch = torch.zeros(rows.shape, dtype=torch.float32, device=self._device)
         for e in range(ff.n_expert):
             some, rank = torch.nonzero(chosen == e, as_tuple=True)
             y = rows[some]
             gate, up, down = (self._tensors[name][e] for name in (ff.gate, ff.up, ff.down))
+            self._observe((ff.gate, ff.up), y, e)
             y = _activate(ff.activation, functional.linear(y, gate)) * functional.linear(y, up)
+            self._observe((ff.down,), y, e)
             branch.index_add_(0, some, functional.linear(y, down).float() * shares[some, rank, None])
         return branch.reshape(x.shape)
 
-    def _linear(self, linear: Linear | None, x: Any) -> Any:
-        assert linear is not None
-        bias = None if linear.bias is None else self._tensors[linear.bias].to(x.dtype)
-        return functional.linear(x, self._tensors[linear.weight], bias)
+    def _products(self, x: Any, *linears: Linear | None) -> list[Any]:
+        """`x` [..., n_in] through each of `linears`."""
+        present = [linear for linear in linears if linear is not None]
+        self._observe(tuple(linear.weight for linear in present), x)
+        return [
+            functional.linear(
+                x,
+                self._tensors[linear.weight],
+                None if linear.bias is None else self._tensors[linear.bias].to(x.dtype),
+            )
+            for linear in present
+        ]
+
+    def _observe(self, names: tuple[str, ...], x: Any, expert: int | None = None) -> None:
+        if self.observer is not None and x.numel():
+            rows = x.reshape(-1, x.shape[-1]).float()
+            self.observer(names, rows.square().sum(0).cpu().numpy().astype(np.float64), len(rows), expert)
 
     def _normed(self, norm: Norm | None, x: Any) -> Any:
         """`x` normalised over its last axis, float32."""

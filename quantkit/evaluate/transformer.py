@@ -24,7 +24,7 @@ from quantkit.architectures.forward import Attention, Experts, ForwardSpec, Laye
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import kernels
 from quantkit.evaluate.layers import ROWS, Expert, LayerRunner, Observer, Product, Routed, Workspace, unsupported
-from quantkit.evaluate.weights import Weights, available_memory
+from quantkit.evaluate.weights import Weights, available_memory, peak_memory
 from quantkit.pipeline.source import TensorSource
 
 _T = TypeVar("_T")
@@ -164,6 +164,10 @@ class Transformer:
         result: np.ndarray = chosen - maxima - np.log(sums)
         self.refuse_nan(tokens, result)
         return result
+
+    def peak_memory(self) -> int | None:
+        """The most memory, in bytes, that this process has taken until now, or None."""
+        return peak_memory()
 
     def batch(self, n_ctx: int) -> int:
         """How many sequences of `n_ctx` tokens to run together: many, so that each weight is decoded seldom.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quantkit.report.perplexity import cost_text
 from quantkit.report.tables import table
 
 if TYPE_CHECKING:
@@ -41,9 +42,12 @@ def divergence_text(result: DivergenceResult) -> str:
         lines.append(f"  {label:<27} {100 * estimate.value:10.3f}% ± {100 * estimate.error:.3f}%")
     bands = [[f"{b.first}-{b.last}", f"{b.kld:.6f}", f"{100 * b.flips:.2f}%"] for b in r.by_position]
     lines += ["", table(["positions", "mean KLD", "flipped"], bands)]
+    kinds = [
+        [c.name, f"{100 * c.n_tokens / r.n_tokens:.1f}%", f"{c.kld:.6f}", f"{100 * c.flips:.2f}%"] for c in r.by_class
+    ]
+    lines += ["", table(["tokens", "share", "mean KLD", "flipped"], kinds)]
     lines += [
         "",
-        f"{r.n_chunks} chunks of {r.n_ctx} tokens, {r.n_tokens} tokens scored, {r.seconds:.1f} s, "
-        f"{r.tokens_per_second:.0f} tokens/s ({r.backend}, {r.precision}; base: {r.base})",
+        f"{cost_text(r)} ({r.backend}, {r.precision}; base: {r.base})",
     ]
     return "\n".join(lines)

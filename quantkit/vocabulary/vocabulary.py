@@ -227,7 +227,7 @@ class Vocabulary:
         for i, token in enumerate(np.asarray(ids).tolist()):
             if not 0 <= token < len(self.tokens):
                 raise IndexError(f"token {token} is not one of {len(self.tokens)}")
-            piece = b"" if not special and self._attributes[token] & _HIDDEN else self._piece(token)
+            piece = b"" if not special and self._attributes[token] & _HIDDEN else self.piece(token)
             if i == 0 and self._space_prefix and piece.startswith(b" "):
                 piece = piece[1:]
             pieces.append(piece)
@@ -241,8 +241,8 @@ class Vocabulary:
     def _bytes(self, token: int) -> bytes:
         return self.tokens[token].encode("utf-8", "surrogateescape")
 
-    def _piece(self, token: int) -> bytes:
-        """The bytes that `token` stands for in a text."""
+    def piece(self, token: int) -> bytes:
+        """The bytes that `token` stands for in a text. Raises IndexError beyond the vocabulary."""
         piece = self._pieces[token]
         if piece is None:
             piece = self._pieces[token] = self._make_piece(token)

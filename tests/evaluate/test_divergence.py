@@ -107,6 +107,12 @@ def check(result: DivergenceResult, q: np.ndarray, b: np.ndarray, chunks: np.nda
         assert one.kld == pytest.approx(kld[:, part].mean(), **close)
         assert one.flips == pytest.approx(1 - top[:, part].mean())
     assert [one.first for one in bands[1:]] == [one.last + 1 for one in bands[:-1]]
+    kinds = result.by_class
+    assert sum(one.n_tokens for one in kinds) == kld.size and len(kinds) > 1
+    assert sum(one.n_tokens * one.kld for one in kinds) / kld.size == pytest.approx(kld.mean(), **close)
+    assert sum(one.n_tokens * one.flips for one in kinds) / kld.size == pytest.approx(1 - top.mean())
+    assert result.memory is not None and result.memory > 1 << 20
+    assert 1 <= result.batch <= len(chunks)
 
 
 def test_every_statistic_against_the_plain_forward_pass(pair: tuple[Path, Path]) -> None:

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, TINYLM, requires_torch
-from tiny import N_VOCAB, tiny_metadata, tiny_weights, write_gguf
+from tiny import FAMILIES, N_VOCAB, tiny_metadata, tiny_weights, write_gguf
 from variants import NORM, VARIANTS, variant
 
 from quantkit.architectures.forward import Linear
@@ -17,6 +17,7 @@ from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import load
 from quantkit.evaluate.divergence import divergence
+from quantkit.evaluate.importance import importance_matrix
 from quantkit.evaluate.perplexity import perplexity
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
@@ -102,6 +103,25 @@ def test_a_description_that_grows_is_refused_by_name():
 
     assert list(unknown_parts((Linear("a", "b"), NORM))) == []
     assert list(unknown_parts((NORM, (Clip(2.0),)))) == ["Clip.limit = 2.0"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "phi3", "gptneox"])
+def test_importance_matrices_equal_numpys(tmp_path, family):
+    metadata, weights = tiny_metadata(), tiny_weights(5)
+    if family != "llama":
+        metadata, weights = FAMILIES[family].metadata(), FAMILIES[family].weights(5)
+    source = GGUFSource(write_gguf(tmp_path / "m.gguf", metadata, weights))
+    tokens = some_tokens(1, 200)[0]
+    judge = importance_matrix(source, tokens, 64, process_output=True)
+    for precision, tolerance in (("f32", 1e-4), ("bf16", 0.05)):
+        other = importance_matrix(source, tokens, 64, process_output=True, backend="torch", precision=precision)
+        assert list(other.entries) == list(judge.entries)
+        for name, entry in judge.entries.items():
+            if precision == "f32":
+                assert other.entries[name].counts.tolist() == entry.counts.tolist()
+                np.testing.assert_allclose(other.entries[name].sums, entry.sums, rtol=tolerance)
+            elif family != "mixtral":  # where rounding chooses other experts
+                np.testing.assert_allclose(other.entries[name].sums.sum(), entry.sums.sum(), rtol=tolerance)
 
 
 def test_nan_names_the_first_layer_that_made_it(tmp_path):
