@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from quantkit.blocks.types import GGMLType
@@ -13,9 +14,20 @@ from quantkit.errors import QuantkitError
 if TYPE_CHECKING:
     import numpy as np
 
+    from quantkit.ahead import Job
     from quantkit.blocks.base import Block
 
-__all__ = ["GGMLType", "block", "decode", "encodable", "encode", "first_nonfinite", "first_nonfinite_stored", "largest"]
+__all__ = [
+    "GGMLType",
+    "block",
+    "decode",
+    "encodable",
+    "encode",
+    "first_nonfinite",
+    "first_nonfinite_stored",
+    "jobs",
+    "largest",
+]
 
 # The width of the plain floats, and the bits of the exponent, all set in NaN and infinity.
 _FLOATS = {GGMLType.F32: (32, 0x7F800000), GGMLType.F16: (16, 0x7C00), GGMLType.BF16: (16, 0x7F80)}
@@ -56,9 +68,8 @@ def encode(
     if out is None:
         out = np.empty((n_rows, kind.row_nbytes(n_per_row)), np.uint8)
     if weights is not None:
-        weights = np.ascontiguousarray(weights, np.float32)
-    flat = np.ascontiguousarray(rows, np.float32).reshape(-1)
-    block(kind).encode(flat, out.reshape(-1), n_per_row, weights)
+        weights = _fixed(np.ascontiguousarray(weights, np.float32))
+    block(kind).encode(_fixed(np.ascontiguousarray(rows, np.float32)), out.reshape(-1), n_per_row, weights)
     return out
 
 
@@ -74,15 +85,22 @@ def decode(rows: np.ndarray, kind: GGMLType, out: np.ndarray | None = None) -> n
         raise QuantkitError(f"rows of {nbytes} bytes do not hold {kind.name}: its blocks take {kind.type_size}")
     if out is None:
         out = np.empty((n_rows, nbytes // kind.type_size * kind.block_size), np.float32)
-    block(kind).decode(np.ascontiguousarray(rows).reshape(-1), out.reshape(-1))
+    block(kind).decode(_fixed(np.ascontiguousarray(rows)), out.reshape(-1))
     return out
+
+
+def _fixed(array: np.ndarray) -> np.ndarray:
+    """A flat, read-only view: numba compiles a kernel anew for arrays that can be written."""
+    flat = array.reshape(-1)
+    flat.flags.writeable = False
+    return flat
 
 
 def first_nonfinite(rows: np.ndarray) -> int:
     """The index of the first NaN or infinity in contiguous float32 `rows`, flattened; -1 if there is none."""
     from quantkit.blocks.plain import first_nonfinite as search
 
-    return int(search(rows.reshape(-1)))
+    return int(search(_fixed(rows)))
 
 
 def first_nonfinite_stored(rows: np.ndarray, kind: GGMLType) -> int:
@@ -104,4 +122,27 @@ def largest(rows: np.ndarray) -> float:
     """The largest magnitude in contiguous float32 `rows`."""
     from quantkit.blocks.plain import largest_magnitude
 
-    return float(largest_magnitude(rows.reshape(-1)))
+    return float(largest_magnitude(_fixed(rows)))
+
+
+def jobs(encoded: Iterable[tuple[GGMLType, bool]] = (), decoded: Iterable[GGMLType] = ()) -> list[Job]:
+    """The kernels to compile for encoding to types, with importance weights or without, and for decoding from others.
+
+    Those of the IQ types with a grid are not among them: they take the grid too.
+    """
+    from numba.core import types
+
+    from quantkit.ahead import Job
+    from quantkit.blocks.plain import first_nonfinite as search
+    from quantkit.blocks.plain import largest_magnitude
+
+    floats, raw = (types.Array(kind, 1, "C", readonly=True) for kind in (types.float32, types.uint8))
+    result, packed = types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C")
+    found = [Job(block(kind).decode, (raw, result), 0.3) for kind in decoded]
+    encoders = [
+        Job(block(kind).encode, (floats, packed, types.int64, floats if weighted else types.none), 1.5)
+        for kind, weighted in encoded
+    ]
+    if encoders:
+        found += [Job(search, (floats,), 0.2), *encoders, Job(largest_magnitude, (floats,), 0.2)]
+    return [job for job in found if hasattr(job.kernel, "py_func")]

@@ -71,7 +71,8 @@ def _list_neighbours(points: Any, width: Any, n_levels: Any, n_distances: Any, i
         first = rows * LANES
         if lists.size < first + n + LANES:
             longer = np.empty(2 * lists.size, np.uint16)
-            longer[:first] = lists[:first]
+            for i in range(first):  # a copy by slices would compile two seconds longer, for its error message
+                longer[i] = lists[i]
             lists = longer
         at, reached = first, np.int16(-1)
         for _ in range(n_distances):

@@ -6,13 +6,16 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quantkit.errors import QuantkitError
+
+if TYPE_CHECKING:
+    from quantkit.pipeline.source import TensorSource
 
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: debug messages.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and results.")]
@@ -91,6 +94,21 @@ def chunk_progress(title: str, unit: str = "chunk") -> Iterator[Callable[[int, i
             bar.update(done - bar.n)
 
         yield advance
+
+
+def measured_ahead(
+    model: TensorSource, threads: int | None, backend: str = "numpy", comparing: bool = False
+) -> AbstractContextManager[None]:
+    """Let processes beside this one compile what a measurement of `model` will need, on a first run.
+
+    `comparing`: its divergence from another model, else its log-likelihoods alone.
+    """
+    from quantkit.ahead import compiled_ahead
+    from quantkit.evaluate.ahead import jobs
+    from quantkit.pipeline.execute import default_threads
+
+    needed = jobs(model, (), comparing) if backend == "numpy" else []
+    return compiled_ahead(needed, threads or default_threads())
 
 
 def read_text(name: str) -> str:

@@ -16,6 +16,7 @@ from quantkit.cli.console import (
     Verbose,
     chunk_progress,
     emit,
+    measured_ahead,
     setup,
 )
 
@@ -50,7 +51,7 @@ def command(
         models.append(open_source(model2, pre=pre))
     results = []
     for model in models:
-        with chunk_progress("generate", "token") as bar:
+        with measured_ahead(model, threads), chunk_progress("generate", "token") as bar:
             results.append(
                 generate(
                     model,

@@ -22,6 +22,7 @@ from quantkit.cli.console import (
     Verbose,
     chunk_progress,
     emit,
+    measured_ahead,
     note,
     read_text,
     setup,
@@ -107,7 +108,7 @@ def command(
             if target is not None:
                 _save(_merged(before, so_far), target, output_format)
 
-        with chunk_progress("imatrix") as bar:
+        with measured_ahead(model, threads, backend), chunk_progress("imatrix") as bar:
             new = importance_matrix(
                 model,
                 words,

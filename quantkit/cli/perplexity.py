@@ -23,6 +23,7 @@ from quantkit.cli.console import (
     Verbose,
     chunk_progress,
     emit,
+    measured_ahead,
     note,
     read_text,
     setup,
@@ -66,12 +67,13 @@ def command(
     from quantkit.pipeline.source import open_source
 
     model = open_source(source, revision=revision, pre=pre)
+    ahead = measured_ahead(model, threads, backend, base is not None or base_logits is not None)
     if base is None and base_logits is None:
         from quantkit.evaluate.perplexity import perplexity
         from quantkit.report.perplexity import perplexity_text
 
         assert words is not None
-        with chunk_progress("perplexity") as bar:
+        with ahead, chunk_progress("perplexity") as bar:
             result = perplexity(
                 model,
                 words,
@@ -92,7 +94,7 @@ def command(
         from quantkit.report.divergence import divergence_text
 
         against = open_source(base, pre=pre) if base is not None else str(base_logits)
-        with chunk_progress("divergence") as bar:
+        with ahead, chunk_progress("divergence") as bar:
             compared = divergence(
                 model,
                 against,

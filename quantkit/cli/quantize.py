@@ -65,7 +65,8 @@ def command(
     and written beside a local source, or into the current directory for a checkpoint from the hub.
     """
     setup(verbose, quiet)
-    from quantkit.pipeline.execute import execute
+    from quantkit.ahead import compiled_ahead
+    from quantkit.pipeline.execute import default_threads, execute, jobs
     from quantkit.pipeline.mixtures import file_type
     from quantkit.pipeline.naming import output_paths
     from quantkit.pipeline.run import parse_layers, parse_size, parse_tensor_types, plan
@@ -106,7 +107,9 @@ def command(
         emit("\n\n".join(map(str, plans)), [each.as_dict() for each in plans], as_json)
         return
     outputs = list(zip(plans, paths, strict=True))
-    with byte_progress(sum(info.nbytes for info in model.tensors.values()), "quantize") as progress:
+    total = sum(info.nbytes for info in model.tensors.values())
+    ahead = compiled_ahead(jobs(plans), threads or default_threads())
+    with ahead, byte_progress(total, "quantize") as progress:
         execute(
             model,
             outputs,

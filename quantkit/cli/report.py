@@ -54,31 +54,34 @@ def command(
     """
     setup(verbose, quiet)
     words = read_text(text)
+    from quantkit.ahead import compiled_ahead
+    from quantkit.pipeline.execute import default_threads
     from quantkit.pipeline.mixtures import file_type
     from quantkit.pipeline.naming import stem
     from quantkit.pipeline.source import open_source
-    from quantkit.report.ladder import build, measure
+    from quantkit.report.ladder import build, jobs, measure
 
     model = open_source(checkpoint, revision=revision, pre=pre)
     files = [file_type(name) for name in split_list(types)]
     directory = output or Path(f"{stem(model)}-GGUF")
     total = sum(info.nbytes for info in model.tensors.values())
-    with byte_progress(total, "quantize") as progress:
-        built = build(model, files, directory, threads=threads, progress=progress)
-    with chunk_progress("measure") as bar:
-        ladder = measure(
-            model,
-            built,
-            words,
-            text_name=Path(text).name,
-            n_ctx=n_ctx,
-            chunks=chunks,
-            threads=threads,
-            progress=lambda done, all_of_them, kld: bar(done, all_of_them, f"KLD = {kld:.6f}"),
-            backend=backend,
-            device=device,
-            precision=precision,
-        )
+    with compiled_ahead(jobs(model, files, backend), threads or default_threads()):
+        with byte_progress(total, "quantize") as progress:
+            built = build(model, files, directory, threads=threads, progress=progress)
+        with chunk_progress("measure") as bar:
+            ladder = measure(
+                model,
+                built,
+                words,
+                text_name=Path(text).name,
+                n_ctx=n_ctx,
+                chunks=chunks,
+                threads=threads,
+                progress=lambda done, all_of_them, kld: bar(done, all_of_them, f"KLD = {kld:.6f}"),
+                backend=backend,
+                device=device,
+                precision=precision,
+            )
     emit(str(ladder), ladder.as_dict(), as_json)
     for path in ladder.write(directory):
         note(f"wrote {path}")

@@ -22,6 +22,7 @@ from quantkit.cli.console import (
     Verbose,
     chunk_progress,
     emit,
+    measured_ahead,
     setup,
 )
 from quantkit.errors import QuantkitError
@@ -63,7 +64,7 @@ def command(
     model = open_source(source, revision=revision, pre=pre)
     lines, data = [], []
     for kind, own in items.items():
-        with chunk_progress(kind, "task") as bar:
+        with measured_ahead(model, threads, backend), chunk_progress(kind, "task") as bar:
             show = partial(_show, bar)
             result = tasks(model, own, kind, threads, show, backend, device, precision)
         lines.append(

@@ -357,7 +357,9 @@ def attention(
         n = min(_TILE_ROWS, n_rows - row)
         rows[n * head_k :] = _ZERO
         for r in range(n):
-            rows[r * head_k : (r + 1) * head_k] = q[first + (row + r) // heads, (row + r) % heads]
+            query = q[first + (row + r) // heads, (row + r) % heads]
+            for d in range(head_k):  # an assignment of slices compiles for two seconds longer
+                rows[r * head_k + d] = query[d]
         begin = (max(0, base + row // heads - window + 1) - low) // LANES
         end = (base + (row + n - 1) // heads - low) // LANES + 1
         for t in range(begin, end):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ from quantkit.pipeline.source import TensorSource
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from quantkit.ahead import Job
 
 PIECE = 1 << 20  # weights handed to a thread at a time
 COPIED_PIECES = 8  # pieces handed over at a time where nothing is computed, so that handing over costs less
@@ -103,6 +105,13 @@ def execute(
                 future.cancel()
             raise
     return [path for plan, target in zip(plans, paths, strict=True) for path, _, _ in plan.files(target)]
+
+
+def jobs(plans: Iterable[Plan]) -> list[Job]:
+    """The kernels that `execute` will need for `plans`, to be compiled ahead."""
+    tensors = [t for plan in plans for t in plan if not t.is_copy]
+    encoded = dict.fromkeys((t.info.type, t.weights is not None) for t in tensors)
+    return blocks.jobs(encoded, dict.fromkeys(t.source_type for t in tensors))
 
 
 class _Shards:

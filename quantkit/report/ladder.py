@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import quantkit
+from quantkit.ahead import Job
 from quantkit.errors import QuantkitError
+from quantkit.evaluate import ahead
 from quantkit.evaluate.divergence import DivergenceResult, Estimate, divergences
+from quantkit.pipeline import execute as execution
 from quantkit.pipeline.execute import Progress, execute
 from quantkit.pipeline.mixtures import FileType
 from quantkit.pipeline.naming import output_paths
@@ -125,6 +128,14 @@ def _costs(divergence: DivergenceResult) -> dict[str, float]:
         "same_top": divergence.same_top.value,
         "same_top_error": divergence.same_top.error,
     }
+
+
+def jobs(source: TensorSource, files: Sequence[FileType], backend: str = "numpy") -> list[Job]:
+    """The kernels that `build` and `measure` will need, to be compiled ahead."""
+    plans = [plan_quantize(source, file) for file in files]
+    outputs = [t.info.type for plan in plans for t in plan]
+    measuring = ahead.jobs(source, outputs, comparing=True) if backend == "numpy" else []
+    return [*execution.jobs(plans), *measuring]
 
 
 def build(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.kernels import kernel
+from quantkit.kernels import kernel, piece
 
 Array = np.ndarray[Any, Any]
 
@@ -46,7 +46,7 @@ class MergeTable:
         return out[:count]
 
 
-@kernel
+@piece
 def _slot(keys: Array, key: Any) -> Any:
     """Where `key` is in the open hash table, or the empty place where it would be."""
     mask = np.uint64(keys.size - 1)
@@ -67,7 +67,7 @@ def _fill(keys: Array, entries: Array, pairs: Array, rank: Array, merged: Array)
             entries[at, 1] = merged[i]
 
 
-@kernel
+@piece
 def _push(heap: Array, size: int, item: np.int64) -> int:
     child = size
     while child > 0:
@@ -80,7 +80,7 @@ def _push(heap: Array, size: int, item: np.int64) -> int:
     return size + 1
 
 
-@kernel
+@piece
 def _pop(heap: Array, size: int) -> int:
     """Remove heap[0]; the caller has read it."""
     size -= 1
@@ -100,7 +100,7 @@ def _pop(heap: Array, size: int) -> int:
     return size
 
 
-@kernel
+@piece
 def _pair(symbols: Array, left: int, right: int) -> Any:
     return (np.int64(symbols[left]) << 32) | np.int64(symbols[right])
 
@@ -121,7 +121,7 @@ def _merge(keys: Array, entries: Array, symbols: Array, ends: Array, whole: Arra
             count += 1
             start = ends[w]
             continue
-        size = 0
+        size = np.int64(0)  # not a literal, for which numba would compile the heap once more
         for i in range(n):
             word[i] = symbols[start + i]
             following[i] = i + 1 if i + 1 < n else -1
