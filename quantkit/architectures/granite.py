@@ -17,6 +17,7 @@ class Granite(Llama):
     """GraniteForCausalLM."""
 
     gguf_name = "granite"
+    usual_pre = "refact"
     checkpoints = {  # noqa: RUF012
         "GraniteForCausalLM": {
             **Llama.checkpoints["LlamaForCausalLM"],

@@ -18,6 +18,7 @@ class SmolLM3(Llama):
     """SmolLM3ForCausalLM. GGUF has no key for which layers turn nothing: llama.cpp takes every fourth."""
 
     gguf_name = "smollm3"
+    usual_pre = "smaug-bpe"
     checkpoints = {  # noqa: RUF012
         "SmolLM3ForCausalLM": {
             "vocab_size": 128256,

@@ -178,7 +178,10 @@ class CheckpointSource:
         self._write_general(writer)
         arch.write_parameters(writer, _FILE_TYPES[self.type])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        write_vocabulary(self.directory, arch.config.values, writer, style=arch.vocabulary, pre=self._pre)
+        write_vocabulary(
+            self.directory, arch.config.values, writer,
+            style=arch.vocabulary, pre=self._pre, usual_pre=arch.usual_pre,
+        )  # fmt: skip
         return Metadata((key, self._encode(key, value)) for key, value in writer.kv_data[0].items())
 
     def _write_general(self, writer: gguf.GGUFWriter) -> None:

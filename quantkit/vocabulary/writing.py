@@ -34,6 +34,7 @@ def write_vocabulary(
     *,
     style: str = "auto",
     pre: str | None = None,
+    usual_pre: str | None = None,
 ) -> None:
     """Add the `tokenizer.*` keys of the checkpoint in `directory` to `writer`.
 
@@ -42,7 +43,8 @@ def write_vocabulary(
     from a tokenizer.json with byte fallback), "spm-or-bpe" (spm if there is a tokenizer.model), "gemma" (that, without
     a space in front of text), "phi3" and "gemma4" (what those families do with spm and llama-hf), or "auto": the first
     of spm, llama-hf and bpe whose files are there, with what the reference adds for Llama.
-    `pre` overrides the name of the pre-tokenizer wherever byte-level BPE is written.
+    `pre` overrides the name of the pre-tokenizer wherever byte-level BPE is written; `usual_pre`, the family's own
+    name, is taken where the name that was found cuts a text in the same way.
 
     Raises QuantkitError when files are missing or malformed, or the pre-tokenizer is not recognised.
     """
@@ -52,6 +54,13 @@ def write_vocabulary(
     if style not in _STYLES:
         raise QuantkitError(f"the vocabulary style {style!r} is not one of {', '.join(_STYLES)}")
     _STYLES[style](files, writer, pre)
+    found = writer.kv_data[0].get("tokenizer.ggml.pre")
+    if pre is None and usual_pre is not None and found is not None and _same_words(found.value, usual_pre):
+        found.value = usual_pre
+
+
+def _same_words(name: str, other: str) -> bool:
+    return pretokenizers.lookup(name).patterns == pretokenizers.lookup(other).patterns
 
 
 def _write_auto(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:

@@ -18,6 +18,8 @@ from quantkit.vocabulary import write_vocabulary
 GOLDENS = ROOT / "tests" / "goldens" / "vocabulary"
 EXPECTED: dict[str, Any] = json.loads((GOLDENS / "expected.json").read_text())
 
+GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
 
 def convert(directory: Path, **options: Any) -> list[list[Any]]:
     writer = gguf.GGUFWriter(path=None, arch="llama")
@@ -73,6 +75,16 @@ def test_pre_overrides_recognition(case: Path) -> None:
     assert ["tokenizer.ggml.pre", 8, "smaug-bpe"] in convert(case, pre="smaug-bpe")
     with pytest.raises(QuantkitError, match="'no-such' is not one of"):
         convert(case, pre="no-such")
+
+
+def test_the_familys_name_is_taken_where_it_means_the_same(case: Path) -> None:
+    assert ["tokenizer.ggml.pre", 8, "smaug-bpe"] in convert(case, usual_pre="smaug-bpe")
+    # It would cut a text otherwise.
+    assert ["tokenizer.ggml.pre", 8, "llama-bpe"] in convert(case, usual_pre="refact")
+    assert ["tokenizer.ggml.pre", 8, "dbrx"] in convert(case, pre="dbrx", usual_pre="smaug-bpe")
+    digits = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, GPT2]}
+    change(case / "tokenizer.json", lambda data: data.update(pre_tokenizer=digits, normalizer=None))
+    assert ["tokenizer.ggml.pre", 8, "refact"] in convert(case, usual_pre="refact")
 
 
 def change(path: Path, edit: Any) -> None:
