@@ -60,7 +60,7 @@ class Definition:
 
 DEFINITIONS = (
     Definition((_LLAMA3,), ("llama-bpe", "dbrx", "glm4")),
-    Definition((_QWEN2,), ("qwen2",)),
+    Definition((_QWEN2,), ("qwen2", "deepseek-r1-qwen")),
     Definition(
         (
             f"split {_CONTRACTIONS}|[^\\r\\n\\p{{L}}\\p{{N}}]?[\\p{{L}}\\p{{M}}]+|\\p{{N}}"
@@ -127,6 +127,10 @@ DEFINITIONS = (
 )
 
 
+# Tokens that tell a vocabulary from others of one definition: the name counts where the token is there, before others.
+MARKS = {"deepseek-r1-qwen": "<｜begin▁of▁sentence｜>"}
+
+
 def recognise(tokenizer: dict[str, Any], *, adds_bos: bool | None = None, cleans_spaces: bool | None = None) -> str:
     """The name for `tokenizer.ggml.pre` of a tokenizer.json.
 
@@ -157,7 +161,9 @@ def _best(names: tuple[str, ...], tokenizer: dict[str, Any], adds_bos: bool | No
             cleans is not None and habits.clean_spaces != cleans,
         )
 
-    name = min(names, key=mismatches)
+    added = {token.get("content") for token in tokenizer.get("added_tokens") or [] if isinstance(token, dict)}
+    possible = [name for name in names if name not in MARKS or MARKS[name] in added]
+    name = min(sorted(possible, key=lambda name: name not in MARKS), key=mismatches)
     if mismatches(name)[0]:
         log.warning("tokenizer.json has ignore_merges %s, but llama.cpp's %s has not", ignore_merges, name)
     return name

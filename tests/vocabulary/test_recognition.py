@@ -74,6 +74,14 @@ def test_known_definitions(data: dict[str, Any], adds_bos: bool | None, expected
     assert recognise(data, adds_bos=adds_bos) == expected
 
 
+def test_a_token_tells_names_apart() -> None:
+    data = tokenizer(sequence(split(QWEN2), BYTES), normalizer=NFC)
+    data["added_tokens"] = [{"content": "<|im_start|>"}, {"content": "<\uff5cbegin\u2581of\u2581sentence\uff5c>"}]
+    assert recognise(data, adds_bos=True) == "deepseek-r1-qwen"
+    del data["added_tokens"][1]
+    assert recognise(data, adds_bos=True) == "qwen2"
+
+
 def test_habits_choose_between_names() -> None:
     digits = tokenizer(sequence(DIGIT, GPT2))
     assert recognise(digits, cleans_spaces=False) == "smollm"
