@@ -1,0 +1,49 @@
+"""Results as text: tables that are Markdown, and what a measurement took."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from conftest import ROOT, TINYLM
+
+from quantkit.evaluate.divergence import divergence
+from quantkit.evaluate.perplexity import perplexity
+from quantkit.pipeline.source import open_source
+from quantkit.report.divergence import divergence_text
+from quantkit.report.perplexity import perplexity_text
+from quantkit.report.tables import table
+
+TEXT = (ROOT / "fixtures" / "tinylm-test.txt").read_text(encoding="utf-8")
+
+
+def test_a_table_is_aligned_and_stays_one_whatever_its_cells_hold():
+    lines = table(["name", "n"], [["a|b", "10"], ["two\nlines", "7"]]).splitlines()
+    assert lines == [
+        "| name       |   n |",
+        "| ---------- | --: |",
+        "| a\\|b       |  10 |",
+        "| two\\nlines |   7 |",
+    ]
+
+
+def test_a_perplexity_and_what_it_took():
+    result = perplexity(open_source(TINYLM), TEXT, 128, 4, 1)
+    first, second = perplexity_text(result).splitlines()
+    assert first == f"PPL = {result.ppl:.4f} ± {result.error:.5f}"
+    assert second.startswith("4 chunks of 128 tokens, 252 tokens scored, ")
+    assert ", 4 chunks at a time, at most 0." in second
+    assert second.endswith(" GB (numpy, float32)")
+    unknown = dataclasses.replace(result, memory=None)
+    assert perplexity_text(unknown).endswith("chunks at a time (numpy, float32)")
+
+
+def test_a_divergence_tells_every_statistic():
+    model = open_source(TINYLM)
+    result = divergence(model, model, TEXT, 128, 2, 1)
+    text = divergence_text(result)
+    assert "PPL(model) / PPL(base)" in text and "1.000000 ± 0.000000" in text
+    for band in result.by_position:
+        assert f"| {band.first}-{band.last} " in text
+    for kind in result.by_class:
+        assert f"| {kind.name} " in text
+    assert text.endswith(f"base: {model.label})")
