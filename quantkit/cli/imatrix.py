@@ -129,7 +129,8 @@ def command(
         matrix = _merged(before, new)
     if target is not None:
         _save(matrix, target, output_format)
-        note(f"{target}: {len(matrix.entries)} tensors, {matrix.chunk_count} chunks")
+        made = "" if source is None else f" ({'numpy' if backend == 'numpy' else f'torch {device}'}, {precision})"
+        note(f"{target}: {len(matrix.entries)} tensors, {matrix.chunk_count} chunks{made}")
     if show_statistics:
         from quantkit.evaluate.importance import layer_statistics, statistics
         from quantkit.report.importance import importance_tables
