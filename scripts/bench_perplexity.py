@@ -38,6 +38,7 @@ from quantkit.evaluate.importance import importance_matrix
 from quantkit.evaluate.perplexity import chunked, perplexity, tokenize
 from quantkit.evaluate.transformer import Transformer
 from quantkit.pipeline.source import GGUFSource
+from quantkit.vocabulary import Vocabulary
 
 SCORED = 2  # the second half of each chunk
 
@@ -196,7 +197,7 @@ def main() -> None:
             path = quantized(args.model, name, args.threads, Path(folder))
             source = GGUFSource(path)
             model = Transformer(source, args.threads)
-            ids, bos = tokenize(source, args.text.read_text(encoding="utf-8"))
+            ids, bos = tokenize(Vocabulary.from_metadata(source.metadata), args.text.read_text(encoding="utf-8"))
             chunks = chunked(ids, args.n_ctx, args.chunks, bos, str(args.text))
             reference = Reference(path, args.n_ctx, args.threads)
             bare = Floor(model, chunks.size)

@@ -24,6 +24,7 @@ from quantkit.evaluate.torch_backend import TorchTransformer
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import Metadata, TensorInfo, ValueType
 from quantkit.pipeline.source import open_source
+from quantkit.vocabulary import Vocabulary
 
 
 class SyntheticLlama:
@@ -105,7 +106,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
     print(json.dumps({"device": name, "torch": torch.__version__}), flush=True)
     source = open_source(args.model)
-    ids, bos = tokenize(source, args.text.read_text(encoding="utf-8"))
+    ids, bos = tokenize(Vocabulary.from_metadata(source.metadata), args.text.read_text(encoding="utf-8"))
     judged = chunked(ids, 512, args.judge_chunks, bos, source.label)
     judge = Transformer(source).log_likelihoods(judged, 256)
     for precision in ("f32", "bf16"):

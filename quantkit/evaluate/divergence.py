@@ -174,7 +174,8 @@ def divergences(
         base_label = str(base)
         if save_logits is not None:
             raise QuantkitError(f"{base_label}: the base's log-probabilities are in this file already: copy it instead")
-        raw, bos = _stored_tokens(models[0], stored, text, chunks)
+        vocabulary = Vocabulary.from_metadata(models[0].metadata)
+        raw, bos = _stored_tokens(models[0].label, vocabulary, stored, text, chunks)
         n_ctx, n_vocab = stored.n_ctx, stored.n_vocab
     else:
         assert not isinstance(base, (str, os.PathLike))
@@ -184,7 +185,8 @@ def divergences(
         other = load(base, n_threads, backend, device, precision, share)
         for model in models:
             _same_vocabulary(model, base)
-        ids, bos = tokenize(models[0], text)
+        vocabulary = Vocabulary.from_metadata(models[0].metadata)
+        ids, bos = tokenize(vocabulary, text)
         raw, n_vocab = chunked(ids, n_ctx, chunks, None, models[0].label), other.spec.n_vocab
     for lead in leads:
         if lead.spec.n_vocab != n_vocab:
@@ -218,7 +220,7 @@ def divergences(
                 for done in range(part.start, part.stop):
                     progress(done + 1, len(tokens), float(kld[0, : done + 1].mean()))
     seconds = time.perf_counter() - began
-    classes = token_classes(Vocabulary.from_metadata(models[0].metadata), tokens[:, first + 1 :])
+    classes = token_classes(vocabulary, tokens[:, first + 1 :])
     cost = _Cost(seconds, min(step, len(tokens)))
     return [
         _result(base_label, lead, kld[i], nll[i], nll_base[i], same[i], classes, n_ctx, cost)
@@ -315,23 +317,22 @@ class _Batch:
 
 
 def _stored_tokens(
-    model: TensorSource, stored: LogitsFile, text: str | np.ndarray | None, chunks: int | None
+    label: str, vocabulary: Vocabulary, stored: LogitsFile, text: str | np.ndarray | None, chunks: int | None
 ) -> tuple[np.ndarray, int | None]:
     """The tokens of a logits file, as far as `chunks` asks for them, and BOS's id where the vocabulary adds one."""
     if chunks is not None and chunks < 1:
         raise QuantkitError(f"cannot measure over {chunks} chunks: use 1 or more")
     tokens = stored.tokens[:chunks]
     if text is None:
-        vocabulary = Vocabulary.from_metadata(model.metadata)
         return tokens, vocabulary.bos if vocabulary.add_bos else None
-    ids, bos = tokenize(model, text)
+    ids, bos = tokenize(vocabulary, text)
     n = min(tokens.size, len(ids) // stored.n_ctx * stored.n_ctx)
     # Chunks may have been stored with BOS in their first place.
     same = tokens.reshape(-1)[:n] == ids[:n]
     same[:: stored.n_ctx] = True
     if n < tokens.size or not same.all():
         raise QuantkitError(
-            f"{stored.path}: was made from another text, or with another vocabulary, than {model.label}'s: "
+            f"{stored.path}: was made from another text, or with another vocabulary, than {label}'s: "
             "leave the text out, or make the file again"
         )
     return tokens, bos

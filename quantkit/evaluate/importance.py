@@ -12,10 +12,11 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import load
-from quantkit.evaluate.kernels import add_squares
+from quantkit.evaluate.kernels import squares_by_column
 from quantkit.evaluate.perplexity import chunked, tokenize
 from quantkit.formats.imatrix import Importance, ImportanceMatrix
 from quantkit.pipeline.source import TensorSource
+from quantkit.vocabulary import Vocabulary
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 # A mean square up to this counts as no activity.
@@ -87,7 +88,7 @@ def importance_matrix(
     if from_chunk < 0:
         raise QuantkitError(f"cannot begin at chunk {from_chunk}: use 0 or more")
     model = load(source, n_threads, backend, device, precision)
-    ids, bos = tokenize(source, text)
+    ids, bos = tokenize(Vocabulary.from_metadata(source.metadata), text)
     tokens = chunked(ids[from_chunk * n_ctx :], n_ctx, chunks, bos, source.label)
     step = batch or model.batch(n_ctx)
     sums = _Sums(source)
@@ -105,9 +106,7 @@ def importance_matrix(
         model.refuse_nan(some, hidden.reshape(len(some), -1))
         if process_output and not model.spec.tied:
             rows = hidden.reshape(-1, model.spec.n_embd)
-            squares = np.zeros(rows.shape[1])
-            add_squares(rows, squares)
-            sums.observe((model.spec.output.weight,), squares, len(rows), None)
+            sums.observe((model.spec.output.weight,), squares_by_column(rows), len(rows), None)
         done += len(some)
         if progress is not None:
             progress(done, len(tokens))

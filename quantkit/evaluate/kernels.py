@@ -45,9 +45,10 @@ _C0, _C1, _C2, _C3, _C4 = (
 # -2 sqrt(2 / pi), and that times 0.044715.
 _GELU_LINEAR = np.float32(-2.0 * math.sqrt(2.0 / math.pi))
 _GELU_CUBIC = np.float32(-2.0 * math.sqrt(2.0 / math.pi) * 0.044715)
-# Rows that `attention` takes through its products together: their sums fill the registers of sixteen lanes that a
-# processor has, or eight do where these are as many as it can add at a time.
+# Rows that `attention` takes through its products together. Six fill the sixteen registers of AVX2 with sums and
+# operands; with AVX-512 it takes eight sums to keep the adders busy.
 _TILE_ROWS = 8 if get_host_cpu_features().get("avx512f") else 6
+# Room is for either, since kept machine code may have been made for the other.
 _MOST_ROWS = 8
 _NOTHING = np.float32(-np.inf)
 _MIN_INT = np.int32(-2147483648)
@@ -453,6 +454,13 @@ def add_rows(x: np.ndarray, rows: np.ndarray, weights: np.ndarray, out: np.ndarr
         row, to, weight = x[i], out[rows[i]], weights[i]
         for j in range(row.size):
             to[j] += weight * row[j]
+
+
+def squares_by_column(x: np.ndarray) -> np.ndarray:
+    """The sum of the squares of each column of `x` [rows, n]: float64 [n]."""
+    sums = np.zeros(x.shape[1])
+    add_squares(x, sums)
+    return sums
 
 
 @kernel

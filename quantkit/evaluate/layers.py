@@ -200,9 +200,7 @@ class LayerRunner:
 
     def _observe(self, names: tuple[str, ...], x: np.ndarray, expert: int | None = None) -> None:
         if self._observer is not None:
-            squares = np.zeros(x.shape[1])
-            kernels.add_squares(x, squares)
-            self._observer(names, squares, len(x), expert)
+            self._observer(names, kernels.squares_by_column(x), len(x), expert)
 
     def _multiply(self, x: np.ndarray, product: Product, out: np.ndarray) -> np.ndarray:
         """`out = x @ matrix.T + bias`."""

@@ -69,9 +69,8 @@ def chunked(tokens: np.ndarray, n_ctx: int, chunks: int | None, bos: int | None,
     return cut
 
 
-def tokenize(source: TensorSource, text: str | np.ndarray) -> tuple[np.ndarray, int | None]:
-    """The token ids of `text` (or `text` itself if it is token ids), and BOS's id where the vocabulary adds one."""
-    vocabulary = Vocabulary.from_metadata(source.metadata)
+def tokenize(vocabulary: Vocabulary, text: str | np.ndarray) -> tuple[np.ndarray, int | None]:
+    """The token ids of `text` (or `text` itself if it is token ids), and BOS's id where `vocabulary` adds one."""
     bos = vocabulary.bos if vocabulary.add_bos else None
     if isinstance(text, str):
         return np.asarray(vocabulary.encode(text), dtype=np.int32), bos
@@ -104,7 +103,7 @@ def perplexity(
     Raises QuantkitError for a text that is too short, and when the model's logits are NaN.
     """
     model = load(source, n_threads, backend, device, precision)
-    ids, bos = tokenize(source, text)
+    ids, bos = tokenize(Vocabulary.from_metadata(source.metadata), text)
     raw = chunked(ids, n_ctx, chunks, None, source.label)
     tokens = raw.copy()
     if bos is not None:
