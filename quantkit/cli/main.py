@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import importlib
 import os
+import signal
 import sys
+import threading
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +34,9 @@ COMMANDS = {
     "architectures": ("architectures", "List the models that can be converted and evaluated."),
     "inspect": ("inspect", "Show a GGUF file's metadata and tensors."),
 }
+
+# What typer exits with after Ctrl-C, as shells do.
+INTERRUPTED = 128 + signal.SIGINT
 
 
 class LazyGroup(TyperGroup):
@@ -72,7 +79,25 @@ def root(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 fine, 1 a problem with the input or the machine, 2 wrong usage."""
+    """Run the command line.
+
+    Exit codes: 0 fine, 1 a problem with the input or the machine, 2 wrong usage, 130 Ctrl-C.
+    """
+    lost = _LostInterrupts()
+    sys.unraisablehook = lost.heed
+    try:
+        _run()
+    except BaseException as ending:
+        if lost or (isinstance(ending, SystemExit) and ending.code == INTERRUPTED):
+            # Outputs and helper processes are cleared away; a thread may be at a kernel's compilation for seconds yet.
+            with suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        raise
+
+
+def _run() -> None:
     try:
         app()
     except QuantkitError as problem:
@@ -82,6 +107,29 @@ def main() -> None:
     except OSError as problem:
         name = f"{problem.filename}: " if problem.filename else ""
         fail(f"{name}{problem.strerror or problem}")
+
+
+class _LostInterrupts:
+    """Ctrl-C at moments that cannot raise, such as when numba's compiler calls back into Python: it comes again.
+
+    True once that happened. The compiler may fail for it in the meantime.
+    """
+
+    def __init__(self) -> None:
+        self._any = False
+
+    def __bool__(self) -> bool:
+        return self._any
+
+    def heed(self, lost: Any) -> None:
+        """Take what could not be raised, as sys.unraisablehook."""
+        if not issubclass(lost.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(lost)
+            return
+        self._any = True
+        again = threading.Timer(0.05, _thread.interrupt_main)
+        again.daemon = True
+        again.start()
 
 
 def fail(problem: str) -> None:

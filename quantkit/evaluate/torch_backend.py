@@ -32,8 +32,9 @@ from quantkit.architectures.forward import (
 )
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.layers import Observer
-from quantkit.evaluate.transformer import refuse_unsupported, rope_tables, usable_threads
+from quantkit.evaluate.transformer import refuse_unsupported, rope_tables
 from quantkit.evaluate.weights import Weights, available_memory, peak_memory
+from quantkit.pipeline.execute import default_threads
 from quantkit.pipeline.source import TensorSource
 
 try:
@@ -118,7 +119,7 @@ class TorchTransformer:
     ) -> None:
         self.source = source
         self.spec: ForwardSpec = forward_spec(source.metadata, source.tensors)
-        self.n_threads = max(1, usable_threads() if n_threads is None else n_threads)
+        self.n_threads = max(1, default_threads() if n_threads is None else n_threads)
         self.memory = available_memory() // 2
         self._kind = device.partition(":")[0]
         if self._kind not in DEVICES:

@@ -9,7 +9,6 @@ depend on the batch or on the number of threads, and neither do the results.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -25,6 +24,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate import kernels
 from quantkit.evaluate.layers import ROWS, Expert, LayerRunner, Observer, Product, Routed, Workspace, unsupported
 from quantkit.evaluate.weights import Weights, available_memory, peak_memory
+from quantkit.pipeline.execute import default_threads
 from quantkit.pipeline.source import TensorSource
 
 _T = TypeVar("_T")
@@ -94,14 +94,6 @@ def refuse_unsupported(spec: ForwardSpec, label: str) -> None:
         raise QuantkitError(f"{label}: logits capped at {spec.logit_softcap}")
 
 
-def usable_threads() -> int:
-    """How many threads this process may run at once."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1
-
-
 class Transformer:
     """A model that can be run: token ids in, logits or log-likelihoods out, in float32.
 
@@ -120,7 +112,7 @@ class Transformer:
     def __init__(self, source: TensorSource, n_threads: int | None = None, memory: int | None = None) -> None:
         self.source = source
         self.spec: ForwardSpec = forward_spec(source.metadata, source.tensors)
-        self.n_threads = max(1, usable_threads() if n_threads is None else n_threads)
+        self.n_threads = max(1, default_threads() if n_threads is None else n_threads)
         self.memory = available_memory() // 2 if memory is None else memory
         refuse_unsupported(self.spec, source.label)
         n_weights = sum(info.n_elements for info in source.tensors.values())

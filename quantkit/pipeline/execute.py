@@ -8,6 +8,7 @@ overlap. Memory is a few pieces for each thread, whatever the size of a tensor.
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,8 +80,10 @@ def execute(
         # A piece costs its decoded bites and its encoded bytes, at most 4 bytes a weight and output.
         piece = max(1, min(PIECE, max_buffer_size // (4 * (len(plans) + 1) * 3 * threads)))
 
+    given_up = threading.Event()
+
     def work(p: Piece) -> list[np.ndarray]:
-        return _encode_piece(source, [plan.tensors[p.index] for plan in plans], p, allow_nonfinite)
+        return _encode_piece(source, [plan.tensors[p.index] for plan in plans], p, allow_nonfinite, given_up.is_set)
 
     if all(tensor.is_copy for plan in plans for tensor in plan):
         piece *= COPIED_PIECES
@@ -90,20 +93,18 @@ def execute(
             _Shards([stack.enter_context(GGUFOutput(*each)) for each in plan.files(path)])
             for plan, path in zip(plans, paths, strict=True)
         ]
-        pool = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="quantkit"))
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="quantkit")
+        # Only this thread writes: pieces under way need not be waited for, and one may be compiling for seconds.
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        stack.callback(given_up.set)
         writer = _Writer(files, plans[0], source, min(MAPPED, max_buffer_size or MAPPED), progress)
         waiting: deque[tuple[Piece, Future[list[np.ndarray]]]] = deque()
-        try:
-            for p in _pieces(plans[0], piece):
-                waiting.append((p, pool.submit(work, p)))
-                if len(waiting) >= 3 * threads:
-                    writer.take(*waiting.popleft())
-            while waiting:
+        for p in _pieces(plans[0], piece):
+            waiting.append((p, pool.submit(work, p)))
+            if len(waiting) >= 3 * threads:
                 writer.take(*waiting.popleft())
-        except BaseException:
-            for _, future in waiting:
-                future.cancel()
-            raise
+        while waiting:
+            writer.take(*waiting.popleft())
     return [path for plan, target in zip(plans, paths, strict=True) for path, _, _ in plan.files(target)]
 
 
@@ -182,8 +183,13 @@ class _Writer:
 
 
 def _encode_piece(
-    source: TensorSource, tensors: Sequence[PlannedTensor], piece: Piece, allow_nonfinite: bool
+    source: TensorSource,
+    tensors: Sequence[PlannedTensor],
+    piece: Piece,
+    allow_nonfinite: bool,
+    given_up: Callable[[], bool],
 ) -> list[np.ndarray]:
+    """A piece encoded for every output; unfinished once `given_up`."""
     import numpy as np
 
     info, kind = tensors[0].info, tensors[0].source_type
@@ -202,6 +208,8 @@ def _encode_piece(
     step = max(1, BITE // max(1, info.n_per_row))
     bite = np.empty((min(step, len(rows)), info.n_per_row), np.float32)
     for start in range(0, len(rows), step):
+        if given_up():
+            break
         part = rows[start : start + step]
         values = blocks.decode(part, kind, bite[: len(part)])
         if check and (at := blocks.first_nonfinite(values)) >= 0:
