@@ -11,7 +11,7 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, put_half
-from quantkit.blocks.lanes import LANES, ZERO, load, maximum, minimum, select, splat, store
+from quantkit.blocks.lanes import LANES, ZERO, load, maximum, minimum, select, splat, store, to_float
 from quantkit.blocks.searches import (
     GROUP_MAX_EPS,
     clamped_ints,
@@ -156,9 +156,9 @@ class Q3_K(Block, type=GGMLType.Q3_K):
                 step = d * np.float32(get_scale_3(data, at + 96, j))
                 high, to = at + (j & 1) * 16, block * SUPER + j * 16
                 low, shift, bit = high + 32 + (j // 8) * 32, (j // 2 & 3) * 2, j // 2
-                for i in range(16):
-                    level = ((data[low + i] >> shift) & 3) | (((data[high + i] >> bit) & 1) << 2)
-                    out[to + i] = step * np.float32(np.int32(level) - 4)
+                top = ((load(data, high) >> splat(bit)) & splat(1)) << splat(2)
+                level = ((load(data, low) >> splat(shift)) & splat(3)) | top
+                store(out, to, splat(step) * to_float(level - splat(4)))
 
 
 @piece
@@ -232,12 +232,10 @@ class Q6_K(Block, type=GGMLType.Q6_K):
         for block in range(out.size // SUPER):
             at = block * 210
             d = get_half(data, at + 208)
-            for half in range(2):
-                ql, qh, to = at + half * 64, at + 128 + half * 32, block * SUPER + half * 128
-                for quarter in range(4):
-                    source, shift = ql + (quarter & 1) * 32, (quarter >> 1) * 4
-                    for i in range(32):
-                        scale = np.float32(np.int8(data[at + 192 + half * 8 + quarter * 2 + i // 16]))
-                        top = ((data[qh + i] >> (2 * quarter)) & 3) << 4
-                        level = np.float32(np.int32(((data[source + i] >> shift) & 15) | top) - 32)
-                        out[to + quarter * 32 + i] = d * scale * level
+            for j in range(16):
+                half, quarter, part = j // 8, j // 2 & 3, j & 1
+                step = d * np.float32(np.int8(data[at + 192 + j]))
+                low, high = at + half * 64 + (quarter & 1) * 32 + part * 16, at + 128 + half * 32 + part * 16
+                top = ((load(data, high) >> splat(2 * quarter)) & splat(3)) << splat(4)
+                level = ((load(data, low) >> splat(quarter // 2 * 4)) & splat(15)) | top
+                store(out, block * SUPER + j * 16, splat(step) * to_float(level - splat(32)))

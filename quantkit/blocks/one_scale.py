@@ -10,14 +10,28 @@ from typing import Any
 import numpy as np
 
 from quantkit.blocks.base import Block
-from quantkit.blocks.bytes import get_half, get_short, put_half, put_short
-from quantkit.blocks.lanes import LANES, ONE, ZERO, absolute, bits, largest, load, maximum, select, splat, store
+from quantkit.blocks.bytes import get_half, get_short, get_word, put_half, put_short
+from quantkit.blocks.lanes import (
+    LANES,
+    ONE,
+    ZERO,
+    absolute,
+    bits,
+    largest,
+    load,
+    maximum,
+    select,
+    splat,
+    store,
+    to_float,
+)
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece
 
 HALF = np.float32(0.5)
 BIT_OF_LANE = np.left_shift(1, np.arange(LANES, dtype=np.int32))
+PAIR_OF_LANE = np.arange(0, 2 * LANES, 2, dtype=np.int32)
 POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)
 
 
@@ -107,8 +121,9 @@ class Q2_0(Block, type=GGMLType.Q2_0):
         for block in range(out.size // 64):
             at = block * 18
             d = get_half(data, at)
-            for i in range(64):
-                out[block * 64 + i] = np.float32(np.int32((data[at + 2 + i // 4] >> (2 * (i % 4))) & 3) - 1) * d
+            for i in range(0, 64, LANES):
+                level = (splat(get_word(data, at + 2 + i // 4)) >> load(PAIR_OF_LANE, 0)) & splat(3)
+                store(out, block * 64 + i, to_float(level - splat(1)) * splat(d))
 
 
 @piece
@@ -128,12 +143,13 @@ def put_trits(x: Any, start: Any, stride: Any, n: Any, inverse: Any, out: Any, a
 
 
 @piece
-def get_trits(data: Any, at: Any, n: Any, stride: Any, d: Any, out: Any, to: Any) -> None:
-    """The weights of `stride` bytes: first all first digits, then all second ones, `n` of each."""
-    for j in range(n):
-        for i in range(stride):
-            fraction = np.int32((data[at + i] * POWERS_OF_3[j]) & 0xFF)
-            out[to + j * stride + i] = np.float32(((fraction * 3) >> 8) - 1) * d
+def get_trits(data: Any, at: Any, stride: Any, d: Any, out: Any, to: Any) -> None:
+    """The weights of `stride` bytes, a multiple of LANES: first all first digits, then all second ones."""
+    for j in range(5):
+        for i in range(0, stride, LANES):
+            fraction = (load(data, at + i) * splat(POWERS_OF_3[j])) & splat(0xFF)
+            digit = (fraction * splat(3)) >> splat(8)
+            store(out, to + j * stride + i, to_float(digit - splat(1)) * splat(d))
 
 
 class TQ1_0(Block, type=GGMLType.TQ1_0):
@@ -167,9 +183,11 @@ class TQ1_0(Block, type=GGMLType.TQ1_0):
         for block in range(out.size // SUPER):
             at, to = block * 54, block * SUPER
             d = get_half(data, at + 52)
-            get_trits(data, at, 5, 32, d, out, to)
-            get_trits(data, at + 32, 5, 16, d, out, to + 160)
-            get_trits(data, at + 48, 4, 4, d, out, to + 240)
+            get_trits(data, at, 32, d, out, to)
+            get_trits(data, at + 32, 16, d, out, to + 160)
+            for i in range(16):
+                fraction = np.int32((data[at + 48 + i % 4] * POWERS_OF_3[i // 4]) & 0xFF)
+                out[to + 240 + i] = np.float32(((fraction * 3) >> 8) - 1) * d
 
 
 class TQ2_0(Block, type=GGMLType.TQ2_0):
@@ -201,5 +219,6 @@ class TQ2_0(Block, type=GGMLType.TQ2_0):
             for half in range(2):
                 at, to = block * 66 + half * 32, block * SUPER + half * 128
                 for j in range(4):
-                    for i in range(32):
-                        out[to + j * 32 + i] = np.float32(np.int32((data[at + i] >> (2 * j)) & 3) - 1) * d
+                    for i in range(0, 32, LANES):
+                        digit = (load(data, at + i) >> splat(2 * j)) & splat(3)
+                        store(out, to + j * 32 + i, to_float(digit - splat(1)) * splat(d))
