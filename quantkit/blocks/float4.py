@@ -13,19 +13,8 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_values
-from quantkit.blocks.lanes import (
-    LANES,
-    ZERO,
-    absolute,
-    bits_float,
-    float_bits,
-    largest,
-    load,
-    maximum,
-    select,
-    splat,
-    store,
-)
+from quantkit.blocks.lane_memory import load, store
+from quantkit.blocks.lanes import LANES, ZERO, absolute, bits_float, float_bits, largest, maximum, select, splat
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece
 

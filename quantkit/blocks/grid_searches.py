@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.blocks.bytes import put_word
+from quantkit.blocks.lane_memory import load, store
 from quantkit.blocks.lanes import (
     LANES,
     ONE,
@@ -32,7 +33,6 @@ from quantkit.blocks.lanes import (
     first_lane,
     get,
     lane_numbers,
-    load,
     lookup,
     maximum,
     minimum,
@@ -41,7 +41,6 @@ from quantkit.blocks.lanes import (
     smallest,
     splat,
     sqrt,
-    store,
     to_float,
 )
 from quantkit.blocks.searches import level_of, nearest_ints, weigh

@@ -16,6 +16,7 @@ from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_short, put_half, put_short
 from quantkit.blocks.grid_searches import most_of, nearest_point, scale_code, square_terms, take_tile, tile_space
 from quantkit.blocks.grids import grid, require_weights
+from quantkit.blocks.lane_memory import load, store
 from quantkit.blocks.lanes import (
     LANES,
     ONE,
@@ -25,11 +26,9 @@ from quantkit.blocks.lanes import (
     half_bits,
     half_value,
     lane_numbers,
-    load,
     maximum,
     select,
     splat,
-    store,
     to_float,
 )
 from quantkit.blocks.tiles import SUPER

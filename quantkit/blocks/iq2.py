@@ -26,7 +26,8 @@ from quantkit.blocks.grid_searches import (
     work_space,
 )
 from quantkit.blocks.grids import even_sign_table, grid, put_group, require_weights, sign_table
-from quantkit.blocks.lanes import LANES, ONE, ZERO, select, splat, store
+from quantkit.blocks.lane_memory import store
+from quantkit.blocks.lanes import LANES, ONE, ZERO, select, splat
 from quantkit.blocks.searches import GROUP_MAX_EPS, positive_search
 from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType

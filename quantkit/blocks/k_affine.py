@@ -11,7 +11,8 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, put_half
-from quantkit.blocks.lanes import LANES, ZERO, absolute, load, maximum, minimum, select, splat, sqrt, store, to_float
+from quantkit.blocks.lane_memory import load, store
+from quantkit.blocks.lanes import LANES, ZERO, absolute, maximum, minimum, select, splat, sqrt, to_float
 from quantkit.blocks.searches import (
     affine_search,
     clamped_ints,

@@ -11,7 +11,8 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, put_half
-from quantkit.blocks.lanes import LANES, ZERO, load, maximum, minimum, select, splat, store, to_float
+from quantkit.blocks.lane_memory import load, store
+from quantkit.blocks.lanes import LANES, ZERO, maximum, minimum, select, splat, to_float
 from quantkit.blocks.searches import (
     GROUP_MAX_EPS,
     clamped_ints,

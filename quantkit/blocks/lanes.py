@@ -6,7 +6,7 @@ every lane still does exactly the scalar sequence: IEEE float32, no fused multip
 
 `f32x16`, `i32x16` and `mask16` are numba types over LLVM's <16 x float>, <16 x i32> and <16 x i1>; LLVM splits them
 into the registers that the machine has. They live only inside compiled functions. Operators work between vectors of
-the same type; a scalar is spread with `splat`. Everything else is a function below.
+the same type; a scalar is spread with `splat`. Everything else is a function below; `lane_memory` reads and writes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import numpy as np
 from llvmlite import ir
 from numba import extending
 from numba.core import types
-from numba.core.cgutils import gep_inbounds, pack_array, unpack_tuple
+from numba.core.cgutils import pack_array
 from numba.core.errors import RequireLiteralValue
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import models, register_model
-from numba.np.arrayobj import make_array
 
 LANES = 16
 ALL = np.uint32(0xFFFF)  # the `bits` of a mask that holds in all lanes
@@ -49,17 +48,17 @@ _ELEMENTS = {
     "i8": ir.IntType(8),
     "i1": ir.IntType(1),
 }
-_NARROW = {types.int8: "i8", types.uint8: "i8", types.int16: "i16", types.uint16: "i16"}
 
 
-def _vector(element: str) -> ir.VectorType:
+def llvm_vector(element: str) -> ir.VectorType:
+    """LLVM's type of sixteen elements: "float", "i32", "i16", "i8" or "i1"."""
     return ir.VectorType(_ELEMENTS[element], LANES)
 
 
 @register_model(LaneVector)
 class _LaneVectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, fe_type: LaneVector) -> None:
-        super().__init__(manager, fe_type, _vector(fe_type.element))  # type: ignore[no-untyped-call]
+        super().__init__(manager, fe_type, llvm_vector(fe_type.element))  # type: ignore[no-untyped-call]
 
 
 f32x16 = LaneVector("f32x16", "float")
@@ -117,7 +116,7 @@ for _op, _sign in [
     _operator(_op, {_FF: (mask16, _float_compare(_sign)), _II: (mask16, _int_compare)})
 
 
-def _call(builder: Any, name: str, result: ir.Type, *args: Any) -> Any:
+def call_llvm(builder: Any, name: str, result: ir.Type, *args: Any) -> Any:
     """Call an LLVM intrinsic by its full name: llvmlite's declare_intrinsic does not know vector overloads."""
     function_type = ir.FunctionType(result, [a.type for a in args])
     return builder.call(builder.module.declare_intrinsic(name, fnty=function_type), args)
@@ -125,7 +124,7 @@ def _call(builder: Any, name: str, result: ir.Type, *args: Any) -> Any:
 
 def _unary_float(name: str) -> Callable[..., Any]:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _call(builder, f"llvm.{name}.v16f32", _vector("float"), args[0])
+        return call_llvm(builder, f"llvm.{name}.v16f32", llvm_vector("float"), args[0])
 
     return codegen
 
@@ -179,9 +178,9 @@ def select(typingctx: Any, mask: Any, a: Any, b: Any) -> Any:
     return a(mask, a, b), codegen
 
 
-def _fill(builder: Any, vector: LaneVector, scalar: Any) -> Any:
+def fill(builder: Any, vector: LaneVector, scalar: Any) -> Any:
     """`scalar` in every lane of a `vector`."""
-    undefined = ir.Constant(_vector(vector.element), ir.Undefined)
+    undefined = ir.Constant(llvm_vector(vector.element), ir.Undefined)
     one = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
     order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
     return builder.shuffle_vector(one, undefined, order)
@@ -198,7 +197,7 @@ def splat(typingctx: Any, value: Any) -> Any:
         return None
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _fill(builder, result, context.cast(builder, args[0], sig.args[0], element))
+        return fill(builder, result, context.cast(builder, args[0], sig.args[0], element))
 
     return result(value), codegen
 
@@ -210,7 +209,7 @@ def like(typingctx: Any, value: Any, x: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         scalar = context.cast(builder, args[0], sig.args[0], types.float32)
-        return _fill(builder, f32x16, scalar) if sig.return_type == f32x16 else scalar
+        return fill(builder, f32x16, scalar) if sig.return_type == f32x16 else scalar
 
     return kind(value, x), codegen
 
@@ -221,7 +220,7 @@ def power_of_two(typingctx: Any, low_bits: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         floats = args[0].type
-        bits = _vector("i32") if sig.return_type == f32x16 else ir.IntType(32)
+        bits = llvm_vector("i32") if sig.return_type == f32x16 else ir.IntType(32)
 
         def number(n: int) -> Any:
             return ir.Constant(bits, [n] * LANES if sig.return_type == f32x16 else n)
@@ -241,7 +240,7 @@ def multiply_add(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         suffix = "v16f32" if sig.return_type == f32x16 else "f32"
-        return _call(builder, f"llvm.fmuladd.{suffix}", args[0].type, *args)
+        return call_llvm(builder, f"llvm.fmuladd.{suffix}", args[0].type, *args)
 
     kind = f32x16 if a == f32x16 else types.float32
     return kind(kind, kind, kind), codegen
@@ -250,70 +249,25 @@ def multiply_add(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 @intrinsic
 def as_int_bits(typingctx: Any, a: Any) -> Any:
     """The bits of the floats, as integers."""
-    return i32x16(f32x16), lambda context, builder, sig, args: builder.bitcast(args[0], _vector("i32"))
+    return i32x16(f32x16), lambda context, builder, sig, args: builder.bitcast(args[0], llvm_vector("i32"))
 
 
 @intrinsic
 def as_float_bits(typingctx: Any, a: Any) -> Any:
     """The floats that have these bits."""
-    return f32x16(i32x16), lambda context, builder, sig, args: builder.bitcast(args[0], _vector("float"))
+    return f32x16(i32x16), lambda context, builder, sig, args: builder.bitcast(args[0], llvm_vector("float"))
 
 
 @intrinsic
 def to_float(typingctx: Any, a: Any) -> Any:
     """Integers to float32."""
-    return f32x16(i32x16), lambda context, builder, sig, args: builder.sitofp(args[0], _vector("float"))
+    return f32x16(i32x16), lambda context, builder, sig, args: builder.sitofp(args[0], llvm_vector("float"))
 
 
 @intrinsic
 def to_int(typingctx: Any, a: Any) -> Any:
     """Floats to integers, towards zero. Undefined for values outside int32: see `truncate`."""
-    return i32x16(f32x16), lambda context, builder, sig, args: builder.fptosi(args[0], _vector("i32"))
-
-
-def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    return gep_inbounds(builder, make_array(array_type)(context, builder, array).data, index)
-
-
-def _contiguous(array: Any) -> bool:
-    return isinstance(array, types.Array) and array.ndim == 1 and array.layout == "C"
-
-
-@intrinsic
-def load(typingctx: Any, array: Any, index: Any) -> Any:
-    """Sixteen neighbours of a contiguous 1-D array from `index` on: float32 to f32x16, integers to i32x16."""
-    if not _contiguous(array):
-        return None
-    result = f32x16 if array.dtype == types.float32 else i32x16
-    element = _NARROW.get(array.dtype, result.element)
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        position = context.cast(builder, args[1], sig.args[1], types.intp)
-        at = _address(context, builder, sig.args[0], args[0], position)
-        pointer = builder.bitcast(at, ir.PointerType(_vector(element)))
-        value = builder.load(pointer, align=array.dtype.bitwidth // 8, typ=_vector(element))
-        if element != result.element:
-            value = (builder.sext if array.dtype.signed else builder.zext)(value, _vector("i32"))
-        return value
-
-    return result(array, index), codegen
-
-
-@intrinsic
-def store(typingctx: Any, array: Any, index: Any, vector: Any) -> Any:
-    """Write sixteen neighbours of a contiguous 1-D array from `index` on; integers are cut to the array's size."""
-    if not _contiguous(array):
-        return None
-    narrow = _NARROW.get(array.dtype)
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        position = context.cast(builder, args[1], sig.args[1], types.intp)
-        at = _address(context, builder, sig.args[0], args[0], position)
-        value = builder.trunc(args[2], _vector(narrow)) if narrow else args[2]
-        builder.store(value, builder.bitcast(at, ir.PointerType(value.type)), align=array.dtype.bitwidth // 8)
-        return context.get_dummy_value()
-
-    return types.void(array, index, vector), codegen
+    return i32x16(f32x16), lambda context, builder, sig, args: builder.fptosi(args[0], llvm_vector("i32"))
 
 
 @intrinsic
@@ -327,45 +281,6 @@ def repeat(typingctx: Any, vector: Any, count: Any) -> Any:
         return pack_array(builder, [args[0]] * result.count)
 
     return result(vector, count), codegen
-
-
-@intrinsic
-def add_products(typingctx: Any, sums: Any, array: Any, index: Any, stride: Any, vector: Any) -> Any:
-    """A tuple of f32x16 with `array[index + i * stride] * vector` added to its i-th, as `multiply_add` does.
-
-    `array` is contiguous, 1-D and float32, and no index negative.
-    """
-    if not _contiguous(array):
-        return None
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        position, step = (context.cast(builder, args[i], sig.args[i], types.intp) for i in (2, 3))
-        results = []
-        for total in unpack_tuple(builder, args[0]):
-            scalar = builder.load(_address(context, builder, sig.args[1], args[1], position))
-            spread = _fill(builder, f32x16, scalar)
-            results.append(_call(builder, "llvm.fmuladd.v16f32", _vector("float"), spread, args[4], total))
-            position = builder.add(position, step)
-        return pack_array(builder, results)
-
-    return sums(sums, array, index, stride, vector), codegen
-
-
-@intrinsic
-def store_all(typingctx: Any, array: Any, index: Any, stride: Any, vectors: Any) -> Any:
-    """Write a tuple of f32x16 to a contiguous 1-D float32 array, from `index` on and `stride` apart."""
-    if not _contiguous(array):
-        return None
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        position, step = (context.cast(builder, args[i], sig.args[i], types.intp) for i in (1, 2))
-        for vector in unpack_tuple(builder, args[3]):
-            at = _address(context, builder, sig.args[0], args[0], position)
-            builder.store(vector, builder.bitcast(at, ir.PointerType(vector.type)), align=4)
-            position = builder.add(position, step)
-        return context.get_dummy_value()
-
-    return types.void(array, index, stride, vectors), codegen
 
 
 @intrinsic
@@ -425,7 +340,7 @@ def first_lane(typingctx: Any, mask_bits: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         no = ir.Constant(ir.IntType(1), 0)
-        return builder.zext(_call(builder, "llvm.cttz.i32", ir.IntType(32), args[0], no), ir.IntType(64))
+        return builder.zext(call_llvm(builder, "llvm.cttz.i32", ir.IntType(32), args[0], no), ir.IntType(64))
 
     return types.int64(types.uint32), codegen
 
@@ -456,7 +371,7 @@ def halves(typingctx: Any, a: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         half = builder.fptrunc(args[0], ir.VectorType(ir.HalfType(), LANES))
-        return builder.zext(builder.bitcast(half, ir.VectorType(ir.IntType(16), LANES)), _vector("i32"))
+        return builder.zext(builder.bitcast(half, ir.VectorType(ir.IntType(16), LANES)), llvm_vector("i32"))
 
     return i32x16(f32x16), codegen
 
@@ -467,7 +382,7 @@ def from_halves(typingctx: Any, a: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         half = builder.trunc(args[0], ir.VectorType(ir.IntType(16), LANES))
-        return builder.fpext(builder.bitcast(half, ir.VectorType(ir.HalfType(), LANES)), _vector("float"))
+        return builder.fpext(builder.bitcast(half, ir.VectorType(ir.HalfType(), LANES)), llvm_vector("float"))
 
     return f32x16(i32x16), codegen
 
@@ -489,7 +404,7 @@ def pair(typingctx: Any, a: Any, b: Any) -> Any:
     """The float32 `a` in the first eight lanes and `b` in the other eight."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        kind = _vector("float")
+        kind = llvm_vector("float")
         undefined, index = ir.Constant(kind, ir.Undefined), ir.IntType(32)
         first = builder.insert_element(undefined, args[0], ir.Constant(index, 0))
         second = builder.insert_element(undefined, args[1], ir.Constant(index, 0))
@@ -509,9 +424,9 @@ def lookup(typingctx: Any, table: Any, index: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         number = ir.IntType(32)
         eight = ir.Constant(ir.VectorType(number, 8), list(range(8)))
-        low = builder.shuffle_vector(args[0], ir.Constant(_vector("float"), ir.Undefined), eight)
-        index = builder.and_(args[1], ir.Constant(_vector("i32"), [7] * LANES))
-        value: Any = ir.Constant(_vector("float"), ir.Undefined)
+        low = builder.shuffle_vector(args[0], ir.Constant(llvm_vector("float"), ir.Undefined), eight)
+        index = builder.and_(args[1], ir.Constant(llvm_vector("i32"), [7] * LANES))
+        value: Any = ir.Constant(llvm_vector("float"), ir.Undefined)
         for lane in range(LANES):
             at = builder.extract_element(index, ir.Constant(number, lane))
             value = builder.insert_element(value, builder.extract_element(low, at), ir.Constant(number, lane))
@@ -523,52 +438,4 @@ def lookup(typingctx: Any, table: Any, index: Any) -> Any:
 @intrinsic
 def lane_numbers(typingctx: Any) -> Any:
     """0 to 15, each lane its own number."""
-    return i32x16(), lambda context, builder, sig, args: ir.Constant(_vector("i32"), list(range(LANES)))
-
-
-def _shuffled(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
-    """Lanes of `a` (0 to 15) and `b` (16 to 31) in a new order."""
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), LANES), order))
-
-
-@intrinsic
-def transpose_tile(typingctx: Any, x: Any, starts: Any, at: Any, xs: Any, to: Any) -> Any:
-    """Sixteen floats from each of sixteen places, `x[starts[k] + at:]`, into lane k of sixteen vectors at `xs[to:]`."""
-    if not (_contiguous(x) and _contiguous(starts) and _contiguous(xs)):
-        return None
-    if (x.dtype, starts.dtype, xs.dtype) != (types.float32, types.int64, types.float32):
-        return None
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        vector = _vector("float")
-        offset = context.cast(builder, args[2], sig.args[2], types.intp)
-        target = context.cast(builder, args[4], sig.args[4], types.intp)
-        rows = []
-        for k in range(LANES):
-            start = builder.load(_address(context, builder, sig.args[1], args[1], ir.Constant(ir.IntType(64), k)))
-            pointer = _address(context, builder, sig.args[0], args[0], builder.add(start, offset))
-            rows.append(builder.load(builder.bitcast(pointer, ir.PointerType(vector)), align=4, typ=vector))
-        # Within quarters of four rows each; then pairs of elements; then quarters go to their places.
-        low = [4 * q + i for q in range(4) for i in (0, LANES, 1, LANES + 1)]
-        pair = [4 * q + i for q in range(4) for i in (0, 1, LANES, LANES + 1)]
-        columns: list[list[Any]] = [[], [], [], []]
-        for k in range(0, LANES, 4):
-            a, b, c, d = rows[k : k + 4]
-            for half in range(2):
-                ab = _shuffled(builder, a, b, [i + 2 * half for i in low])
-                cd = _shuffled(builder, c, d, [i + 2 * half for i in low])
-                for odd in range(2):
-                    columns[2 * half + odd].append(_shuffled(builder, ab, cd, [i + 2 * odd for i in pair]))
-        for quarter in range(4):
-            place = [4 * quarter + i for i in range(4)]
-            pick = [*place, *(LANES + i for i in place)] * 2
-            for column in range(4):
-                a, b, c, d = columns[column]
-                ab, cd = _shuffled(builder, a, b, pick), _shuffled(builder, c, d, pick)
-                value = _shuffled(builder, ab, cd, [*range(8), *range(LANES, LANES + 8)])
-                index = builder.add(target, ir.Constant(ir.IntType(64), (4 * quarter + column) * LANES))
-                pointer = _address(context, builder, sig.args[3], args[3], index)
-                builder.store(value, builder.bitcast(pointer, ir.PointerType(vector)), align=4)
-        return context.get_dummy_value()
-
-    return types.void(x, starts, at, xs, to), codegen
+    return i32x16(), lambda context, builder, sig, args: ir.Constant(llvm_vector("i32"), list(range(LANES)))

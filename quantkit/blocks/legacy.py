@@ -13,6 +13,7 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_word, put_half, put_word
+from quantkit.blocks.lane_memory import load, store
 from quantkit.blocks.lanes import (
     ALL,
     LANES,
@@ -23,14 +24,12 @@ from quantkit.blocks.lanes import (
     first_lane,
     lane_numbers,
     largest,
-    load,
     maximum,
     minimum,
     round_half_away,
     select,
     smallest,
     splat,
-    store,
     to_float,
     to_int,
 )

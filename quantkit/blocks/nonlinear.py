@@ -12,7 +12,8 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_nibble, get_short, get_values, put_half, put_short
-from quantkit.blocks.lanes import LANES, ONE, ZERO, load, select, splat, store, to_float
+from quantkit.blocks.lane_memory import load, store
+from quantkit.blocks.lanes import LANES, ONE, ZERO, select, splat, to_float
 from quantkit.blocks.searches import clamped_ints, extremes, peak, reciprocals, sum_of_squares, weigh
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType

@@ -11,20 +11,8 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_short, get_word, put_half, put_short
-from quantkit.blocks.lanes import (
-    LANES,
-    ONE,
-    ZERO,
-    absolute,
-    bits,
-    largest,
-    load,
-    maximum,
-    select,
-    splat,
-    store,
-    to_float,
-)
+from quantkit.blocks.lane_memory import load, store
+from quantkit.blocks.lanes import LANES, ONE, ZERO, absolute, bits, largest, maximum, select, splat, to_float
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel, piece

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.blocks.base import Block
+from quantkit.blocks.lane_memory import load, store
 from quantkit.blocks.lanes import (
     LANES,
     absolute,
@@ -20,10 +21,8 @@ from quantkit.blocks.lanes import (
     half_value,
     halves,
     largest,
-    load,
     maximum,
     splat,
-    store,
 )
 from quantkit.blocks.types import GGMLType
 from quantkit.kernels import kernel

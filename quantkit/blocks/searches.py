@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from quantkit.blocks.lane_memory import load, store
 from quantkit.blocks.lanes import (
     ALL,
     LANES,
@@ -21,13 +22,11 @@ from quantkit.blocks.lanes import (
     as_int_bits,
     bits,
     float_bits,
-    load,
     maximum,
     minimum,
     select,
     splat,
     sqrt,
-    store,
     to_float,
 )
 from quantkit.kernels import piece

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantkit.blocks.lanes import LANES, transpose_tile
+from quantkit.blocks.lane_memory import transpose_tile
+from quantkit.blocks.lanes import LANES
 from quantkit.kernels import piece
 
 SUPER = 256  # weights in a super-block

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 from llvmlite.binding import get_host_cpu_features
 
+from quantkit.blocks.lane_memory import add_products, load, store, store_all
 from quantkit.blocks.lanes import (
     LANES,
-    add_products,
     get,
     largest,
     like,
-    load,
     maximum,
     minimum,
     multiply_add,
@@ -27,8 +26,6 @@ from quantkit.blocks.lanes import (
     repeat,
     select,
     splat,
-    store,
-    store_all,
 )
 from quantkit.kernels import kernel, piece
 
