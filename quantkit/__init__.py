@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from quantkit.pipeline.execute import execute
     from quantkit.pipeline.run import plan, quantize
-    from quantkit.pipeline.source import open_source
+    from quantkit.sources.source import open_source
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,7 +34,7 @@ _ELSEWHERE = {
     "divergence": "quantkit.evaluate.divergence",
     "execute": "quantkit.pipeline.execute",
     "importance_matrix": "quantkit.evaluate.importance",
-    "open_source": "quantkit.pipeline.source",
+    "open_source": "quantkit.sources.source",
     "perplexity": "quantkit.evaluate.perplexity",
     "plan": "quantkit.pipeline.run",
     "quantize": "quantkit.pipeline.run",

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
-from conversion import convert
 from hypothesis import settings
+from support.conversion import convert
 
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import file_type
 from quantkit.pipeline.plan import plan_quantize
-from quantkit.pipeline.source import GGUFSource
+from quantkit.sources.source import GGUFSource
 
 # In CI the property tests draw the same examples each time, so that a run says something about the change.
 settings.register_profile("ci", derandomize=True)

@@ -142,9 +142,9 @@ def test_texts_share_no_paragraph() -> None:
 
 def test_quantization_costs_something_and_q8_0_does_not(tmp_path: Path) -> None:
     """What the fixture is for. The bounds are loose: they hold its character, not its digits."""
-    from quantkit.pipeline.checkpoint import CheckpointSource
     from quantkit.pipeline.mixtures import file_type
     from quantkit.report.ladder import build, measure
+    from quantkit.sources.checkpoint import CheckpointSource
 
     source = CheckpointSource(TINYLM)
     built = build(source, [file_type("Q8_0"), file_type("Q4_0")], tmp_path)

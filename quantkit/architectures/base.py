@@ -16,7 +16,7 @@ import numpy as np
 from quantkit.architectures.config import Config
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.parameters import SHARED, Parameter
-from quantkit.architectures.rope import Rope
+from quantkit.architectures.rotary_config import RotaryConfig
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo
 from quantkit.formats.safetensors import StoredTensor
@@ -56,8 +56,8 @@ class Assembly:
 
 
 @dataclass(frozen=True)
-class Experts:
-    """Experts that a checkpoint keeps one by one, and GGUF stacked.
+class StackedExperts:
+    """StackedExperts that a checkpoint keeps one by one, and GGUF stacked.
 
     `count` names the config field with their number. `part` is the name of one expert's tensor, `merged` the name
     that the stack of a projection is looked up under; `{layer}`, `{expert}` and `{projection}` are filled in. The
@@ -111,7 +111,7 @@ class Architecture:
     derived: ClassVar[Mapping[str, Callable[[Config], int]]] = {}
     parameters: ClassVar[tuple[Parameter, ...]] = SHARED
     transforms: ClassVar[Mapping[str, Transform]] = {}
-    experts: ClassVar[Experts | None] = None
+    experts: ClassVar[StackedExperts | None] = None
     # Buffers that old checkpoints carry and no runtime reads.
     skipped: ClassVar[tuple[str, ...]] = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
     wrapping: ClassVar[tuple[str, ...]] = ("language_model.",)
@@ -146,9 +146,9 @@ class Architecture:
         return self.config.require("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 
     @cached_property
-    def rope(self) -> Rope:
+    def rope(self) -> RotaryConfig:
         """The rotary parameters."""
-        return Rope(self.config)
+        return RotaryConfig(self.config)
 
     @cached_property
     def rope_dimensions(self) -> int:
@@ -208,7 +208,7 @@ class Architecture:
         yield Assembly(self.gguf_tensor_name(name), (stored_name,), transform)
 
     def _stack(
-        self, experts: Experts, layer: str, name: str, stored_name: str, waiting: dict[str, dict[str, str]]
+        self, experts: StackedExperts, layer: str, name: str, stored_name: str, waiting: dict[str, dict[str, str]]
     ) -> Iterator[Assembly]:
         count = self.config.require(*experts.count)
         parts = waiting.setdefault(layer, {})

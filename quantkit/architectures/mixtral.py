@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantkit.architectures.base import Experts
+from quantkit.architectures.base import StackedExperts
 from quantkit.architectures.llama import Llama
 
 
@@ -26,7 +26,7 @@ class Mixtral(Llama):
     }
     wrappers = {}  # noqa: RUF012
     derived = {"num_key_value_heads": Llama.derived["num_key_value_heads"]}  # noqa: RUF012
-    experts = Experts(
+    experts = StackedExperts(
         count=("num_local_experts",),
         part="model.layers.{layer}.block_sparse_moe.experts.{expert}.{projection}.weight",
         merged="layers.{layer}.feed_forward.experts.{projection}.weight",

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from quantkit.architectures.base import Assembly, Experts, Rearrange, Transform
+from quantkit.architectures.base import Assembly, Rearrange, StackedExperts, Transform
 from quantkit.architectures.config import Config
 from quantkit.architectures.forward import ForwardSpec, RopeStyle
 from quantkit.architectures.parameters import SHARED, Field
@@ -49,7 +49,7 @@ class Qwen3Moe(Qwen3):
         "num_local_experts": lambda config: config.integer("num_experts") or 128,
     }
     parameters = (*SHARED, Field("add_expert_feed_forward_length", ("moe_intermediate_size",)))
-    experts = Experts(
+    experts = StackedExperts(
         count=("num_local_experts",),
         part="model.layers.{layer}.mlp.experts.{expert}.{projection}.weight",
         merged="model.layers.{layer}.mlp.experts.{projection}.weight",

@@ -14,8 +14,8 @@ from quantkit.errors import QuantkitError
 if TYPE_CHECKING:
     import numpy as np
 
-    from quantkit.ahead import Job
     from quantkit.blocks.base import Block
+    from quantkit.compile.ahead import KernelJob
 
 __all__ = [
     "GGMLType",
@@ -125,24 +125,24 @@ def largest(rows: np.ndarray) -> float:
     return float(largest_magnitude(_fixed(rows)))
 
 
-def jobs(encoded: Iterable[tuple[GGMLType, bool]] = (), decoded: Iterable[GGMLType] = ()) -> list[Job]:
+def codec_kernels(encoded: Iterable[tuple[GGMLType, bool]] = (), decoded: Iterable[GGMLType] = ()) -> list[KernelJob]:
     """The kernels to compile for encoding to types, with importance weights or without, and for decoding from others.
 
     Those of the IQ types with a grid are not among them: they take the grid too.
     """
     from numba.core import types
 
-    from quantkit.ahead import Job
     from quantkit.blocks.plain import first_nonfinite as search
     from quantkit.blocks.plain import largest_magnitude
+    from quantkit.compile.ahead import KernelJob
 
     floats, raw = (types.Array(kind, 1, "C", readonly=True) for kind in (types.float32, types.uint8))
     result, packed = types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C")
-    found = [Job(block(kind).decode, (raw, result), 0.3) for kind in decoded]
+    found = [KernelJob(block(kind).decode, (raw, result), 0.3) for kind in decoded]
     encoders = [
-        Job(block(kind).encode, (floats, packed, types.int64, floats if weighted else types.none), 1.5)
+        KernelJob(block(kind).encode, (floats, packed, types.int64, floats if weighted else types.none), 1.5)
         for kind, weighted in encoded
     ]
     if encoders:
-        found += [Job(search, (floats,), 0.2), *encoders, Job(largest_magnitude, (floats,), 0.2)]
+        found += [KernelJob(search, (floats,), 0.2), *encoders, KernelJob(largest_magnitude, (floats,), 0.2)]
     return [job for job in found if hasattr(job.kernel, "py_func")]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.blocks.lanes import half_bits, half_value
-from quantkit.kernels import piece
+from quantkit.compile.kernel import piece
 
 
 @piece

@@ -16,7 +16,7 @@ from quantkit.blocks.bytes import get_values
 from quantkit.blocks.lane_memory import load, store
 from quantkit.blocks.lanes import LANES, ZERO, absolute, bits_float, float_bits, largest, maximum, select, splat
 from quantkit.blocks.types import GGMLType
-from quantkit.kernels import kernel, piece
+from quantkit.compile.kernel import kernel, piece
 
 VALUES = np.array(gguf.quants.MXFP4.kvalues, np.float32)
 # Half way between neighbours the smaller magnitude is taken.

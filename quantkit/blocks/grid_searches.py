@@ -45,7 +45,7 @@ from quantkit.blocks.lanes import (
 )
 from quantkit.blocks.searches import level_of, nearest_ints, weigh
 from quantkit.blocks.tiles import SUPER, block_starts, spread
-from quantkit.kernels import piece
+from quantkit.compile.kernel import piece
 
 HALF = np.float32(0.5)
 INFINITY = np.float32(np.inf)

@@ -15,8 +15,8 @@ import numpy as np
 
 from quantkit.blocks.lanes import LANES
 from quantkit.blocks.types import GGMLType
+from quantkit.compile.kernel import kernel, piece
 from quantkit.errors import QuantkitError
-from quantkit.kernels import kernel, piece
 
 # How many distances count as near: the reference's constant for each grid.
 _DISTANCES = {

@@ -33,7 +33,7 @@ from quantkit.blocks.lanes import (
 )
 from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
-from quantkit.kernels import kernel, piece
+from quantkit.compile.kernel import kernel, piece
 
 DELTA = np.float32(0.125)
 # The six levels: shifted up, and shifted down.

@@ -31,7 +31,7 @@ from quantkit.blocks.lanes import LANES, ONE, ZERO, select, splat
 from quantkit.blocks.searches import GROUP_MAX_EPS, positive_search
 from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
-from quantkit.kernels import kernel, piece
+from quantkit.compile.kernel import kernel, piece
 
 SHAPE = (8, 2, 2)  # weights in a group, bits of a level, highest level
 STEP = np.float32(0.1)  # between the inverse scales that are tried

@@ -30,7 +30,7 @@ from quantkit.blocks.lane_memory import store
 from quantkit.blocks.lanes import LANES, ONE, ZERO, select, splat
 from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
-from quantkit.kernels import kernel, piece
+from quantkit.compile.kernel import kernel, piece
 
 SHAPE = (4, 3, 7)  # weights in a group, bits of a level, highest level
 STEP = np.float32(0.2)  # between the inverse scales that are tried

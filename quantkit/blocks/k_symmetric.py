@@ -27,7 +27,7 @@ from quantkit.blocks.searches import (
 )
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
-from quantkit.kernels import kernel, piece
+from quantkit.compile.kernel import kernel, piece
 
 
 @piece

@@ -36,7 +36,7 @@ from quantkit.blocks.lanes import (
 from quantkit.blocks.searches import affine_search, clamped_ints, reciprocals, signed_search, weigh
 from quantkit.blocks.tiles import block_starts, spread
 from quantkit.blocks.types import GGMLType
-from quantkit.kernels import kernel, piece
+from quantkit.compile.kernel import kernel, piece
 
 QK = 32
 

@@ -17,7 +17,7 @@ from quantkit.blocks.lanes import LANES, ONE, ZERO, select, splat, to_float
 from quantkit.blocks.searches import clamped_ints, extremes, peak, reciprocals, sum_of_squares, weigh
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
-from quantkit.kernels import kernel, piece
+from quantkit.compile.kernel import kernel, piece
 
 QK = 32
 VALUES = np.array(gguf.quants.IQ4_NL.kvalues, np.float32)

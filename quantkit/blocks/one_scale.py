@@ -15,7 +15,7 @@ from quantkit.blocks.lane_memory import load, store
 from quantkit.blocks.lanes import LANES, ONE, ZERO, absolute, bits, largest, maximum, select, splat, to_float
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
-from quantkit.kernels import kernel, piece
+from quantkit.compile.kernel import kernel, piece
 
 HALF = np.float32(0.5)
 BIT_OF_LANE = np.left_shift(1, np.arange(LANES, dtype=np.int32))

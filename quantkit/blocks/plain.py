@@ -25,7 +25,7 @@ from quantkit.blocks.lanes import (
     splat,
 )
 from quantkit.blocks.types import GGMLType
-from quantkit.kernels import kernel
+from quantkit.compile.kernel import kernel
 
 
 @kernel

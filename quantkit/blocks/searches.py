@@ -29,7 +29,7 @@ from quantkit.blocks.lanes import (
     sqrt,
     to_float,
 )
-from quantkit.kernels import piece
+from quantkit.compile.kernel import piece
 
 # Adding 1.5 * 2**23 leaves the number, rounded half to even, in the low bits: right up to 2**22 in magnitude.
 MAGIC = np.float32(12582912.0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from quantkit.blocks.lane_memory import transpose_tile
 from quantkit.blocks.lanes import LANES
-from quantkit.kernels import piece
+from quantkit.compile.kernel import piece
 
 SUPER = 256  # weights in a super-block
 

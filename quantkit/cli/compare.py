@@ -22,8 +22,8 @@ def command(
     RMSE is the root of the mean square difference of the weights, relative RMSE that over the root mean square of A's.
     """
     setup(verbose, quiet)
-    from quantkit.pipeline.source import open_source
     from quantkit.report.comparison import compare
+    from quantkit.sources.source import open_source
 
     first, second = open_source(a, revision=revision), open_source(b, revision=revision)
     with byte_progress(sum(info.nbytes for info in second.tensors.values()), "compare") as progress:

@@ -15,7 +15,7 @@ import typer
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
-    from quantkit.pipeline.source import TensorSource
+    from quantkit.sources.source import TensorSource
 
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: debug messages.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and results.")]
@@ -41,7 +41,7 @@ def setup(verbose: int = 0, quiet: bool = False) -> None:
     _quiet = quiet
     level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
-    _tell("quantkit.kernels", logging.ERROR if quiet else logging.INFO)
+    _tell("quantkit.compile.kernel", logging.ERROR if quiet else logging.INFO)
     for name in ("numba", "llvmlite", "httpx", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -103,17 +103,17 @@ def measured_ahead(
 
     `comparing`: its divergence from another model, else its log-likelihoods alone.
     """
-    from quantkit.ahead import compiled_ahead
-    from quantkit.evaluate.ahead import jobs
-    from quantkit.pipeline.execute import default_threads
+    from quantkit.compile.ahead import compiled_ahead
+    from quantkit.evaluate.needed_kernels import measuring_kernels
+    from quantkit.machine import default_threads
 
-    needed = jobs(model, (), comparing) if backend == "numpy" else []
+    needed = measuring_kernels(model, (), comparing) if backend == "numpy" else []
     return compiled_ahead(needed, threads or default_threads())
 
 
 def read_text(name: str) -> str:
     """The text in the file `name`, or that `name` stands for. Raises QuantkitError when it cannot be read."""
-    from quantkit.formats.texts import read_named
+    from quantkit.evaluate.texts import read_named
 
     try:
         if not Path(name).exists() and (known := read_named(name)) is not None:

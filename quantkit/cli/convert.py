@@ -20,7 +20,7 @@ from quantkit.cli.console import (
 )
 
 
-class OutType(str, Enum):
+class OutTypeName(str, Enum):
     """The type of the matrices in the file."""
 
     f32 = "f32"
@@ -33,7 +33,9 @@ class OutType(str, Enum):
 def command(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, or hub id ORG/NAME.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", "--outfile", help="File to write.")] = None,
-    outtype: Annotated[OutType, typer.Option(help="auto keeps 16-bit weights as they are stored.")] = OutType.auto,
+    outtype: Annotated[
+        OutTypeName, typer.Option(help="auto keeps 16-bit weights as they are stored.")
+    ] = OutTypeName.auto,
     model_name: Annotated[str | None, typer.Option(help="Name of the model, for general.name.")] = None,
     pre: Pre = None,
     revision: Revision = None,
@@ -48,10 +50,10 @@ def command(
     checkpoint from the hub, into the current one.
     """
     setup(verbose, quiet)
-    from quantkit.formats.hub import resolve
-    from quantkit.pipeline.checkpoint import CheckpointSource, output_name
     from quantkit.pipeline.execute import execute
     from quantkit.pipeline.plan import plan_copy
+    from quantkit.sources.checkpoint import CheckpointSource, output_name
+    from quantkit.sources.hub import resolve
 
     directory = resolve(checkpoint, revision)
     source = CheckpointSource(directory, outtype.value, pre, model_name, allow_nonfinite)

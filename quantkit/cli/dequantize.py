@@ -33,7 +33,7 @@ def command(
     from quantkit.pipeline.execute import execute
     from quantkit.pipeline.naming import output_paths
     from quantkit.pipeline.plan import plan_dequantize
-    from quantkit.pipeline.source import open_source
+    from quantkit.sources.source import open_source
 
     model = open_source(source)
     plan = plan_dequantize(model, GGMLType.parse(kind.value))

@@ -44,7 +44,7 @@ def command(
     """
     setup(verbose, quiet)
     from quantkit.evaluate.generate import generate
-    from quantkit.pipeline.source import open_source
+    from quantkit.sources.source import open_source
 
     models = [open_source(source, revision=revision, pre=pre)]
     if model2 is not None:

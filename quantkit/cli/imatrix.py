@@ -28,7 +28,7 @@ from quantkit.cli.console import (
     setup,
 )
 from quantkit.errors import QuantkitError
-from quantkit.formats.texts import CALIBRATION
+from quantkit.evaluate.texts import CALIBRATION
 
 if TYPE_CHECKING:
     from quantkit.formats.imatrix import ImportanceMatrix
@@ -100,7 +100,7 @@ def command(
     if source is not None and (chunks is None or chunks > 0):
         words = read_text(text)
         from quantkit.evaluate.importance import importance_matrix
-        from quantkit.pipeline.source import open_source
+        from quantkit.sources.source import open_source
 
         model = open_source(source, revision=revision, pre=pre)
 
@@ -133,7 +133,7 @@ def command(
         note(f"{target}: {len(matrix.entries)} tensors, {matrix.chunk_count} chunks{made}")
     if show_statistics:
         from quantkit.evaluate.importance import layer_statistics, statistics
-        from quantkit.report.importance import importance_tables
+        from quantkit.report.measurements import importance_tables
 
         rows = statistics(matrix)
         layers = layer_statistics(rows)

@@ -18,8 +18,8 @@ def command(
 ) -> None:
     """Show a GGUF file's metadata, tensors, types and bits per weight."""
     setup(verbose, quiet)
-    from quantkit.pipeline.source import GGUFSource
     from quantkit.report.contents import describe
+    from quantkit.sources.source import GGUFSource
 
     contents = describe(GGUFSource(file))
     emit(str(contents), contents.as_dict(), as_json)

@@ -20,7 +20,7 @@ def command(
     setup(verbose, quiet)
     from quantkit.pipeline.execute import execute
     from quantkit.pipeline.plan import plan_copy
-    from quantkit.pipeline.source import GGUFSource
+    from quantkit.sources.source import GGUFSource
 
     source = GGUFSource(shard)
     plan = plan_copy(source)

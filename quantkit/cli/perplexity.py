@@ -29,7 +29,7 @@ from quantkit.cli.console import (
     setup,
 )
 from quantkit.errors import QuantkitError
-from quantkit.formats.texts import DEFAULT
+from quantkit.evaluate.texts import DEFAULT
 
 
 def command(
@@ -64,13 +64,13 @@ def command(
     if base_logits is not None and (base is not None or save_logits is not None):
         raise QuantkitError("--base-logits is the base: leave out --base and --save-logits")
     words = None if base_logits is not None else read_text(text)
-    from quantkit.pipeline.source import open_source
+    from quantkit.sources.source import open_source
 
     model = open_source(source, revision=revision, pre=pre)
     ahead = measured_ahead(model, threads, backend, base is not None or base_logits is not None)
     if base is None and base_logits is None:
         from quantkit.evaluate.perplexity import perplexity
-        from quantkit.report.perplexity import perplexity_text
+        from quantkit.report.measurements import perplexity_text
 
         assert words is not None
         with ahead, chunk_progress("perplexity") as bar:
@@ -91,7 +91,7 @@ def command(
         data = {"model": model.label, "text": text, **asdict(result)}
     else:
         from quantkit.evaluate.divergence import divergence
-        from quantkit.report.divergence import divergence_text
+        from quantkit.report.measurements import divergence_text
 
         against = open_source(base, pre=pre) if base is not None else str(base_logits)
         with ahead, chunk_progress("divergence") as bar:

@@ -65,12 +65,13 @@ def command(
     and written beside a local source, or into the current directory for a checkpoint from the hub.
     """
     setup(verbose, quiet)
-    from quantkit.ahead import compiled_ahead
-    from quantkit.pipeline.execute import default_threads, execute, jobs
+    from quantkit.compile.ahead import compiled_ahead
+    from quantkit.machine import default_threads
+    from quantkit.pipeline.execute import execute, quantizing_kernels
     from quantkit.pipeline.mixtures import file_type
     from quantkit.pipeline.naming import output_paths
     from quantkit.pipeline.run import parse_layers, parse_size, parse_tensor_types, plan
-    from quantkit.pipeline.source import open_source
+    from quantkit.sources.source import open_source
 
     names = [file_type(name).name for name in split_list(types)]
     listed = read_text(str(tensor_type_file)).split() if tensor_type_file else []
@@ -108,7 +109,7 @@ def command(
         return
     outputs = list(zip(plans, paths, strict=True))
     total = sum(info.nbytes for info in model.tensors.values())
-    ahead = compiled_ahead(jobs(plans), threads or default_threads())
+    ahead = compiled_ahead(quantizing_kernels(plans), threads or default_threads())
     with ahead, byte_progress(total, "quantize") as progress:
         execute(
             model,

@@ -28,7 +28,7 @@ from quantkit.cli.console import (
     setup,
     split_list,
 )
-from quantkit.formats.texts import DEFAULT
+from quantkit.evaluate.texts import DEFAULT
 
 
 def command(
@@ -54,18 +54,18 @@ def command(
     """
     setup(verbose, quiet)
     words = read_text(text)
-    from quantkit.ahead import compiled_ahead
-    from quantkit.pipeline.execute import default_threads
+    from quantkit.compile.ahead import compiled_ahead
+    from quantkit.machine import default_threads
     from quantkit.pipeline.mixtures import file_type
     from quantkit.pipeline.naming import stem
-    from quantkit.pipeline.source import open_source
-    from quantkit.report.ladder import build, jobs, measure
+    from quantkit.report.ladder import build, ladder_kernels, measure
+    from quantkit.sources.source import open_source
 
     model = open_source(checkpoint, revision=revision, pre=pre)
     files = [file_type(name) for name in split_list(types)]
     directory = output or Path(f"{stem(model)}-GGUF")
     total = sum(info.nbytes for info in model.tensors.values())
-    with compiled_ahead(jobs(model, files, backend), threads or default_threads()):
+    with compiled_ahead(ladder_kernels(model, files, backend), threads or default_threads()):
         with byte_progress(total, "quantize") as progress:
             built = build(model, files, directory, threads=threads, progress=progress)
         with chunk_progress("measure") as bar:

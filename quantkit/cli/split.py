@@ -28,7 +28,7 @@ def command(
     from quantkit.pipeline.execute import execute
     from quantkit.pipeline.plan import plan_copy
     from quantkit.pipeline.run import parse_size
-    from quantkit.pipeline.source import GGUFSource
+    from quantkit.sources.source import GGUFSource
 
     source = GGUFSource(file)
     plan = plan_copy(source)

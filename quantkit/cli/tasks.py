@@ -58,7 +58,7 @@ def command(
     if not wanted:
         raise QuantkitError("no tasks: give a file with --hellaswag, --winogrande or --multiple-choice")
     from quantkit.evaluate.tasks import read_tasks, tasks
-    from quantkit.pipeline.source import open_source
+    from quantkit.sources.source import open_source
 
     items = {kind: read_tasks(kind, path, n_tasks) for kind, path in wanted.items()}
     model = open_source(source, revision=revision, pre=pre)

@@ -12,7 +12,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate import transformer
 from quantkit.evaluate.layers import Observer
 from quantkit.evaluate.transformer import Transformer
-from quantkit.pipeline.source import TensorSource
+from quantkit.sources.source import TensorSource
 
 _T = TypeVar("_T")
 

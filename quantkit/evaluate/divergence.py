@@ -19,9 +19,9 @@ from quantkit.evaluate.backends import Model, load, visit_logits
 from quantkit.evaluate.logit_kernels import BASE_CHOSEN, BASE_MAX, BASE_SUM, CHOSEN, MAX, N_STATE, SUM, TOP, WEIGHTED
 from quantkit.evaluate.perplexity import chunked, pack_chunks, tokenize
 from quantkit.evaluate.token_classes import CLASSES, token_classes
-from quantkit.evaluate.weights import available_memory
 from quantkit.formats.logits import LogitsFile, LogitsWriter, first_scored
-from quantkit.pipeline.source import TensorSource
+from quantkit.machine import available_memory
+from quantkit.sources.source import TensorSource
 from quantkit.vocabulary import Vocabulary
 
 KLD_PERCENTILES = (100.0, 99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0, 0.1, 0.0)

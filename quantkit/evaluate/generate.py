@@ -12,8 +12,8 @@ import numpy as np
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.layers import Routed
 from quantkit.evaluate.transformer import Transformer
-from quantkit.evaluate.weights import available_memory
-from quantkit.pipeline.source import TensorSource
+from quantkit.machine import available_memory
+from quantkit.sources.source import TensorSource
 from quantkit.vocabulary import Vocabulary
 from quantkit.vocabulary.chat import Message, render
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import load
-from quantkit.evaluate.kernels import squares_by_column
+from quantkit.evaluate.forward_kernels import squares_by_column
 from quantkit.evaluate.perplexity import chunked, tokenize
 from quantkit.formats.imatrix import Importance, ImportanceMatrix
-from quantkit.pipeline.source import TensorSource
+from quantkit.sources.source import TensorSource
 from quantkit.vocabulary import Vocabulary
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")

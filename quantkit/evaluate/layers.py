@@ -26,15 +26,15 @@ from quantkit.architectures.forward import (
     RopeStyle,
     Temperature,
 )
-from quantkit.evaluate import kernels
+from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.weights import Weights
 
 # Rows that go through a product together. Measured on two cores with 512 KB of second-level cache each.
 ROWS = 512
 
 # What activations exist, with a gate and without: kernels from [rows, n_ff or twice that] to [rows, n_ff].
-_GATED = {Activation.SILU: kernels.silu_gate, Activation.GELU: kernels.gelu_gate}
-_PLAIN = {Activation.GELU: kernels.gelu}
+_GATED = {Activation.SILU: forward_kernels.silu_gate, Activation.GELU: forward_kernels.gelu_gate}
+_PLAIN = {Activation.GELU: forward_kernels.gelu}
 
 
 class Workspace(threading.local):
@@ -200,14 +200,14 @@ class LayerRunner:
 
     def _observe(self, names: tuple[str, ...], x: np.ndarray, expert: int | None = None) -> None:
         if self._observer is not None:
-            self._observer(names, kernels.squares_by_column(x), len(x), expert)
+            self._observer(names, forward_kernels.squares_by_column(x), len(x), expert)
 
     def _multiply(self, x: np.ndarray, product: Product, out: np.ndarray) -> np.ndarray:
         """`out = x @ matrix.T + bias`."""
         self._observe(product.names, x)
         np.matmul(x, product.matrix.T, out=out)
         if product.bias is not None:
-            kernels.add_bias(out, product.bias)
+            forward_kernels.add_bias(out, product.bias)
         return out
 
     def _normed(self, norm: Norm | None, x: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -216,9 +216,9 @@ class LayerRunner:
             return x
         weight, bias = self._norms[norm]
         if norm.kind is NormKind.RMS:
-            kernels.rms_norm(x, weight, norm.eps, out)
+            forward_kernels.rms_norm(x, weight, norm.eps, out)
         else:
-            kernels.layer_norm(x, weight, np.zeros_like(weight) if bias is None else bias, norm.eps, out)
+            forward_kernels.layer_norm(x, weight, np.zeros_like(weight) if bias is None else bias, norm.eps, out)
         return out
 
     # Attention
@@ -248,9 +248,9 @@ class LayerRunner:
         cap = np.float32(attention.softcap or 0.0)
 
         def mix_group(group: int) -> None:
-            room = self._take("attention", kernels.attention_room(stop, head_k, head_v))
+            scratch = self._take("attention", forward_kernels.attention_scratch(stop, head_k, head_v))
             column = group * heads * head_v
-            kernels.attention(q[group], k[group], v[group], first, past, window, cap, room, out, column)
+            forward_kernels.attention(q[group], k[group], v[group], first, past, window, cap, scratch, out, column)
 
         self._each(mix_group, len(q))
 
@@ -280,7 +280,7 @@ class LayerRunner:
             for norm, first, n in ((attention.q_norm, 0, n_q), (attention.k_norm, n_q, n_k)):
                 if norm is not None:
                     weight, _ = self._norms[norm]
-                    kernels.rms_norm_columns(qkv, first, n // weight.size, weight, norm.eps)
+                    forward_kernels.rms_norm_columns(qkv, first, n // weight.size, weight, norm.eps)
             if attention.temperature is not None:
                 qkv[:, :n_q] *= _temperatures(
                     attention.temperature, past + np.arange(start, start + len(block)) % n_ctx
@@ -290,9 +290,9 @@ class LayerRunner:
                 seq, position = divmod(start + done, n_ctx)
                 n = min(len(block) - done, n_ctx - position)
                 part = qkv[done : done + n]
-                kernels.split_heads(part, 0, *tables, position, neighbours, scale, q[seq])
-                kernels.split_heads(part, n_q, *tables, position, neighbours, one, k[seq])
-                kernels.split_heads(part, n_q + n_k, still, still, position, neighbours, one, v[seq])
+                forward_kernels.split_heads(part, 0, *tables, position, neighbours, scale, q[seq])
+                forward_kernels.split_heads(part, n_q, *tables, position, neighbours, one, k[seq])
+                forward_kernels.split_heads(part, n_q + n_k, still, still, position, neighbours, one, v[seq])
                 done += n
         return q, k[..., 0, :], v[..., 0, :]
 
@@ -315,7 +315,7 @@ class LayerRunner:
                 if normed is not to.normed:
                     to.normed[:] = normed
                 scores = self._multiply(to.normed, self._router, take("router", n, len(self._router.matrix)))
-                kernels.route(scores, to.chosen, to.shares)
+                forward_kernels.route(scores, to.chosen, to.shares)
                 continue
             normed = self._add_and_norm(block, branch, take("normed", n, n_embd))
             wide = self._multiply(normed, self._up, take("wide", n, len(self._up.matrix)))
@@ -323,7 +323,7 @@ class LayerRunner:
             self._activate(wide, active)
             self._multiply(active, self._down, branch)
             self._prepare(branch, layer.post_feed_forward_norm)
-            kernels.add(block, branch)
+            forward_kernels.add(block, branch)
 
     def _prepare(self, branch: np.ndarray, post: Norm | None) -> None:
         """Make `branch` ready to be added: normalise and scale it, in place."""
@@ -337,12 +337,12 @@ class LayerRunner:
         if self.layer.parallel:
             if self._normed(norm, x, out) is x:
                 out[:] = x
-            kernels.add(x, branch)
+            forward_kernels.add(x, branch)
             return out
         if norm is not None and norm.kind is NormKind.RMS:
-            kernels.add_rms_norm(x, branch, self._norms[norm][0], norm.eps, out)
+            forward_kernels.add_rms_norm(x, branch, self._norms[norm][0], norm.eps, out)
             return out
-        kernels.add(x, branch)
+        forward_kernels.add(x, branch)
         return self._normed(norm, x, out)
 
     # Experts
@@ -382,9 +382,9 @@ class LayerRunner:
             self._observe(down.names, active, e)
             branch = take("branch", n, self.n_embd)
             np.matmul(active, down.matrix.T, out=branch)
-            kernels.add_rows(branch, some, routed.shares[some, ranks[start : start + ROWS]], routed.branch)
+            forward_kernels.add_rows(branch, some, routed.shares[some, ranks[start : start + ROWS]], routed.branch)
 
     def close(self, x: np.ndarray, routed: Routed) -> None:
         """Add the experts' branch to `x` [rows, n_embd]."""
         self._prepare(routed.branch, self.layer.post_feed_forward_norm)
-        kernels.add(x, routed.branch)
+        forward_kernels.add(x, routed.branch)

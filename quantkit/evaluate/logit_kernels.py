@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.evaluate.kernels import _maximum, _sum, exp
-from quantkit.kernels import kernel, piece
+from quantkit.compile.kernel import kernel, piece
+from quantkit.evaluate.forward_kernels import _maximum, _sum, exp
 
 # Tokens that are taken together: little enough for the first-level cache, and for short float32 sums.
 _PIECE = 512

@@ -15,7 +15,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate import logit_kernels
 from quantkit.evaluate.backends import Model, load
 from quantkit.formats.logits import LogitsWriter, empty_rows, first_scored, parts
-from quantkit.pipeline.source import TensorSource
+from quantkit.sources.source import TensorSource
 from quantkit.vocabulary import Vocabulary
 
 

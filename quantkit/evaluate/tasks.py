@@ -20,7 +20,7 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import Model, load
-from quantkit.pipeline.source import TensorSource
+from quantkit.sources.source import TensorSource
 from quantkit.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)

@@ -33,9 +33,9 @@ from quantkit.architectures.forward import (
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.layers import Observer
 from quantkit.evaluate.transformer import refuse_unsupported, rope_tables
-from quantkit.evaluate.weights import Weights, available_memory, peak_memory
-from quantkit.pipeline.execute import default_threads
-from quantkit.pipeline.source import TensorSource
+from quantkit.evaluate.weights import Weights
+from quantkit.machine import available_memory, default_threads, peak_memory
+from quantkit.sources.source import TensorSource
 
 try:
     import torch

@@ -21,11 +21,11 @@ from threadpoolctl import ThreadpoolController
 from quantkit.architectures import forward_spec
 from quantkit.architectures.forward import Attention, Experts, ForwardSpec, Layer, Norm, NormKind, Rope
 from quantkit.errors import QuantkitError
-from quantkit.evaluate import kernels
+from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.layers import ROWS, Expert, LayerRunner, Observer, Product, Routed, Workspace, unsupported
-from quantkit.evaluate.weights import Weights, available_memory, peak_memory
-from quantkit.pipeline.execute import default_threads
-from quantkit.pipeline.source import TensorSource
+from quantkit.evaluate.weights import Weights
+from quantkit.machine import available_memory, default_threads, peak_memory
+from quantkit.sources.source import TensorSource
 
 _T = TypeVar("_T")
 
@@ -150,7 +150,9 @@ class Transformer:
         sums, chosen = np.zeros(targets.shape), np.zeros(targets.shape)
 
         def score(seq: int, rows: slice, at: int, tiles: list[np.ndarray]) -> None:
-            kernels.score_tile(tiles[0], at, targets[seq, rows], maxima[seq, rows], sums[seq, rows], chosen[seq, rows])
+            forward_kernels.score_tile(
+                tiles[0], at, targets[seq, rows], maxima[seq, rows], sums[seq, rows], chosen[seq, rows]
+            )
 
         visit_logits([self], tokens, first, tokens.shape[1] - 1, score)
         result: np.ndarray = chosen - maxima - np.log(sums)
@@ -295,11 +297,11 @@ class Transformer:
         """Logits of rows of normalised `x` for the tokens of `product`, a part of `_output`."""
         np.matmul(x, product.matrix.T, out=out)
         if product.bias is not None:
-            kernels.add_bias(out, product.bias)
+            forward_kernels.add_bias(out, product.bias)
         if self.spec.logit_scale != 1.0:
             out *= np.float32(self.spec.logit_scale)
         if self.spec.logit_softcap is not None:
-            kernels.soft_cap(out, np.float32(self.spec.logit_softcap))
+            forward_kernels.soft_cap(out, np.float32(self.spec.logit_softcap))
         return out
 
     # -- small things
@@ -309,10 +311,10 @@ class Transformer:
         rows = x.reshape(-1, self.spec.n_embd)
         weight = self._weights.vector(norm.weight, self.spec.n_embd)
         if norm.kind is NormKind.RMS:
-            kernels.rms_norm(rows, weight, norm.eps, rows)
+            forward_kernels.rms_norm(rows, weight, norm.eps, rows)
         else:
             bias = np.zeros_like(weight) if norm.bias is None else self._weights.vector(norm.bias, self.spec.n_embd)
-            kernels.layer_norm(rows, weight, bias, norm.eps, rows)
+            forward_kernels.layer_norm(rows, weight, bias, norm.eps, rows)
 
     def _rope(self, attention: Attention, n_ctx: int) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines for `n_ctx` positions, without columns when the layer does not rotate."""

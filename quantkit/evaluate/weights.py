@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from quantkit.blocks import decode
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import TensorInfo
-from quantkit.pipeline.source import TensorSource
+from quantkit.sources.source import TensorSource
 
 # Weights that one task decodes: enough to hide its overhead, little enough to share a matrix among threads.
 _DECODE_WEIGHTS = 1 << 19
 
 Runner = Callable[[Iterable[Callable[[], None]]], None]
-
-
-def available_memory() -> int:
-    """Bytes of memory that this machine could still give a process; a guess where it does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-                break
-        else:
-            raise ValueError
-        for name in ("memory.max", "memory.current"):
-            if not (Path("/sys/fs/cgroup") / name).is_file():
-                return available
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return available if limit == "max" else max(0, min(available, int(limit) - used))
-    except (OSError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (AttributeError, OSError, ValueError):
-        return 4 << 30
-
-
-def peak_memory() -> int | None:
-    """The most memory, in bytes, that this process has had resident until now; None where the machine does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Weights:

@@ -21,13 +21,14 @@ from quantkit import blocks
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.output import GGUFOutput
+from quantkit.machine import default_threads
 from quantkit.pipeline.plan import Plan, PlannedTensor
-from quantkit.pipeline.source import TensorSource
+from quantkit.sources.source import TensorSource
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from quantkit.ahead import Job
+    from quantkit.compile.ahead import KernelJob
 
 PIECE = 1 << 20  # weights handed to a thread at a time
 COPIED_PIECES = 8  # pieces handed over at a time where nothing is computed, so that handing over costs less
@@ -47,11 +48,6 @@ class Piece:
     start: int
     stop: int
     last: bool
-
-
-def default_threads() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def execute(
@@ -108,11 +104,11 @@ def execute(
     return [path for plan, target in zip(plans, paths, strict=True) for path, _, _ in plan.files(target)]
 
 
-def jobs(plans: Iterable[Plan]) -> list[Job]:
+def quantizing_kernels(plans: Iterable[Plan]) -> list[KernelJob]:
     """The kernels that `execute` will need for `plans`, to be compiled ahead."""
     tensors = [t for plan in plans for t in plan if not t.is_copy]
     encoded = dict.fromkeys((t.info.type, t.weights is not None) for t in tensors)
-    return blocks.jobs(encoded, dict.fromkeys(t.source_type for t in tensors))
+    return blocks.codec_kernels(encoded, dict.fromkeys(t.source_type for t in tensors))
 
 
 class _Shards:

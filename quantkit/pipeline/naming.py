@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quantkit.errors import QuantkitError
 from quantkit.pipeline.mixtures import FILE_TYPES
-from quantkit.pipeline.source import GGUFSource, TensorSource
+from quantkit.sources.source import GGUFSource, TensorSource
 
 # The type at the end of a file name: model-F16.gguf, model.Q8_0-00001-of-00003.gguf
 _TYPES = "|".join(sorted(map(re.escape, FILE_TYPES), key=len, reverse=True))
@@ -39,6 +39,6 @@ def stem(source: TensorSource) -> str:
     """The name of the model without type and shard: from the file's name, or by the GGUF naming convention."""
     if isinstance(source, GGUFSource):
         return _TYPE_SUFFIX.sub("", source.path.stem)
-    from quantkit.pipeline.checkpoint import output_name
+    from quantkit.sources.checkpoint import output_name
 
     return output_name(source.metadata, "F16").removesuffix("-F16.gguf")

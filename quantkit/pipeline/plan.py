@@ -15,7 +15,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo, ValueType, encode_header, padded
 from quantkit.pipeline.mixtures import FILE_TYPES, FileType, ModelFacts
 from quantkit.pipeline.recipe import Options, Recipe, needs_imatrix
-from quantkit.pipeline.source import GGUFSource, TensorSource, split_name
+from quantkit.sources.source import GGUFSource, TensorSource, split_name
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,7 +16,7 @@ from quantkit.pipeline.mixtures import file_type
 from quantkit.pipeline.naming import output_paths
 from quantkit.pipeline.plan import Plan, plan_quantize
 from quantkit.pipeline.recipe import Options
-from quantkit.pipeline.source import TensorSource, open_source
+from quantkit.sources.source import TensorSource, open_source
 
 if TYPE_CHECKING:
     from quantkit.formats.imatrix import ImportanceMatrix

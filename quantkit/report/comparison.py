@@ -10,9 +10,9 @@ import numpy as np
 
 from quantkit import blocks
 from quantkit.pipeline.execute import BITE, Progress
-from quantkit.pipeline.source import TensorSource
 from quantkit.report.contents import brief
 from quantkit.report.tables import table
+from quantkit.sources.source import TensorSource
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantkit.formats.gguf import Value, ValueType
-from quantkit.pipeline.source import GGUFSource
 from quantkit.report.tables import table
+from quantkit.sources.source import GGUFSource
 
 SHOWN = 6  # items of an array
 WIDTH = 90  # characters of a string

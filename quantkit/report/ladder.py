@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import quantkit
-from quantkit.ahead import Job
+from quantkit.compile.ahead import KernelJob
 from quantkit.errors import QuantkitError
-from quantkit.evaluate import ahead
 from quantkit.evaluate.divergence import DivergenceResult, Estimate, divergences
-from quantkit.pipeline import execute as execution
-from quantkit.pipeline.execute import Progress, execute
+from quantkit.evaluate.needed_kernels import measuring_kernels
+from quantkit.pipeline.execute import Progress, execute, quantizing_kernels
 from quantkit.pipeline.mixtures import FileType
 from quantkit.pipeline.naming import output_paths
 from quantkit.pipeline.plan import Plan, plan_copy, plan_quantize
-from quantkit.pipeline.source import GGUFSource, TensorSource
 from quantkit.report.tables import table
+from quantkit.sources.source import GGUFSource, TensorSource
 
 
 @dataclass(frozen=True)
@@ -130,12 +129,12 @@ def _costs(divergence: DivergenceResult) -> dict[str, float]:
     }
 
 
-def jobs(source: TensorSource, files: Sequence[FileType], backend: str = "numpy") -> list[Job]:
+def ladder_kernels(source: TensorSource, files: Sequence[FileType], backend: str = "numpy") -> list[KernelJob]:
     """The kernels that `build` and `measure` will need, to be compiled ahead."""
     plans = [plan_quantize(source, file) for file in files]
     outputs = [t.info.type for plan in plans for t in plan]
-    measuring = ahead.jobs(source, outputs, comparing=True) if backend == "numpy" else []
-    return [*execution.jobs(plans), *measuring]
+    measuring = measuring_kernels(source, outputs, comparing=True) if backend == "numpy" else []
+    return [*quantizing_kernels(plans), *measuring]
 
 
 def build(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.kernels import kernel, piece
+from quantkit.compile.kernel import kernel, piece
 
 Array = np.ndarray[Any, Any]
 

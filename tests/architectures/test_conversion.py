@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, requires_reference
-from conversion import OUTTYPES, assert_recorded, changed_copy, golden, write
+from conftest import requires_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llama_reference import llama_computes
+from make_checkpoints import FAMILIES, make_checkpoint
+from support.conversion import OUTTYPES, assert_recorded, changed_copy, golden, write
+from support.llama_reference import llama_computes
 
 from quantkit.architectures import FAMILIES as CLASSES
 from quantkit.architectures import supported
 from quantkit.errors import QuantkitError
-from quantkit.pipeline.checkpoint import CheckpointSource
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from make_checkpoints import FAMILIES, make_checkpoint
+from quantkit.sources.checkpoint import CheckpointSource
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, requires_reference
-from conversion import convert
-from llama_reference import llama_quantize
+from conftest import requires_reference
+from make_checkpoints import FAMILIES, make_checkpoint
+from support.conversion import convert
+from support.llama_reference import llama_quantize
 
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import file_type
 from quantkit.pipeline.plan import plan_quantize
-from quantkit.pipeline.source import GGUFSource
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from make_checkpoints import FAMILIES, make_checkpoint
+from quantkit.sources.source import GGUFSource
 
 pytestmark = requires_reference
 

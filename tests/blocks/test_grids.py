@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import block_rows
 import numpy as np
 import pytest
-from block_reference import Ggml
 from conftest import requires_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from support import block_rows
+from support.block_reference import Ggml
 
 from quantkit import GGMLType, QuantkitError, blocks
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import block_rows
 import numpy as np
 import pytest
-from block_reference import Ggml
 from conftest import requires_libgguf, requires_reference
+from support import block_rows
+from support.block_reference import Ggml
 
 from quantkit import GGMLType, blocks
 

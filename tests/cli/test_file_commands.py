@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINYLM, requires_reference
-from llama_reference import llama_logits
+from support.llama_reference import llama_logits
 from test_cli import error, run
 
 import quantkit
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
 from quantkit.formats.gguf import GGUFFile
-from quantkit.pipeline.source import GGUFSource
+from quantkit.sources.source import GGUFSource
 
 
 @pytest.fixture(scope="module")

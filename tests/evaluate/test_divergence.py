@@ -10,7 +10,7 @@ import pytest
 from conftest import SHARED, requires_shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import BOS, N_VOCAB, plain_logits, tiny_metadata, tiny_weights, write_gguf
+from support.tiny import BOS, N_VOCAB, plain_logits, tiny_metadata, tiny_weights, write_gguf
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
@@ -19,9 +19,9 @@ from quantkit.evaluate.divergence import DivergenceResult, divergence, divergenc
 from quantkit.evaluate.perplexity import perplexity
 from quantkit.formats.gguf import ValueType
 from quantkit.formats.logits import LogitsFile
-from quantkit.pipeline.checkpoint import CheckpointSource
 from quantkit.pipeline.run import quantize
-from quantkit.pipeline.source import GGUFSource
+from quantkit.sources.checkpoint import CheckpointSource
+from quantkit.sources.source import GGUFSource
 
 TEXT = "Sphinx of black quartz, judge my vow; pack my box with five dozen liquor jugs. " * 12
 

@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, TINYLM, requires_reference
+from support.tiny import N_VOCAB, tiny_metadata, tiny_weights, write_gguf
+from support.variants import VARIANTS, variant
 from test_reference import reference_logits
-from tiny import N_VOCAB, tiny_metadata, tiny_weights, write_gguf
-from variants import VARIANTS, variant
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import generate as module
@@ -20,7 +20,7 @@ from quantkit.evaluate import transformer
 from quantkit.evaluate.generate import Decoder, generate, pick
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
-from quantkit.pipeline.source import GGUFSource, open_source
+from quantkit.sources.source import GGUFSource, open_source
 from quantkit.vocabulary import Vocabulary, chat
 
 

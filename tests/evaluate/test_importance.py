@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, TINYLM, requires_reference
-from tiny import BOS, FAMILIES, N_VOCAB, plain_logits, tiny_metadata, tiny_weights, write_gguf
+from support.tiny import BOS, FAMILIES, N_VOCAB, plain_logits, tiny_metadata, tiny_weights, write_gguf
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.divergence import divergence
 from quantkit.evaluate.importance import importance_matrix, layer_statistics, statistics
 from quantkit.formats.imatrix import Importance, ImportanceMatrix
-from quantkit.pipeline.checkpoint import CheckpointSource
 from quantkit.pipeline.run import quantize
-from quantkit.pipeline.source import GGUFSource
+from quantkit.sources.checkpoint import CheckpointSource
+from quantkit.sources.source import GGUFSource
 
 N_CTX = 64
 

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, requires_reference, requires_shared
-from conversion import convert
-from tiny import FAMILIES, N_VOCAB, relative_error, tiny_metadata, tiny_weights, write_gguf
+from conftest import SHARED, requires_reference, requires_shared
+from make_checkpoints import FAMILIES as FAMILY_CHECKPOINTS
+from make_checkpoints import make_checkpoint
+from record_logits import tokens
+from support.conversion import convert
+from support.tiny import FAMILIES, N_VOCAB, relative_error, tiny_metadata, tiny_weights, write_gguf
 
 from quantkit.architectures.forward import Activation, Experts
 from quantkit.blocks.types import GGMLType
 from quantkit.evaluate.perplexity import perplexity
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
-from quantkit.pipeline.checkpoint import CheckpointSource
-from quantkit.pipeline.source import GGUFSource
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from make_checkpoints import FAMILIES as FAMILY_CHECKPOINTS
-from make_checkpoints import make_checkpoint
-from record_logits import tokens
+from quantkit.sources.checkpoint import CheckpointSource
+from quantkit.sources.source import GGUFSource
 
 YARN = {
     "rope__scaling__type": (ValueType.STRING, "yarn"),

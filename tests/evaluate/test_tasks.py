@@ -11,13 +11,13 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, TINYLM, requires_reference
+from support.tiny import tiny_metadata, tiny_weights, write_gguf
 from test_reference import reference_logits
-from tiny import tiny_metadata, tiny_weights, write_gguf
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import tasks as module
 from quantkit.evaluate.tasks import Task, read_tasks, tasks
-from quantkit.pipeline.source import GGUFSource, open_source
+from quantkit.sources.source import GGUFSource, open_source
 
 HELLASWAG = [
     ("Cooking: A man cuts onions. He", 0, "puts them into a pan.", "flies to the moon in it.", "sings.", "is a car."),

@@ -6,7 +6,7 @@ import numpy as np
 from conftest import TINYLM
 
 from quantkit.evaluate.token_classes import CLASSES, token_classes
-from quantkit.pipeline.source import open_source
+from quantkit.sources.source import open_source
 from quantkit.vocabulary import Vocabulary
 
 

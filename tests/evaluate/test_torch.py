@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, TINYLM, requires_torch
-from tiny import FAMILIES, N_VOCAB, tiny_metadata, tiny_weights, write_gguf
-from variants import NORM, VARIANTS, variant
+from support.tiny import FAMILIES, N_VOCAB, tiny_metadata, tiny_weights, write_gguf
+from support.variants import NORM, VARIANTS, variant
 
 from quantkit.architectures.forward import Linear
 from quantkit.blocks.types import GGMLType
@@ -21,7 +21,7 @@ from quantkit.evaluate.importance import importance_matrix
 from quantkit.evaluate.perplexity import perplexity
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
-from quantkit.pipeline.source import GGUFSource, open_source
+from quantkit.sources.source import GGUFSource, open_source
 
 pytestmark = requires_torch
 

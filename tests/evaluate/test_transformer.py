@@ -9,14 +9,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import BOS, FAMILIES, N_EMBD, N_VOCAB, plain_logits, relative_error, tiny_metadata, tiny_weights, write_gguf
+from support.tiny import (
+    BOS,
+    FAMILIES,
+    N_EMBD,
+    N_VOCAB,
+    plain_logits,
+    relative_error,
+    tiny_metadata,
+    tiny_weights,
+    write_gguf,
+)
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.perplexity import perplexity
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
-from quantkit.pipeline.source import GGUFSource
+from quantkit.sources.source import GGUFSource
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,17 @@
-"""The forward pass of each family's tiny checkpoint against what transformers computes (scripts/record_logits.py)."""
+"""The forward pass of each family's tiny checkpoint against what transformers computes (record_logits.py)."""
 
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from tiny import relative_error
-
-from quantkit.evaluate.transformer import Transformer
-from quantkit.pipeline.checkpoint import CheckpointSource
-
-sys.path.insert(0, str(ROOT / "scripts"))
 from make_checkpoints import FAMILIES, RECIPES, make_checkpoint
 from record_logits import GOLDENS, STEP, tokens
+from support.tiny import relative_error
+
+from quantkit.evaluate.transformer import Transformer
+from quantkit.sources.checkpoint import CheckpointSource
 
 # What llama.cpp, and so we, compute otherwise than transformers, and the error that comes of it.
 DIFFERENT = {

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, requires_reference
-from llama_reference import llama_plan
+from conftest import requires_reference
+from make_shapes import SHAPES, make_shape
+from support.llama_reference import llama_plan
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.pipeline.mixtures import FILE_TYPES, file_type
 from quantkit.pipeline.plan import Plan, plan_quantize
 from quantkit.pipeline.recipe import Options
-from quantkit.pipeline.source import GGUFSource
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from make_shapes import SHAPES, make_shape
+from quantkit.sources.source import GGUFSource
 
 
 @pytest.fixture(scope="module", params=SHAPES)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINYLM, requires_reference
-from conversion import convert
-from llama_reference import llama_quantize
+from conftest import TINYLM, requires_reference
+from make_shapes import make_shape
+from support.conversion import convert
+from support.llama_reference import llama_quantize
 
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
@@ -19,10 +19,7 @@ from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import FILE_TYPES
 from quantkit.pipeline.plan import plan_copy
 from quantkit.pipeline.run import parse_override, plan
-from quantkit.pipeline.source import GGUFSource, TensorSource
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from make_shapes import make_shape
+from quantkit.sources.source import GGUFSource, TensorSource
 
 pytestmark = requires_reference
 

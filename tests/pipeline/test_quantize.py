@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINYLM
-from conversion import convert
+from support.conversion import convert
 
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import GGUFFile, TensorInfo, ValueType
 from quantkit.formats.output import GGUFOutput
-from quantkit.pipeline.checkpoint import CheckpointSource
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import FILE_TYPES, file_type
 from quantkit.pipeline.naming import output_paths
 from quantkit.pipeline.plan import plan_quantize
 from quantkit.pipeline.recipe import Options
-from quantkit.pipeline.source import GGUFSource
+from quantkit.sources.checkpoint import CheckpointSource
+from quantkit.sources.source import GGUFSource
 
 MAIN_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_K", "F16", "BF16", "F32"]
 MAIN_TYPES += ["Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M"]

@@ -1,23 +1,20 @@
-"""Every file type on two real models, against sha256 that scripts/record_quantize_goldens.py got from the reference."""
+"""Every file type on two real models, against sha256 that record_quantize_goldens.py got from the reference."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, requires_shared
+from conftest import requires_shared
+from record_quantize_goldens import GOLDENS, importance, sha256
 
 from quantkit.errors import QuantkitError
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import FILE_TYPES
 from quantkit.pipeline.run import plan
-from quantkit.pipeline.source import GGUFSource
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from record_quantize_goldens import GOLDENS, importance, sha256
+from quantkit.sources.source import GGUFSource
 
 
 def golden(name: str) -> dict[str, Any]:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINYLM, requires_reference, requires_shared
-from conversion import convert
-from llama_reference import llama_logits, llama_quantize
+from conftest import TINYLM, requires_reference, requires_shared
+from make_shapes import SHAPES, make_shape
+from support.conversion import convert
+from support.llama_reference import llama_logits, llama_quantize
 
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import file_type
 from quantkit.pipeline.plan import plan_quantize
 from quantkit.pipeline.recipe import Options
-from quantkit.pipeline.source import GGUFSource
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from make_shapes import SHAPES, make_shape
+from quantkit.sources.source import GGUFSource
 
 pytestmark = requires_reference
 

@@ -8,10 +8,9 @@ from conftest import ROOT, TINYLM
 
 from quantkit.evaluate.divergence import divergence
 from quantkit.evaluate.perplexity import perplexity
-from quantkit.pipeline.source import open_source
-from quantkit.report.divergence import divergence_text
-from quantkit.report.perplexity import perplexity_text
+from quantkit.report.measurements import divergence_text, perplexity_text
 from quantkit.report.tables import table
+from quantkit.sources.source import open_source
 
 TEXT = (ROOT / "fixtures" / "tinylm-test.txt").read_text(encoding="utf-8")
 

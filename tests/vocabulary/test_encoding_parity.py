@@ -11,8 +11,7 @@ import pytest
 from conftest import REFERENCE_SOURCE, SHARED, requires_reference, requires_reference_source, requires_shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from vocabulary_reference import (
+from support.vocabulary_reference import (
     SAMPLE,
     TEXTS,
     LlamaCpp,
@@ -21,6 +20,7 @@ from vocabulary_reference import (
     sentencepiece_metadata,
     write_gguf,
 )
+from tokenizers import Tokenizer
 
 from quantkit.formats.gguf import GGUFFile, Metadata, ValueType
 from quantkit.vocabulary import Vocabulary, write_vocabulary

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from conftest import REFERENCE_SOURCE, requires_reference_source
 from hypothesis import given, settings
+from support.vocabulary_reference import TEXTS
 from tokenizers import pre_tokenizers
-from vocabulary_reference import TEXTS
 
 from quantkit.errors import QuantkitError
 from quantkit.vocabulary.pretokenizers import PRETOKENIZERS, splitter

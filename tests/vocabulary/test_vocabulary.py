@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vocabulary_reference import SAMPLE, TEXTS, byte_level_metadata, gemma4_metadata, sentencepiece_metadata
+from support.vocabulary_reference import SAMPLE, TEXTS, byte_level_metadata, gemma4_metadata, sentencepiece_metadata
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, ValueType

@@ -1,0 +1,171 @@
+"""Where the machine code of kernels is kept between runs: the user's cache directory, by the platform's convention.
+
+A folder holds the kernels of one package (blocks, evaluate, vocabulary) of one version of the source; in it, a pair of
+files holds one kernel for one signature, processor and version of Python. So nothing in it ever changes its meaning,
+and processes need no lock.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core import config
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
+
+log = logging.getLogger(__name__)
+
+# Versions of a package's source whose machine code is kept; the oldest go first.
+KEPT_VERSIONS = 8
+_PACKAGE = Path(__file__).parent.parent
+# Called with a kernel and a signature that are not in the cache, before they are compiled: see `ahead`.
+before_compiling: Callable[[KernelCache, Any], None] | None = None
+
+
+def cache_home() -> Path:
+    """The directory of quantkit's machine code: NUMBA_CACHE_DIR if set, else the user's cache directory.
+
+    Raises RuntimeError when the user has no home directory.
+    """
+    if named := getattr(config, "CACHE_DIR", ""):
+        return Path(named, "quantkit")
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return Path(local or Path.home() / "AppData" / "Local", "quantkit")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "quantkit"
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    # By the XDG specification, a relative path counts for nothing.
+    return Path(named if Path(named).is_absolute() else Path.home() / ".cache", "quantkit")
+
+
+@functools.cache
+def source_digest(package: Path) -> str:
+    """A digest of all that the machine code of the kernels in directory `package` is made from.
+
+    Pieces are inlined from the package itself and from the blocks; options come from `compile.kernel`, the rest from
+    numba.
+    """
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    for path in [
+        *sorted(package.glob("*.py")),
+        *sorted((_PACKAGE / "blocks").glob("*.py")),
+        _PACKAGE / "compile" / "kernel.py",
+    ]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _folder(package: Path, home: Path) -> Path | None:
+    """The folder for the kernels of directory `package`, made if need be; None when it cannot be written."""
+    folder = home / f"{package.name}-{source_digest(package)}"
+    try:
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            versions = sorted(home.glob(f"{package.name}-*"), key=lambda path: path.stat().st_mtime, reverse=True)
+            for old in [path for path in versions if path != folder][KEPT_VERSIONS - 1 :]:
+                shutil.rmtree(old, ignore_errors=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        log.debug("no cache of kernels: %s", error)
+        return None
+    return folder
+
+
+class _Locator:
+    """Tells numba where the code of a function is kept, by its protocol of locators."""
+
+    def __init__(self, function: Any, folder: Path) -> None:
+        self._py_file, self._line = function.__code__.co_filename, function.__code__.co_firstlineno
+        self._folder = folder
+
+    @classmethod
+    def from_function(cls, function: Any, file: str) -> _Locator | None:
+        """The locator of `function`; None when nothing can be kept."""
+        try:
+            folder = _folder(Path(file).parent, cache_home()) if Path(file).is_file() else None
+        except RuntimeError:
+            return None
+        return None if folder is None else cls(function, folder)
+
+    def get_cache_path(self) -> str:
+        """The folder."""
+        return str(self._folder)
+
+    def ensure_cache_path(self) -> None:
+        """Make the folder, should another process have cleared it away."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def get_source_stamp(self) -> str:
+        """What must be the same for kept code to be valid. The folder's name says it already."""
+        return self._folder.name
+
+    def get_disambiguator(self) -> str:
+        """What tells functions of one name apart."""
+        return str(self._line)
+
+
+class _Implementation(CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = [_Locator]  # noqa: RUF012
+
+
+class KernelCache(FunctionCache):  # type: ignore[misc]
+    """The kept machine code of one kernel. Making one raises RuntimeError when there is no directory to write to.
+
+    numba's own class lists all signatures of a function in one index, which processes that compile different ones at
+    the same time would garble; here each has its own. And a cache that cannot be read or written is no reason to fail.
+    """
+
+    _impl_class = _Implementation
+
+    def holds(self, signature: Any, codegen: Any) -> bool:
+        """Whether the kernel is kept for `signature` and the processor of `codegen`."""
+        try:
+            return self._choose(signature, codegen) in self._cache_file._load_index()
+        except Exception:  # whatever unpickling a damaged file raises
+            return False
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The kernel compiled for `sig`, or None."""
+        loaded = self._load(sig, target_context)
+        if loaded is None and before_compiling is not None:
+            before_compiling(self, sig)
+            loaded = self._load(sig, target_context)
+        return loaded
+
+    def _load(self, sig: Any, target_context: Any) -> Any:
+        try:
+            self._choose(sig, target_context.codegen())
+            return super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+        except Exception as error:  # whatever unpickling a damaged file raises
+            log.debug("%s is not read from the cache: %r", self._name, error)
+            with suppress(OSError):
+                self._cache_file.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep `data`, the kernel compiled for `sig`."""
+        try:
+            self._choose(sig, data.codegen)
+            super().save_overload(sig, data)  # type: ignore[no-untyped-call]
+        except OSError as error:
+            log.debug("%s is not kept in the cache: %s", self._name, error)
+
+    def _choose(self, sig: Any, codegen: Any) -> Any:
+        """Turn to the files of `sig`; numba calls under its compiler lock. Returns numba's key for them."""
+        key = self._index_key(sig, codegen)  # type: ignore[no-untyped-call]
+        name = f"{self._impl.filename_base}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
+        self._cache_file = IndexDataCacheFile(self._cache_path, name, self._impl.locator.get_source_stamp())
+        return key

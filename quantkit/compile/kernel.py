@@ -1,0 +1,76 @@
+"""Compiled functions: how every kernel of quantkit is compiled and told of. `compile.cache` keeps the machine code."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from numba import njit
+from numba.core import event
+
+from quantkit.compile.cache import KernelCache
+
+log = logging.getLogger(__name__)
+
+# IEEE float32 as written: no reassociation, no fused multiply-add, no traps. C callbacks are made of no kernel, and
+# numba need not compile what they would be called through.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": False, "no_cfunc_wrapper": True}
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile `function` when it is first called, and keep the machine code on disk for the next run.
+
+    Kernels hold no lock, so threads run them side by side.
+    """
+    compiled: Callable[..., Any] = njit(**_OPTIONS)(function)
+    try:
+        compiled._cache = KernelCache(function)  # type: ignore[attr-defined, no-untyped-call]
+    except RuntimeError:
+        _Announcer.kept = False  # there is no directory to write to
+    return compiled
+
+
+# A piece of a kernel: always inlined, so that the constants it is given are constants to the optimiser. Python cannot
+# call it, which spares a fifth of the compilation.
+piece: Callable[..., Any] = njit(**_OPTIONS, forceinline=True, no_cpython_wrapper=True)  # type: ignore[call-overload]
+
+
+class _Announcer(event.Listener):  # type: ignore[misc]
+    """Says once that kernels are being compiled, when that has taken noticeable time: a first run takes longer."""
+
+    NOTICEABLE = 0.5
+    kept = True
+
+    def __init__(self) -> None:
+        self._depth, self._began, self._spent = 0, 0.0, 0.0
+        self._timer: threading.Timer | None = None
+        self._said = False
+
+    # numba compiles one kernel at a time, and tells of the pieces of a kernel within it.
+
+    def on_start(self, event: Any) -> None:
+        self._depth += 1
+        if self._depth == 1 and not self._said:
+            self._began = time.perf_counter()
+            self._timer = threading.Timer(max(0.0, self.NOTICEABLE - self._spent), self._say)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def on_end(self, event: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0 and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            self._spent += time.perf_counter() - self._began
+
+    def _say(self) -> None:
+        if not self._said:
+            self._said = True
+            later = "later runs skip this" if self.kept else "so will later runs, since no cache can be written"
+            log.info("Compiling kernels for this machine; %s.", later)
+
+
+event.register("numba:compile", _Announcer())

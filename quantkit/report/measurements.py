@@ -1,0 +1,97 @@
+"""Results of measurements as text: perplexities, divergences in llama-perplexity's order, importance statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from quantkit.report.tables import table
+
+if TYPE_CHECKING:
+    from quantkit.evaluate.divergence import DivergenceResult
+    from quantkit.evaluate.importance import LayerStatistics, TensorStatistics
+    from quantkit.evaluate.perplexity import PerplexityResult
+
+_NAMES = {100.0: "maximum", 50.0: "median", 0.0: "minimum"}
+
+
+def cost_text(result: PerplexityResult | DivergenceResult) -> str:
+    """What was measured over, how fast, and in how much memory."""
+    r = result
+    memory = "" if r.memory is None else f", at most {r.memory / 1e9:.2f} GB"
+    return (
+        f"{r.n_chunks} chunks of {r.n_ctx} tokens, {r.n_tokens} tokens scored, {r.seconds:.1f} s, "
+        f"{r.tokens_per_second:.0f} tokens/s, {r.batch} chunks at a time{memory}"
+    )
+
+
+def perplexity_text(result: PerplexityResult) -> str:
+    """`result` for a reader, in llama-perplexity's form."""
+    return f"PPL = {result.ppl:.4f} ± {result.error:.5f}\n{cost_text(result)} ({result.backend}, {result.precision})"
+
+
+def divergence_text(result: DivergenceResult) -> str:
+    """Every statistic of `result` for a reader: perplexities, divergence, token probabilities, and by position."""
+    r = result
+
+    def name(percent: float) -> str:
+        return _NAMES.get(percent, f"{percent:.1f}%")
+
+    lines = ["Perplexity"]
+    for label, estimate in (
+        ("PPL(model)", r.ppl),
+        ("PPL(base)", r.ppl_base),
+        ("ln(PPL(model) / PPL(base))", r.ln_ratio),
+        ("PPL(model) / PPL(base)", r.ratio),
+        ("PPL(model) - PPL(base)", r.difference),
+    ):
+        lines.append(f"  {label:<27} {estimate.value:11.6f} ± {estimate.error:.6f}")
+    lines.append(f"  {'correlation of ln PPLs':<27} {100 * r.correlation:11.4f}%")
+    lines += ["", "Kullback-Leibler divergence from the base, in nats"]
+    lines.append(f"  {'mean':<27} {r.kld.value:11.6f} ± {r.kld.error:.6f}")
+    lines += [f"  {name(percent):<27} {value:11.6f}" for percent, value in r.kld_percentiles.items()]
+    lines += ["", "Probability of the text's token, less the base's (Δp)"]
+    for label, estimate in (("mean", r.delta_p), ("root mean square", r.delta_p_rms)):
+        lines.append(f"  {label:<27} {100 * estimate.value:10.3f}% ± {100 * estimate.error:.3f}%")
+    lines += [f"  {name(percent):<27} {100 * value:10.3f}%" for percent, value in r.delta_p_percentiles.items()]
+    lines += ["", "Likeliest tokens"]
+    for label, estimate in (("same first", r.same_top), ("same first five", r.same_top5)):
+        lines.append(f"  {label:<27} {100 * estimate.value:10.3f}% ± {100 * estimate.error:.3f}%")
+    bands = [[f"{b.first}-{b.last}", f"{b.kld:.6f}", f"{100 * b.flips:.2f}%"] for b in r.by_position]
+    lines += ["", table(["positions", "mean KLD", "flipped"], bands)]
+    kinds = [
+        [c.name, f"{100 * c.n_tokens / r.n_tokens:.1f}%", f"{c.kld:.6f}", f"{100 * c.flips:.2f}%"] for c in r.by_class
+    ]
+    lines += ["", table(["tokens", "share", "mean KLD", "flipped"], kinds)]
+    lines += [
+        "",
+        f"{cost_text(r)} ({r.backend}, {r.precision}; base: {r.base})",
+    ]
+    return "\n".join(lines)
+
+
+def importance_tables(rows: Sequence[TensorStatistics], layers: Sequence[LayerStatistics]) -> str:
+    """One table of the tensors and one of the layers, in Markdown, with llama-imatrix's columns."""
+    tensors = table(
+        ["tensor", "layer", "Σ(act²)", "min", "max", "μ", "σ", "active", "n", "entropy", "E (norm)", "ZD", "cos sim"],
+        [
+            [
+                row.kind,
+                "-" if row.block is None else str(row.block),
+                f"{row.total:.2f}",
+                f"{row.minimum:.4f}",
+                f"{row.maximum:.4f}",
+                f"{row.mean:.2f}",
+                f"{row.deviation:.2f}",
+                f"{row.active:.2%}",
+                str(row.n),
+                f"{row.entropy:.4f}",
+                f"{row.normalised_entropy:.2%}",
+                f"{row.zd:.2%}",
+                f"{row.cosine:.4f}",
+            ]
+            for row in rows
+        ],
+    )
+    each = [[str(x.block), f"{x.total:.2f}", f"{x.zd:.4%}", f"{x.cosine:.4f}"] for x in layers]
+    return f"{tensors}\n\n{table(['layer', 'μΣ(act²)', 'μZD', 'μcos sim'], each, left=0)}"

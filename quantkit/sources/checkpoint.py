@@ -1,0 +1,352 @@
+"""A Hugging Face checkpoint seen as GGUF, without writing a file.
+
+Metadata, tensor order, names and types are those that llama.cpp's convert_hf_to_gguf.py gives the same checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import struct
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from quantkit import blocks
+from quantkit.architectures import Architecture, Assembly, load_architecture
+from quantkit.blocks.types import GGMLType
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf import MAX_DIMENSIONS, Metadata, TensorInfo, Value, ValueType
+from quantkit.formats.safetensors import NUMPY_TYPES, SafetensorsCheckpoint, StoredTensor
+from quantkit.sources.gguf_gaps import complete_sampling
+from quantkit.sources.hub import repo_id_of
+
+if TYPE_CHECKING:
+    import gguf
+
+log = logging.getLogger(__name__)
+
+OutType = Literal["f32", "f16", "bf16", "q8_0", "auto"]
+
+SMALL = 1 << 16  # weights
+
+_STORED = {"F32": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16}
+# general.file_type, as llama.cpp numbers it.
+_FILE_TYPES = {GGMLType.F32: 0, GGMLType.F16: 1, GGMLType.Q8_0: 7, GGMLType.BF16: 32}
+# Matrices that runtimes expect in float32, by their GGUF name within a layer.
+_ALWAYS_F32 = frozenset(
+    ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types", "ssm_conv1d", "shortconv.conv")
+)
+# The fields of general.sampling.* and, where it differs, their name in generation_config.json.
+_SAMPLING = (
+    "sequence", "top_k", "top_p", "min_p", "xtc_probability", "xtc_threshold", "temp", "penalty_last_n",
+    "penalty_repeat", "mirostat", "mirostat_tau", "mirostat_eta",
+)  # fmt: skip
+_SAMPLING_NAMES = {"temp": "temperature"}
+
+
+class CheckpointSource:
+    """The TensorSource of a checkpoint directory.
+
+    `outtype` is the type of its matrices; "auto" keeps 16-bit weights in the type that they have and makes F32 ones
+    F16. `pre` names the pre-tokenizer where its definition is not recognised; `name` overrides `general.name`;
+    `allow_nonfinite` lets NaN and infinity into blocks.
+    Raises QuantkitError for a checkpoint that is incomplete, malformed or of an unknown architecture.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        outtype: OutType = "auto",
+        pre: str | None = None,
+        name: str | None = None,
+        allow_nonfinite: bool = False,
+    ) -> None:
+        """Read the headers and lay out the tensors; no weight is read yet."""
+        self.directory, self._pre, self._name = Path(directory), pre, name
+        self._allow_nonfinite = allow_nonfinite
+        self.architecture: Architecture = load_architecture(self.directory)
+        self._refuse_quantized()
+        self._checkpoint = SafetensorsCheckpoint(self.directory)
+        stored = self._checkpoint.tensors
+        self.type = self._guess(stored) if outtype == "auto" else GGMLType.parse(outtype)
+        self._assemblies: dict[str, Assembly] = {}
+        self._rows: dict[str, list[np.ndarray]] = {}
+        self._tensors: dict[str, TensorInfo] = {}
+        for assembly in self.architecture.tensors(stored):
+            if assembly.name in self._tensors:
+                raise QuantkitError(f"{self.directory}: two tensors of the checkpoint become {assembly.name!r}")
+            self._assemblies[assembly.name] = assembly
+            shape = self._arrange(assembly)
+            if len(shape) > MAX_DIMENSIONS:
+                raise QuantkitError(f"{self.directory}: {assembly.name} has more than {MAX_DIMENSIONS} dimensions")
+            self._tensors[assembly.name] = TensorInfo(assembly.name, shape[::-1], self._type_of(assembly.name, shape))
+
+    def _refuse_quantized(self) -> None:
+        quantization = self.architecture.config.find("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise QuantkitError(
+                f"{self.architecture.config.path}: the weights are quantized already ({method}); "
+                "take the original checkpoint"
+            )
+
+    def _guess(self, stored: Mapping[str, StoredTensor]) -> GGMLType:
+        """The type of the first 16-bit matrix, which says more than what config.json claims."""
+        for name, tensor in stored.items():
+            if self.architecture.canonical_name(name) is None or len(tensor.shape) < 2:
+                continue
+            if tensor.dtype in ("BF16", "F16"):
+                return _STORED[tensor.dtype]
+        return GGMLType.F16
+
+    def _arrange(self, assembly: Assembly) -> tuple[int, ...]:
+        """Prepare the rows of `assembly`, and return its shape in checkpoint order (row length last)."""
+        if assembly.values is not None:
+            self._rows[assembly.name] = [_as_rows(assembly.values)]
+            return assembly.values.shape
+        views: list[np.ndarray] = []
+        for part in assembly.parts:
+            view = self._rearranged(assembly, part)
+            if views and (view.shape, view.dtype) != (views[0].shape, views[0].dtype):
+                first = assembly.parts[0]
+                raise QuantkitError(f"{self.directory}: tensor {part!r} has not the shape and type of {first!r}")
+            views.append(view)
+        self._rows[assembly.name] = [_as_rows(view) for view in views]
+        # A rearrangement may split the rows' axis; in GGUF the tensor has as many axes as in the checkpoint.
+        shape, n_axes = views[0].shape, len(self._checkpoint.tensors[assembly.parts[0]].shape)
+        n_merged = len(shape) - n_axes + 1
+        if n_merged > 1:
+            shape = (math.prod(shape[:n_merged]), *shape[n_merged:])
+        return (len(views), *shape) if assembly.stacked else shape
+
+    def _rearranged(self, assembly: Assembly, part: str) -> np.ndarray:
+        data = self._checkpoint.data(part)
+        rearrange = assembly.transform.rearrange
+        if rearrange is None:
+            return data
+        try:
+            view = rearrange(self.architecture.config, data)
+        except (ValueError, IndexError):
+            raise QuantkitError(
+                f"{self.directory}: tensor {part!r} of shape {data.shape} does not fit what config.json says of heads"
+            ) from None
+        # One axis: all of it is one row, so the order must be made now; it is small.
+        return view.reshape(-1) if data.ndim == 1 else view
+
+    def _type_of(self, name: str, shape: tuple[int, ...]) -> GGMLType:
+        """The type of a tensor: float32 for vectors, norms and what is no weight, else the file's if its blocks fit."""
+        stem = re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
+        if len(shape) <= 1 or name.endswith("_norm.weight") or not name.endswith(".weight") or stem in _ALWAYS_F32:
+            return GGMLType.F32
+        if shape[-1] % self.type.block_size:
+            log.warning("%s: rows of %d weights do not fit %s, so it becomes F16", name, shape[-1], self.type.name)
+            return GGMLType.F16
+        return self.type
+
+    @property
+    def label(self) -> str:
+        """The directory, as the user named it."""
+        return str(self.directory)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors by GGUF name, in file order."""
+        return self._tensors
+
+    @cached_property
+    def metadata(self) -> Metadata:
+        """Everything that a GGUF file of this model holds before its tensors, in the reference converter's order.
+
+        Raises QuantkitError for a config, model card or tokenizer that cannot be expressed.
+        """
+        import gguf
+
+        from quantkit.vocabulary import write_vocabulary
+
+        arch = self.architecture
+        writer = gguf.GGUFWriter(path=None, arch=arch.gguf_name)
+        for info in self._tensors.values():
+            writer.add_tensor_info(info.name, info.shape[::-1], np.dtype(np.float32), info.nbytes)
+        arch.write_first(writer)
+        writer.add_type(gguf.GGUFType.MODEL)
+        self._write_general(writer)
+        arch.write_parameters(writer, _FILE_TYPES[self.type])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        write_vocabulary(
+            self.directory, arch.config.values, writer,
+            style=arch.vocabulary, pre=self._pre, usual_pre=arch.usual_pre,
+        )  # fmt: skip
+        return Metadata((key, self._encode(key, value)) for key, value in writer.kv_data[0].items())
+
+    def _write_general(self, writer: gguf.GGUFWriter) -> None:
+        """Add general.*: from the model card, the configs, and the name of the model."""
+        import gguf
+        import yaml  # type: ignore[import-untyped]
+
+        counts = writer.get_total_parameter_count()
+        # The directory's own name tells things too; a snapshot in the hub's cache is named after its commit.
+        directory = Path(os.path.abspath(self.directory))  # noqa: PTH100  (a symbolic link keeps its own name)
+        repo_id = repo_id_of(directory)
+        directory = Path(repo_id) if repo_id else directory
+        load = gguf.Metadata
+        try:
+            card, generation = load.load_model_card(self.directory), load.load_generation_config(self.directory)
+            parameters = load.load_hf_parameters(self.directory)
+            if repo_id:
+                parameters["_name_or_path"] = repo_id
+            metadata = load.apply_metadata_heuristic(load(), card, parameters, directory, counts[0])
+            for field in _SAMPLING:
+                setattr(metadata, f"sampling_{field}", generation.get(_SAMPLING_NAMES.get(field, field)))
+            complete_sampling(metadata, generation)
+            metadata.name = self._name or metadata.name or directory.name
+            if metadata.size_label is None and counts[0] > 0:
+                metadata.size_label = gguf.size_label(*counts)
+            metadata.set_gguf_meta_model(writer)
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise QuantkitError(f"{self.directory}: README.md or a config is malformed: {problem}") from None
+
+    def _encode(self, key: str, value: gguf.GGUFValue) -> Value:
+        kind = ValueType(value.type)
+        try:
+            if kind != ValueType.ARRAY:
+                return Value.of(kind, _text(value.value))
+            items = [_text(item) for item in value.value]
+            item = value.sub_type if value.sub_type is not None else _item_type(items[0])
+            return Value.of(kind, items, ValueType(item))
+        except (struct.error, AttributeError, TypeError, ValueError) as error:
+            raise QuantkitError(f"{self.directory}: {key} cannot be written to GGUF: {error}") from None
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of tensor `name`, encoded in its type: uint8 of shape (rows, bytes of a row).
+
+        A read-only view of the shard where the bytes stand there as they are; otherwise only these rows are gathered
+        and converted. Safe from several threads. Raises QuantkitError for NaN or infinity where blocks are made of it.
+        """
+        info, assembly = self._tensors[name], self._assemblies[name]
+        stop = info.n_rows if stop is None else stop
+        if not 0 <= start <= stop <= info.n_rows:
+            raise IndexError(f"rows {start} to {stop} of {name}, which has {info.n_rows}")
+        rows = self._gather(name, start, stop)
+        if assembly.transform.arithmetic is not None:
+            # torch, and so the reference, has arithmetic for float16, which rounds each result to it.
+            values = rows if rows.dtype == np.float16 else _float32(rows)
+            rows = np.ascontiguousarray(assembly.transform.arithmetic(values))
+        if info.type.is_quantized and not self._allow_nonfinite:
+            self._refuse_nonfinite(name, _float32(rows), start)
+        encoded = _encode(rows, info.type)
+        if info.type == GGMLType.F16 and rows.dtype != np.float16 and not self._allow_nonfinite:
+            self._refuse_overflow(name, encoded, rows, start)
+        return encoded
+
+    def _refuse_nonfinite(self, name: str, values: np.ndarray, first_row: int) -> None:
+        """Whoever reads blocks cannot see any more what went into them; plain floats are the reader's to check."""
+        at = blocks.first_nonfinite(values)
+        if at >= 0:
+            row, column = divmod(at, values.shape[1])
+            raise QuantkitError(
+                f"{self.directory}: tensor {name!r} holds {values[row, column]} at row {first_row + row}, "
+                f"column {column}; the checkpoint is damaged (--allow-nonfinite goes on regardless)"
+            )
+
+    def _refuse_overflow(self, name: str, encoded: np.ndarray, rows: np.ndarray, first_row: int) -> None:
+        """Weights beyond float16's range would become infinite. NaN and infinity are the reader's to find."""
+        at = blocks.first_nonfinite_stored(encoded, GGMLType.F16)
+        if at >= 0:
+            row, column = divmod(at, rows.shape[1])
+            value = _float32(rows[row : row + 1])[0, column]
+            if math.isfinite(value):
+                raise QuantkitError(
+                    f"{self.directory}: tensor {name!r} holds {value:g} at row {first_row + row}, column {column}, "
+                    "more than F16 can hold (65504); choose the type bf16 or f32"
+                )
+
+    def release(self, name: str) -> None:
+        """Let go of the memory that reading tensor `name` has mapped. It can be read again."""
+        for part in self._assemblies[name].parts:
+            self._checkpoint.release(part)
+
+    def _gather(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows of a tensor as they are stored: float32, float16, or bfloat16 as uint16, of shape (rows, row length)."""
+        parts = self._rows[name]
+        n_each = math.prod(parts[0].shape[:-1])
+        if start == stop:
+            return _take(parts[0], 0, 0)
+        pieces = [
+            _take(parts[i], max(start - i * n_each, 0), min(stop - i * n_each, n_each))
+            for i in range(start // n_each, -(-stop // n_each))
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def output_name(metadata: Metadata, kind: str) -> str:
+    """The default file name of a model in type `kind` (F16, Q4_K_M, ...), by the GGUF naming convention."""
+    import gguf
+
+    def general(key: str) -> str | None:
+        value = metadata.lookup(f"general.{key}")
+        return None if value is None else str(value)
+
+    name = gguf.naming_convention(
+        general("name"), general("basename"), general("finetune"), general("version"), general("size_label"), kind
+    )
+    # The convention replaces slashes in a name only; any other part could lead out of the directory.
+    return re.sub(r"[/\\\0]", "-", name) + ".gguf"
+
+
+def _text(value: Any) -> Any:
+    """Bytes as the text that encodes to them."""
+    return bytes(value).decode("utf-8", "surrogateescape") if isinstance(value, (bytes, bytearray)) else value
+
+
+def _item_type(item: Any) -> ValueType:
+    """The type that the reference gives an array from its first item."""
+    kinds = {str: ValueType.STRING, bool: ValueType.BOOL, int: ValueType.INT32, float: ValueType.FLOAT32}
+    for python, kind in kinds.items():
+        if isinstance(item, python):
+            return kind
+    raise TypeError(f"no GGUF type for {type(item).__name__}")
+
+
+def _as_rows(view: np.ndarray) -> np.ndarray:
+    """`view` with its last axis as the row; merged to two axes where that takes no copy."""
+    if view.ndim < 2:
+        return view.reshape(1, -1)
+    return view.reshape(-1, view.shape[-1]) if view.flags.c_contiguous and view.size else view
+
+
+def _take(view: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Rows `start` to `stop` of `view`, counted through all axes but the last, contiguous."""
+    if view.ndim == 2:
+        return np.ascontiguousarray(view[start:stop])
+    rows: np.ndarray = view[np.unravel_index(np.arange(start, stop), view.shape[:-1])]
+    return rows
+
+
+def _float32(rows: np.ndarray) -> np.ndarray:
+    """float32 of rows as they are stored."""
+    if rows.dtype == np.float32:
+        return rows
+    if rows.dtype == np.uint16 and rows.size <= SMALL:
+        # Norms, mostly: a conversion that only widens these needs no kernels, and should not wait for them.
+        shifted: np.ndarray = np.left_shift(rows, 16, dtype=np.uint32)
+        return shifted.view(np.float32)
+    return blocks.decode(rows.view(np.uint8), _stored_type(rows))
+
+
+def _stored_type(rows: np.ndarray) -> GGMLType:
+    return next(_STORED[name] for name, dtype in NUMPY_TYPES.items() if dtype == rows.dtype)
+
+
+def _encode(rows: np.ndarray, kind: GGMLType) -> np.ndarray:
+    """Contiguous rows of float32, float16 or bfloat16 (uint16) as uint8 rows of `kind`."""
+    if _stored_type(rows) == kind:
+        return rows.view(np.uint8)
+    values = _float32(rows)
+    return values.view(np.uint8) if kind == GGMLType.F32 else blocks.encode(values, kind)

@@ -1,0 +1,137 @@
+"""A model seen as GGUF: metadata, and named tensors that load when asked for."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf import GGUFFile, Metadata, TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from quantkit.sources.checkpoint import OutType
+
+SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+_SPLIT_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+class TensorSource(Protocol):
+    """Where tensors come from: a GGUF file, or a checkpoint seen through its architecture.
+
+    Whatever takes a source takes either. Tensor names, shapes and types are GGUF's.
+    """
+
+    @property
+    def label(self) -> str:
+        """The file or directory, as the user would name it in a message."""
+        ...
+
+    @property
+    def metadata(self) -> Metadata:
+        """Everything that a GGUF file of this model holds before its tensors."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors by name, in file order."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of tensor `name`, encoded in its type: uint8 of shape (rows, bytes of a row).
+
+        A view of the file where the bytes stand there as they are, else a new array. Safe from several threads.
+        """
+        ...
+
+    def release(self, name: str) -> None:
+        """Let go of the memory that reading tensor `name` has mapped. It can be read again."""
+        ...
+
+
+class GGUFSource:
+    """A GGUF model as a TensorSource: one file, or all the shards of a split model.
+
+    `path` is the file, or any shard of a split model; the other shards are found by the standard names beside it.
+    `files` are the shards, `shard_of` says in which of them a tensor stands. The metadata is the first shard's,
+    without the keys that describe the split.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        first = GGUFFile(self.path)
+        count = int(first.metadata.lookup("split.count", 0))
+        self.files = [first] if count <= 1 else [GGUFFile(shard) for shard in self._shards(count)]
+        self.metadata = Metadata(self.files[0].metadata)
+        self.tensors: dict[str, TensorInfo] = {}
+        self.shard_of: dict[str, int] = {}
+        for index, file in enumerate(self.files):
+            for name, info in file.tensors.items():
+                if name in self.tensors:
+                    raise QuantkitError(f"{file.path}: the tensor {name!r} stands in another shard too")
+                self.tensors[name] = info
+                self.shard_of[name] = index
+        expected = self.metadata.lookup("split.tensors.count")
+        if count > 1 and expected is not None and expected != len(self.tensors):
+            raise QuantkitError(f"{self.path}: its shards hold {len(self.tensors)} tensors, not {expected}")
+        for key in SPLIT_KEYS:
+            self.metadata.pop(key, None)
+
+    def _shards(self, count: int) -> list[Path]:
+        match = _SPLIT_NAME.fullmatch(self.path.name)
+        if match is None or int(match["count"]) != count:
+            raise QuantkitError(
+                f"{self.path}: one of {count} shards, but not named like one (…-00001-of-{count:05d}.gguf); rename it"
+            )
+        shards = [self.path.with_name(split_name(match["prefix"], i, count)) for i in range(count)]
+        missing = [shard.name for shard in shards if not shard.exists()]
+        if missing:
+            raise QuantkitError(f"{self.path}: {len(missing)} of {count} shards are missing, first {missing[0]}")
+        return shards
+
+    @property
+    def label(self) -> str:
+        """The path that was opened."""
+        return str(self.path)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """See TensorSource: always a view."""
+        return self.files[self.shard_of[name]].data(name)[start:stop]
+
+    def release(self, name: str) -> None:
+        """See TensorSource."""
+        self.files[self.shard_of[name]].release(name)
+
+
+def split_name(prefix: str, index: int, count: int) -> str:
+    """The standard name of shard `index` (from 0) of `count`."""
+    return f"{prefix}-{index + 1:05d}-of-{count:05d}.gguf"
+
+
+def open_source(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    outtype: OutType = "auto",
+    pre: str | None = None,
+    allow_nonfinite: bool = False,
+) -> TensorSource:
+    """A model as the user names it: a GGUF file (any shard), a checkpoint directory, or a hub id `org/name`.
+
+    `outtype` is the type that a checkpoint is seen in ("auto": as it is stored), `pre` overrides its pre-tokenizer,
+    `allow_nonfinite` takes weights that are NaN or infinite.
+    Raises QuantkitError when there is no such model.
+    """
+    path = Path(model)
+    if path.is_file():
+        return GGUFSource(path)
+    if str(model).endswith(".gguf"):
+        raise QuantkitError(f"{model}: no such file")
+    from quantkit.sources.checkpoint import CheckpointSource
+    from quantkit.sources.hub import resolve
+
+    return CheckpointSource(resolve(str(model), revision), outtype=outtype, pre=pre, allow_nonfinite=allow_nonfinite)

@@ -1,0 +1,112 @@
+"""Record what llama.cpp's converter makes of checkpoints: whole-file hashes, metadata and tensors.
+
+    python scripts/goldens/record_goldens.py LLAMA_CPP [CHECKPOINT ...]
+
+LLAMA_CPP is llama.cpp's source directory; needs what its convert_hf_to_gguf.py needs (torch, transformers). The tiny
+checkpoints of make_checkpoints.py are always recorded, and each CHECKPOINT directory beside them, into
+tests/goldens/convert/NAME.json. The converter knows pre-tokenizers by a hash of their vocabulary; it is told
+llama-bpe, which all of these use, or the name that it knows the real vocabulary of the family by, which means the same.
+The files are read back with the reader of its own gguf package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from make_checkpoints import FAMILIES, RECIPES, make_checkpoint
+
+GOLDENS = Path(__file__).resolve().parents[2] / "tests" / "goldens" / "convert"
+PRE = {"SMOLLM3": "smaug-bpe"}
+OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
+REFERENCE_LOAD_HPARAMS: Any = None
+
+
+def load_hparams(directory: Path, is_mistral_format: bool) -> dict[str, Any]:
+    """What the converter's own function gives, with what it reads for GPT-NeoX and transformers 5 takes away."""
+    stored = json.loads((directory / "config.json").read_text())
+    kept = {key: stored[key] for key in ("rotary_pct",) if key in stored}
+    return kept | REFERENCE_LOAD_HPARAMS(directory, is_mistral_format)
+
+
+def convert(checkpoint: Path, outtype: str, directory: Path) -> Path:
+    """Run the reference converter's own main, with its default file name."""
+    import conversion.base
+    import convert_hf_to_gguf
+
+    conversion.base.TextModel.get_vocab_base_pre = lambda self, _: PRE.get(self.model_arch.name, "llama-bpe")
+    conversion.base.ModelBase.load_hparams = staticmethod(load_hparams)
+    output = directory / outtype
+    output.mkdir()
+    sys.argv = ["convert_hf_to_gguf.py", str(checkpoint), "--outtype", outtype, "--outfile", str(output)]
+    convert_hf_to_gguf.main()
+    (made,) = output.glob("*.gguf")
+    return made
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a GGUF file holds, by hash: its metadata records and its tensors, in file order."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    metadata = []
+    for key, entry in reader.fields.items():
+        if not key.startswith("GGUF."):
+            record = b"".join(part.tobytes() for part in entry.parts)
+            value = None if entry.types[0] == gguf.GGUFValueType.ARRAY else entry.contents()
+            types = [kind.name for kind in entry.types]
+            short = value if not isinstance(value, str) or len(value) < 60 else None
+            metadata.append([key, types, hashlib.sha256(record).hexdigest(), short])
+    tensors = [
+        [t.name, t.tensor_type.name, [int(n) for n in t.shape], hashlib.sha256(t.data.tobytes()).hexdigest()]
+        for t in reader.tensors
+    ]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"file": path.name, "sha256": digest, "metadata": metadata, "tensors": tensors}
+
+
+def render(value: Any, depth: int = 0) -> str:
+    """JSON with a line for each metadata record and each tensor."""
+    if depth == 3 or not isinstance(value, (dict, list)):
+        return json.dumps(value, ensure_ascii=False)
+    items = [
+        (f"{json.dumps(key)}: " if isinstance(value, dict) else "")
+        + render(value[key] if isinstance(value, dict) else key, depth + 1)
+        for key in value
+    ]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    space = "\n" + " " * (depth + 1)
+    return opening + space + ("," + space).join(items) + "\n" + " " * depth + closing
+
+
+def main() -> None:
+    """Record every checkpoint in every type. Metadata and tensors are listed for `auto`, hashes for all."""
+    source = Path(sys.argv[1]).resolve()
+    sys.path[:0] = [str(source), str(source / "gguf-py")]
+    import conversion.base
+    import transformers
+
+    global REFERENCE_LOAD_HPARAMS
+    REFERENCE_LOAD_HPARAMS = conversion.base.ModelBase.load_hparams
+
+    GOLDENS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        checkpoints = [make_checkpoint(recipe, scratch) for recipe in RECIPES | FAMILIES]
+        for checkpoint in checkpoints + [Path(argument).resolve() for argument in sys.argv[2:]]:
+            made = scratch / "made" / checkpoint.name
+            made.mkdir(parents=True)
+            files = {outtype: describe(convert(checkpoint, outtype, made)) for outtype in OUTTYPES}
+            for outtype in OUTTYPES[1:]:
+                files[outtype] = {key: files[outtype][key] for key in ("file", "sha256")}
+            text = render({"transformers": transformers.__version__, **files})
+            (GOLDENS / f"{checkpoint.name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The kernels between the products, against float64 numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantkit.evaluate import forward_kernels
+
+
+def test_exponential_keeps_its_stated_bound_over_its_whole_range():
+    x = np.linspace(-87.0, 88.0, 4_000_001).astype(np.float32)
+    out = np.empty_like(x)
+    forward_kernels.exponentials(x, out)
+    assert np.abs(out / np.exp(x.astype(np.float64)) - 1).max() < 1.5e-7
+
+
+def test_exponential_at_the_ends():
+    x = np.array([-np.inf, -200.0, 0.0, -0.0, 200.0, np.inf, np.nan], np.float32)
+    out = np.empty_like(x)
+    forward_kernels.exponentials(x, out)
+    assert out[0] == out[1] < 2e-38
+    assert out[2] == out[3] == 1.0
+    assert out[4] == out[5] > 1e38
+    assert np.isnan(out[6])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(1, 70),
+    heads=st.integers(1, 7),
+    sizes=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    first=st.integers(0, 9),
+    past=st.integers(0, 40),
+    window=st.integers(1, 130),
+    cap=st.sampled_from([0.0, 0.0, 4.0]),
+    seed=st.integers(0, 99),
+)
+def test_attention_sees_its_window_and_no_later_key(n, heads, sizes, first, past, window, cap, seed):
+    rng = np.random.default_rng(seed)
+    (head_k, head_v), base = sizes, past + first
+    # Positions from base + n on, and queries before `first`, are nobody's business: NaN would show.
+    q = rng.standard_normal((first + n, heads, head_k)).astype(np.float32) * 2 / np.float32(head_k**0.5)
+    k = rng.standard_normal((base + n + 20, head_k)).astype(np.float32) * 2
+    v = rng.standard_normal((base + n + 20, head_v)).astype(np.float32)
+    q[:first], k[base + n :], v[base + n :] = np.nan, np.nan, np.nan
+    k[: max(0, base - window + 1) // 16 * 16] = np.nan
+    query, key = base + np.arange(n)[:, None], np.arange(base + n)
+    seen = (key <= query) & (key > query - window)
+    scores = np.einsum("nhd,kd->hnk", q[first:], np.nan_to_num(k[: base + n]), dtype=np.float64)
+    scores = np.where(seen, cap * np.tanh(scores / cap) if cap else scores, -np.inf)
+    p = np.exp(scores - scores.max(2, keepdims=True))
+    expected = np.einsum("hnk,kd->nhd", p / p.sum(2, keepdims=True), v[: base + n])
+    scratch = np.full(forward_kernels.attention_scratch(base + n, head_k, head_v) + 9, np.nan, np.float32)
+    out = np.full((n, 5 + heads * head_v + 3), np.nan, np.float32)
+    forward_kernels.attention(q, k, v, first, past, window, np.float32(cap), scratch[:-9], out, 5)
+    # Scores of up to 40 round by 40 * 2^-24, and so do their exponents.
+    np.testing.assert_allclose(out[:, 5:-3].reshape(expected.shape), expected, rtol=1e-5, atol=2e-5)
+    assert np.isnan(out[:, :5]).all() and np.isnan(out[:, -3:]).all() and np.isnan(scratch[-9:]).all()
+
+
+def test_attention_keeps_a_query_that_is_not_a_number():
+    q, k, v = np.ones((3, 1, 4), np.float32), np.ones((3, 4), np.float32), np.ones((3, 4), np.float32)
+    q[1] = np.nan
+    out = np.empty((3, 4), np.float32)
+    scratch = np.empty(forward_kernels.attention_scratch(3, 4, 4), np.float32)
+    forward_kernels.attention(q, k, v, 0, 0, 3, np.float32(0), scratch, out, 0)
+    assert np.isnan(out).all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("neighbours", [True, False])
+def test_rotation_turns_pairs_and_leaves_the_rest(neighbours):
+    rng = np.random.default_rng(1)
+    groups, heads, size, pairs, n, start = 2, 3, 10, 4, 5, 2
+    x = rng.standard_normal((n, 7 + groups * heads * size)).astype(np.float32)
+    angle = rng.uniform(0, 6, (n + start, pairs))
+    out = np.full((groups, n + start, heads, size), np.nan, np.float32)
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    forward_kernels.split_heads(x, 7, cos, sin, start, neighbours, np.float32(0.5), out)
+    whole = x[:, 7:].reshape(n, groups, heads, size).astype(np.float64)
+    a, b = (whole[..., 0:8:2], whole[..., 1:8:2]) if neighbours else (whole[..., :4], whole[..., 4:8])
+    turned = (a + 1j * b) * np.exp(1j * angle[start:, None, None])
+    expected = whole.copy()
+    if neighbours:
+        expected[..., 0:8:2], expected[..., 1:8:2] = turned.real, turned.imag
+    else:
+        expected[..., :4], expected[..., 4:8] = turned.real, turned.imag
+    np.testing.assert_allclose(out[:, start:], expected.transpose(1, 0, 2, 3) * 0.5, rtol=1e-5, atol=1e-6)
+    assert np.isnan(out[:, :start]).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 100), seed=st.integers(0, 99))
+def test_norm_and_gate(n, seed):
+    rng = np.random.default_rng(seed)
+    x, branch = rng.standard_normal((2, 3, n)).astype(np.float32)
+    weight = rng.standard_normal(n).astype(np.float32)
+    y = (x + branch).astype(np.float64)
+    expected = y / np.sqrt((y * y).mean(1, keepdims=True) + 1e-3) * weight
+    out = np.empty_like(x)
+    forward_kernels.add_rms_norm(x, branch, weight, 1e-3, out)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(x, y.astype(np.float32))
+    forward_kernels.rms_norm(x, weight, 1e-3, out)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    gate_up = np.concatenate([x * 30, branch], axis=1)
+    g = gate_up[:, :n].astype(np.float64)
+    forward_kernels.silu_gate(gate_up, out)
+    np.testing.assert_allclose(out, g / (1 + np.exp(-g)) * branch, rtol=1e-6, atol=1e-35)
+
+
+@settings(deadline=None, max_examples=30)
+@given(n_vocab=st.integers(1, 300), tile=st.integers(1, 300), scale=st.floats(0.1, 60), seed=st.integers(0, 99))
+def test_log_likelihood_does_not_depend_on_tiles(n_vocab, tile, scale, seed):
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal((4, n_vocab)) * scale).astype(np.float32)
+    targets = rng.integers(0, n_vocab, 4).astype(np.int32)
+    wide = logits.astype(np.float64)
+    top = wide.max(1)
+    expected = wide[np.arange(4), targets] - top - np.log(np.exp(wide - top[:, None]).sum(1))
+    maxima, sums, chosen = np.full(4, -np.inf), np.zeros(4), np.zeros(4)
+    for at in range(0, n_vocab, tile):
+        forward_kernels.score_tile(np.ascontiguousarray(logits[:, at : at + tile]), at, targets, maxima, sums, chosen)
+    np.testing.assert_allclose(chosen - maxima - np.log(sums), expected, rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 100), seed=st.integers(0, 99))
+def test_layer_norm_in_place_and_not(n, seed):
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((3, n)) * 4 + 9).astype(np.float32)
+    weight, bias = rng.standard_normal((2, n)).astype(np.float32)
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean(1, keepdims=True)
+    expected = centred / np.sqrt((centred * centred).mean(1, keepdims=True) + 1e-3) * weight + bias
+    out = np.empty_like(x)
+    forward_kernels.layer_norm(x, weight, bias, 1e-3, out)
+    # The mean rounds to float32: by 9 * 2^-24 of a value, over a deviation that may be as small as sqrt(eps).
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-4)
+    forward_kernels.layer_norm(x, weight, bias, 1e-3, x)
+    np.testing.assert_array_equal(x, out)
+
+
+@pytest.mark.parametrize(("size", "count"), [(24, 3), (72, 1), (5, 4)])
+def test_norm_of_columns_touches_no_others(size, count):
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((6, 11 + size * count + 4)).astype(np.float32)
+    weight = rng.standard_normal(size).astype(np.float32)
+    heads = x[:, 11:-4].reshape(6, count, size).astype(np.float64)
+    expected = heads / np.sqrt((heads * heads).mean(-1, keepdims=True) + 1e-4) * weight
+    before = x.copy()
+    forward_kernels.rms_norm_columns(x, 11, count, weight, 1e-4)
+    np.testing.assert_allclose(x[:, 11:-4].reshape(6, count, size), expected, rtol=1e-5)
+    np.testing.assert_array_equal(x[:, :11], before[:, :11])
+    np.testing.assert_array_equal(x[:, -4:], before[:, -4:])
+
+
+def test_gelu_is_the_tanh_approximation():
+    x = np.linspace(-30, 30, 5000).astype(np.float32).reshape(2, -1)
+    wide = x.astype(np.float64)
+    expected = 0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
+    out = np.empty_like(x)
+    forward_kernels.gelu(x, out)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    gated = np.empty((2, 1250), np.float32)
+    forward_kernels.gelu_gate(x, gated)
+    np.testing.assert_allclose(gated, expected[:, :1250] * wide[:, 1250:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0, 50.0])
+def test_soft_cap_keeps_its_stated_bound(cap):
+    x = np.concatenate([np.linspace(-400, 400, 999), [np.inf, -np.inf, 1e-8]]).astype(np.float32)[None]
+    expected = cap * np.tanh(x.astype(np.float64) / cap)
+    capped = x.copy()
+    forward_kernels.soft_cap(capped, np.float32(cap))
+    assert np.abs(capped - expected).max() < 2e-7 * cap
+
+
+@settings(deadline=None, max_examples=40)
+@given(n_expert=st.integers(1, 20), data=st.data(), seed=st.integers(0, 99))
+def test_routing_takes_the_largest_and_their_softmax(n_expert, data, seed):
+    n_used = data.draw(st.integers(1, n_expert))
+    logits = (np.random.default_rng(seed).standard_normal((7, n_expert)) * 4).astype(np.float32)
+    logits[0] = 1.0
+    chosen, shares = np.empty((7, n_used), np.int32), np.empty((7, n_used), np.float32)
+    forward_kernels.route(logits, chosen, shares)
+    expected = np.argsort(-logits, axis=1, kind="stable")[:, :n_used]
+    np.testing.assert_array_equal(chosen, expected)
+    weights = np.exp(np.take_along_axis(logits, expected, 1).astype(np.float64))
+    np.testing.assert_allclose(shares, weights / weights.sum(1, keepdims=True), rtol=2e-6)
+
+
+def test_adding_rows_that_were_gathered():
+    rng = np.random.default_rng(3)
+    out, x = rng.standard_normal((9, 5)).astype(np.float32), rng.standard_normal((3, 5)).astype(np.float32)
+    rows, weights = np.array([7, 0, 4]), np.array([0.5, 2.0, -1.0], np.float32)
+    expected = out.copy()
+    expected[rows] += x * weights[:, None]
+    forward_kernels.add_rows(x, rows, weights, out)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
