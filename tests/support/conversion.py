@@ -12,7 +12,7 @@ from quantkit.pipeline.execute import execute
 from quantkit.pipeline.plan import plan_copy
 from quantkit.sources.checkpoint import CheckpointSource, output_name
 
-GOLDENS = Path(__file__).parent / "goldens" / "convert"
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens" / "convert"
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 
 
