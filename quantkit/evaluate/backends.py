@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import transformer
+from quantkit.evaluate.inputs import Sums
 from quantkit.evaluate.layers import Observer
 from quantkit.evaluate.transformer import Transformer
 from quantkit.sources.source import TensorSource
@@ -33,6 +34,22 @@ class Model(Protocol):
 
     def hidden(self, tokens: np.ndarray, first: int, stop: int) -> np.ndarray:
         """The last layer's output, normalised, at positions `first` to `stop`: float32 [n_seq, positions, n_embd]."""
+        ...
+
+    def embedded(self, tokens: np.ndarray) -> np.ndarray:
+        """What the first layer reads for `tokens` [n_seq, n_ctx]: float32 [n_seq, n_ctx, n_embd]."""
+        ...
+
+    def layer_pass(self, index: int, n_ctx: int) -> Callable[[np.ndarray], None]:
+        """A layer as a function that carries activations [n_seq, n_ctx, n_embd] through it in place."""
+        ...
+
+    def normed(self, x: np.ndarray) -> np.ndarray:
+        """What the output matrix is multiplied with, from the last layer's output `x`: a copy."""
+        ...
+
+    def input_sums(self, full: bool, wanted: Container[str] | None = None) -> Sums:
+        """Sums over what the matrices are multiplied with from now on: of squares, with `full` of all products."""
         ...
 
     def logits(self, tokens: np.ndarray, first: int = 0, stop: int | None = None) -> np.ndarray:

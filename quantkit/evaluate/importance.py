@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import load
-from quantkit.evaluate.forward_kernels import squares_by_column
+from quantkit.evaluate.inputs import InputSum, Key
 from quantkit.evaluate.perplexity import chunked, tokenize
 from quantkit.formats.imatrix import Importance, ImportanceMatrix
 from quantkit.sources.source import TensorSource
@@ -23,32 +22,27 @@ _BLOCK = re.compile(r"blk\.(\d+)\.")
 _INACTIVE = 1e-5
 
 
-class _Sums:
-    """Sums of squares by tensors that share their input: float64 [n_matrices, n_per_row], and counts of rows."""
+class _Entries:
+    """Sums of squares of the inputs of `source`'s tensors, batch after batch, as importance matrices hold them."""
 
     def __init__(self, source: TensorSource) -> None:
         self._source = source
-        self._lock = threading.Lock()
-        self.of: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = {}
+        self._of: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
-    def observe(self, names: tuple[str, ...], squares: np.ndarray, n_rows: int, expert: int | None) -> None:
-        """Add what `n_rows` rows that tensors `names`, or one expert's matrix of them, are multiplied with sum to."""
-        with self._lock:
-            if names not in self.of:
-                n_matrices = 1 if expert is None else self._source.tensors[names[0]].shape[2]
-                self.of[names] = np.zeros((n_matrices, squares.size)), np.zeros(n_matrices, np.int64)
-            sums, counts = self.of[names]
-            sums[expert or 0] += squares
-            counts[expert or 0] += n_rows
+    def add(self, sums: dict[Key, InputSum]) -> None:
+        """Add what a batch brought."""
+        for (names, expert), (squares, n_rows) in sums.items():
+            n_matrices = 1 if expert is None else self._source.tensors[names[0]].shape[2]
+            for name in names:
+                if name not in self._of:
+                    self._of[name] = np.zeros((n_matrices, squares.size)), np.zeros(n_matrices, np.int64)
+                totals, counts = self._of[name]
+                totals[expert or 0] += squares
+                counts[expert or 0] += n_rows
 
     def entries(self) -> dict[str, Importance]:
-        """What was summed until now, by tensor name in order."""
-        with self._lock:
-            each = {
-                name: Importance(sums.astype(np.float32), counts.copy())
-                for names, (sums, counts) in self.of.items()
-                for name in names
-            }
+        """What was summed until now, by tensor name in order. Raises QuantkitError where it is not finite."""
+        each = {name: Importance(sums.astype(np.float32), counts.copy()) for name, (sums, counts) in self._of.items()}
         for name, entry in each.items():
             if not np.isfinite(entry.sums).all():
                 raise QuantkitError(f"{self._source.label}: the inputs of {name} are not finite, or out of range")
@@ -91,11 +85,11 @@ def importance_matrix(
     ids, bos = tokenize(Vocabulary.from_metadata(source.metadata), text)
     tokens = chunked(ids[from_chunk * n_ctx :], n_ctx, chunks, bos, source.label)
     step = batch or model.batch(n_ctx)
-    sums = _Sums(source)
-    model.observer = sums.observe
+    sums = model.input_sums(full=False)
+    so_far = _Entries(source)
 
     def matrix(n_chunks: int) -> ImportanceMatrix:
-        return ImportanceMatrix(sums.entries(), [] if dataset is None else [dataset], n_chunks, n_ctx)
+        return ImportanceMatrix(so_far.entries(), [] if dataset is None else [dataset], n_chunks, n_ctx)
 
     done = saved = 0
     while done < len(tokens):
@@ -105,8 +99,9 @@ def importance_matrix(
         hidden = model.hidden(some, 0, n_ctx)
         model.refuse_nan(some, hidden.reshape(len(some), -1))
         if process_output and not model.spec.tied:
-            rows = hidden.reshape(-1, model.spec.n_embd)
-            sums.observe((model.spec.output.weight,), squares_by_column(rows), len(rows), None)
+            sums.add((model.spec.output.weight,), hidden.reshape(-1, model.spec.n_embd))
+        sums.settle()
+        so_far.add(sums.take())
         done += len(some)
         if progress is not None:
             progress(done, len(tokens))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,9 +60,11 @@ class Product(NamedTuple):
     names: tuple[str, ...]
 
 
-# Told of what is multiplied: the names of tensors, the sums of the squares of the columns that they meet (float64
-# [n_in]), the number of rows, and the expert that multiplies them, None for tensors without experts.
-Observer = Callable[[tuple[str, ...], np.ndarray, int, "int | None"], None]
+# Told of what is multiplied, from several threads at once: the names of tensors that share an input, some rows of it
+# (float32 [rows, n_in], valid during the call; of the backend's own kind), which row of the batch the first of them
+# is, and the expert that multiplies them, None for tensors without experts. Rows come in the same parts whatever the
+# number of threads, but in any order: `evaluate.inputs` sums them up by their place.
+Observer = Callable[[tuple[str, ...], Any, int, "int | None"], None]
 
 
 def _temperatures(temperature: Temperature, positions: np.ndarray) -> np.ndarray:
@@ -198,13 +200,13 @@ class LayerRunner:
         ]
         return Product(matrix, np.concatenate(biases), names)
 
-    def _observe(self, names: tuple[str, ...], x: np.ndarray, expert: int | None = None) -> None:
+    def _observe(self, names: tuple[str, ...], x: np.ndarray, at: int, expert: int | None = None) -> None:
         if self._observer is not None:
-            self._observer(names, forward_kernels.squares_by_column(x), len(x), expert)
+            self._observer(names, x, at, expert)
 
-    def _multiply(self, x: np.ndarray, product: Product, out: np.ndarray) -> np.ndarray:
-        """`out = x @ matrix.T + bias`."""
-        self._observe(product.names, x)
+    def _multiply(self, x: np.ndarray, product: Product, out: np.ndarray, at: int) -> np.ndarray:
+        """`out = x @ matrix.T + bias`; the first row of `x` is row `at` of the batch."""
+        self._observe(product.names, x, at)
         np.matmul(x, product.matrix.T, out=out)
         if product.bias is not None:
             forward_kernels.add_bias(out, product.bias)
@@ -223,13 +225,14 @@ class LayerRunner:
 
     # Attention
 
-    def attend(self, x: np.ndarray, span: tuple[int, int]) -> np.ndarray:
+    def attend(self, x: np.ndarray, span: tuple[int, int], at: int = 0) -> np.ndarray:
         """Attention of each sequence of `x` [n_seq, n_ctx, n_embd] at positions span[0] to span[1].
 
-        Before its output product: [n_seq * positions, heads * head size].
+        Before its output product: [n_seq * positions, heads * head size]. The first row of `x` is row `at` of the
+        batch.
         """
         attention = self.layer.attention
-        q, k, v = self.queries_keys_values(x)
+        q, k, v = self.queries_keys_values(x, at=at)
         first, stop = span
         mixed = self._take("mixed", len(x), stop - first, attention.n_head * attention.head_v)
         for seq in range(len(x)):
@@ -254,11 +257,14 @@ class LayerRunner:
 
         self._each(mix_group, len(q))
 
-    def queries_keys_values(self, x: np.ndarray, past: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def queries_keys_values(
+        self, x: np.ndarray, past: int = 0, at: int = 0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The heads of `x` [n_seq, n_ctx, n_embd], normalised and rotated.
 
         Queries are [n_seq, groups, n_ctx, heads of a group, head size], keys and values [n_seq, groups, n_ctx, head
-        size]. `x` stands at the positions from `past` on, and so do the layer's tables.
+        size]. `x` stands at the positions from `past` on, and so do the layer's tables; its first row is row `at` of
+        the batch.
         """
         attention: Attention = self.layer.attention
         n_seq, n_ctx, n_embd = x.shape
@@ -276,7 +282,7 @@ class LayerRunner:
         for start in range(0, len(rows), step):
             block = rows[start : start + step]
             normed = self._normed(self.layer.attention_norm, block, take("normed", len(block), n_embd))
-            qkv = self._multiply(normed, self._qkv, take("qkv", len(block), len(self._qkv.matrix)))
+            qkv = self._multiply(normed, self._qkv, take("qkv", len(block), len(self._qkv.matrix)), at + start)
             for norm, first, n in ((attention.q_norm, 0, n_q), (attention.k_norm, n_q, n_k)):
                 if norm is not None:
                     weight, _ = self._norms[norm]
@@ -298,30 +304,32 @@ class LayerRunner:
 
     # What comes after it
 
-    def finish(self, mixed: np.ndarray, x: np.ndarray, routed: Routed | None) -> None:
+    def finish(self, mixed: np.ndarray, x: np.ndarray, routed: Routed | None, at: int = 0) -> None:
         """Add the attention that `attend` prepared, `mixed`, to `x` [rows, n_embd], and the dense block's branch.
 
-        Where the layer has experts, the rows are normalised and routed into `routed` instead.
+        Where the layer has experts, the rows are normalised and routed into `routed` instead. The first row of `x` is
+        row `at` of the batch.
         """
         take, n_embd, layer = self._take, self.n_embd, self.layer
         for start in range(0, len(x), ROWS):
             block = x[start : start + ROWS]
             n = len(block)
-            branch = self._multiply(mixed[start : start + n], self._out, take("branch", n, n_embd))
+            branch = self._multiply(mixed[start : start + n], self._out, take("branch", n, n_embd), at + start)
             self._prepare(branch, layer.post_attention_norm)
             if routed is not None:
                 to = routed.part(start, start + n)
                 normed = self._add_and_norm(block, branch, to.normed)
                 if normed is not to.normed:
                     to.normed[:] = normed
-                scores = self._multiply(to.normed, self._router, take("router", n, len(self._router.matrix)))
+                scores = take("router", n, len(self._router.matrix))
+                self._multiply(to.normed, self._router, scores, at + start)
                 forward_kernels.route(scores, to.chosen, to.shares)
                 continue
             normed = self._add_and_norm(block, branch, take("normed", n, n_embd))
-            wide = self._multiply(normed, self._up, take("wide", n, len(self._up.matrix)))
+            wide = self._multiply(normed, self._up, take("wide", n, len(self._up.matrix)), at + start)
             active = take("active", n, self._down.matrix.shape[1])
             self._activate(wide, active)
-            self._multiply(active, self._down, branch)
+            self._multiply(active, self._down, branch, at + start)
             self._prepare(branch, layer.post_feed_forward_norm)
             forward_kernels.add(block, branch)
 
@@ -365,8 +373,11 @@ class LayerRunner:
                 product("expert down", ff.down, e, self.n_embd, ff.n_ff),
             )
 
-    def expert(self, expert: Expert, routed: Routed) -> None:
-        """Add `expert`'s share to the branch of those rows of `routed` that chose it."""
+    def expert(self, expert: Expert, routed: Routed, at: int = 0) -> None:
+        """Add `expert`'s share to the branch of those rows of `routed` that chose it.
+
+        The first row of `routed` is row `at` of the batch.
+        """
         take, (e, gate, up, down) = self._take, expert
         rows, ranks = np.nonzero(routed.chosen == e)
         n_ff = len(gate.matrix)
@@ -374,12 +385,12 @@ class LayerRunner:
             some = rows[start : start + ROWS]
             n = len(some)
             x = np.take(routed.normed, some, axis=0, out=take("chosen", n, self.n_embd), mode="clip")
-            self._observe(gate.names + up.names, x, e)
+            self._observe(gate.names + up.names, x, at + start, e)
             wide, active = take("wide", n, 2 * n_ff), take("active", n, n_ff)
             np.matmul(x, gate.matrix.T, out=wide[:, :n_ff])
             np.matmul(x, up.matrix.T, out=wide[:, n_ff:])
             self._activate(wide, active)
-            self._observe(down.names, active, e)
+            self._observe(down.names, active, at + start, e)
             branch = take("branch", n, self.n_embd)
             np.matmul(active, down.matrix.T, out=branch)
             forward_kernels.add_rows(branch, some, routed.shares[some, ranks[start : start + ROWS]], routed.branch)

@@ -6,7 +6,7 @@ embeddings, the residual stream and the log-softmax are float32 in either. float
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
@@ -31,6 +31,7 @@ from quantkit.architectures.forward import (
     Yarn,
 )
 from quantkit.errors import QuantkitError
+from quantkit.evaluate.inputs import InputSum, Key
 from quantkit.evaluate.layers import Observer
 from quantkit.evaluate.transformer import refuse_unsupported, rope_tables
 from quantkit.evaluate.weights import Weights
@@ -102,8 +103,8 @@ class TorchTransformer:
     """A model that runs through torch: token ids in, logits or log-likelihoods out, as `transformer.Transformer`.
 
     `device` is cpu, cuda or mps, `precision` f32 or bf16: that of the weights and of the products. All weights are
-    decoded once and stay on the device. `n_threads` holds for decoding and for torch's work on the CPU, and for the
-    whole process.
+    decoded once and stay on the device; without `keep` those of one layer at a time, beside the embedding and the
+    output matrix. `n_threads` holds for decoding and for torch's work on the CPU, and for the whole process.
 
     Raises QuantkitError when the device is not there or its memory too small, and for models that the backend does
     not know.
@@ -111,11 +112,16 @@ class TorchTransformer:
 
     backend: str
     precision: str
-    # Told of each product of the layers.
+    # Told of each product of the layers, with torch's own tensors.
     observer: Observer | None = None
 
     def __init__(
-        self, source: TensorSource, n_threads: int | None = None, device: str = "cpu", precision: str = "f32"
+        self,
+        source: TensorSource,
+        n_threads: int | None = None,
+        device: str = "cpu",
+        precision: str = "f32",
+        keep: bool = True,
     ) -> None:
         self.source = source
         self.spec: ForwardSpec = forward_spec(source.metadata, source.tensors)
@@ -127,7 +133,7 @@ class TorchTransformer:
         if precision not in PRECISIONS:
             raise QuantkitError(f"the torch backend has no precision {precision!r}: use {', '.join(PRECISIONS)}")
         self._device = _open_device(device, self._kind)
-        self._dtype = PRECISIONS[precision]
+        self._dtype, self._keep, self._held = PRECISIONS[precision], keep, -1
         self.backend, self.precision = f"torch {device}", _NAMES[precision]
         refuse_unsupported(self.spec, source.label)
         for part in unknown_parts(self.spec):
@@ -180,6 +186,42 @@ class TorchTransformer:
             raise self._too_small() from None
         return result
 
+    def embedded(self, tokens: np.ndarray) -> np.ndarray:
+        """What the first layer reads for `tokens` [n_seq, n_ctx]: float32 [n_seq, n_ctx, n_embd]."""
+        with torch.inference_mode():
+            result: np.ndarray = self._embedded(tokens).cpu().numpy()
+        return result
+
+    def layer_pass(self, index: int, n_ctx: int) -> Callable[[np.ndarray], None]:
+        """Layer `index` as a function that carries activations [n_seq, n_ctx, n_embd] through it in place.
+
+        Valid until the next call.
+        """
+        layer = self.spec.layers[index]
+
+        def advance(x: np.ndarray) -> None:
+            try:
+                with torch.inference_mode(), _exact_products():
+                    self._hold(index)
+                    x[:] = self._layer(layer, torch.from_numpy(x).to(self._device), slice(0, n_ctx)).cpu().numpy()
+            except torch.OutOfMemoryError:
+                raise self._too_small() from None
+
+        return advance
+
+    def normed(self, x: np.ndarray) -> np.ndarray:
+        """What the output matrix is multiplied with, from the last layer's output `x`: a copy."""
+        with torch.inference_mode():
+            rows = torch.from_numpy(np.ascontiguousarray(x)).to(self._device)
+            result: np.ndarray = self._normed(self.spec.output_norm, rows).cpu().numpy()
+        return result
+
+    def input_sums(self, full: bool, wanted: Container[str] | None = None) -> TorchInputSums:
+        """Sums over what the matrices are multiplied with from now on, see `TorchInputSums`."""
+        sums = TorchInputSums(full, self._device, wanted)
+        self.observer = sums.observe
+        return sums
+
     def peak_memory(self) -> int | None:
         """The most memory, in bytes, taken until now: of the GPU, elsewhere of this process."""
         return int(torch.cuda.max_memory_allocated(self._device)) if self._kind == "cuda" else peak_memory()
@@ -213,22 +255,31 @@ class TorchTransformer:
     # -- weights
 
     def _load(self) -> None:
-        """Decode every tensor that the forward pass reads, and put it on the device."""
+        """Decode what the forward pass reads and put it on the device; of the layers only if all are kept."""
         spec = self.spec
-        with ThreadPoolExecutor(self.n_threads) as pool:
 
-            def run(tasks: Iterable[Callable[[], None]]) -> None:
+        def run(tasks: Iterable[Callable[[], None]]) -> None:
+            with ThreadPoolExecutor(self.n_threads) as pool:
                 for future in [pool.submit(task) for task in tasks]:
                     future.result()
 
-            self._weights = Weights(self.source, run, keep=False)
-            self._lookup(spec.embedding)
-            if spec.position_embedding is not None:
-                self._lookup(spec.position_embedding)
-            for layer in spec.layers:
-                self._load_layer(layer)
-            self._norm_weights(spec.output_norm, spec.n_embd)
-            self._linear_weights(spec.output, spec.n_vocab, spec.n_embd)
+        self._weights = Weights(self.source, run, keep=False)
+        self._lookup(spec.embedding)
+        if spec.position_embedding is not None:
+            self._lookup(spec.position_embedding)
+        for layer in spec.layers if self._keep else ():
+            self._load_layer(layer)
+        self._norm_weights(spec.output_norm, spec.n_embd)
+        self._linear_weights(spec.output, spec.n_vocab, spec.n_embd)
+        self._outer = frozenset(self._tensors)
+
+    def _hold(self, index: int) -> None:
+        """See that the weights of layer `index` are on the device, alone of the layers unless all are kept."""
+        if self._keep or index == self._held:
+            return
+        self._tensors = {name: tensor for name, tensor in self._tensors.items() if name in self._outer}
+        self._held = index
+        self._load_layer(self.spec.layers[index])
 
     def _load_layer(self, layer: Layer) -> None:
         a, ff, n_embd = layer.attention, layer.feed_forward, self.spec.n_embd
@@ -312,6 +363,26 @@ class TorchTransformer:
         """The last layer's output, normalised, at positions `first` to `stop`: float32 [n_seq, positions, n_embd]."""
         spec, label = self.spec, self.source.label
         n_ctx = tokens.shape[1]
+        x = self._embedded(tokens)
+        if nan_check and bool(torch.isnan(x).any()):
+            raise QuantkitError(f"{label}: the embeddings hold NaN")
+        span = slice(0, n_ctx)
+        for i, layer in enumerate(spec.layers):
+            if i + 1 == len(spec.layers):
+                span = slice(first, stop)
+            self._hold(i)
+            x = self._layer(layer, x, span)
+            if nan_check and bool(torch.isnan(x).any()):
+                raise QuantkitError(
+                    f"{label}: layer {i} (blk.{i}) is the first whose output holds NaN; "
+                    f"its weights are damaged or out of {self.precision}'s range"
+                )
+        return self._normed(spec.output_norm, x if spec.layers else x[:, first:stop])
+
+    def _embedded(self, tokens: np.ndarray) -> Any:
+        """What the first layer reads for `tokens` [n_seq, n_ctx]: float32 [n_seq, n_ctx, n_embd]."""
+        spec, label = self.spec, self.source.label
+        n_ctx = tokens.shape[1]
         table = self._tensors[spec.embedding]
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < len(table):
             wrong = tokens.max() if tokens.min() >= 0 else tokens.min()
@@ -327,19 +398,7 @@ class TorchTransformer:
                     f"{len(positions)} positions: use a smaller context"
                 )
             x += positions[:n_ctx].float()
-        if nan_check and bool(torch.isnan(x).any()):
-            raise QuantkitError(f"{label}: the embeddings hold NaN")
-        span = slice(0, n_ctx)
-        for i, layer in enumerate(spec.layers):
-            if i + 1 == len(spec.layers):
-                span = slice(first, stop)
-            x = self._layer(layer, x, span)
-            if nan_check and bool(torch.isnan(x).any()):
-                raise QuantkitError(
-                    f"{label}: layer {i} (blk.{i}) is the first whose output holds NaN; "
-                    f"its weights are damaged or out of {self.precision}'s range"
-                )
-        return self._normed(spec.output_norm, x if spec.layers else x[:, first:stop])
+        return x
 
     def _layer(self, layer: Layer, x: Any, span: slice) -> Any:
         """`x` [n_seq, n_ctx, n_embd] after `layer`, at the positions of `span`."""
@@ -469,8 +528,7 @@ class TorchTransformer:
 
     def _observe(self, names: tuple[str, ...], x: Any, expert: int | None = None) -> None:
         if self.observer is not None and x.numel():
-            rows = x.reshape(-1, x.shape[-1]).float()
-            self.observer(names, rows.square().sum(0).cpu().numpy().astype(np.float64), len(rows), expert)
+            self.observer(names, x.reshape(-1, x.shape[-1]), 0, expert)
 
     def _normed(self, norm: Norm | None, x: Any) -> Any:
         """`x` normalised over its last axis, float32."""
@@ -493,6 +551,45 @@ class TorchTransformer:
             f"{self.source.label}: does not fit into the memory of {self.backend} in {self.precision}: "
             "use --precision bf16, a smaller --batch, or another device"
         )
+
+
+class TorchInputSums:
+    """Sums over the inputs of matrices on torch's device, as `inputs.InputSums` on the CPU.
+
+    Products and squares of a part of a batch are summed in float32, the parts in float64 where the device has it.
+    """
+
+    def __init__(self, full: bool, device: Any, wanted: Container[str] | None = None) -> None:
+        self._full, self._device, self._wanted = full, device, wanted
+        self._wide = torch.float32 if device.type == "mps" else torch.float64
+        self._totals: dict[Key, Any] = {}
+        self._counts: dict[Key, int] = {}
+
+    def observe(self, names: tuple[str, ...], rows: Any, at: int, expert: int | None) -> None:
+        """Take torch's `rows`, which tensors `names` are multiplied with."""
+        if self._wanted is not None and not any(name in self._wanted for name in names):
+            return
+        rows, key = rows.float(), (names, expert)
+        sums = (rows.t() @ rows if self._full else rows.square().sum(0)).to(self._wide)
+        if key in self._totals:
+            self._totals[key] += sums
+        else:
+            self._totals[key] = sums
+        self._counts[key] = self._counts.get(key, 0) + len(rows)
+
+    def add(self, names: tuple[str, ...], rows: np.ndarray) -> None:
+        """See `inputs.Sums`."""
+        with torch.inference_mode(), _exact_products():
+            self.observe(names, torch.from_numpy(rows).to(self._device), 0, None)
+
+    def settle(self) -> None:
+        """See `inputs.Sums`: nothing waits."""
+
+    def take(self) -> dict[Key, InputSum]:
+        """See `inputs.Sums`."""
+        totals, self._totals = self._totals, {}
+        counts, self._counts = self._counts, {}
+        return {key: InputSum(total.cpu().numpy().astype(np.float64), counts[key]) for key, total in totals.items()}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ depend on the batch or on the number of threads, and neither do the results.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -22,6 +22,7 @@ from quantkit.architectures import forward_spec
 from quantkit.architectures.forward import Attention, Experts, ForwardSpec, Layer, Norm, NormKind, Rope
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import forward_kernels
+from quantkit.evaluate.inputs import InputSums
 from quantkit.evaluate.layers import ROWS, Expert, LayerRunner, Observer, Product, Routed, Workspace, unsupported
 from quantkit.evaluate.weights import Weights
 from quantkit.machine import available_memory, default_threads, peak_memory
@@ -99,24 +100,26 @@ class Transformer:
 
     `source` is a GGUF file or a checkpoint. `n_threads` is the number of threads for everything, all usable ones by
     default. `memory` bounds the bytes that decoded weights and activations may take, half of what is available by
-    default; weights that fit into half of that are decoded once and kept.
+    default; weights that fit into half of that are decoded once and kept, unless `keep` says otherwise. `observer` is
+    told of each matrix product of the layers.
 
     Raises QuantkitError when the architecture is unknown, or the tensors do not fit the metadata.
     """
 
     backend = "numpy"
     precision = "float32"
-    # Called before each matrix product of the layers, from several threads at once.
     observer: Observer | None = None
 
-    def __init__(self, source: TensorSource, n_threads: int | None = None, memory: int | None = None) -> None:
+    def __init__(
+        self, source: TensorSource, n_threads: int | None = None, memory: int | None = None, keep: bool | None = None
+    ) -> None:
         self.source = source
         self.spec: ForwardSpec = forward_spec(source.metadata, source.tensors)
         self.n_threads = max(1, default_threads() if n_threads is None else n_threads)
         self.memory = available_memory() // 2 if memory is None else memory
         refuse_unsupported(self.spec, source.label)
         n_weights = sum(info.n_elements for info in source.tensors.values())
-        self._keep = n_weights * 4 <= self.memory // 2
+        self._keep = n_weights * 4 <= self.memory // 2 if keep is None else keep
         self._weights = Weights(source, self._run, self._keep)
         self._workspace = Workspace()
         self._pool = ThreadPoolExecutor(self.n_threads, thread_name_prefix="quantkit-evaluate")
@@ -201,6 +204,15 @@ class Transformer:
         """`task(0)` to `task(count - 1)`, side by side where there are enough to fill the threads."""
         (self._together if self._side_by_side else self._one_by_one)(task, count)
 
+    def _within(self, task: Callable[[int], None], count: int) -> None:
+        """The same for tasks within one of the tasks of `_each`: side by side where that leaves threads idle."""
+        (self._one_by_one if self._side_by_side or self.n_threads == 1 else self._together)(task, count)
+
+    def _alone(self, task: Callable[[int], None], count: int) -> None:
+        """`task(0)` to `task(count - 1)` side by side, each with one BLAS thread: the same however many threads."""
+        with self._controller.limit(limits=1, user_api="blas"):
+            self._together(task, count)
+
     def _together(self, task: Callable[[int], None], count: int) -> None:
         for _ in self._pool.map(task, range(count)):
             pass
@@ -218,8 +230,7 @@ class Transformer:
         x = self.embedded(tokens)
         if nan_check and np.isnan(x).any():
             raise QuantkitError(f"{self.source.label}: the embeddings hold NaN")
-        n_together = max(1, ROWS // n_ctx)
-        units = [slice(at, min(at + n_together, n_seq)) for at in range(0, n_seq, n_together)]
+        units = self._units(n_seq, n_ctx)
         last = np.empty((n_seq, stop - first, spec.n_embd), np.float32)
         with self._blas(len(units)):
             for i, layer in enumerate(spec.layers):
@@ -238,11 +249,44 @@ class Transformer:
             self._each(lambda u: self._normalise(spec.output_norm, last[units[u]]), len(units))
         return last
 
+    def layer_pass(self, index: int, n_ctx: int) -> Callable[[np.ndarray], None]:
+        """Layer `index`, decoded, as a function that carries activations [n_seq, n_ctx, n_embd] through it in place.
+
+        Valid until the next call. `embedded`, this for each layer, and `normed` are `hidden` for a caller that takes
+        all its text through one layer before the next.
+        """
+        layer = self.spec.layers[index]
+        runner = self.runner(layer, self._rope(layer.attention, n_ctx))
+
+        def advance(x: np.ndarray) -> None:
+            units = self._units(len(x), n_ctx)
+            # Never several BLAS threads for one product: the last bits could depend on their number.
+            with self._blas(max(len(units), self.n_threads)):
+                self._run_layer(runner, x, units, (0, n_ctx), x)
+
+        return advance
+
+    def normed(self, x: np.ndarray) -> np.ndarray:
+        """What the output matrix is multiplied with, from the last layer's output `x` [any, n_ctx, n_embd]: a copy."""
+        result = np.array(x, np.float32, order="C")
+        self._normalise(self.spec.output_norm, result)
+        return result
+
+    def input_sums(self, full: bool, wanted: Container[str] | None = None) -> InputSums:
+        """Sums over what the matrices are multiplied with from now on, see `InputSums`."""
+        sums = InputSums(full, self._alone, wanted)
+        self.observer = sums.observe
+        return sums
+
+    @staticmethod
+    def _units(n_seq: int, n_ctx: int) -> list[slice]:
+        """The sequences that a thread takes at a time."""
+        n_together = max(1, ROWS // n_ctx)
+        return [slice(at, min(at + n_together, n_seq)) for at in range(0, n_seq, n_together)]
+
     def runner(self, layer: Layer, tables: tuple[np.ndarray, np.ndarray]) -> LayerRunner:
         """`layer`, ready to run with these cosines and sines."""
-        busy = self._side_by_side or self.n_threads == 1
-        each = self._one_by_one if busy else self._together
-        return LayerRunner(layer, self.spec.n_embd, self._weights, tables, self._workspace, self.observer, each)
+        return LayerRunner(layer, self.spec.n_embd, self._weights, tables, self._workspace, self.observer, self._within)
 
     def embedded(self, tokens: np.ndarray, start: int = 0) -> np.ndarray:
         """What the first layer reads for `tokens` [n_seq, n], at positions from `start`: float32 [n_seq, n, n_embd]."""
@@ -271,17 +315,17 @@ class Transformer:
         rows = to.reshape(-1, n_embd)
 
         def step(u: int) -> None:
-            mixed = runner.attend(x[units[u]], span)
+            mixed = runner.attend(x[units[u]], span, units[u].start * x.shape[1])
             if to is not x:
                 to[units[u]] = x[units[u], span[0] : span[1]]
-            runner.finish(mixed, rows[slice(*cuts[u])], shares[u] if shares else None)
+            runner.finish(mixed, rows[slice(*cuts[u])], shares[u] if shares else None, cuts[u][0])
 
         self._each(step, len(units))
         if shares:
             for expert in runner.experts():
 
                 def run_expert(u: int, expert: Expert = expert) -> None:
-                    runner.expert(expert, shares[u])
+                    runner.expert(expert, shares[u], cuts[u][0])
 
                 self._each(run_expert, len(units))
             self._each(lambda u: runner.close(rows[slice(*cuts[u])], shares[u]), len(units))

@@ -217,8 +217,8 @@ def test_an_observer_sees_what_each_expert_multiplies(tmp_path):
     model = Transformer(GGUFSource(family_path(tmp_path, "mixtral")), 2)
     seen = Counter()
 
-    def observer(names, squares, n_rows, expert):
-        seen.update({(name, expert): n_rows for name in names})
+    def observer(names, rows, at, expert):
+        seen.update({(name, expert): len(rows) for name in names})
 
     model.observer = observer
     model.logits(some_tokens(3, 50))

@@ -1,0 +1,117 @@
+"""What the matrices of a model are multiplied with, summed over a text: an importance matrix, or whole second moments.
+
+The rows reach the sums from many threads and in any order. They are put in their place and added in that order, by
+tasks whose cut does not depend on the number of threads: neither do the sums, to the last bit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Container
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from quantkit.evaluate.forward_kernels import squares_by_column
+
+# Columns of the second moments that a task adds up.
+_TILE = 256
+
+# The tensors that share an input, and the expert that they belong to, None where there are no experts.
+Key = tuple[tuple[str, ...], "int | None"]
+Each = Callable[[Callable[[int], None], int], None]
+
+
+class InputSum(NamedTuple):
+    """Sums over `n_rows` rows x: float64 [n_in] of the squares of x, or [n_in, n_in] of the products x xT."""
+
+    total: np.ndarray
+    n_rows: int
+
+
+class Sums(Protocol):
+    """Sums over the inputs of matrices, whatever backend adds them."""
+
+    def add(self, names: tuple[str, ...], rows: np.ndarray) -> None:
+        """Add float32 `rows` [n, n_in], what tensors `names` are multiplied with outside of the layers."""
+        ...
+
+    def settle(self) -> None:
+        """Add up what a batch brought: to be called after each batch."""
+        ...
+
+    def take(self) -> dict[Key, InputSum]:
+        """The sums of what was settled, by tensors and expert; they begin anew."""
+        ...
+
+
+class InputSums:
+    """Sums over the inputs of matrices through numpy. `observe` is the observer of a model.
+
+    With `full` the sums are those of x xT, else of the squares of x. Of the products of tensors `names`, those are
+    summed of which one is in `wanted`; None for all. `each` runs a task for 0 to a count side by side, each with one
+    BLAS thread. `settle` needs the memory of the batch's inputs with `full`: they are kept until then.
+    """
+
+    def __init__(self, full: bool, each: Each, wanted: Container[str] | None = None) -> None:
+        self._full, self._each, self._wanted = full, each, wanted
+        self._lock = threading.Lock()
+        self._pieces: dict[Key, list[tuple[int, int, np.ndarray]]] = {}
+        self._totals: dict[Key, np.ndarray] = {}
+        self._counts: dict[Key, int] = {}
+
+    def observe(self, names: tuple[str, ...], rows: np.ndarray, at: int, expert: int | None) -> None:
+        """Take `rows` of the batch from row `at` on, which tensors `names` are multiplied with."""
+        if self._wanted is not None and not any(name in self._wanted for name in names):
+            return
+        piece = rows.copy() if self._full else squares_by_column(rows)
+        with self._lock:
+            self._pieces.setdefault((names, expert), []).append((at, len(rows), piece))
+
+    def add(self, names: tuple[str, ...], rows: np.ndarray) -> None:
+        """See `Sums`."""
+        self.observe(names, rows, 0, None)
+
+    def settle(self) -> None:
+        """See `Sums`."""
+        pieces, self._pieces = self._pieces, {}
+        for key in list(pieces):
+            parts = sorted(pieces.pop(key), key=lambda part: part[0])
+            self._counts[key] = self._counts.get(key, 0) + sum(n for _, n, _ in parts)
+            if self._full:
+                self._add_products(key, np.concatenate([rows for _, _, rows in parts]))
+                continue
+            total = self._totals.setdefault(key, np.zeros(parts[0][2].shape))
+            for _, _, squares in parts:
+                total += squares
+
+    def _add_products(self, key: Key, rows: np.ndarray) -> None:
+        """Add the lower triangle of `rows`.T @ `rows`; the products of a batch are summed in float32 by BLAS."""
+        n = rows.shape[1]
+        total = self._totals.setdefault(key, np.zeros((n, n)))
+
+        def add_columns(tile: int) -> None:
+            start = tile * _TILE
+            columns = slice(start, start + _TILE)
+            total[start:, columns] += rows[:, start:].T @ rows[:, columns]
+
+        self._each(add_columns, -(-n // _TILE))
+
+    def take(self) -> dict[Key, InputSum]:
+        """See `Sums`."""
+        totals, self._totals = self._totals, {}
+        counts, self._counts = self._counts, {}
+        if self._full:
+            for total in totals.values():
+                mirror(total)
+        return {key: InputSum(total, counts[key]) for key, total in totals.items()}
+
+
+def mirror(square: np.ndarray) -> None:
+    """Copy the lower triangle of `square` onto the upper one, in place, without a second matrix of its size."""
+    n = len(square)
+    for start in range(0, n, _TILE):
+        stop = min(start + _TILE, n)
+        square[start:stop, stop:] = square[stop:, start:stop].T
+        block = square[start:stop, start:stop]
+        block[:] = np.tril(block) + np.tril(block, -1).T

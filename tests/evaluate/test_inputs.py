@@ -1,0 +1,122 @@
+"""Second moments of what matrices are multiplied with, and the layers one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import requires_torch
+from support.tiny import BOS, FAMILIES, N_VOCAB, plain_logits, tiny_metadata, tiny_weights, write_gguf
+
+from quantkit.evaluate.backends import Model, load
+from quantkit.evaluate.inputs import mirror
+from quantkit.evaluate.transformer import Transformer
+from quantkit.sources.source import GGUFSource
+
+N_CTX = 64
+
+
+def some_tokens(n_chunks: int) -> np.ndarray:
+    tokens = np.random.default_rng(1).integers(0, N_VOCAB, (n_chunks, N_CTX)).astype(np.int32)
+    tokens[:, 0] = BOS
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf", tiny_metadata(), tiny_weights(5))
+
+
+def layer_by_layer(model: Model, tokens: np.ndarray, step: int) -> np.ndarray:
+    x = model.embedded(tokens)
+    for index in range(len(model.spec.layers)):
+        advance = model.layer_pass(index, tokens.shape[1])
+        for at in range(0, len(x), step):
+            advance(x[at : at + step])
+    return model.normed(x)
+
+
+BACKENDS = ["numpy", pytest.param("torch", marks=requires_torch)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_moments_of_what_the_plain_forward_pass_multiplies(model_path: Path, backend: str) -> None:
+    tokens = some_tokens(5)
+    model = load(GGUFSource(model_path), backend=backend)
+    sums = model.input_sums(full=True)
+    hidden = layer_by_layer(model, tokens, 8)
+    sums.add(("output.weight",), hidden.reshape(-1, hidden.shape[2]))
+    sums.settle()
+    found = sums.take()
+    expected: dict[str, np.ndarray] = {}
+    for chunk in tokens:
+        inputs: dict[str, np.ndarray] = {}
+        plain_logits(model_path, chunk, seen=inputs)
+        for name, x in inputs.items():
+            expected[name] = expected.get(name, 0) + x.T @ x
+    assert {name for names, _ in found for name in names} == expected.keys()
+    for (names, expert), (total, n_rows) in found.items():
+        assert (expert, n_rows) == (None, tokens.size)
+        for name in names:
+            np.testing.assert_allclose(total, expected[name], rtol=1e-4, atol=1e-4 * np.abs(total).max())
+        np.testing.assert_array_equal(total, total.T)
+    assert not sums.take()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gemma2", "gpt2"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_one_by_one_are_the_whole_pass(tmp_path: Path, name: str, backend: str) -> None:
+    family = FAMILIES[name]
+    source = GGUFSource(write_gguf(tmp_path / "m.gguf", family.metadata(), family.weights(3)))
+    tokens = some_tokens(5)
+    model = load(source, backend=backend)
+    whole = model.hidden(tokens, 0, N_CTX)
+    np.testing.assert_allclose(layer_by_layer(model, tokens, 2), whole, rtol=2e-4, atol=2e-4)
+    if backend == "torch":
+        from quantkit.evaluate.torch_backend import TorchTransformer
+
+        model = TorchTransformer(source, keep=False)
+        np.testing.assert_allclose(model.hidden(tokens, 0, N_CTX), whole, rtol=2e-4, atol=2e-4)
+        np.testing.assert_allclose(layer_by_layer(model, tokens, 2), whole, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama"])
+def test_sums_do_not_depend_on_threads_or_on_the_batch_of_a_thread(tmp_path: Path, name: str) -> None:
+    if name == "llama":
+        path = write_gguf(tmp_path / "m.gguf", tiny_metadata(), tiny_weights(5))
+    else:
+        path = write_gguf(tmp_path / "m.gguf", FAMILIES[name].metadata(), FAMILIES[name].weights(3))
+    tokens = some_tokens(23)
+    results = []
+    for n_threads in (1, 2, 5):
+        model = Transformer(GGUFSource(path), n_threads, keep=False)
+        sums = model.input_sums(full=True, wanted=set(model.source.tensors))
+        hidden = layer_by_layer(model, tokens, 16)
+        sums.settle()
+        results.append((hidden, sums.take()))
+    (hidden, base), *others = results
+    for other_hidden, other in others:
+        np.testing.assert_array_equal(other_hidden, hidden)
+        assert other.keys() == base.keys()
+        for key, (total, n_rows) in base.items():
+            assert other[key].n_rows == n_rows
+            np.testing.assert_array_equal(other[key].total, total)
+
+
+def test_only_what_is_wanted_is_summed(model_path: Path) -> None:
+    model = Transformer(GGUFSource(model_path), 2)
+    sums = model.input_sums(full=True, wanted={"blk.1.attn_k.weight"})
+    layer_by_layer(model, some_tokens(2), 2)
+    sums.settle()
+    assert [names for names, _ in sums.take()] == [
+        ("blk.1.attn_q.weight", "blk.1.attn_k.weight", "blk.1.attn_v.weight")
+    ]
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 700])
+def test_mirror(n: int) -> None:
+    whole = np.random.default_rng(n).standard_normal((n, n))
+    expected = np.tril(whole) + np.tril(whole, -1).T
+    mirror(whole)
+    np.testing.assert_array_equal(whole, expected)
