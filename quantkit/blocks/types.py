@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, did_you_mean
 
 
 class GGMLType(IntEnum):
@@ -93,8 +93,9 @@ class GGMLType(IntEnum):
 
     @classmethod
     def parse(cls, name: str) -> GGMLType:
-        """The type called `name`, in any case. Raises QuantkitError that lists the names."""
+        """The type called `name`, in any case. Raises QuantkitError that suggests or lists names."""
         try:
             return cls[name.upper()]
         except KeyError:
-            raise QuantkitError(f"unknown tensor type {name!r}; known: {', '.join(t.name for t in cls)}") from None
+            hint = did_you_mean(name, cls.__members__) or f"known: {', '.join(cls.__members__)}"
+            raise QuantkitError(f"unknown tensor type {name!r}; {hint}") from None

@@ -10,8 +10,10 @@ from quantkit.cli.console import Json, Quiet, Revision, Verbose, byte_progress, 
 
 
 def command(
-    a: Annotated[str, typer.Argument(help="GGUF file, checkpoint directory, or hub id: the one to compare with.")],
-    b: Annotated[str, typer.Argument(help="The other.")],
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="GGUF file, checkpoint directory, or hub id: the one to compare with.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other.")],
     revision: Revision = None,
     as_json: Json = False,
     verbose: Verbose = 0,

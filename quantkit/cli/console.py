@@ -17,20 +17,71 @@ from quantkit.errors import QuantkitError
 if TYPE_CHECKING:
     from quantkit.sources.source import TensorSource
 
-Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; twice: debug messages.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and results.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, help="Threads to use.  [default: all]")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub checkpoint.")]
-SplitSize = Annotated[str | None, typer.Option(help="Largest size of a shard, as 500M or 2G.")]
-SplitTensors = Annotated[int | None, typer.Option(min=1, help="Most tensors in a shard.")]
-Pre = Annotated[str | None, typer.Option(help="Name of the pre-tokenizer, where it is not recognised.")]
-Text = Annotated[str, typer.Option("--text", "--file", "-f", help="Text file, UTF-8, or wikitext-2[:SPLIT].")]
-Context = Annotated[int, typer.Option("--n-ctx", "--ctx-size", "-c", min=4, help="Tokens in a chunk.")]
-Backend = Annotated[str, typer.Option(help="What computes: numpy, or torch (quantkit[torch]).")]
-Device = Annotated[str, typer.Option(help="Where torch computes: cpu, cuda or mps.")]
-Precision = Annotated[str, typer.Option(help="torch's products: f32 or bf16.")]
-Chunks = Annotated[int | None, typer.Option(min=1, help="Chunks to measure.  [default: all]")]
+# Help lists the options of every command in these sections, those without one first.
+COMMON = "Common options"
+COMPUTING = "Computing"
+SPLITTING = "Splitting"
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="GGUF file (any shard), checkpoint directory, or hub id ORG/NAME.")
+]
+Text = Annotated[
+    str, typer.Option("--text", "--file", "-f", metavar="FILE", help="Text file (UTF-8), or wikitext-2[:SPLIT].")
+]
+Context = Annotated[
+    int, typer.Option("--n-ctx", "--ctx-size", "-c", min=4, metavar="N", help="Context: tokens in a chunk.")
+]
+Chunks = Annotated[int | None, typer.Option(min=1, metavar="N", show_default="all", help="Chunks to measure.")]
+Batch = Annotated[
+    int | None, typer.Option(min=1, metavar="N", show_default="by memory", help="Chunks to compute together.")
+]
+SplitSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", rich_help_panel=SPLITTING, help="Maximum size of a shard, such as 500M or 2G."),
+]
+SplitTensors = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", rich_help_panel=SPLITTING, help="Maximum tensors in a shard."),
+]
+Backend = Annotated[
+    str,
+    typer.Option(metavar="NAME", rich_help_panel=COMPUTING, help="Compute backend: numpy, or torch (quantkit[torch])."),
+]
+Device = Annotated[
+    str, typer.Option(metavar="NAME", rich_help_panel=COMPUTING, help="Device for torch: cpu, cuda or mps.")
+]
+Precision = Annotated[
+    str, typer.Option(metavar="NAME", rich_help_panel=COMPUTING, help="Precision of torch's products: f32 or bf16.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", "-t", min=1, metavar="N", show_default="all", rich_help_panel=COMMON, help="Threads to use."
+    ),
+]
+Pre = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", rich_help_panel=COMMON, help="Pre-tokenizer, where it is not recognised."),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="REV", rich_help_panel=COMMON, help="Branch, tag or commit of a model on the hub."),
+]
+Json = Annotated[bool, typer.Option("--json", rich_help_panel=COMMON, help="Print the result as JSON.")]
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "--verbose",
+        "-v",
+        count=True,
+        show_default=False,
+        rich_help_panel=COMMON,
+        help="Say what was decided; -vv adds debug messages.",
+    ),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", rich_help_panel=COMMON, help="Print nothing but errors and results.")
+]
 
 _quiet = False
 

@@ -31,15 +31,27 @@ class OutTypeName(str, Enum):
 
 
 def command(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, or hub id ORG/NAME.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", "--outfile", help="File to write.")] = None,
+    checkpoint: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or hub id ORG/NAME.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", "--outfile", metavar="FILE", help="File to write.")
+    ] = None,
     outtype: Annotated[
-        OutTypeName, typer.Option(help="auto keeps 16-bit weights as they are stored.")
+        OutTypeName,
+        typer.Option(
+            "--outtype",
+            "--type",
+            "--types",
+            metavar="TYPE",
+            case_sensitive=False,
+            help="f32, f16, bf16, q8_0, or auto: 16-bit weights stay as they are stored.",
+        ),
     ] = OutTypeName.auto,
-    model_name: Annotated[str | None, typer.Option(help="Name of the model, for general.name.")] = None,
+    model_name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the model, for general.name.")] = None,
     pre: Pre = None,
     revision: Revision = None,
-    allow_nonfinite: Annotated[bool, typer.Option(help="Write weights that are NaN or infinite.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Accept weights that are NaN or infinite.")
+    ] = False,
     threads: Threads = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,

@@ -20,9 +20,12 @@ class FloatType(str, Enum):
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="GGUF file; any shard of a split model.")],
-    kind: Annotated[FloatType, typer.Option("--type", case_sensitive=False, help="Type to write.")] = FloatType.F32,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.")] = None,
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="GGUF file; any shard of a split model.")],
+    kind: Annotated[
+        FloatType,
+        typer.Option("--type", "--types", metavar="TYPE", case_sensitive=False, help="F32, F16 or BF16."),
+    ] = FloatType.F32,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="File to write.")] = None,
     threads: Threads = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,

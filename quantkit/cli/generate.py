@@ -9,6 +9,7 @@ import typer
 
 from quantkit.cli.console import (
     Json,
+    Model,
     Pre,
     Quiet,
     Revision,
@@ -22,15 +23,25 @@ from quantkit.cli.console import (
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="GGUF file, checkpoint directory, or hub id ORG/NAME.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; with --chat a user's message.")],
-    model2: Annotated[str | None, typer.Option(help="Another model, to show beside the first.")] = None,
-    n_tokens: Annotated[int, typer.Option("--n-predict", "-n", min=1, help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option("--temp", min=0, help="0 takes the likeliest token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the likeliest tokens of this share.")] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
+    source: Model,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; with --chat a user's message.")
+    ],
+    model2: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Another model, shown side by side with the first.")
+    ] = None,
+    n_tokens: Annotated[
+        int, typer.Option("--n-predict", "-n", min=1, metavar="N", help="Maximum number of tokens to generate.")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temp", min=0, metavar="X", help="Temperature; 0 takes the likeliest token each time.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, metavar="X", help="Sample from the likeliest tokens that have this share.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Random seed.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
-    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message, with --chat.")] = None,
     pre: Pre = None,
     revision: Revision = None,
     threads: Threads = None,
@@ -73,7 +84,7 @@ def command(
 
 
 def _beside(names: list[str], texts: list[str]) -> str:
-    """Texts in columns as wide as the terminal allows, under their names, and where they part."""
+    """Texts in columns as wide as the terminal allows, under their names, and where they diverge."""
     from io import StringIO
 
     from rich.console import Console
@@ -86,6 +97,6 @@ def _beside(names: list[str], texts: list[str]) -> str:
     table.add_row(*(Text(text) for text in texts))
     out = Console(file=StringIO(), width=Console().width, color_system=None)
     out.print(table)
-    parted = "the same text" if texts[0] == texts[1] else f"the texts part after {same} characters"
+    parted = "The outputs are the same." if texts[0] == texts[1] else f"The outputs diverge after {same} characters."
     assert isinstance(out.file, StringIO)
     return out.file.getvalue() + parted

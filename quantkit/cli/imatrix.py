@@ -10,6 +10,7 @@ import typer
 
 from quantkit.cli.console import (
     Backend,
+    Batch,
     Chunks,
     Context,
     Device,
@@ -38,26 +39,38 @@ Format = Literal["gguf", "dat"]
 
 def command(
     source: Annotated[
-        str | None, typer.Argument(help="GGUF file, checkpoint directory, or hub id; none to combine files.")
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="GGUF file, checkpoint directory, or hub id ORG/NAME; none to combine files."
+        ),
     ] = None,
     text: Annotated[
-        str, typer.Option("--text", "--file", "-f", help="Calibration text: a file, or wikitext-2[:SPLIT].")
+        str,
+        typer.Option(
+            "--text", "--file", "-f", metavar="FILE", help="Calibration text: a file (UTF-8), or wikitext-2[:SPLIT]."
+        ),
     ] = CALIBRATION,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write.  [default: imatrix.gguf]")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", show_default="imatrix.gguf", help="File to write."),
     ] = None,
-    in_file: Annotated[list[Path], typer.Option(help="Importance matrix to add; repeat it for several.")] = [],  # noqa: B006
+    in_file: Annotated[
+        list[Path], typer.Option(metavar="FILE", help="Importance matrix to add; repeat it for several.")
+    ] = [],  # noqa: B006
     output_format: Annotated[
-        Format | None, typer.Option(help="Format of the file.  [default: dat for *.dat, else gguf]")
+        Format | None,
+        typer.Option(metavar="FORMAT", show_default="dat for *.dat, else gguf", help="Format: gguf or dat."),
     ] = None,
     n_ctx: Context = 512,
     chunks: Chunks = None,
-    from_chunk: Annotated[int, typer.Option(min=0, help="Chunks of the text to leave out at its start.")] = 0,
+    from_chunk: Annotated[int, typer.Option(min=0, metavar="N", help="Chunks to skip at the start of the text.")] = 0,
     process_output: Annotated[bool, typer.Option("--process-output", help="Collect for output.weight too.")] = False,
-    output_frequency: Annotated[int, typer.Option(min=0, help="Write the file every so many chunks.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the chunks that the output file has.")] = False,
+    output_frequency: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Write the file every N chunks; 0: only at the end.")
+    ] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue after the chunks in the output file.")] = False,
     show_statistics: Annotated[bool, typer.Option("--show-statistics", help="Show the statistics.")] = False,
-    batch: Annotated[int | None, typer.Option(min=1, help="Chunks to run together.  [default: by memory]")] = None,
+    batch: Batch = None,
     backend: Backend = "numpy",
     device: Device = "cpu",
     precision: Precision = "f32",

@@ -11,7 +11,7 @@ from quantkit.cli.console import Json, Quiet, Verbose, emit, setup
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="GGUF file; any shard of a split model.")],
+    file: Annotated[Path, typer.Argument(metavar="MODEL", help="GGUF file; any shard of a split model.")],
     as_json: Json = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,

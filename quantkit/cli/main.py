@@ -16,7 +16,8 @@ import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 import quantkit
-from quantkit.errors import QuantkitError
+from quantkit.cli.console import COMMON
+from quantkit.errors import QuantkitError, did_you_mean
 
 # Command -> (module under quantkit.cli, one line for --help). Modules are imported only when their command runs.
 COMMANDS = {
@@ -38,6 +39,41 @@ COMMANDS = {
 # What typer exits with after Ctrl-C, as shells do.
 INTERRUPTED = 128 + signal.SIGINT
 
+# Help is as wide as the terminal; without this, typer stops at 80 columns.
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 1000}
+
+
+class Command(TyperCommand):
+    """A command whose help names arguments by their metavar, and lists options in the sections that they name."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """What the usage line shows after the command's name."""
+        arguments = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
+        names = [param.metavar or param.name.upper() for param in arguments]
+        pieces = [
+            name if param.required or name.startswith("[") else f"[{name}]"
+            for param, name in zip(arguments, names, strict=True)
+        ]
+        return ["[OPTIONS]", *pieces]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, the options, and the sections of further options."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is None:
+                continue
+            if param.param_type_name == "argument":
+                sections["Arguments"].append((param.metavar or param.name.upper(), record[1]))
+            else:
+                usual = COMMON if param.name == "help" else "Options"
+                section = getattr(param, "rich_help_panel", None) or usual
+                sections.setdefault(section, []).append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
 
 class LazyGroup(TyperGroup):
     """A command group that lists its commands without importing them."""
@@ -56,12 +92,24 @@ class LazyGroup(TyperGroup):
         if cmd_name not in words:
             return TyperCommand(cmd_name, help=summary, short_help=summary)
         app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-        app.command(cmd_name, help=None)(importlib.import_module(f"quantkit.cli.{module}").command)
+        command = importlib.import_module(f"quantkit.cli.{module}").command
+        app.command(cmd_name, cls=Command, context_settings=_CONTEXT)(command)
         return typer.main.get_command(app)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that `args` begin with; for an unknown one, an error that suggests what was meant."""
+        if args and args[0] not in COMMANDS and not ctx.resilient_parsing:
+            ctx.fail(f"No such command {args[0]!r}. {did_you_mean(args[0], COMMANDS).capitalize()}".rstrip())
+        return super().resolve_command(ctx, args)
 
 
 app = typer.Typer(
-    cls=LazyGroup, name="quantkit", rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
+    cls=LazyGroup,
+    name="quantkit",
+    context_settings=_CONTEXT,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
 )
 
 
@@ -73,7 +121,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     """Quantize models to GGUF, byte for byte as llama-quantize does, and measure what it costs."""
 
@@ -99,7 +149,7 @@ def main() -> None:
 
 def _run() -> None:
     try:
-        app()
+        app(prog_name="quantkit")
     except QuantkitError as problem:
         fail(str(problem))
     except MemoryError:

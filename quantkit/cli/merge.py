@@ -11,8 +11,8 @@ from quantkit.cli.console import Quiet, Verbose, byte_progress, note, setup
 
 
 def command(
-    shard: Annotated[Path, typer.Argument(help="Any shard of a split model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    shard: Annotated[Path, typer.Argument(metavar="SHARD", help="Any shard of a split model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")],
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:

@@ -10,10 +10,12 @@ import typer
 
 from quantkit.cli.console import (
     Backend,
+    Batch,
     Chunks,
     Context,
     Device,
     Json,
+    Model,
     Pre,
     Precision,
     Quiet,
@@ -33,18 +35,19 @@ from quantkit.evaluate.texts import DEFAULT
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="GGUF file, checkpoint directory, or hub id ORG/NAME.")],
+    source: Model,
     text: Text = DEFAULT,
-    base: Annotated[str | None, typer.Option(help="Model to compare with: a file, directory or hub id.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="Model to compare with.")] = None,
     base_logits: Annotated[
-        Path | None, typer.Option(help="File of a base's log-probabilities to compare with.")
+        Path | None, typer.Option(metavar="FILE", help="Log-probabilities of a base model to compare with.")
     ] = None,
     save_logits: Annotated[
-        Path | None, typer.Option(help="Write log-probabilities for --base-logits: the base's, or the model's.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write log-probabilities, of the base or else the model, for --base-logits."),
     ] = None,
     n_ctx: Context = 512,
     chunks: Chunks = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Chunks to run together.  [default: by memory]")] = None,
+    batch: Batch = None,
     backend: Backend = "numpy",
     device: Device = "cpu",
     precision: Precision = "f32",

@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.console import (
+    SPLITTING,
     Json,
+    Model,
     Pre,
     Quiet,
     Revision,
@@ -21,37 +23,105 @@ from quantkit.cli.console import (
     note,
     read_text,
     setup,
-    split_list,
 )
+from quantkit.cli.type_options import FileTypes, complete_file_type, complete_tensor_type, positional
 from quantkit.errors import QuantkitError
 
 Names = list[str]
 
+# Sections of the help.
+IMPORTANCE = "Importance matrix"
+TENSORS = "Types of tensors"
+
 
 def command(
-    source: Annotated[str, typer.Argument(help="GGUF file, checkpoint directory, or hub id ORG/NAME.")],
-    types: Annotated[Names, typer.Option("--type", help="File type; repeat it, or use commas, for several.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; a directory for several types.")
+    source: Model,
+    rest: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OUTPUT] [TYPE]...",
+            show_default=False,
+            autocompletion=complete_file_type,
+            help="Output and file types, as for llama-quantize; or use -o and --type.",
+        ),
     ] = None,
-    imatrix: Annotated[Path | None, typer.Option(help="Importance matrix, GGUF or .dat.")] = None,
-    include_weights: Annotated[Names, typer.Option(help="Use the importance matrix for these tensors.")] = [],  # noqa: B006
-    exclude_weights: Annotated[Names, typer.Option(help="Do not use it for these tensors.")] = [],  # noqa: B006
-    tensor_type: Annotated[Names, typer.Option(help="Type of tensors by name: REGEX=TYPE.")] = [],  # noqa: B006
-    tensor_type_file: Annotated[Path | None, typer.Option(help="File of REGEX=TYPE, by spaces or lines.")] = None,
-    output_tensor_type: Annotated[str | None, typer.Option(help="Type of output.weight.")] = None,
-    token_embedding_type: Annotated[str | None, typer.Option(help="Type of the token embeddings.")] = None,
-    leave_output_tensor: Annotated[bool, typer.Option("--leave-output-tensor", help="Keep output.weight.")] = False,
-    pure: Annotated[bool, typer.Option("--pure", help="One type for all tensors: no mixture.")] = False,
-    allow_requantize: Annotated[bool, typer.Option("--allow-requantize", help="Quantize quantized tensors.")] = False,
-    allow_nonfinite: Annotated[bool, typer.Option("--allow-nonfinite", help="Take NaN and infinity.")] = False,
-    override_kv: Annotated[Names, typer.Option(help="Set metadata: KEY=TYPE:VALUE.")] = [],  # noqa: B006
-    prune_layers: Annotated[str | None, typer.Option(help="Layers to leave out: L0,L1,…")] = None,
-    keep_split: Annotated[bool, typer.Option("--keep-split", help="Write the same shards as the source.")] = False,
+    types: FileTypes = [],  # noqa: B006
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE|DIR", help="File to write, or directory; a directory for several types."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Quantize tensors that are quantized already.")
+    ] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Accept weights that are NaN or infinite.")
+    ] = False,
+    override_kv: Annotated[
+        Names, typer.Option(metavar="KEY=TYPE:VALUE", help="Set metadata; TYPE is int, float, bool or str.")
+    ] = [],  # noqa: B006
+    prune_layers: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Layers to leave out, such as 20,21,22.")
+    ] = None,
+    max_buffer_size: Annotated[
+        int | None, typer.Option(min=1, metavar="MIB", help="Memory for tensor rows, in MiB.")
+    ] = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(metavar="FILE", rich_help_panel=IMPORTANCE, help="Importance matrix, GGUF or .dat.")
+    ] = None,
+    include_weights: Annotated[
+        Names,
+        typer.Option(
+            metavar="NAME", rich_help_panel=IMPORTANCE, help="Use it only for tensors whose names contain NAME."
+        ),
+    ] = [],  # noqa: B006
+    exclude_weights: Annotated[
+        Names,
+        typer.Option(
+            metavar="NAME", rich_help_panel=IMPORTANCE, help="Do not use it for tensors whose names contain NAME."
+        ),
+    ] = [],  # noqa: B006
+    pure: Annotated[
+        bool, typer.Option("--pure", rich_help_panel=TENSORS, help="The same type for all tensors: no mixture.")
+    ] = False,
+    tensor_type: Annotated[
+        Names,
+        typer.Option(
+            metavar="REGEX=TYPE",
+            rich_help_panel=TENSORS,
+            autocompletion=complete_tensor_type,
+            help="Type of the tensors whose names match.",
+        ),
+    ] = [],  # noqa: B006
+    tensor_type_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=TENSORS, help="File of REGEX=TYPE, separated by spaces or lines."),
+    ] = None,
+    output_tensor_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE", rich_help_panel=TENSORS, autocompletion=complete_tensor_type, help="Type of output.weight."
+        ),
+    ] = None,
+    token_embedding_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            rich_help_panel=TENSORS,
+            autocompletion=complete_tensor_type,
+            help="Type of the token embeddings.",
+        ),
+    ] = None,
+    leave_output_tensor: Annotated[
+        bool, typer.Option("--leave-output-tensor", rich_help_panel=TENSORS, help="Leave output.weight as it is.")
+    ] = False,
     split_max_size: SplitSize = None,
     split_max_tensors: SplitTensors = None,
-    max_buffer_size: Annotated[int | None, typer.Option(min=1, help="Memory for tensor rows, in MiB.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
+    keep_split: Annotated[
+        bool, typer.Option("--keep-split", rich_help_panel=SPLITTING, help="Write the same shards as the source.")
+    ] = False,
     pre: Pre = None,
     revision: Revision = None,
     threads: Threads = None,
@@ -61,8 +131,9 @@ def command(
 ) -> None:
     """Quantize a checkpoint or a GGUF file; the bytes are those that llama-quantize writes.
 
-    Several types are written in one reading of the source. Without -o, files are named after the model and the type
-    and written beside a local source, or into the current directory for a checkpoint from the hub.
+    Types can follow the model, with or without an output, as llama-quantize takes them. Several types are written in
+    one reading of the source. Without an output, files are named after the model and the type and written beside a
+    local source, or into the current directory for a checkpoint from the hub.
     """
     setup(verbose, quiet)
     from quantkit.compile.ahead import compiled_ahead
@@ -73,7 +144,13 @@ def command(
     from quantkit.pipeline.run import parse_layers, parse_size, parse_tensor_types, plan
     from quantkit.sources.source import open_source
 
-    names = [file_type(name).name for name in split_list(types)]
+    given = positional(rest or [], types)
+    if not given.types:
+        raise typer.BadParameter("Name a file type after the model or with --type, such as Q4_K_M.")
+    if given.output is not None and output is not None:
+        raise typer.BadParameter("Give the output after the model or with --output, not both.")
+    output, threads = output or given.output, threads or given.threads
+    names = [file_type(name).name for name in given.types]
     listed = read_text(str(tensor_type_file)).split() if tensor_type_file else []
     tensor_types = parse_tensor_types([*tensor_type, *listed])
     model = open_source(source, revision=revision, pre=pre, allow_nonfinite=allow_nonfinite)

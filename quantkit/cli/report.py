@@ -28,14 +28,20 @@ from quantkit.cli.console import (
     setup,
     split_list,
 )
+from quantkit.cli.type_options import FileTypes
 from quantkit.evaluate.texts import DEFAULT
 
 
 def command(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory, hub id ORG/NAME, or 16-bit GGUF file.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Checkpoint directory, hub id ORG/NAME, or 16-bit GGUF file.")
+    ],
     text: Text = DEFAULT,
-    types: Annotated[list[str], typer.Option("--types", help="File types, with commas.")] = ["Q8_0", "Q4_K_M", "Q4_0"],  # noqa: B006
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory.  [default: NAME-GGUF]")] = None,
+    types: FileTypes = ["Q8_0", "Q4_K_M", "Q4_0"],  # noqa: B006
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", show_default="NAME-GGUF", help="Directory to write to."),
+    ] = None,
     n_ctx: Context = 512,
     chunks: Chunks = None,
     backend: Backend = "numpy",

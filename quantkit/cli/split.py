@@ -11,9 +11,9 @@ from quantkit.cli.console import Quiet, SplitSize, SplitTensors, Verbose, byte_p
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="GGUF file.")],
+    file: Annotated[Path, typer.Argument(metavar="MODEL", help="GGUF file.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Prefix of the shards.  [default: FILE]")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", show_default="MODEL", help="Prefix of the shards.")
     ] = None,
     split_max_size: SplitSize = None,
     split_max_tensors: SplitTensors = None,

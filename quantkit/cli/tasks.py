@@ -14,6 +14,7 @@ from quantkit.cli.console import (
     Backend,
     Device,
     Json,
+    Model,
     Pre,
     Precision,
     Quiet,
@@ -33,11 +34,14 @@ def _show(bar: Callable[[int, int, str], None], done: int, total: int, share: fl
 
 
 def command(
-    source: Annotated[str, typer.Argument(help="GGUF file, checkpoint directory, or hub id ORG/NAME.")],
-    hellaswag: Annotated[Path | None, typer.Option(help="HellaSwag tasks: six lines each.")] = None,
-    winogrande: Annotated[Path | None, typer.Option(help="Winogrande tasks: CSV.")] = None,
-    multiple_choice: Annotated[Path | None, typer.Option(help="Multiple-choice tasks: binary.")] = None,
-    n_tasks: Annotated[int | None, typer.Option("--tasks", min=1, help="Tasks to pick at random.  [all]")] = None,
+    source: Model,
+    hellaswag: Annotated[Path | None, typer.Option(metavar="FILE", help="HellaSwag tasks: six lines each.")] = None,
+    winogrande: Annotated[Path | None, typer.Option(metavar="FILE", help="Winogrande tasks: CSV.")] = None,
+    multiple_choice: Annotated[Path | None, typer.Option(metavar="FILE", help="Multiple-choice tasks: binary.")] = None,
+    n_tasks: Annotated[
+        int | None,
+        typer.Option("--tasks", min=1, metavar="N", show_default="all", help="Number of tasks, picked at random."),
+    ] = None,
     backend: Backend = "numpy",
     device: Device = "cpu",
     precision: Precision = "f32",

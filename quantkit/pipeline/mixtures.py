@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from quantkit.blocks.types import GGMLType as T
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, did_you_mean
 from quantkit.formats.gguf import Metadata
 
 
@@ -72,14 +72,16 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 
 def file_type(name: str) -> FileType:
-    """The file type called `name`, in any case, aliases included. Raises QuantkitError that lists the names."""
+    """The file type called `name`, in any case, aliases included. Raises QuantkitError that suggests or lists names."""
     upper = name.upper()
     if upper == "COPY":
         return COPY
     try:
         return FILE_TYPES[ALIASES.get(upper, upper)]
     except KeyError:
-        raise QuantkitError(f"unknown file type {name!r}; known: {', '.join(FILE_TYPES)}, COPY") from None
+        known = [*FILE_TYPES, *ALIASES, "COPY"]
+        hint = did_you_mean(name, known) or f"known: {', '.join(known)}"
+        raise QuantkitError(f"unknown file type {name!r}; {hint}") from None
 
 
 class Category(Enum):
