@@ -19,7 +19,7 @@ LAYERS = [
     {"formats"},
     {"blocks"},
     {"compile"},
-    {"errors", "machine"},
+    {"errors", "machine", "wording"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MODULES = [path for path in sorted((ROOT / "quantkit").rglob("*.py")) if path.parent != ROOT / "quantkit"]

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 
-from quantkit.errors import QuantkitError, did_you_mean
+from quantkit.errors import QuantkitError
+from quantkit.wording import did_you_mean
 
 
 class GGMLType(IntEnum):

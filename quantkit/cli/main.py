@@ -17,23 +17,25 @@ from typer.core import TyperCommand, TyperGroup
 
 import quantkit
 from quantkit.cli.console import COMMON
-from quantkit.errors import QuantkitError, did_you_mean
+from quantkit.errors import QuantkitError
+from quantkit.wording import did_you_mean
 
 # Command -> (module under quantkit.cli, one line for --help). Modules are imported only when their command runs.
 COMMANDS = {
     "convert": ("convert", "Write a Hugging Face checkpoint as a GGUF file."),
-    "quantize": ("quantize", "Quantize a checkpoint or a GGUF file, to one type or several."),
-    "perplexity": ("perplexity", "Measure a model on a text: its perplexity, its divergence from another."),
-    "imatrix": ("imatrix", "Compute an importance matrix from a text, or combine and show some."),
-    "tasks": ("tasks", "Score a model on HellaSwag, Winogrande or multiple-choice tasks."),
-    "generate": ("generate", "Let a model, or two side by side, continue a prompt."),
-    "report": ("report", "Convert, quantize and measure in one go, and write the report."),
+    "quantize": ("quantize", "Quantize a checkpoint or a GGUF file."),
+    "types": ("types", "List the file types and what each is for."),
+    "perplexity": ("perplexity", "Measure perplexity, and divergence from another model."),
+    "imatrix": ("imatrix", "Compute, combine and show importance matrices."),
+    "tasks": ("tasks", "Score HellaSwag, Winogrande or multiple-choice tasks."),
+    "generate": ("generate", "Continue a prompt, with one model or two side by side."),
+    "report": ("report", "Convert, quantize and measure in one go."),
     "split": ("split", "Cut a GGUF file into shards."),
     "merge": ("merge", "Join the shards of a split GGUF model."),
     "dequantize": ("dequantize", "Write a GGUF model's weights as F32, F16 or BF16."),
     "compare": ("compare", "Show where two models differ: metadata, tensors, errors."),
+    "inspect": ("inspect", "Show a model's metadata and tensors."),
     "architectures": ("architectures", "List the models that can be converted and evaluated."),
-    "inspect": ("inspect", "Show a GGUF file's metadata and tensors."),
 }
 
 # What typer exits with after Ctrl-C, as shells do.

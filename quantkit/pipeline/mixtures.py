@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from quantkit.blocks.types import GGMLType as T
-from quantkit.errors import QuantkitError, did_you_mean
+from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata
+from quantkit.wording import did_you_mean
 
 
 @dataclass(frozen=True)

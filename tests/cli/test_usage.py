@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,10 +15,13 @@ import typer.main
 from conftest import TINYLM
 from test_cli import error, run
 
+from quantkit.blocks.types import GGMLType
 from quantkit.cli.main import COMMANDS, app
 from quantkit.cli.type_options import Positional, positional
-from quantkit.errors import did_you_mean
+from quantkit.formats.gguf import Metadata, TensorInfo, ValueType
 from quantkit.pipeline.mixtures import FILE_TYPES
+from quantkit.report import type_guide
+from quantkit.wording import count_text, did_you_mean, size_text
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +148,45 @@ def test_one_spelling_of_type_and_types(model: Path, tmp_path: Path) -> None:
     run("dequantize", tmp_path / "a.gguf", "--types", "f16", "-o", tmp_path / "b.gguf")
     run("convert", TINYLM, "--type", "F16", "-o", tmp_path / "c.gguf")
     assert "--type, --types" in run("report", "-h").stdout
+
+
+def test_types_are_listed(model: Path) -> None:
+    lines = run("types").stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    listed = [line.split()[0].rstrip("*") for line in lines[1 : lines.index("")]]
+    assert listed == [*FILE_TYPES, "COPY"]
+    needing = {line.split("*")[0] for line in lines if "* " in line and not line.startswith("*")}
+    assert {"IQ1_S", "IQ2_XXS", "IQ3_XXS", "Q2_K_S"} <= needing and not needing & {"Q4_K_M", "Q8_0"}
+
+
+def test_types_for_a_model_are_what_quantize_writes(model: Path) -> None:
+    data = json.loads(run("types", model, "--json").stdout)
+    rows = {row["type"]: row for row in data["types"]}
+    plans = json.loads(run("quantize", model, "Q4_K_M,Q8_0,IQ4_XS", "--dry-run", "--json").stdout)
+    assert data["model"] == str(model)
+    for plan in plans:
+        row = rows[plan["type"]]
+        assert (row["size"], row["bits_per_weight"]) == (plan["size"], plan["bits_per_weight"])
+
+
+def test_types_that_a_model_cannot_have() -> None:
+    """Rows of 36 weights: most types fall back to F16 there, as llama-quantize's do; Q1_0 has no fallback."""
+    metadata = Metadata()
+    metadata.set("general.architecture", ValueType.STRING, "llama")
+    metadata.set("llama.block_count", ValueType.UINT32, 1)
+    source = type_guide._Outline("odd", metadata, {"a.weight": TensorInfo("a.weight", (36, 4), GGMLType.F32)})
+    rows = {row.type: row for row in type_guide.type_guide(source).types}
+    assert rows["Q4_K_M"].bits_per_weight == 16 and rows["Q1_0"].size is None
+    assert "Q1_0           -        -  1 bit" in str(type_guide.type_guide(source))
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (3400, "3.4 kB"), (6_900_000, "6.9 MB"), (4.92e9, "4.92 GB")],
+)
+def test_sizes_are_readable(nbytes: float, text: str) -> None:
+    assert size_text(nbytes) == text
+
+
+def test_counts_are_english() -> None:
+    assert [count_text(n, "shard") for n in (0, 1, 1024)] == ["0 shards", "1 shard", "1,024 shards"]
