@@ -10,28 +10,56 @@ from quantkit.errors import QuantkitError
 if TYPE_CHECKING:
     import numpy as np
 
+    from quantkit.evaluate.divergence import DivergenceResult, divergence, divergences
+    from quantkit.evaluate.generate import Generation, generate
+    from quantkit.evaluate.importance import importance_matrix
+    from quantkit.evaluate.perplexity import PerplexityResult, perplexity
+    from quantkit.evaluate.settings import Chunking, Compute, Estimate
+    from quantkit.evaluate.tasks import TasksResult, read_tasks, tasks
     from quantkit.pipeline.execute import execute
     from quantkit.pipeline.run import plan, quantize
     from quantkit.sources.source import open_source
 
 __version__ = "0.1.0"
 __all__ = [
+    "Chunking",
+    "Compute",
+    "DivergenceResult",
+    "Estimate",
     "GGMLType",
+    "Generation",
+    "PerplexityResult",
     "QuantkitError",
+    "TasksResult",
     "dequantize_rows",
     "divergence",
+    "divergences",
     "execute",
+    "generate",
     "importance_matrix",
     "open_source",
     "perplexity",
     "plan",
     "quantize",
     "quantize_rows",
+    "read_tasks",
+    "tasks",
 ]
 
 # Loaded when first asked for, so that `import quantkit` is quick.
 _ELSEWHERE = {
+    "Chunking": "quantkit.evaluate.settings",
+    "Compute": "quantkit.evaluate.settings",
+    "DivergenceResult": "quantkit.evaluate.divergence",
+    "Estimate": "quantkit.evaluate.settings",
+    "Generation": "quantkit.evaluate.generate",
+    "PerplexityResult": "quantkit.evaluate.perplexity",
+    "TasksResult": "quantkit.evaluate.tasks",
     "divergence": "quantkit.evaluate.divergence",
+    "divergences": "quantkit.evaluate.divergence",
+    "generate": "quantkit.evaluate.generate",
+    "read_tasks": "quantkit.evaluate.tasks",
+    "tasks": "quantkit.evaluate.tasks",
     "execute": "quantkit.pipeline.execute",
     "importance_matrix": "quantkit.evaluate.importance",
     "open_source": "quantkit.sources.source",

@@ -55,6 +55,7 @@ def command(
     """
     setup(verbose, quiet)
     from quantkit.evaluate.generate import generate
+    from quantkit.evaluate.settings import Compute
     from quantkit.sources.source import open_source
 
     models = [open_source(source, revision=revision, pre=pre)]
@@ -67,14 +68,14 @@ def command(
                 generate(
                     model,
                     prompt,
-                    n_tokens,
-                    temperature,
-                    top_p,
-                    seed,
-                    chat,
-                    system,
-                    threads,
-                    lambda done, total, speed: bar(done, total, f"{speed:.1f} tokens/s"),
+                    n_tokens=n_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    seed=seed,
+                    chat=chat,
+                    system=system,
+                    compute=Compute(threads=threads),
+                    progress=lambda done, total, speed: bar(done, total, f"{speed:.1f} tokens/s"),
                 )
             )
     names = [model.label for model in models]

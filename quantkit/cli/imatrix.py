@@ -87,7 +87,10 @@ def command(
     with are summed by column.
     """
     setup(verbose, quiet)
+    from quantkit.evaluate.settings import Chunking, Compute
     from quantkit.formats.imatrix import ImportanceMatrix
+
+    compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
 
     if source is None and not in_file:
         raise QuantkitError("nothing to do: name a model, or files to combine or show with --in-file")
@@ -125,19 +128,14 @@ def command(
             new = importance_matrix(
                 model,
                 words,
-                n_ctx,
-                chunks,
-                threads,
-                batch,
-                process_output,
+                chunking=Chunking(n_ctx=n_ctx, chunks=chunks, batch=batch),
+                compute=compute,
+                process_output=process_output,
                 from_chunk=from_chunk,
                 dataset=text,
                 snapshot=save_so_far,
                 snapshot_every=output_frequency,
                 progress=lambda done, total: bar(done, total, ""),
-                backend=backend,
-                device=device,
-                precision=precision,
             )
         matrix = _merged(before, new)
     if target is not None:

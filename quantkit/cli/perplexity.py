@@ -66,6 +66,10 @@ def command(
     setup(verbose, quiet)
     if base_logits is not None and (base is not None or save_logits is not None):
         raise QuantkitError("--base-logits is the base: leave out --base and --save-logits")
+    from quantkit.evaluate.settings import Chunking, Compute
+
+    compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
+    chunking = Chunking(n_ctx=n_ctx, chunks=chunks, batch=batch)
     words = None if base_logits is not None else read_text(text)
     from quantkit.sources.source import open_source
 
@@ -80,37 +84,28 @@ def command(
             result = perplexity(
                 model,
                 words,
-                n_ctx,
-                chunks,
-                threads,
-                batch,
-                lambda done, total, ppl: bar(done, total, f"PPL = {ppl:.4f}"),
-                save_logits,
-                backend,
-                device,
-                precision,
+                chunking=chunking,
+                compute=compute,
+                save_logits=save_logits,
+                progress=lambda done, total, ppl: bar(done, total, f"PPL = {ppl:.4f}"),
             )
         lines = perplexity_text(result)
         data = {"model": model.label, "text": text, **asdict(result)}
     else:
         from quantkit.evaluate.divergence import divergence
+        from quantkit.formats.logits import LogitsFile
         from quantkit.report.measurements import divergence_text
 
-        against = open_source(base, pre=pre) if base is not None else str(base_logits)
+        against = LogitsFile(base_logits) if base_logits is not None else open_source(str(base), pre=pre)
         with ahead, chunk_progress("divergence") as bar:
             compared = divergence(
                 model,
                 against,
                 words,
-                n_ctx,
-                chunks,
-                threads,
-                batch,
-                lambda done, total, kld: bar(done, total, f"KLD = {kld:.6f}"),
-                save_logits,
-                backend,
-                device,
-                precision,
+                chunking=chunking,
+                compute=compute,
+                save_logits=save_logits,
+                progress=lambda done, total, kld: bar(done, total, f"KLD = {kld:.6f}"),
             )
         lines = divergence_text(compared)
         data = {"model": model.label, "text": text if words is not None else None, **asdict(compared)}

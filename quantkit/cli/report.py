@@ -60,6 +60,9 @@ def command(
     """
     setup(verbose, quiet)
     words = read_text(text)
+    from quantkit.evaluate.settings import Chunking, Compute
+
+    compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
     from quantkit.compile.ahead import compiled_ahead
     from quantkit.machine import default_threads
     from quantkit.pipeline.mixtures import file_type
@@ -80,13 +83,9 @@ def command(
                 built,
                 words,
                 text_name=Path(text).name,
-                n_ctx=n_ctx,
-                chunks=chunks,
-                threads=threads,
+                chunking=Chunking(n_ctx=n_ctx, chunks=chunks),
+                compute=compute,
                 progress=lambda done, all_of_them, kld: bar(done, all_of_them, f"KLD = {kld:.6f}"),
-                backend=backend,
-                device=device,
-                precision=precision,
             )
     emit(str(ladder), ladder.as_dict(), as_json)
     for path in ladder.write(directory):

@@ -61,19 +61,22 @@ def command(
     wanted = {kind: path for kind, path in files.items() if path is not None}
     if not wanted:
         raise QuantkitError("no tasks: give a file with --hellaswag, --winogrande or --multiple-choice")
+    from quantkit.evaluate.settings import Compute
     from quantkit.evaluate.tasks import read_tasks, tasks
     from quantkit.sources.source import open_source
 
+    compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
     items = {kind: read_tasks(kind, path, n_tasks) for kind, path in wanted.items()}
     model = open_source(source, revision=revision, pre=pre)
     lines, data = [], []
     for kind, own in items.items():
         with measured_ahead(model, threads, backend), chunk_progress(kind, "task") as bar:
             show = partial(_show, bar)
-            result = tasks(model, own, kind, threads, show, backend, device, precision)
+            result = tasks(model, own, kind=kind, compute=compute, progress=show)
         lines.append(
-            f"{kind}: {100 * result.accuracy:.4f} % ± {100 * result.error:.4f} ({result.n_right} of {result.n_tasks} "
-            f"tasks; 95 %: {100 * result.low:.2f} to {100 * result.high:.2f}; {result.backend}, {result.precision})"
+            f"{kind}: {100 * result.accuracy.value:.4f} % ± {100 * result.accuracy.stderr:.4f} "
+            f"({result.n_right} of {result.n_tasks} tasks; 95 %: {100 * result.low:.2f} "
+            f"to {100 * result.high:.2f}; {result.backend}, {result.precision})"
         )
         data.append({"file": str(wanted[kind]), **asdict(result)})
     emit("\n".join(lines), {"model": model.label, "tasks": data}, as_json)

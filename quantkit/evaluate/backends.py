@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -12,16 +13,17 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate import transformer
 from quantkit.evaluate.inputs import Sums
 from quantkit.evaluate.layers import Observer
+from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
-from quantkit.sources.source import TensorSource
+from quantkit.sources.source import TensorSource, open_source
 
 _T = TypeVar("_T")
 
-BACKENDS = ("numpy", "torch")
 # Logits of one model that stand in memory together where they come from a device.
 _LOGITS = 1 << 27
 
 
+@runtime_checkable
 class Model(Protocol):
     """A model that can be run, whatever runs it. See `Transformer` for what its methods do."""
 
@@ -77,29 +79,27 @@ class Model(Protocol):
         ...
 
 
-def load(
-    source: TensorSource,
-    n_threads: int | None = None,
-    backend: str = "numpy",
-    device: str = "cpu",
-    precision: str = "f32",
-    memory: int | None = None,
-) -> Model:
-    """The model `source`, ready to run through `backend`: numpy or torch.
+# What measurements take as a model: one that is loaded, a source, or the path or hub id of one.
+AnyModel = Model | TensorSource | str | os.PathLike[str]
 
-    torch takes `device` (cpu, cuda, mps) and `precision` (f32, bf16); numpy has the CPU and float32 alone.
-    `memory` bounds the bytes that numpy takes. Raises QuantkitError for other combinations, and where torch or the
-    device is missing.
+
+def load(model: AnyModel, compute: Compute | None = None) -> Model:
+    """`model`, a source or the path of one, ready to run as `compute` says; a model that is loaded already, as it is.
+
+    Raises QuantkitError where torch or the device is missing, for models that cannot be run, and for a loaded model
+    together with `compute`, which would change nothing.
     """
-    if backend == "torch":
+    if isinstance(model, Model):
+        if compute is not None:
+            raise QuantkitError(f"{model.source.label}: is loaded already and cannot be told again how to compute")
+        return model
+    source = open_source(model) if isinstance(model, (str, os.PathLike)) else model
+    compute = compute or Compute()
+    if compute.backend == "torch":
         from quantkit.evaluate.torch_backend import TorchTransformer
 
-        return TorchTransformer(source, n_threads, device, precision)
-    if backend != "numpy":
-        raise QuantkitError(f"there is no backend {backend!r}: use {' or '.join(BACKENDS)}")
-    if device != "cpu" or precision != "f32":
-        raise QuantkitError(f"the numpy backend computes on the CPU in f32, not on {device} in {precision}: use torch")
-    return Transformer(source, n_threads, memory)
+        return TorchTransformer(source, compute)
+    return Transformer(source, compute)
 
 
 def visit_logits(

@@ -8,18 +8,19 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import logit_kernels
-from quantkit.evaluate.backends import Model, load, visit_logits
+from quantkit.evaluate.backends import AnyModel, Model, load, visit_logits
 from quantkit.evaluate.logit_kernels import BASE_CHOSEN, BASE_MAX, BASE_SUM, CHOSEN, MAX, N_STATE, SUM, TOP, WEIGHTED
 from quantkit.evaluate.perplexity import chunked, pack_chunks, tokenize
+from quantkit.evaluate.settings import Chunking, Compute, Estimate
 from quantkit.evaluate.token_classes import CLASSES, token_classes
-from quantkit.formats.logits import LogitsFile, LogitsWriter, first_scored
+from quantkit.formats.logits import LogitsFile, LogitsWriter, first_scored, is_logits_file
 from quantkit.machine import available_memory
 from quantkit.sources.source import TensorSource
 from quantkit.vocabulary import Vocabulary
@@ -30,34 +31,26 @@ _BANDS = 8
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A value and its standard error."""
-
-    value: float
-    error: float
-
-
-@dataclass(frozen=True)
 class PositionBand:
-    """The scored positions `first` to `last` of all chunks: their mean divergence, and the share of flipped tokens.
+    """The scored positions `first` to `last` of all chunks: their mean divergence and top-1 disagreement.
 
-    A token is flipped when the model's likeliest token is not the base's.
+    That is the share of tokens for which the model's likeliest token is not the base's.
     """
 
     first: int
     last: int
     kld: float
-    flips: float
+    top_disagreement: float
 
 
 @dataclass(frozen=True)
 class TokenClass:
-    """The scored tokens of one kind of text: their number, mean divergence and share of flipped tokens."""
+    """The scored tokens of one kind of text: their number, mean divergence and top-1 disagreement."""
 
     name: str
     n_tokens: int
     kld: float
-    flips: float
+    top_disagreement: float
 
 
 @dataclass(frozen=True)
@@ -104,90 +97,96 @@ class DivergenceResult:
     chunk_kld: list[float] = field(repr=False)
 
 
-def divergence(
-    model: TensorSource,
-    base: TensorSource | str | os.PathLike[str],
-    text: str | np.ndarray | None = None,
-    n_ctx: int = 512,
-    chunks: int | None = None,
-    n_threads: int | None = None,
-    batch: int | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
-    save_logits: str | os.PathLike[str] | None = None,
-    backend: str = "numpy",
-    device: str = "cpu",
-    precision: str = "f32",
-) -> DivergenceResult:
-    """Compare `model`'s predictions over `text` with those of `base`: another model, or the path of a logits file.
+# A base to compare with: a model, or its log-probabilities that were stored.
+Base = AnyModel | LogitsFile
 
+
+def divergence(
+    model: AnyModel,
+    base: Base,
+    text: str | np.ndarray | None = None,
+    *,
+    chunking: Chunking = Chunking(),  # noqa: B008
+    compute: Compute | None = None,
+    save_logits: str | os.PathLike[str] | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> DivergenceResult:
+    """Compare `model`'s predictions over `text` with those of `base`: another model, or a logits file.
+
+    Models are loaded models, sources, or paths; the path of a logits file is told from a model's by what it holds.
     With a model as base both run side by side over the text, cut as `perplexity` cuts it, and compare in float32;
     `save_logits` then writes the base's log-probabilities to a file that this function and llama-perplexity read.
-    With a file as base, `text` and `n_ctx` are the file's (a given text must be the same), and the base's
+    With a file as base, the text and its context are the file's (a given text must be the same), and the base's
     log-probabilities are those of 16 bits that it holds: none is further than 16 below the largest, which shows in
-    `ppl_base` of a model that is sure of itself. After each chunk `progress(chunks done, chunks, mean divergence so
-    far)` is called. The statistics are llama-perplexity's, from the same scored tokens.
-
-    `backend`, `device` and `precision` say what computes, as for `backends.load`.
+    `ppl_base` of a model that is sure of itself. `compute` says what computes. After each chunk
+    `progress(chunks done, chunks, mean divergence so far)` is called. The statistics are llama-perplexity's, from the
+    same scored tokens.
 
     Raises QuantkitError when the vocabularies differ, for a text that is too short or is not the file's, and when
     logits are NaN.
     """
     return divergences(
-        [model], base, text, n_ctx, chunks, n_threads, batch, progress, save_logits, backend, device, precision
+        [model], base, text, chunking=chunking, compute=compute, save_logits=save_logits, progress=progress
     )[0]
 
 
 def divergences(
-    models: Sequence[TensorSource],
-    base: TensorSource | str | os.PathLike[str],
+    models: Sequence[AnyModel],
+    base: Base,
     text: str | np.ndarray | None = None,
-    n_ctx: int = 512,
-    chunks: int | None = None,
-    n_threads: int | None = None,
-    batch: int | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    *,
+    chunking: Chunking = Chunking(),  # noqa: B008
+    compute: Compute | None = None,
     save_logits: str | os.PathLike[str] | None = None,
-    backend: str = "numpy",
-    device: str = "cpu",
-    precision: str = "f32",
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> list[DivergenceResult]:
     """`divergence` of several models from one base, in one pass: the base runs once, and all models share the memory.
 
     The progress is told of the first model's divergence; `seconds` of each result is the time of all models together.
     Through torch, which holds whole models on its device, each model takes a pass of its own beside the base.
     """
-    if backend == "torch" and len(models) > 1:
+    if compute is not None and compute.backend == "torch" and len(models) > 1:
         return [
             divergence(
-                model, base, text, n_ctx, chunks, n_threads, batch, progress, None if i else save_logits, backend,
-                device, precision,
+                model,
+                base,
+                text,
+                chunking=chunking,
+                compute=compute,
+                save_logits=None if i else save_logits,
+                progress=progress,
             )
             for i, model in enumerate(models)
-        ]  # fmt: skip
-    stored = LogitsFile(base) if isinstance(base, (str, os.PathLike)) else None
+        ]
+    if isinstance(base, (str, os.PathLike)) and is_logits_file(base):
+        base = LogitsFile(base)
+    stored = base if isinstance(base, LogitsFile) else None
     budget = available_memory() // 2
-    share = budget // (len(models) + (stored is None))
-    leads = [load(model, n_threads, backend, device, precision, share) for model in models]
+    if compute is not None and compute.memory is not None:
+        budget = compute.memory
+    share = replace(compute or Compute(), memory=budget // (len(models) + (stored is None)))
+
+    def loaded(one: AnyModel) -> Model:
+        return one if isinstance(one, Model) and compute is None else load(one, share)
+
+    leads = [loaded(model) for model in models]
     other: Model | None = None
-    if stored is not None:
-        assert isinstance(base, (str, os.PathLike))
-        base_label = str(base)
+    label, vocabulary = leads[0].source.label, Vocabulary.from_metadata(leads[0].source.metadata)
+    if isinstance(base, LogitsFile):
+        base_label = str(base.path)
         if save_logits is not None:
             raise QuantkitError(f"{base_label}: the base's log-probabilities are in this file already: copy it instead")
-        vocabulary = Vocabulary.from_metadata(models[0].metadata)
-        raw, bos = _stored_tokens(models[0].label, vocabulary, stored, text, chunks)
-        n_ctx, n_vocab = stored.n_ctx, stored.n_vocab
+        raw, bos = _stored_tokens(label, vocabulary, base, text, chunking.chunks)
+        n_ctx, n_vocab = base.n_ctx, base.n_vocab
     else:
-        assert not isinstance(base, (str, os.PathLike))
         if text is None:
-            raise QuantkitError(f"{models[0].label}: a text to compare over is missing")
-        base_label = base.label
-        other = load(base, n_threads, backend, device, precision, share)
-        for model in models:
-            _same_vocabulary(model, base)
-        vocabulary = Vocabulary.from_metadata(models[0].metadata)
+            raise QuantkitError(f"{label}: a text to compare over is missing")
+        other = loaded(base)
+        base_label, n_ctx, n_vocab = other.source.label, chunking.n_ctx, other.spec.n_vocab
+        for lead in leads:
+            _same_vocabulary(lead.source, other.source)
         ids, bos = tokenize(vocabulary, text)
-        raw, n_vocab = chunked(ids, n_ctx, chunks, None, models[0].label), other.spec.n_vocab
+        raw = chunked(ids, chunking, None, label)
     for lead in leads:
         if lead.spec.n_vocab != n_vocab:
             raise QuantkitError(
@@ -199,7 +198,7 @@ def divergences(
         tokens[:, 0] = bos
     first = first_scored(n_ctx)
     shape = len(tokens), n_ctx - 1 - first
-    step = batch or min(each.batch(n_ctx) for each in (*leads, other) if each is not None)
+    step = chunking.batch or min(each.batch(n_ctx) for each in (*leads, other) if each is not None)
     if save_logits is not None:
         # All logits of a batch then stand in memory.
         step = max(1, min(step, budget // 4 // (shape[1] * n_vocab * 6)))
@@ -351,24 +350,8 @@ def _same_vocabulary(model: TensorSource, base: TensorSource) -> None:
     raise QuantkitError(f"{model.label}: its vocabulary is not that of the base {base.label}: {different}")
 
 
-def _mean(x: np.ndarray) -> Estimate:
-    """The mean and its standard error; llama-perplexity gives none to ten values or fewer."""
-    return Estimate(float(x.mean()), float(x.std()) / math.sqrt(x.size - 1) if x.size > 10 else 0.0)
-
-
-def _share(x: np.ndarray) -> Estimate:
-    """The share of what is true, with the standard error of a binomial."""
-    p = float(x.mean())
-    return Estimate(p, math.sqrt(p * (1 - p) / max(1, x.size - 1)))
-
-
 def _percentiles(x: np.ndarray, wanted: tuple[float, ...]) -> dict[float, float]:
     return dict(zip(wanted, np.percentile(x, wanted).tolist(), strict=True))
-
-
-def _exp(x: float) -> float:
-    """e^x, infinity where that is too large for a float."""
-    return math.exp(x) if x < 709.0 else math.inf
 
 
 def _result(
@@ -385,15 +368,16 @@ def _result(
     """Every statistic of the positions' values, all [n_chunks, n_scored], `same` [..., 2]."""
     n_chunks, n_scored = kld.shape
     n = kld.size
-    ln, ln_base = _mean(nll), _mean(nll_base)
+    ln, ln_base = Estimate.mean(nll), Estimate.mean(nll_base)
     covariance = float((nll * nll_base).mean() - ln.value * ln_base.value) / (n - 1) if n >= 10 else 0.0
-    spread = ln.error * ln_base.error
-    ppl, ppl_base = (Estimate(_exp(e.value), _exp(e.value) * e.error) for e in (ln, ln_base))
-    ln_ratio = Estimate(ln.value - ln_base.value, math.sqrt(max(0.0, ln.error**2 + ln_base.error**2 - 2 * covariance)))
-    ratio = _exp(ln_ratio.value)
-    variance = ppl.error**2 + ppl_base.error**2 - 2 * ppl.value * ppl_base.value * covariance
+    spread = ln.stderr * ln_base.stderr
+    ln_ratio = Estimate(
+        ln.value - ln_base.value, math.sqrt(max(0.0, ln.stderr**2 + ln_base.stderr**2 - 2 * covariance))
+    )
+    ppl, ppl_base = ln.exp(), ln_base.exp()
+    variance = ppl.stderr**2 + ppl_base.stderr**2 - 2 * ppl.value * ppl_base.value * covariance
     delta = np.exp(-nll) - np.exp(-nll_base)
-    square = _mean(np.square(delta))
+    square = Estimate.mean(np.square(delta))
     rms = math.sqrt(square.value)
     first = first_scored(n_ctx)
     edges = np.linspace(0, n_scored, min(_BANDS, n_scored) + 1).astype(int)
@@ -402,16 +386,16 @@ def _result(
         ppl=ppl,
         ppl_base=ppl_base,
         ln_ratio=ln_ratio,
-        ratio=Estimate(ratio, ratio * ln_ratio.error),
+        ratio=ln_ratio.exp(),
         difference=Estimate(ppl.value - ppl_base.value, math.sqrt(max(0.0, variance))),
         correlation=covariance / spread if spread > 0 else 1.0,
-        kld=_mean(kld),
+        kld=Estimate.mean(kld),
         kld_percentiles=_percentiles(kld, KLD_PERCENTILES),
-        delta_p=_mean(delta),
+        delta_p=Estimate.mean(delta),
         delta_p_percentiles=_percentiles(delta, DELTA_P_PERCENTILES),
-        delta_p_rms=Estimate(rms, 0.5 / rms * square.error if rms > 0 else 0.0),
-        same_top=_share(same[..., 0]),
-        same_top5=_share(same[..., 1]),
+        delta_p_rms=Estimate(rms, 0.5 / rms * square.stderr if rms > 0 else 0.0),
+        same_top=Estimate.share(int(same[..., 0].sum()), n),
+        same_top5=Estimate.share(int(same[..., 1].sum()), n),
         n_tokens=n,
         n_chunks=n_chunks,
         n_ctx=n_ctx,

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from quantkit.errors import QuantkitError
-from quantkit.evaluate.backends import load
+from quantkit.evaluate.backends import AnyModel, load
 from quantkit.evaluate.inputs import InputSum, Key
 from quantkit.evaluate.perplexity import chunked, tokenize
+from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.formats.imatrix import Importance, ImportanceMatrix
 from quantkit.sources.source import TensorSource
 from quantkit.vocabulary import Vocabulary
@@ -50,41 +51,37 @@ class _Entries:
 
 
 def importance_matrix(
-    source: TensorSource,
+    model: AnyModel,
     text: str | np.ndarray,
-    n_ctx: int = 512,
-    chunks: int | None = None,
-    n_threads: int | None = None,
-    batch: int | None = None,
-    process_output: bool = False,
     *,
+    chunking: Chunking = Chunking(),  # noqa: B008
+    compute: Compute | None = None,
+    process_output: bool = False,
     from_chunk: int = 0,
     dataset: str | None = None,
     snapshot: Callable[[ImportanceMatrix], None] | None = None,
     snapshot_every: int = 0,
     progress: Callable[[int, int], None] | None = None,
-    backend: str = "numpy",
-    device: str = "cpu",
-    precision: str = "f32",
 ) -> ImportanceMatrix:
-    """The importance matrix of `source` over `text`, a string or token ids, by llama-imatrix's method.
+    """The importance matrix of `model` over `text`, a string or token ids, by llama-imatrix's method.
 
-    The text is cut into chunks of `n_ctx` tokens, the first of each replaced by BOS where the vocabulary adds one, and
-    every position counts. For each matrix of the layers (each expert apart), and for output.weight with
-    `process_output`, the squares of what it is multiplied with are summed by column. `from_chunk` leaves out the first
-    chunks of the text; `dataset` is the text's name, for the record. Every `snapshot_every` chunks, `snapshot` gets
-    the matrix so far. After each batch `progress(chunks done, chunks)` is called. `backend`, `device` and `precision`
-    say what computes, as for `backends.load`.
+    `model` is a loaded model, a source, or a path; `compute` says what computes. The text is cut as `chunking` says,
+    the first token of each chunk replaced by BOS where the vocabulary adds one, and every position counts. For each
+    matrix of the layers (each expert apart), and for output.weight with `process_output`, the squares of what it is
+    multiplied with are summed by column. `from_chunk` leaves out the first chunks of the text; `dataset` is the text's
+    name, for the record. Every `snapshot_every` chunks, `snapshot` gets the matrix so far. After each batch
+    `progress(chunks done, chunks)` is called.
 
     Sums are kept in float64 and returned in float32; llama-imatrix adds in float32, so its sums differ by its rounding.
     Raises QuantkitError for a text that is too short and for activations that are not finite.
     """
     if from_chunk < 0:
         raise QuantkitError(f"cannot begin at chunk {from_chunk}: use 0 or more")
-    model = load(source, n_threads, backend, device, precision)
+    model = load(model, compute)
+    source, n_ctx = model.source, chunking.n_ctx
     ids, bos = tokenize(Vocabulary.from_metadata(source.metadata), text)
-    tokens = chunked(ids[from_chunk * n_ctx :], n_ctx, chunks, bos, source.label)
-    step = batch or model.batch(n_ctx)
+    tokens = chunked(ids[from_chunk * n_ctx :], chunking, bos, source.label)
+    step = chunking.batch or model.batch(n_ctx)
     sums = model.input_sums(full=False)
     so_far = _Entries(source)
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import logit_kernels
-from quantkit.evaluate.backends import Model, load
+from quantkit.evaluate.backends import AnyModel, Model, load
+from quantkit.evaluate.settings import Chunking, Compute, Estimate
 from quantkit.formats.logits import LogitsWriter, empty_rows, first_scored, parts
-from quantkit.sources.source import TensorSource
 from quantkit.vocabulary import Vocabulary
 
 
@@ -23,15 +23,14 @@ from quantkit.vocabulary import Vocabulary
 class PerplexityResult:
     """The perplexity of a text under a model.
 
-    `ppl` is e to the mean negative log-likelihood, in nats, of the `n_tokens` scored tokens, and `error` its standard
-    error. `chunk_nll` is each chunk's mean, `running` the estimate after each chunk. `seconds` is the time of the
-    forward passes, and `tokens_per_second` counts all tokens that went through the model. `batch` chunks went through
-    it together, and `memory` is the most that was taken, in bytes: of the GPU where one computed, else of the process,
-    None where it is not known.
+    `ppl` is e to the mean negative log-likelihood, in nats, of the `n_tokens` scored tokens. `chunk_nll` is each
+    chunk's mean, `running` the estimate after each chunk. `seconds` is the time of the forward passes, and
+    `tokens_per_second` counts all tokens that went through the model. `batch` chunks went through it together, and
+    `memory` is the most that was taken, in bytes: of the GPU where one computed, else of the process, None where it is
+    not known.
     """
 
-    ppl: float
-    error: float
+    ppl: Estimate
     n_tokens: int
     n_chunks: int
     n_ctx: int
@@ -45,24 +44,21 @@ class PerplexityResult:
     running: list[float] = field(repr=False)
 
 
-def chunked(tokens: np.ndarray, n_ctx: int, chunks: int | None, bos: int | None, label: str) -> np.ndarray:
+def chunked(tokens: np.ndarray, chunking: Chunking, bos: int | None, label: str) -> np.ndarray:
     """Cut token ids into int32 [n_chunks, n_ctx] as llama-perplexity does.
 
     What does not fill a chunk is dropped; each chunk's first token becomes `bos` unless that is None. Raises
-    QuantkitError for a text of fewer than two chunks and for impossible sizes.
+    QuantkitError for a text of fewer than two chunks.
     """
-    if n_ctx < 4:
-        raise QuantkitError(f"a context of {n_ctx} tokens is too short to score: use 4 or more")
-    if chunks is not None and chunks < 1:
-        raise QuantkitError(f"cannot measure over {chunks} chunks: use 1 or more")
+    n_ctx = chunking.n_ctx
     if len(tokens) < 2 * n_ctx:
         raise QuantkitError(
             f"{label}: the text has {len(tokens)} tokens, but {2 * n_ctx} are needed with a context of "
             f"{n_ctx}: use a longer text or a smaller context"
         )
     n_chunks = len(tokens) // n_ctx
-    if chunks is not None:
-        n_chunks = min(n_chunks, chunks)
+    if chunking.chunks is not None:
+        n_chunks = min(n_chunks, chunking.chunks)
     cut = np.array(tokens[: n_chunks * n_ctx], dtype=np.int32).reshape(n_chunks, n_ctx)
     if bos is not None:
         cut[:, 0] = bos
@@ -78,39 +74,34 @@ def tokenize(vocabulary: Vocabulary, text: str | np.ndarray) -> tuple[np.ndarray
 
 
 def perplexity(
-    source: TensorSource,
+    model: AnyModel,
     text: str | np.ndarray,
-    n_ctx: int = 512,
-    chunks: int | None = None,
-    n_threads: int | None = None,
-    batch: int | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    *,
+    chunking: Chunking = Chunking(),  # noqa: B008
+    compute: Compute | None = None,
     save_logits: str | os.PathLike[str] | None = None,
-    backend: str = "numpy",
-    device: str = "cpu",
-    precision: str = "f32",
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> PerplexityResult:
-    """The perplexity of `text`, a string or token ids, under the model `source`.
+    """The perplexity of `text`, a string or token ids, under `model`: a loaded model, a source, or a path.
 
     The method is llama-perplexity's: the whole text is tokenized once, special tokens not parsed, and cut into chunks
-    of `n_ctx` tokens, the first of each replaced by BOS where the vocabulary adds one; the second half of each chunk is
-    scored. `chunks` bounds their number, `batch` how many run together (by memory if None). After each chunk
-    `progress(chunks done, chunks, estimate)` is called. `save_logits` names a file to write the log-probabilities of
-    the scored positions to, for `divergence` or llama-perplexity to compare with.
-
-    `backend`, `device` and `precision` say what computes, as for `backends.load`.
+    as `chunking` says, the first token of each replaced by BOS where the vocabulary adds one; the second half of each
+    chunk is scored. `compute` says what computes. `save_logits` names a file to write the log-probabilities of the
+    scored positions to, for `divergence` or llama-perplexity to compare with. After each chunk
+    `progress(chunks done, chunks, estimate)` is called.
 
     Raises QuantkitError for a text that is too short, and when the model's logits are NaN.
     """
-    model = load(source, n_threads, backend, device, precision)
-    ids, bos = tokenize(Vocabulary.from_metadata(source.metadata), text)
-    raw = chunked(ids, n_ctx, chunks, None, source.label)
+    model = load(model, compute)
+    n_ctx, label = chunking.n_ctx, model.source.label
+    ids, bos = tokenize(Vocabulary.from_metadata(model.source.metadata), text)
+    raw = chunked(ids, chunking, None, label)
     tokens = raw.copy()
     if bos is not None:
         tokens[:, 0] = bos
     first = first_scored(n_ctx)
     n_scored = n_ctx - 1 - first
-    step = batch or model.batch(n_ctx)
+    step = chunking.batch or model.batch(n_ctx)
     if save_logits is not None:
         # All logits of a batch then stand in memory.
         step = max(1, min(step, model.memory // 4 // (n_scored * model.spec.n_vocab * 6)))
@@ -136,7 +127,7 @@ def perplexity(
                 nll += float(chunk.sum())
                 squares += float(np.square(chunk).sum())
                 chunk_nll.append(float(chunk.mean()))
-                running.append(_exp(nll / (len(chunk_nll) * n_scored)))
+                running.append(Estimate(nll / (len(chunk_nll) * n_scored), 0.0).exp().value)
                 if progress is not None:
                     progress(len(running), len(tokens), running[-1])
     seconds = time.perf_counter() - began
@@ -144,8 +135,7 @@ def perplexity(
     mean = nll / count
     variance = max(0.0, squares / count - mean * mean)
     return PerplexityResult(
-        ppl=_exp(mean),
-        error=math.sqrt(variance / max(1, count - 1)) * _exp(mean),
+        ppl=Estimate(mean, math.sqrt(variance / max(1, count - 1))).exp(),
         n_tokens=count,
         n_chunks=len(tokens),
         n_ctx=n_ctx,
@@ -176,8 +166,3 @@ def pack_chunks(
         return rows, nll
 
     return model.pooled(pack, range(len(logits)))
-
-
-def _exp(x: float) -> float:
-    """e^x, infinity where that is too large for a float."""
-    return math.exp(x) if x < 709.0 else math.inf

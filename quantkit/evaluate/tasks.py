@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from quantkit.errors import QuantkitError
-from quantkit.evaluate.backends import Model, load
-from quantkit.sources.source import TensorSource
+from quantkit.evaluate.backends import AnyModel, Model, load
+from quantkit.evaluate.settings import Compute, Estimate
 from quantkit.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -50,16 +50,15 @@ class Task:
 class TasksResult:
     """How many tasks a model gets right.
 
-    `accuracy` is a share of one; `low` and `high` bound it with 95% confidence (Wilson's interval), `error` is its
-    standard error. `chosen` is each task's likeliest text and `scores` the mean log-likelihoods, in nats a token, of
-    all its texts; `running` the accuracy after each task.
+    `accuracy` is a share of one; `low` and `high` bound it with 95% confidence (Wilson's interval). `chosen` is each
+    task's likeliest text and `scores` the mean log-likelihoods, in nats a token, of all its texts; `running` the
+    accuracy after each task.
     """
 
     kind: str
-    accuracy: float
+    accuracy: Estimate
     low: float
     high: float
-    error: float
     n_right: int
     n_tasks: int
     backend: str
@@ -270,27 +269,24 @@ def _prepare(task: Task, vocabulary: Vocabulary) -> _Prepared:
 
 
 def tasks(
-    source: TensorSource,
+    model: AnyModel,
     items: Sequence[Task],
+    *,
     kind: str = "tasks",
-    n_threads: int | None = None,
+    compute: Compute | None = None,
     progress: Callable[[int, int, float], None] | None = None,
-    backend: str = "numpy",
-    device: str = "cpu",
-    precision: str = "f32",
 ) -> TasksResult:
-    """Let the model `source` choose the likeliest text of each of `items` (see `read_tasks`).
+    """Let `model` (a loaded model, a source, or a path) choose the likeliest text of each of `items` (`read_tasks`).
 
     The score of a text is the mean log-likelihood of its scored tokens; the first of equal ones wins, in Winogrande
-    the last. After each batch `progress(tasks done, tasks, accuracy)` is called. `backend`, `device` and `precision`
-    say what computes, as for `backends.load`.
+    the last. `compute` says what computes. After each batch `progress(tasks done, tasks, accuracy)` is called.
 
     Raises QuantkitError without tasks, for tasks without tokens to score, and when logits are NaN.
     """
     if not items:
-        raise QuantkitError(f"{source.label}: no tasks to score")
-    model = load(source, n_threads, backend, device, precision)
-    vocabulary = Vocabulary.from_metadata(source.metadata)
+        raise QuantkitError("there are no tasks to score")
+    model = load(model, compute)
+    vocabulary = Vocabulary.from_metadata(model.source.metadata)
     prepared = [_prepare(task, vocabulary) for task in items]
     scores: list[list[float]] = [[] for _ in items]
     # Tasks alike in where their scored tokens begin and end run together: little is padded, few logits are for nothing.
@@ -313,15 +309,16 @@ def tasks(
             progress(done, len(order), right / done)
     chosen = [_choose(task, own) for task, own in zip(items, scores, strict=True)]
     hits = np.cumsum([choice in task.right for task, choice in zip(items, chosen, strict=True)])
-    n, share = len(items), float(hits[-1] / len(items))
+    n = len(items)
+    accuracy = Estimate.share(int(hits[-1]), n)
+    share = accuracy.value
     z = _Z * _Z / n
     half = z * math.sqrt(n * (4 * share * (1 - share) + z)) / (2 * _Z)
     return TasksResult(
         kind=kind,
-        accuracy=share,
+        accuracy=accuracy,
         low=(share + z / 2 - half) / (1 + z),
         high=(share + z / 2 + half) / (1 + z),
-        error=math.sqrt(share * (1 - share) / max(1, n - 1)),
         n_right=int(hits[-1]),
         n_tasks=n,
         backend=model.backend,

@@ -33,6 +33,7 @@ from quantkit.architectures.forward import (
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.inputs import InputSum, Key
 from quantkit.evaluate.layers import Observer
+from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import refuse_unsupported, rope_tables
 from quantkit.evaluate.weights import Weights
 from quantkit.machine import available_memory, default_threads, peak_memory
@@ -48,8 +49,7 @@ except ImportError as error:
 
 _T = TypeVar("_T")
 
-DEVICES = ("cpu", "cuda", "mps")
-PRECISIONS = {"f32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 # What results call them.
 _NAMES = {"f32": "float32", "bf16": "bfloat16"}
 # Logits that stand in memory together.
@@ -102,9 +102,9 @@ def _activate(activation: Activation, x: Any) -> Any:
 class TorchTransformer:
     """A model that runs through torch: token ids in, logits or log-likelihoods out, as `transformer.Transformer`.
 
-    `device` is cpu, cuda or mps, `precision` f32 or bf16: that of the weights and of the products. All weights are
-    decoded once and stay on the device; without `keep` those of one layer at a time, beside the embedding and the
-    output matrix. `n_threads` holds for decoding and for torch's work on the CPU, and for the whole process.
+    `compute` says the device, and the precision of the weights and of the products. All weights are decoded once and
+    stay on the device; without `keep` those of one layer at a time, beside the embedding and the output matrix. Its
+    number of threads holds for decoding and for torch's work on the CPU, and for the whole process.
 
     Raises QuantkitError when the device is not there or its memory too small, and for models that the backend does
     not know.
@@ -115,25 +115,15 @@ class TorchTransformer:
     # Told of each product of the layers, with torch's own tensors.
     observer: Observer | None = None
 
-    def __init__(
-        self,
-        source: TensorSource,
-        n_threads: int | None = None,
-        device: str = "cpu",
-        precision: str = "f32",
-        keep: bool = True,
-    ) -> None:
+    def __init__(self, source: TensorSource, compute: Compute, keep: bool = True) -> None:
         self.source = source
         self.spec: ForwardSpec = forward_spec(source.metadata, source.tensors)
-        self.n_threads = max(1, default_threads() if n_threads is None else n_threads)
-        self.memory = available_memory() // 2
+        self.n_threads = compute.threads or default_threads()
+        self.memory = available_memory() // 2 if compute.memory is None else compute.memory
+        device, precision = compute.device, compute.precision
         self._kind = device.partition(":")[0]
-        if self._kind not in DEVICES:
-            raise QuantkitError(f"the torch backend has no device {device!r}: use {', '.join(DEVICES)}")
-        if precision not in PRECISIONS:
-            raise QuantkitError(f"the torch backend has no precision {precision!r}: use {', '.join(PRECISIONS)}")
         self._device = _open_device(device, self._kind)
-        self._dtype, self._keep, self._held = PRECISIONS[precision], keep, -1
+        self._dtype, self._keep, self._held = _DTYPES[precision], keep, -1
         self.backend, self.precision = f"torch {device}", _NAMES[precision]
         refuse_unsupported(self.spec, source.label)
         for part in unknown_parts(self.spec):

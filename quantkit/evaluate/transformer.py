@@ -24,6 +24,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.inputs import InputSums
 from quantkit.evaluate.layers import ROWS, Expert, LayerRunner, Observer, Product, Routed, Workspace, unsupported
+from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.weights import Weights
 from quantkit.machine import available_memory, default_threads, peak_memory
 from quantkit.sources.source import TensorSource
@@ -36,6 +37,7 @@ _TILE = 2048
 _LARGEST_HEAD = 1 << 16
 # The output matrix is decoded in slabs of this many weights when it is not kept.
 _SLAB_WEIGHTS = 1 << 26
+_DEFAULT = Compute()
 
 
 def rope_tables(rope: Rope, n_positions: int, factors: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -98,10 +100,9 @@ def refuse_unsupported(spec: ForwardSpec, label: str) -> None:
 class Transformer:
     """A model that can be run: token ids in, logits or log-likelihoods out, in float32.
 
-    `source` is a GGUF file or a checkpoint. `n_threads` is the number of threads for everything, all usable ones by
-    default. `memory` bounds the bytes that decoded weights and activations may take, half of what is available by
-    default; weights that fit into half of that are decoded once and kept, unless `keep` says otherwise. `observer` is
-    told of each matrix product of the layers.
+    `source` is a GGUF file or a checkpoint. `compute` bounds the threads and the bytes that decoded weights and
+    activations may take; weights that fit into half of these are decoded once and kept, unless `keep` says otherwise.
+    `observer` is told of each matrix product of the layers.
 
     Raises QuantkitError when the architecture is unknown, or the tensors do not fit the metadata.
     """
@@ -110,13 +111,11 @@ class Transformer:
     precision = "float32"
     observer: Observer | None = None
 
-    def __init__(
-        self, source: TensorSource, n_threads: int | None = None, memory: int | None = None, keep: bool | None = None
-    ) -> None:
+    def __init__(self, source: TensorSource, compute: Compute = _DEFAULT, keep: bool | None = None) -> None:
         self.source = source
         self.spec: ForwardSpec = forward_spec(source.metadata, source.tensors)
-        self.n_threads = max(1, default_threads() if n_threads is None else n_threads)
-        self.memory = available_memory() // 2 if memory is None else memory
+        self.n_threads = compute.threads or default_threads()
+        self.memory = available_memory() // 2 if compute.memory is None else compute.memory
         refuse_unsupported(self.spec, source.label)
         n_weights = sum(info.n_elements for info in source.tensors.values())
         self._keep = n_weights * 4 <= self.memory // 2 if keep is None else keep

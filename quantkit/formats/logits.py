@@ -43,6 +43,15 @@ def parts(rows: np.ndarray, n_vocab: int) -> tuple[np.ndarray, np.ndarray]:
     return rows[:, :_PREFIX].view("<f4"), rows[:, _PREFIX : _PREFIX + n_vocab]
 
 
+def is_logits_file(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a file that begins as a log-probability file does."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
+
+
 class LogitsFile:
     """A log-probability file, opened for reading and mapped into memory.
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import quantkit
 from quantkit.compile.ahead import KernelJob
 from quantkit.errors import QuantkitError
-from quantkit.evaluate.divergence import DivergenceResult, Estimate, divergences
+from quantkit.evaluate.divergence import DivergenceResult, divergences
 from quantkit.evaluate.needed_kernels import measuring_kernels
+from quantkit.evaluate.settings import Chunking, Compute, Estimate
 from quantkit.pipeline.execute import Progress, execute, quantizing_kernels
 from quantkit.pipeline.mixtures import FileType
 from quantkit.pipeline.naming import output_paths
@@ -57,7 +58,7 @@ class Ladder:
                 rung.name + ("" if rung.path else " (source)"),
                 f"{rung.size / 1e6:.1f} MB" if rung.size < 1e9 else f"{rung.size / 1e9:.2f} GB",
                 f"{rung.bits_per_weight:.2f}",
-                f"{rung.ppl.value:.4f} ± {rung.ppl.error:.4f}",
+                f"{rung.ppl.value:.4f} ± {rung.ppl.stderr:.4f}",
                 f"{self.ratio(rung):.4f}",
                 f"{100 / self.ratio(rung):.2f}%",
                 "" if rung.divergence is None else f"{rung.divergence.kld.value:.6f}",
@@ -99,9 +100,7 @@ class Ladder:
                     "file": rung.path.name if rung.path else None,
                     "size": rung.size,
                     "bits_per_weight": rung.bits_per_weight,
-                    "perplexity": rung.ppl.value,
-                    "perplexity_error": rung.ppl.error,
-                    "ratio": self.ratio(rung),
+                    "ppl": asdict(rung.ppl),
                     "retention": 1 / self.ratio(rung),
                     **({} if rung.divergence is None else _costs(rung.divergence)),
                 }
@@ -117,16 +116,11 @@ class Ladder:
         return [page, data]
 
 
-def _costs(divergence: DivergenceResult) -> dict[str, float]:
-    return {
-        "ratio_error": divergence.ratio.error,
-        "kld": divergence.kld.value,
-        "kld_error": divergence.kld.error,
-        "kld_99.9%": divergence.kld_percentiles[99.9],
-        "delta_p_rms": divergence.delta_p_rms.value,
-        "same_top": divergence.same_top.value,
-        "same_top_error": divergence.same_top.error,
-    }
+def _costs(divergence: DivergenceResult) -> dict[str, Any]:
+    """The statistics of a rung, under the names that a divergence has everywhere."""
+    names = ("ratio", "kld", "kld_percentiles", "delta_p", "delta_p_rms", "same_top", "same_top5")
+    data = asdict(divergence)
+    return {name: data[name] for name in names}
 
 
 def ladder_kernels(source: TensorSource, files: Sequence[FileType], backend: str = "numpy") -> list[KernelJob]:
@@ -160,29 +154,21 @@ def measure(
     text: str,
     *,
     text_name: str,
-    n_ctx: int = 512,
-    chunks: int | None = None,
-    threads: int | None = None,
+    chunking: Chunking = Chunking(),  # noqa: B008
+    compute: Compute | None = None,
     progress: Callable[[int, int, float], None] | None = None,
-    backend: str = "numpy",
-    device: str = "cpu",
-    precision: str = "f32",
 ) -> Ladder:
     """Measure each file built from `source` against it, all in one pass over the text.
 
-    `backend`, `device` and `precision` say what computes, as for `evaluate.backends.load`. `progress` is told chunks
-    done, chunks, and a file's mean divergence so far: the first's, or each in turn through torch. Raises QuantkitError
-    when nothing was built, and as `divergences` does.
+    `progress` is told chunks done, chunks, and a file's mean divergence so far: the first's, or each in turn through
+    torch. Raises QuantkitError when nothing was built, and as `divergences` does.
     """
     if not built:
         raise QuantkitError("name at least one file type to measure")
     plan = plan_copy(source)
     kinds = {t.info.type.name: t.info.n_elements for t in plan if len(t.info.shape) > 1}
     files = [GGUFSource(path) for _, path in built]
-    results = divergences(
-        files, source, text, n_ctx, chunks, threads,
-        progress=progress, backend=backend, device=device, precision=precision,
-    )  # fmt: skip
+    results = divergences(files, source, text, chunking=chunking, compute=compute, progress=progress)
     own = max(kinds, key=lambda name: kinds[name])
     rungs = [Rung(own, None, plan.file_size, plan.bits_per_weight, results[0].ppl_base, None)]
     for (planned, path), result in zip(built, results, strict=True):

@@ -27,7 +27,8 @@ def cost_text(result: PerplexityResult | DivergenceResult) -> str:
 
 def perplexity_text(result: PerplexityResult) -> str:
     """`result` for a reader, in llama-perplexity's form."""
-    return f"PPL = {result.ppl:.4f} ± {result.error:.5f}\n{cost_text(result)} ({result.backend}, {result.precision})"
+    ppl = result.ppl
+    return f"PPL = {ppl.value:.4f} ± {ppl.stderr:.5f}\n{cost_text(result)} ({result.backend}, {result.precision})"
 
 
 def divergence_text(result: DivergenceResult) -> str:
@@ -45,24 +46,25 @@ def divergence_text(result: DivergenceResult) -> str:
         ("PPL(model) / PPL(base)", r.ratio),
         ("PPL(model) - PPL(base)", r.difference),
     ):
-        lines.append(f"  {label:<27} {estimate.value:11.6f} ± {estimate.error:.6f}")
+        lines.append(f"  {label:<27} {estimate.value:11.6f} ± {estimate.stderr:.6f}")
     lines.append(f"  {'correlation of ln PPLs':<27} {100 * r.correlation:11.4f}%")
     lines += ["", "Kullback-Leibler divergence from the base, in nats"]
-    lines.append(f"  {'mean':<27} {r.kld.value:11.6f} ± {r.kld.error:.6f}")
+    lines.append(f"  {'mean':<27} {r.kld.value:11.6f} ± {r.kld.stderr:.6f}")
     lines += [f"  {name(percent):<27} {value:11.6f}" for percent, value in r.kld_percentiles.items()]
     lines += ["", "Probability of the text's token, less the base's (Δp)"]
     for label, estimate in (("mean", r.delta_p), ("root mean square", r.delta_p_rms)):
-        lines.append(f"  {label:<27} {100 * estimate.value:10.3f}% ± {100 * estimate.error:.3f}%")
+        lines.append(f"  {label:<27} {100 * estimate.value:10.3f}% ± {100 * estimate.stderr:.3f}%")
     lines += [f"  {name(percent):<27} {100 * value:10.3f}%" for percent, value in r.delta_p_percentiles.items()]
     lines += ["", "Likeliest tokens"]
     for label, estimate in (("same first", r.same_top), ("same first five", r.same_top5)):
-        lines.append(f"  {label:<27} {100 * estimate.value:10.3f}% ± {100 * estimate.error:.3f}%")
-    bands = [[f"{b.first}-{b.last}", f"{b.kld:.6f}", f"{100 * b.flips:.2f}%"] for b in r.by_position]
-    lines += ["", table(["positions", "mean KLD", "flipped"], bands)]
+        lines.append(f"  {label:<27} {100 * estimate.value:10.3f}% ± {100 * estimate.stderr:.3f}%")
+    bands = [[f"{b.first}-{b.last}", f"{b.kld:.6f}", f"{100 * b.top_disagreement:.2f}%"] for b in r.by_position]
+    lines += ["", table(["positions", "mean KLD", "other top-1"], bands)]
     kinds = [
-        [c.name, f"{100 * c.n_tokens / r.n_tokens:.1f}%", f"{c.kld:.6f}", f"{100 * c.flips:.2f}%"] for c in r.by_class
+        [c.name, f"{100 * c.n_tokens / r.n_tokens:.1f}%", f"{c.kld:.6f}", f"{100 * c.top_disagreement:.2f}%"]
+        for c in r.by_class
     ]
-    lines += ["", table(["tokens", "share", "mean KLD", "flipped"], kinds)]
+    lines += ["", table(["tokens", "share", "mean KLD", "other top-1"], kinds)]
     lines += [
         "",
         f"{cost_text(r)} ({r.backend}, {r.precision}; base: {r.base})",

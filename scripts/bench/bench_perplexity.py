@@ -36,6 +36,7 @@ from quantkit.evaluate.backends import Model, load
 from quantkit.evaluate.divergence import divergence
 from quantkit.evaluate.importance import importance_matrix
 from quantkit.evaluate.perplexity import chunked, perplexity, tokenize
+from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.sources.source import GGUFSource
 from quantkit.vocabulary import Vocabulary
@@ -151,15 +152,16 @@ def derived(
 
     With --torch also log-likelihoods by the torch backend, loading not included.
     """
-    logits, n_ctx, n_threads = folder / "base.logits", args.n_ctx, args.threads
+    logits = folder / "base.logits"
     tokens = chunks.reshape(-1)
-    perplexity(source, tokens, n_ctx, n_threads=n_threads, save_logits=logits)
+    cut, compute = Chunking(n_ctx=args.n_ctx), Compute(threads=args.threads)
+    perplexity(source, tokens, chunking=cut, compute=compute, save_logits=logits)
     jobs: dict[str, Callable[[], object]] = {
-        "KLD": lambda: divergence(source, logits, n_threads=n_threads),
-        "imatrix": lambda: importance_matrix(source, tokens, n_ctx, n_threads=n_threads),
+        "KLD": lambda: divergence(source, logits, compute=compute),
+        "imatrix": lambda: importance_matrix(source, tokens, chunking=cut, compute=compute),
     }
     for precision in ("f32", "bf16") if args.torch else ():
-        model = load(source, n_threads, "torch", precision=precision)
+        model = load(source, Compute(backend="torch", threads=args.threads, precision=precision))
         jobs[f"torch {precision}"] = partial(scored, model, chunks)
     return jobs
 
@@ -196,9 +198,9 @@ def main() -> None:
         for name in args.types.split(","):
             path = quantized(args.model, name, args.threads, Path(folder))
             source = GGUFSource(path)
-            model = Transformer(source, args.threads)
+            model = Transformer(source, Compute(threads=args.threads))
             ids, bos = tokenize(Vocabulary.from_metadata(source.metadata), args.text.read_text(encoding="utf-8"))
-            chunks = chunked(ids, args.n_ctx, args.chunks, bos, str(args.text))
+            chunks = chunked(ids, Chunking(n_ctx=args.n_ctx, chunks=args.chunks), bos, str(args.text))
             reference = Reference(path, args.n_ctx, args.threads)
             bare = Floor(model, chunks.size)
             decode = partial(reference.run, chunks)

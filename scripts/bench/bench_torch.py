@@ -20,6 +20,7 @@ import torch
 
 from quantkit.blocks.types import GGMLType
 from quantkit.evaluate.perplexity import chunked, perplexity, tokenize
+from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.evaluate.torch_backend import TorchTransformer
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import Metadata, TensorInfo, ValueType
@@ -107,19 +108,17 @@ def main() -> None:
     print(json.dumps({"device": name, "torch": torch.__version__}), flush=True)
     source = open_source(args.model)
     ids, bos = tokenize(Vocabulary.from_metadata(source.metadata), args.text.read_text(encoding="utf-8"))
-    judged = chunked(ids, 512, args.judge_chunks, bos, source.label)
+    judged = chunked(ids, Chunking(chunks=args.judge_chunks), bos, source.label)
     judge = Transformer(source).log_likelihoods(judged, 256)
     for precision in ("f32", "bf16"):
-        own = TorchTransformer(source, device=args.device, precision=precision).log_likelihoods(judged, 256)
-        runs = [
-            perplexity(source, ids, chunks=args.chunks, backend="torch", device=args.device, precision=precision)
-            for _ in range(2)
-        ]
+        compute = Compute(backend="torch", device=args.device, precision=precision)
+        own = TorchTransformer(source, compute).log_likelihoods(judged, 256)
+        runs = [perplexity(source, ids, chunking=Chunking(chunks=args.chunks), compute=compute) for _ in range(2)]
         print(
             json.dumps(
                 {
                     "precision": precision,
-                    "ppl": runs[1].ppl,
+                    "ppl": runs[1].ppl.value,
                     "chunks": runs[1].n_chunks,
                     "seconds": [round(run.seconds, 3) for run in runs],
                     "tokens_per_second": round(runs[1].tokens_per_second),
@@ -136,7 +135,7 @@ def main() -> None:
     n_weights = sum(info.n_elements for info in llama.tensors.values())
     for precision in ("f32", "bf16"):
         began = time.perf_counter()
-        model = TorchTransformer(llama, device=args.device, precision=precision)
+        model = TorchTransformer(llama, Compute(backend="torch", device=args.device, precision=precision))
         loading = time.perf_counter() - began
         n_seq = model.batch(512)
         tokens = np.random.default_rng(2).integers(0, llama.n_vocab, (n_seq, 512)).astype(np.int32)

@@ -17,6 +17,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate import logit_kernels
 from quantkit.evaluate.divergence import DivergenceResult, divergence, divergences
 from quantkit.evaluate.perplexity import perplexity
+from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.formats.gguf import ValueType
 from quantkit.formats.logits import LogitsFile
 from quantkit.pipeline.run import quantize
@@ -24,6 +25,7 @@ from quantkit.sources.checkpoint import CheckpointSource
 from quantkit.sources.source import GGUFSource
 
 TEXT = "Sphinx of black quartz, judge my vow; pack my box with five dozen liquor jugs. " * 12
+CUT, CUT64 = Chunking(n_ctx=96), Chunking(n_ctx=64)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def check(result: DivergenceResult, q: np.ndarray, b: np.ndarray, chunks: np.nda
     close = {"rel": tolerance, "abs": 1e-7}
 
     def same(estimate: object, expected: tuple[float, float]) -> None:
-        assert (estimate.value, estimate.error) == pytest.approx(expected, **close)  # type: ignore[attr-defined]
+        assert (estimate.value, estimate.stderr) == pytest.approx(expected, **close)  # type: ignore[attr-defined]
 
     same(result.kld, with_error(kld))
     same(result.delta_p, with_error(delta))
@@ -105,12 +107,12 @@ def check(result: DivergenceResult, q: np.ndarray, b: np.ndarray, chunks: np.nda
     for one in bands:
         part = slice(one.first - first, one.last - first + 1)
         assert one.kld == pytest.approx(kld[:, part].mean(), **close)
-        assert one.flips == pytest.approx(1 - top[:, part].mean())
+        assert one.top_disagreement == pytest.approx(1 - top[:, part].mean())
     assert [one.first for one in bands[1:]] == [one.last + 1 for one in bands[:-1]]
     kinds = result.by_class
     assert sum(one.n_tokens for one in kinds) == kld.size and len(kinds) > 1
     assert sum(one.n_tokens * one.kld for one in kinds) / kld.size == pytest.approx(kld.mean(), **close)
-    assert sum(one.n_tokens * one.flips for one in kinds) / kld.size == pytest.approx(1 - top.mean())
+    assert sum(one.n_tokens * one.top_disagreement for one in kinds) / kld.size == pytest.approx(1 - top.mean())
     assert result.memory is not None and result.memory > 1 << 20
     assert 1 <= result.batch <= len(chunks)
 
@@ -120,7 +122,12 @@ def test_every_statistic_against_the_plain_forward_pass(pair: tuple[Path, Path])
     q, b = (plain_log_probs(path, chunks) for path in pair)
     seen: list[tuple[int, int, float]] = []
     result = divergence(
-        GGUFSource(pair[0]), GGUFSource(pair[1]), TEXT, 96, n_threads=2, progress=lambda *a: seen.append(a)
+        GGUFSource(pair[0]),
+        GGUFSource(pair[1]),
+        TEXT,
+        chunking=CUT,
+        compute=Compute(threads=2),
+        progress=lambda *a: seen.append(a),
     )
     check(result, q, b, chunks, 2e-5)
     assert result.kld.value > 1e-4
@@ -131,15 +138,17 @@ def test_every_statistic_against_the_plain_forward_pass(pair: tuple[Path, Path])
 def test_a_stored_base_is_taken_as_it_is_stored(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """As llama-perplexity takes it: 16-bit codes times the scale plus the minimum; -16 and less weighs nothing."""
     path = tmp_path / "base.logits"
-    saved = perplexity(GGUFSource(pair[1]), TEXT, 96, save_logits=path)
+    saved = perplexity(pair[1], TEXT, chunking=CUT, save_logits=path)
     chunks = chunks_of(TEXT, 96)
     exact = plain_log_probs(pair[1], chunks)
     file = LogitsFile(path)
     stored = np.stack([a[:, :1] * c.astype(np.float32) + a[:, 1:] for a, c in map(file.chunk, range(len(chunks)))])
     near = exact > exact.max(-1, keepdims=True) - 15.9
     assert np.abs(stored - exact)[near].max() < 16 / 65535
-    assert saved.ppl == pytest.approx(perplexity(GGUFSource(pair[1]), TEXT, 96).ppl, rel=1e-6)
-    result = divergence(GGUFSource(pair[0]), path)
+    assert saved.ppl.value == pytest.approx(perplexity(pair[1], TEXT, chunking=CUT).ppl.value, rel=1e-6)
+    result = divergence(pair[0], path)
+    opened = divergence(pair[0], LogitsFile(path))
+    assert (opened.kld, opened.base) == (result.kld, str(path))
     q = plain_log_probs(pair[0], chunks)
     far = np.where(stored > -16, stored, -np.inf)
     kld = np.where(stored > -16, np.exp(far) * (stored - q), 0).sum(-1)
@@ -147,16 +156,16 @@ def test_a_stored_base_is_taken_as_it_is_stored(pair: tuple[Path, Path], tmp_pat
     assert result.chunk_kld == pytest.approx(kld.mean(1).tolist(), rel=2e-5)
     nll_base = -np.take_along_axis(stored, chunks[:, 49:, None], 2)
     assert result.ppl_base.value == pytest.approx(np.exp(nll_base.astype(np.float64).mean()), rel=1e-6)
-    assert divergence(GGUFSource(pair[0]), path, TEXT, chunks=3).chunk_kld == pytest.approx(result.chunk_kld[:3])
+    assert divergence(pair[0], path, TEXT, chunking=Chunking(chunks=3)).chunk_kld == pytest.approx(result.chunk_kld[:3])
     direct = tmp_path / "direct.logits"
-    divergence(GGUFSource(pair[0]), GGUFSource(pair[1]), TEXT, 96, save_logits=direct)
+    divergence(*pair, TEXT, chunking=CUT, save_logits=direct)
     assert direct.read_bytes() == path.read_bytes()
 
 
 def test_results_do_not_depend_on_batch_or_threads(pair: tuple[Path, Path]) -> None:
     def numbers(n_threads: int, batch: int | None) -> list[float]:
-        result = divergence(*map(GGUFSource, pair), TEXT, 96, n_threads=n_threads, batch=batch)
-        return [result.kld.value, result.kld.error, result.ratio.value, result.delta_p_rms.value, *result.chunk_kld]
+        result = divergence(*pair, TEXT, chunking=Chunking(n_ctx=96, batch=batch), compute=Compute(threads=n_threads))
+        return [result.kld.value, result.kld.stderr, result.ratio.value, result.delta_p_rms.value, *result.chunk_kld]
 
     base = numbers(1, 1)
     for n_threads, batch in ((2, None), (3, 2), (1, 9)):
@@ -166,16 +175,16 @@ def test_results_do_not_depend_on_batch_or_threads(pair: tuple[Path, Path]) -> N
 def test_several_models_in_one_pass_are_each_by_itself(pair: tuple[Path, Path], tmp_path: Path) -> None:
     third = write_gguf(tmp_path / "q8_0.gguf", tiny_metadata(), tiny_weights(7), GGMLType.Q8_0)
     sources = [GGUFSource(path) for path in (third, *pair)]
-    together = divergences(sources, sources[2], TEXT, 96)
+    together = divergences(sources, sources[2], TEXT, chunking=CUT)
     for one, source in zip(together, sources, strict=True):
-        alone = divergence(source, sources[2], TEXT, 96)
+        alone = divergence(source, sources[2], TEXT, chunking=CUT)
         assert one.chunk_kld == pytest.approx(alone.chunk_kld, rel=1e-5, abs=1e-8)
         assert (one.ppl.value, one.same_top) == (pytest.approx(alone.ppl.value, rel=1e-6), alone.same_top)
     assert together[2].same_top.value == 1 and together[0].kld.value < together[1].kld.value
 
 
 def test_a_model_does_not_diverge_from_itself(pair: tuple[Path, Path]) -> None:
-    result = divergence(GGUFSource(pair[1]), GGUFSource(pair[1]), TEXT, 64, chunks=4)
+    result = divergence(pair[1], pair[1], TEXT, chunking=Chunking(n_ctx=64, chunks=4))
     assert max(abs(v) for v in result.kld_percentiles.values()) < 1e-6
     assert (result.same_top.value, result.same_top5.value, result.delta_p_rms.value) == (1.0, 1.0, 0.0)
     assert (result.ln_ratio.value, result.correlation) == (0.0, pytest.approx(1.0))
@@ -244,9 +253,9 @@ def test_other_vocabularies_are_refused(pair: tuple[Path, Path], tmp_path: Path)
     metadata.set("tokenizer.ggml.tokens", ValueType.ARRAY, tokens, ValueType.STRING)
     other = GGUFSource(write_gguf(tmp_path / "other.gguf", metadata, tiny_weights()))
     with pytest.raises(QuantkitError, match=r"token 65 is .* against '<other>'"):
-        divergence(GGUFSource(pair[0]), other, TEXT, 64)
+        divergence(pair[0], other, TEXT, chunking=CUT64)
     path = tmp_path / "base.logits"
-    perplexity(GGUFSource(pair[1]), TEXT, 64, chunks=2, save_logits=path)
+    perplexity(pair[1], TEXT, chunking=Chunking(n_ctx=64, chunks=2), save_logits=path)
     data = bytearray(path.read_bytes())
     data[12:16] = np.int32(N_VOCAB - 2).tobytes()
     path.write_bytes(data)
@@ -256,7 +265,7 @@ def test_other_vocabularies_are_refused(pair: tuple[Path, Path], tmp_path: Path)
 
 def test_another_text_than_the_files_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     path = tmp_path / "base.logits"
-    perplexity(GGUFSource(pair[1]), TEXT, 64, save_logits=path)
+    perplexity(pair[1], TEXT, chunking=CUT64, save_logits=path)
     for text in (TEXT[1:], TEXT[:400]):
         with pytest.raises(QuantkitError, match="another text"):
             divergence(GGUFSource(pair[0]), path, text)
@@ -265,7 +274,7 @@ def test_another_text_than_the_files_is_refused(pair: tuple[Path, Path], tmp_pat
     with pytest.raises(QuantkitError, match="text"):
         divergence(GGUFSource(pair[0]), GGUFSource(pair[1]))
     with pytest.raises(QuantkitError, match="tokens, but"):
-        divergence(GGUFSource(pair[0]), GGUFSource(pair[1]), "short", 64)
+        divergence(GGUFSource(pair[0]), GGUFSource(pair[1]), "short", chunking=CUT64)
 
 
 def test_nan_names_the_model_that_made_it(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -274,9 +283,9 @@ def test_nan_names_the_model_that_made_it(pair: tuple[Path, Path], tmp_path: Pat
     broken = GGUFSource(write_gguf(tmp_path / "broken.gguf", tiny_metadata(), weights))
     for models in ((broken, GGUFSource(pair[1])), (GGUFSource(pair[1]), broken)):
         with pytest.raises(QuantkitError, match=r"broken\.gguf: layer 1"):
-            divergence(*models, TEXT, 64)
+            divergence(*models, TEXT, chunking=CUT64)
     with pytest.raises(QuantkitError, match=r"broken\.gguf: layer 1"):
-        perplexity(broken, TEXT, 64, save_logits=tmp_path / "f")
+        perplexity(broken, TEXT, chunking=CUT64, save_logits=tmp_path / "f")
     assert not (tmp_path / "f").exists() and not (tmp_path / "f.partial").exists()
 
 
@@ -290,17 +299,17 @@ def test_llama_perplexitys_numbers(docs_llama: Path, tmp_path: Path) -> None:
     source = CheckpointSource(docs_llama)
     quantize(source, path, type="Q4_K_M")
     text = (SHARED / "data" / "docs-test.txt").read_text(encoding="utf-8")
-    result = divergence(GGUFSource(path), source, text, chunks=12)
+    result = divergence(path, source, text, chunking=Chunking(chunks=12))
     assert result.ppl.value == pytest.approx(13.124439, rel=1e-4)
     assert result.ppl_base.value == pytest.approx(12.930352, rel=1e-4)
-    assert (result.ln_ratio.value, result.ln_ratio.error) == pytest.approx((0.014899, 0.003507), rel=0.01)
-    assert (result.difference.value, result.difference.error) == pytest.approx((0.194088, 0.046471), rel=0.01)
+    assert (result.ln_ratio.value, result.ln_ratio.stderr) == pytest.approx((0.014899, 0.003507), rel=0.01)
+    assert (result.difference.value, result.difference.stderr) == pytest.approx((0.194088, 0.046471), rel=0.01)
     assert result.correlation == pytest.approx(0.9975, abs=5e-5)
-    assert (result.kld.value, result.kld.error) == pytest.approx((0.016417, 0.000403), rel=0.01)
+    assert (result.kld.value, result.kld.stderr) == pytest.approx((0.016417, 0.000403), rel=0.01)
     kld = {100.0: 0.340021, 99.9: 0.213601, 99.0: 0.102282, 95.0: 0.053594, 90.0: 0.03578, 50.0: 0.010539}
     assert {k: result.kld_percentiles[k] for k in kld} == pytest.approx(kld, rel=0.01)
     delta = {100.0: 0.30224, 99.9: 0.21399, 99.0: 0.10223, 90.0: 0.0187, 25.0: -0.00818, 1.0: -0.12058, 0.0: -0.35957}
     assert {k: result.delta_p_percentiles[k] for k in delta} == pytest.approx(delta, rel=0.01)
-    assert (result.delta_p.value, result.delta_p.error) == pytest.approx((-0.00384, 0.00062), rel=0.01)
-    assert (result.delta_p_rms.value, result.delta_p_rms.error) == pytest.approx((0.03472, 0.00136), rel=0.01)
-    assert (result.same_top.value, result.same_top.error) == pytest.approx((0.92843, 0.00466), abs=5e-4)
+    assert (result.delta_p.value, result.delta_p.stderr) == pytest.approx((-0.00384, 0.00062), rel=0.01)
+    assert (result.delta_p_rms.value, result.delta_p_rms.stderr) == pytest.approx((0.03472, 0.00136), rel=0.01)
+    assert (result.same_top.value, result.same_top.stderr) == pytest.approx((0.92843, 0.00466), abs=5e-4)

@@ -18,6 +18,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate import generate as module
 from quantkit.evaluate import transformer
 from quantkit.evaluate.generate import Decoder, generate, pick
+from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
 from quantkit.sources.source import GGUFSource, open_source
@@ -30,8 +31,8 @@ def test_what_is_read_in_pieces_is_read_as_a_whole(tmp_path, monkeypatch, name):
     monkeypatch.setattr(transformer, "forward_spec", lambda *_: spec if name else plain)
     monkeypatch.setattr(module, "_BLOCK", 16)
     tokens = np.random.default_rng(3).integers(0, N_VOCAB, 40).astype(np.int32)
-    expected = Transformer(source, 2).logits(tokens[None])[0]
-    decoder = Decoder(source, 40, 2)
+    expected = Transformer(source, Compute(threads=2)).logits(tokens[None])[0]
+    decoder = Decoder(source, 40, Compute(threads=2))
     cuts = [0, 23, 24, 25, 31, 40]
     for start, stop in itertools.pairwise(cuts):
         logits = decoder.read(tokens[start:stop].tolist())
@@ -45,7 +46,7 @@ def test_greedy_text_is_llama_cpps(tinylm_f32):
     """Each of our 30 tokens is the likeliest by llama.cpp after the same tokens, so its greedy text is ours."""
     source = GGUFSource(tinylm_f32)
     for prompt in ("The function returns", "import os\n\ndef "):
-        result = generate(source, prompt, 30, n_threads=2)
+        result = generate(source, prompt, n_tokens=30, compute=Compute(threads=2))
         assert len(result.tokens) == 30
         ids = Vocabulary.from_metadata(source.metadata).encode(prompt).tolist()
         assert result.n_prompt == len(ids)
@@ -71,7 +72,7 @@ def test_drawing():
 
 def test_the_same_seed_draws_the_same_text():
     source = open_source(TINYLM)
-    texts = [generate(source, "The", 12, 0.8, seed=seed, n_threads=1).text for seed in (1, 1, 2)]
+    texts = [generate(source, "The", n_tokens=12, temperature=0.8, seed=seed).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -80,10 +81,10 @@ def test_an_ending_token_ends_the_text(tmp_path):
     weights["output.weight"][:] = 0
     weights["output_norm.weight"][:] = 1
     path = write_gguf(tmp_path / "m.gguf", tiny_metadata(), weights)
-    assert generate(GGUFSource(path), "abc", 5, n_threads=1).tokens == [0] * 5
+    assert generate(path, "abc", n_tokens=5).tokens == [0] * 5
     metadata = tiny_metadata()
     metadata.set("tokenizer.ggml.eos_token_id", ValueType.UINT32, 0)
-    result = generate(GGUFSource(write_gguf(path, metadata, weights)), "abc", 5, n_threads=1)
+    result = generate(write_gguf(path, metadata, weights), "abc", n_tokens=5)
     assert (result.tokens, result.text, result.ended) == ([], "", True)
 
 
@@ -144,7 +145,7 @@ def test_bad_input(tmp_path):
     weights["blk.1.ffn_down.weight"][5, 7] = np.nan
     source = GGUFSource(write_gguf(tmp_path / "nan.gguf", tiny_metadata(), weights))
     with pytest.raises(QuantkitError, match=r"blk\.1\b.*NaN"):
-        generate(source, "x", 3)
+        generate(source, "x", n_tokens=3)
 
 
 def test_the_command_line():
@@ -152,7 +153,7 @@ def test_the_command_line():
     command = [sys.executable, "-c", "from quantkit.cli.main import main; main()", *words, "What is a list?"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    expected = generate(open_source(TINYLM), "What is a list?", 6, chat=True, n_threads=1)
+    expected = generate(TINYLM, "What is a list?", n_tokens=6, chat=True, compute=Compute(threads=1))
     shown = json.loads(done.stdout)["results"][0]
     assert (shown["text"], shown["tokens"]) == (expected.text, expected.tokens)
     done = subprocess.run([*command, "--model2", str(TINYLM)], capture_output=True, text=True, cwd=ROOT)

@@ -13,12 +13,14 @@ from support.tiny import BOS, FAMILIES, N_VOCAB, plain_logits, tiny_metadata, ti
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.divergence import divergence
 from quantkit.evaluate.importance import importance_matrix, layer_statistics, statistics
+from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.formats.imatrix import Importance, ImportanceMatrix
 from quantkit.pipeline.run import quantize
 from quantkit.sources.checkpoint import CheckpointSource
 from quantkit.sources.source import GGUFSource
 
 N_CTX = 64
+CUT = Chunking(n_ctx=N_CTX)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_sums_of_squares_of_what_the_plain_forward_pass_multiplies(model_path: P
     tokens = some_tokens(5)
     seen: list[tuple[int, int]] = []
     matrix = importance_matrix(
-        GGUFSource(model_path), tokens, N_CTX, process_output=process_output, dataset="a.txt",
+        GGUFSource(model_path), tokens, chunking=CUT, process_output=process_output, dataset="a.txt",
         progress=lambda *a: seen.append(a),
     )  # fmt: skip
     expected: dict[str, np.ndarray] = {}
@@ -64,9 +66,11 @@ def test_sums_of_squares_of_what_the_plain_forward_pass_multiplies(model_path: P
 
 def test_results_do_not_depend_on_batch_or_threads(model_path: Path) -> None:
     tokens = some_tokens(6)
-    base = importance_matrix(GGUFSource(model_path), tokens, N_CTX, n_threads=1, batch=1)
+    base = importance_matrix(model_path, tokens, chunking=Chunking(n_ctx=N_CTX, batch=1), compute=Compute(threads=1))
     for n_threads, batch in ((2, 4), (3, None), (1, 6)):
-        other = importance_matrix(GGUFSource(model_path), tokens, N_CTX, n_threads=n_threads, batch=batch)
+        other = importance_matrix(
+            model_path, tokens, chunking=Chunking(n_ctx=N_CTX, batch=batch), compute=Compute(threads=n_threads)
+        )
         for name, entry in base.entries.items():
             np.testing.assert_allclose(other.entries[name].sums, entry.sums, rtol=1e-5)
 
@@ -74,12 +78,12 @@ def test_results_do_not_depend_on_batch_or_threads(model_path: Path) -> None:
 def test_snapshots_and_going_on_give_the_same_sums(model_path: Path) -> None:
     tokens = some_tokens(7)
     source = GGUFSource(model_path)
-    whole = importance_matrix(source, tokens, N_CTX)
+    whole = importance_matrix(source, tokens, chunking=CUT)
     saved: list[ImportanceMatrix] = []
-    importance_matrix(source, tokens, N_CTX, snapshot=saved.append, snapshot_every=3, batch=2)
+    importance_matrix(source, tokens, chunking=Chunking(n_ctx=N_CTX, batch=2), snapshot=saved.append, snapshot_every=3)
     assert [one.chunk_count for one in saved] == [3, 6]
     first = saved[0]
-    first.merge(importance_matrix(source, tokens, N_CTX, from_chunk=3))
+    first.merge(importance_matrix(source, tokens, chunking=CUT, from_chunk=3))
     assert (first.chunk_count, first.chunk_size) == (7, N_CTX)
     for name, entry in whole.entries.items():
         np.testing.assert_allclose(first.entries[name].sums, entry.sums, rtol=1e-5)
@@ -89,16 +93,16 @@ def test_snapshots_and_going_on_give_the_same_sums(model_path: Path) -> None:
 def test_bad_input(model_path: Path, tmp_path: Path) -> None:
     source = GGUFSource(model_path)
     with pytest.raises(QuantkitError, match="tokens, but"):
-        importance_matrix(source, some_tokens(3), N_CTX, from_chunk=2)
+        importance_matrix(source, some_tokens(3), chunking=CUT, from_chunk=2)
     with pytest.raises(QuantkitError, match="chunk -1"):
-        importance_matrix(source, some_tokens(3), N_CTX, from_chunk=-1)
+        importance_matrix(source, some_tokens(3), chunking=CUT, from_chunk=-1)
     weights = tiny_weights()
     weights["blk.1.attn_q.weight"][0, 0] = np.nan
     broken = GGUFSource(write_gguf(tmp_path / "broken.gguf", tiny_metadata(), weights))
     with pytest.raises(QuantkitError, match=r"layer 1.*NaN"):
-        importance_matrix(broken, some_tokens(3), N_CTX)
+        importance_matrix(broken, some_tokens(3), chunking=CUT)
     with pytest.raises(QuantkitError, match="sums of"):
-        importance_matrix(source, some_tokens(3), N_CTX).merge(
+        importance_matrix(source, some_tokens(3), chunking=CUT).merge(
             ImportanceMatrix({"blk.0.attn_q.weight": Importance(np.ones((1, 32), np.float32), np.array([5]))})
         )
 
@@ -193,7 +197,7 @@ def test_sums_equal_those_of_llama_cpps_graph(tmp_path: Path, family: str) -> No
     else:
         path = write_gguf(tmp_path / "m.gguf", FAMILIES[family].metadata(), FAMILIES[family].weights(5))
     tokens = some_tokens(3)
-    matrix = importance_matrix(GGUFSource(path), tokens, N_CTX)
+    matrix = importance_matrix(path, tokens, chunking=CUT)
     expected = reference_sums(path, chunks_of(tokens))
     assert list(matrix.entries) == sorted(expected)
     # ggml looks GELU up in a table of float16; elsewhere both compute in float32.
@@ -234,12 +238,12 @@ def test_quantizing_with_it_diverges_less(tmp_path: Path) -> None:
     source = CheckpointSource(TINYLM)
     calibration = (ROOT / "fixtures" / "tinylm-calib.txt").read_text(encoding="utf-8")
     text = (ROOT / "fixtures" / "tinylm-test.txt").read_text(encoding="utf-8")
-    importance_matrix(source, calibration, 128, chunks=40).save(tmp_path / "imatrix.gguf")
+    importance_matrix(source, calibration, chunking=Chunking(n_ctx=128, chunks=40)).save(tmp_path / "imatrix.gguf")
     for kind in ("Q4_K_M", "Q2_K"):
         quantize(source, tmp_path / "without.gguf", type=kind)
         quantize(source, tmp_path / "with.gguf", type=kind, imatrix=tmp_path / "imatrix.gguf")
         without, with_it = (
-            divergence(GGUFSource(tmp_path / name), source, text, 128, chunks=16).kld.value
+            divergence(tmp_path / name, source, text, chunking=Chunking(n_ctx=128, chunks=16)).kld.value
             for name in ("without.gguf", "with.gguf")
         )
         assert with_it < without

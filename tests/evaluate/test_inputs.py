@@ -11,6 +11,7 @@ from support.tiny import BOS, FAMILIES, N_VOCAB, plain_logits, tiny_metadata, ti
 
 from quantkit.evaluate.backends import Model, load
 from quantkit.evaluate.inputs import mirror
+from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.sources.source import GGUFSource
 
@@ -43,7 +44,7 @@ BACKENDS = ["numpy", pytest.param("torch", marks=requires_torch)]
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_second_moments_of_what_the_plain_forward_pass_multiplies(model_path: Path, backend: str) -> None:
     tokens = some_tokens(5)
-    model = load(GGUFSource(model_path), backend=backend)
+    model = load(model_path, Compute(backend=backend))
     sums = model.input_sums(full=True)
     hidden = layer_by_layer(model, tokens, 8)
     sums.add(("output.weight",), hidden.reshape(-1, hidden.shape[2]))
@@ -70,13 +71,13 @@ def test_layers_one_by_one_are_the_whole_pass(tmp_path: Path, name: str, backend
     family = FAMILIES[name]
     source = GGUFSource(write_gguf(tmp_path / "m.gguf", family.metadata(), family.weights(3)))
     tokens = some_tokens(5)
-    model = load(source, backend=backend)
+    model = load(source, Compute(backend=backend))
     whole = model.hidden(tokens, 0, N_CTX)
     np.testing.assert_allclose(layer_by_layer(model, tokens, 2), whole, rtol=2e-4, atol=2e-4)
     if backend == "torch":
         from quantkit.evaluate.torch_backend import TorchTransformer
 
-        model = TorchTransformer(source, keep=False)
+        model = TorchTransformer(source, Compute(backend="torch"), keep=False)
         np.testing.assert_allclose(model.hidden(tokens, 0, N_CTX), whole, rtol=2e-4, atol=2e-4)
         np.testing.assert_allclose(layer_by_layer(model, tokens, 2), whole, rtol=2e-4, atol=2e-4)
 
@@ -90,7 +91,7 @@ def test_sums_do_not_depend_on_threads_or_on_the_batch_of_a_thread(tmp_path: Pat
     tokens = some_tokens(23)
     results = []
     for n_threads in (1, 2, 5):
-        model = Transformer(GGUFSource(path), n_threads, keep=False)
+        model = Transformer(GGUFSource(path), Compute(threads=n_threads), keep=False)
         sums = model.input_sums(full=True, wanted=set(model.source.tensors))
         hidden = layer_by_layer(model, tokens, 16)
         sums.settle()
@@ -105,7 +106,7 @@ def test_sums_do_not_depend_on_threads_or_on_the_batch_of_a_thread(tmp_path: Pat
 
 
 def test_only_what_is_wanted_is_summed(model_path: Path) -> None:
-    model = Transformer(GGUFSource(model_path), 2)
+    model = Transformer(GGUFSource(model_path), Compute(threads=2))
     sums = model.input_sums(full=True, wanted={"blk.1.attn_k.weight"})
     layer_by_layer(model, some_tokens(2), 2)
     sums.settle()

@@ -18,6 +18,7 @@ from support.tiny import FAMILIES, N_VOCAB, relative_error, tiny_metadata, tiny_
 from quantkit.architectures.forward import Activation, Experts
 from quantkit.blocks.types import GGMLType
 from quantkit.evaluate.perplexity import perplexity
+from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
 from quantkit.sources.checkpoint import CheckpointSource
@@ -75,7 +76,7 @@ def reference_logits(path: Path, tokens: np.ndarray) -> np.ndarray:
 def test_logits_equal_llama_cpps(tmp_path, kind, extra, options):
     path = write_gguf(tmp_path / "m.gguf", tiny_metadata(**extra), tiny_weights(4, **options), kind)
     ids = np.random.default_rng(5).integers(0, N_VOCAB, 200).astype(np.int32)
-    ours = Transformer(GGUFSource(path), 2).logits(ids[None])[0]
+    ours = Transformer(GGUFSource(path), Compute(threads=2)).logits(ids[None])[0]
     # llama.cpp rounds the activations that it multiplies with F16 weights to F16; with F32 weights it does not.
     assert relative_error(ours, reference_logits(path, ids)) < (2e-3 if kind == GGMLType.F16 else 2e-5)
 
@@ -100,7 +101,7 @@ def test_each_familys_logits_equal_llama_cpps(tmp_path, name, kind):
     family = FAMILIES[name]
     path = write_gguf(tmp_path / "m.gguf", family.metadata(), family.weights(6), kind)
     ids = np.random.default_rng(7).integers(0, N_VOCAB, 300).astype(np.int32)
-    model = Transformer(GGUFSource(path), 2)
+    model = Transformer(GGUFSource(path), Compute(threads=2))
     error = relative_error(model.logits(ids[None])[0], reference_logits(path, ids))
     assert error < bound(model, kind)
 
@@ -132,7 +133,7 @@ def test_converted_checkpoints_give_llama_cpps_logits(tmp_path, name, outtype):
     """The tiny checkpoints that transformers' logits are recorded for, converted, in llama.cpp."""
     path = convert(make_checkpoint(name, tmp_path), tmp_path / "m.gguf", outtype)
     ids = tokens(128 if name == "tiny-gpt2" else 200).astype(np.int32)
-    model = Transformer(GGUFSource(path), 2)
+    model = Transformer(GGUFSource(path), Compute(threads=2))
     error = relative_error(model.logits(ids[None])[0], reference_logits(path, ids))
     assert error < bound(model, GGMLType.parse(outtype))
 
@@ -144,5 +145,5 @@ def test_perplexity_of_the_development_checkpoint(docs_llama):
     result = perplexity(CheckpointSource(docs_llama), text)
     assert result.n_chunks == 424
     assert result.running[79] == pytest.approx(6.1494, rel=1e-3)
-    assert result.ppl == pytest.approx(8.3333, rel=1e-3)
-    assert result.error == pytest.approx(0.0677, rel=1e-2)
+    assert result.ppl.value == pytest.approx(8.3333, rel=1e-3)
+    assert result.ppl.stderr == pytest.approx(0.0677, rel=1e-2)

@@ -16,8 +16,9 @@ from test_reference import reference_logits
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import tasks as module
+from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.tasks import Task, read_tasks, tasks
-from quantkit.sources.source import GGUFSource, open_source
+from quantkit.sources.source import GGUFSource
 
 HELLASWAG = [
     ("Cooking: A man cuts onions. He", 0, "puts them into a pan.", "flies to the moon in it.", "sings.", "is a car."),
@@ -223,14 +224,14 @@ def test_scores_equal_llama_cpps(tmp_path, tinylm_f32):
     reference, source = Reference(tinylm_f32), GGUFSource(tinylm_f32)
     for kind, data in (("hellaswag", hellaswag_bytes()), ("multiple-choice", choices_bytes())):
         items = read_tasks(kind, written(tmp_path, data))
-        result = tasks(source, items, kind, 2)
+        result = tasks(source, items, kind=kind, compute=Compute(threads=2))
         for item, own, chosen in zip(items, result.scores, result.chosen, strict=True):
             expected = reference.endings(item.texts)
             assert own == pytest.approx(expected, rel=1e-4)
             assert chosen == int(np.argmax(expected))
         assert result.n_right == sum(c in item.right for c, item in zip(result.chosen, items, strict=True))
     items = read_tasks("winogrande", written(tmp_path, winogrande_bytes()))
-    result = tasks(source, items, "winogrande", 2)
+    result = tasks(source, items, kind="winogrande", compute=Compute(threads=2))
     skipped = set()
     for (sentence, a, b, _), own, chosen in zip(WINOGRANDE, result.scores, result.chosen, strict=False):
         first, second = sentence.strip('"').split("_")
@@ -244,17 +245,18 @@ def test_scores_equal_llama_cpps(tmp_path, tinylm_f32):
 def test_accuracy_and_wilsons_interval(tmp_path):
     source = GGUFSource(write_gguf(tmp_path / "m.gguf", tiny_metadata(), tiny_weights()))
     texts = [(f"question {i * i} yes", f"question {i + 5}", f"question {i * 3} {i}?") for i in range(30)]
-    chosen = tasks(source, [Task(each, frozenset([0])) for each in texts], n_threads=2).chosen
+    chosen = tasks(source, [Task(each, frozenset([0])) for each in texts], compute=Compute(threads=2)).chosen
     assert len(set(chosen)) > 1
     right = [c if i % 3 else (c + 1) % 3 for i, c in enumerate(chosen)]
     seen = []
     result = tasks(
         source,
         [Task(each, frozenset([r])) for each, r in zip(texts, right, strict=True)],
-        n_threads=2,
+        compute=Compute(threads=2),
         progress=lambda *args: seen.append(args),
     )
-    assert (result.n_right, result.n_tasks, result.accuracy) == (20, 30, pytest.approx(2 / 3))
+    assert (result.n_right, result.n_tasks, result.accuracy.value) == (20, 30, pytest.approx(2 / 3))
+    assert result.accuracy.stderr == pytest.approx((2 / 9 / 29) ** 0.5)
     # Wilson's interval for 20 of 30.
     assert (result.low, result.high) == (pytest.approx(0.4878, abs=1e-4), pytest.approx(0.8077, abs=1e-4))
     assert result.running[:3] == [0.0, 0.5, pytest.approx(2 / 3)]
@@ -277,7 +279,7 @@ def test_the_command_line(tmp_path):
     done = subprocess.run([*words, "--hellaswag", str(path), "--json"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)["tasks"][0]
-    result = tasks(open_source(TINYLM), read_tasks("hellaswag", path), "hellaswag", 1)
+    result = tasks(TINYLM, read_tasks("hellaswag", path), kind="hellaswag", compute=Compute(threads=1))
     assert (shown["kind"], shown["n_tasks"], shown["chosen"]) == ("hellaswag", 3, result.chosen)
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr.startswith("error: no tasks: give a file")) == (1, True)

@@ -19,11 +19,14 @@ from quantkit.evaluate.backends import load
 from quantkit.evaluate.divergence import divergence, divergences
 from quantkit.evaluate.importance import importance_matrix
 from quantkit.evaluate.perplexity import perplexity
+from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
 from quantkit.sources.source import GGUFSource, open_source
 
 pytestmark = requires_torch
+
+TORCH = Compute(backend="torch", threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +51,18 @@ def assert_same_logits(ours, numpys, tokens):
 
 
 def test_float32_equals_numpy_and_bfloat16_nearly(tinylm, text):
-    judge = perplexity(tinylm, text, 256, 8, 2)
-    single = perplexity(tinylm, text, 256, 8, 2, backend="torch")
-    half = perplexity(tinylm, text, 256, 8, 2, batch=3, backend="torch", precision="bf16")
+    cut = Chunking(n_ctx=256, chunks=8)
+    judge = perplexity(tinylm, text, chunking=cut, compute=Compute(threads=2))
+    single = perplexity(tinylm, text, chunking=cut, compute=Compute(threads=2, backend="torch"))
+    half = perplexity(
+        tinylm,
+        text,
+        chunking=dataclasses.replace(cut, batch=3),
+        compute=Compute(threads=2, backend="torch", precision="bf16"),
+    )
     assert single.chunk_nll == pytest.approx(judge.chunk_nll, rel=1e-5)
-    assert half.ppl == pytest.approx(judge.ppl, rel=2e-3)
-    assert half.ppl != pytest.approx(judge.ppl, rel=1e-7)
+    assert half.ppl.value == pytest.approx(judge.ppl.value, rel=2e-3)
+    assert half.ppl.value != pytest.approx(judge.ppl.value, rel=1e-7)
     assert (single.backend, single.precision) == ("torch cpu", "float32")
     assert (half.backend, half.precision) == ("torch cpu", "bfloat16")
 
@@ -63,12 +72,13 @@ def test_divergence_equals_numpys(tmp_path):
     base = GGUFSource(write_gguf(tmp_path / "base.gguf", tiny_metadata(), weights))
     coarse = GGUFSource(write_gguf(tmp_path / "coarse.gguf", tiny_metadata(), weights, GGMLType.Q8_0))
     tokens = some_tokens(1, 400)[0]
-    judge = divergence(coarse, base, tokens, 64, n_threads=2)
-    other = divergence(coarse, base, tokens, 64, n_threads=2, backend="torch")
+    cut = Chunking(n_ctx=64)
+    judge = divergence(coarse, base, tokens, chunking=cut, compute=Compute(threads=2))
+    other = divergence(coarse, base, tokens, chunking=cut, compute=TORCH)
     assert other.backend == "torch cpu"
     assert other.kld.value == pytest.approx(judge.kld.value, rel=1e-3)
     assert other.same_top == judge.same_top
-    both = divergences([coarse, base], base, tokens, 64, n_threads=2, backend="torch")
+    both = divergences([coarse, base], base, tokens, chunking=cut, compute=TORCH)
     assert [one.kld.value for one in both] == pytest.approx([other.kld.value, 0.0], abs=1e-9)
 
 
@@ -77,7 +87,7 @@ def test_divergence_equals_numpys(tmp_path):
 )
 def test_llamas(tmp_path, options):
     source = GGUFSource(write_gguf(tmp_path / "m.gguf", tiny_metadata(), tiny_weights(1, **options)))
-    assert_same_logits(load(source, 2, "torch"), Transformer(source, 2), some_tokens(3, 40))
+    assert_same_logits(load(source, TORCH), Transformer(source, Compute(threads=2)), some_tokens(3, 40))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -87,12 +97,12 @@ def test_what_else_a_description_holds(tmp_path, monkeypatch, name):
     source, plain, spec = variant(tmp_path / "m.gguf", name)
     tokens = some_tokens(2, 40)
     monkeypatch.setattr(transformer, "forward_spec", lambda *_: plain)
-    unchanged = Transformer(source, 2).logits(tokens)
+    unchanged = Transformer(source, Compute(threads=2)).logits(tokens)
     for module in (transformer, torch_backend):
         monkeypatch.setattr(module, "forward_spec", lambda *_: spec)
-    numpys = Transformer(source, 2)
+    numpys = Transformer(source, Compute(threads=2))
     assert np.abs(numpys.logits(tokens) - unchanged).max() > 1e-2
-    assert_same_logits(load(source, 2, "torch"), numpys, tokens)
+    assert_same_logits(load(source, TORCH), numpys, tokens)
 
 
 def test_a_description_that_grows_is_refused_by_name():
@@ -114,9 +124,15 @@ def test_importance_matrices_equal_numpys(tmp_path, family):
         metadata, weights = FAMILIES[family].metadata(), FAMILIES[family].weights(5)
     source = GGUFSource(write_gguf(tmp_path / "m.gguf", metadata, weights))
     tokens = some_tokens(1, 200)[0]
-    judge = importance_matrix(source, tokens, 64, process_output=True)
+    judge = importance_matrix(source, tokens, chunking=Chunking(n_ctx=64), process_output=True)
     for precision, tolerance in (("f32", 1e-4), ("bf16", 0.05)):
-        other = importance_matrix(source, tokens, 64, process_output=True, backend="torch", precision=precision)
+        other = importance_matrix(
+            source,
+            tokens,
+            chunking=Chunking(n_ctx=64),
+            compute=Compute(backend="torch", precision=precision),
+            process_output=True,
+        )
         assert list(other.entries) == list(judge.entries)
         for name, entry in judge.entries.items():
             if precision == "f32":
@@ -129,7 +145,7 @@ def test_importance_matrices_equal_numpys(tmp_path, family):
 def test_nan_names_the_first_layer_that_made_it(tmp_path):
     weights = tiny_weights()
     weights["blk.1.ffn_down.weight"][5, 7] = np.nan
-    model = load(GGUFSource(write_gguf(tmp_path / "m.gguf", tiny_metadata(), weights)), 1, "torch")
+    model = load(GGUFSource(write_gguf(tmp_path / "m.gguf", tiny_metadata(), weights)), TORCH)
     for call in (model.logits, model.log_likelihoods):
         with pytest.raises(QuantkitError, match=r"blk\.1\b.*NaN"):
             call(some_tokens(2, 20))
@@ -139,18 +155,20 @@ def test_bad_input(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", tiny_metadata(), tiny_weights())
     source = GGUFSource(path)
     for arguments, message in [
-        (("torch", "tpu"), "no device 'tpu'"),
-        (("torch", "cpu", "f16"), "no precision 'f16'"),
-        (("jax",), "no backend 'jax'"),
-        (("numpy", "cuda"), "use torch"),
+        ({"backend": "torch", "device": "tpu"}, "no device 'tpu'"),
+        ({"backend": "torch", "precision": "f16"}, "no precision 'f16'"),
+        ({"backend": "jax"}, "no backend 'jax'"),
+        ({"device": "cuda"}, "use torch"),
+        ({"threads": 0}, "0 threads"),
+        ({"memory": -1}, "-1 bytes"),
     ]:
         with pytest.raises(QuantkitError, match=message):
-            load(source, 1, *arguments)
+            Compute(**arguments)
     with pytest.raises(QuantkitError, match="token 258"):
-        load(source, 1, "torch").logits(np.array([[1, 258]], np.int32))
+        load(source, TORCH).logits(np.array([[1, 258]], np.int32))
     heads = tiny_metadata(attention__head_count=(ValueType.UINT32, 5))
     with pytest.raises(QuantkitError, match="impossible sizes"):
-        load(GGUFSource(write_gguf(tmp_path / "heads.gguf", heads, tiny_weights())), 1, "torch")
+        load(GGUFSource(write_gguf(tmp_path / "heads.gguf", heads, tiny_weights())), TORCH)
 
 
 def test_a_device_that_is_not_there():
@@ -158,7 +176,7 @@ def test_a_device_that_is_not_there():
 
     if not torch.backends.mps.is_available():
         with pytest.raises(QuantkitError, match="no mps device"):
-            load(open_source(TINYLM), 1, "torch", "mps")
+            load(TINYLM, Compute(backend="torch", device="mps"))
 
 
 def test_the_command_line_says_what_computed():

@@ -23,7 +23,9 @@ from support.tiny import (
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
+from quantkit.evaluate.backends import load
 from quantkit.evaluate.perplexity import perplexity
+from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
 from quantkit.sources.source import GGUFSource
@@ -51,7 +53,7 @@ def some_tokens(n_seq: int, n_ctx: int, seed: int = 3) -> np.ndarray:
 def test_logits_equal_the_plain_forward_pass(tmp_path, kind, options, n_ctx):
     path = write_gguf(tmp_path / "m.gguf", tiny_metadata(), tiny_weights(1, **options), kind)
     tokens = some_tokens(2, n_ctx)
-    logits = Transformer(GGUFSource(path), 2).logits(tokens)
+    logits = Transformer(GGUFSource(path), Compute(threads=2)).logits(tokens)
     for row, expected in zip(logits, (plain_logits(path, t) for t in tokens), strict=True):
         assert relative_error(row, expected) < 2e-6
 
@@ -67,16 +69,16 @@ def test_linear_rope_scaling(tmp_path):
 def test_results_do_not_depend_on_batch_threads_or_memory(model_path, n_ctx):
     tokens = some_tokens(7, n_ctx)
     source = GGUFSource(model_path)
-    base = Transformer(source, 1).log_likelihoods(tokens, n_ctx // 2)
+    base = Transformer(source, Compute(threads=1)).log_likelihoods(tokens, n_ctx // 2)
     for n_threads, memory, step in [(1, None, 1), (2, None, 7), (3, None, 2), (4, 0, 3), (16, None, 7)]:
-        model = Transformer(source, n_threads, memory)
+        model = Transformer(source, Compute(threads=n_threads, memory=memory))
         other = np.concatenate([model.log_likelihoods(tokens[i : i + step], n_ctx // 2) for i in range(0, 7, step)])
         np.testing.assert_allclose(other, base, rtol=1e-5)
 
 
 def test_scored_positions_alone_equal_all_of_them(model_path):
     tokens = some_tokens(3, 100)
-    model = Transformer(GGUFSource(model_path), 2)
+    model = Transformer(GGUFSource(model_path), Compute(threads=2))
     full = model.logits(tokens)
     np.testing.assert_allclose(model.logits(tokens, 37, 61), full[:, 37:61], rtol=1e-4, atol=1e-4)
     wide = full.astype(np.float64)
@@ -86,7 +88,7 @@ def test_scored_positions_alone_equal_all_of_them(model_path):
 
 
 def test_later_tokens_change_nothing_before_them(model_path):
-    model = Transformer(GGUFSource(model_path), 1)
+    model = Transformer(GGUFSource(model_path), Compute(threads=1))
     tokens = some_tokens(1, 90)
     changed = tokens.copy()
     changed[0, 60:] = (changed[0, 60:] + 1) % N_VOCAB
@@ -97,7 +99,13 @@ def test_perplexity_scores_the_second_half_of_chunks_that_begin_with_bos(model_p
     text = "The quick brown fox jumps over the lazy dog. " * 20
     source = GGUFSource(model_path)
     seen = []
-    result = perplexity(source, text, n_ctx=64, n_threads=2, progress=lambda *args: seen.append(args))
+    result = perplexity(
+        source,
+        text,
+        chunking=Chunking(n_ctx=64),
+        compute=Compute(threads=2),
+        progress=lambda *args: seen.append(args),
+    )
     ids = np.concatenate([[BOS], np.frombuffer(text.encode(), np.uint8)])
     chunks = ids[: len(ids) // 64 * 64].reshape(-1, 64)
     nll = []
@@ -106,32 +114,51 @@ def test_perplexity_scores_the_second_half_of_chunks_that_begin_with_bos(model_p
         nll.append(np.log(np.exp(logits).sum(1)) - logits[np.arange(31), chunk[33:]])
     nll = np.array(nll)
     assert (result.n_chunks, result.n_tokens) == (len(chunks), nll.size)
-    assert result.ppl == pytest.approx(np.exp(nll.mean()), rel=1e-5)
-    assert result.error == pytest.approx(nll.std() / np.sqrt(nll.size - 1) * np.exp(nll.mean()), rel=1e-4)
+    assert result.ppl.value == pytest.approx(np.exp(nll.mean()), rel=1e-5)
+    assert result.ppl.stderr == pytest.approx(nll.std() / np.sqrt(nll.size - 1) * np.exp(nll.mean()), rel=1e-4)
     assert result.chunk_nll == pytest.approx(nll.mean(1), rel=1e-5)
-    assert result.running[-1] == result.ppl
+    assert result.running[-1] == result.ppl.value
     assert [done for done, *_ in seen] == list(range(1, len(chunks) + 1))
-    limited = perplexity(source, ids, n_ctx=64, chunks=3, batch=2)
+    limited = perplexity(source, ids, chunking=Chunking(n_ctx=64, chunks=3, batch=2))
     assert limited.n_chunks == 3
-    assert limited.ppl == pytest.approx(result.running[2], rel=1e-6)
+    assert limited.ppl.value == pytest.approx(result.running[2], rel=1e-6)
 
 
 def test_text_that_is_too_short(model_path):
     with pytest.raises(QuantkitError, match=r"15 tokens, but 16 are needed"):
-        perplexity(GGUFSource(model_path), "x" * 14, n_ctx=8)
+        perplexity(GGUFSource(model_path), "x" * 14, chunking=Chunking(n_ctx=8))
 
 
-@pytest.mark.parametrize("arguments", [{"n_ctx": 2}, {"chunks": 0}])
-def test_sizes_that_cannot_be(model_path, arguments):
-    with pytest.raises(QuantkitError):
-        perplexity(GGUFSource(model_path), "x" * 5000, **arguments)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"n_ctx": 2}, "context of 2"), ({"chunks": 0}, "0 chunks"), ({"batch": 0}, "run 0 chunks")],
+)
+def test_sizes_that_cannot_be(arguments, message):
+    with pytest.raises(QuantkitError, match=message):
+        Chunking(**arguments)
+
+
+def test_a_model_is_a_path_a_source_or_loaded(model_path):
+    tokens = some_tokens(1, 200)[0]
+    cut, compute = Chunking(n_ctx=64), Compute(threads=1)
+    model = load(model_path, compute)
+    results = [
+        perplexity(model_path, tokens, chunking=cut, compute=compute),
+        perplexity(str(model_path), tokens, chunking=cut, compute=compute),
+        perplexity(GGUFSource(model_path), tokens, chunking=cut, compute=compute),
+        perplexity(model, tokens, chunking=cut),
+    ]
+    assert len({result.ppl for result in results}) == 1
+    assert load(model) is model
+    with pytest.raises(QuantkitError, match="loaded already"):
+        perplexity(model, tokens, chunking=cut, compute=compute)
 
 
 def test_nan_names_the_first_layer_that_made_it(tmp_path):
     weights = tiny_weights()
     weights["blk.1.ffn_down.weight"][5, 7] = np.nan
     path = write_gguf(tmp_path / "m.gguf", tiny_metadata(), weights)
-    model = Transformer(GGUFSource(path), 1)
+    model = Transformer(GGUFSource(path), Compute(threads=1))
     for call in (model.logits, model.log_likelihoods):
         with pytest.raises(QuantkitError, match=r"blk\.1\b.*NaN"):
             call(some_tokens(2, 20))
@@ -141,7 +168,7 @@ def test_nan_in_the_output_matrix(tmp_path):
     weights = tiny_weights()
     weights["output.weight"][100, 7] = np.nan
     path = write_gguf(tmp_path / "m.gguf", tiny_metadata(), weights)
-    model = Transformer(GGUFSource(path), 1)
+    model = Transformer(GGUFSource(path), Compute(threads=1))
     for call in (model.logits, model.log_likelihoods):
         with pytest.raises(QuantkitError, match=r"output\.weight"):
             call(some_tokens(2, 20))
@@ -202,19 +229,19 @@ def family_path(tmp_path, name, **keys):
 def test_families_do_not_depend_on_batch_threads_or_memory(tmp_path, name):
     source = GGUFSource(family_path(tmp_path, name))
     tokens = some_tokens(5, 70)
-    base = Transformer(source, 1).log_likelihoods(tokens, 20)
+    base = Transformer(source, Compute(threads=1)).log_likelihoods(tokens, 20)
     for n_threads, memory, step in [(1, None, 1), (2, None, 5), (3, 0, 2)]:
-        model = Transformer(source, n_threads, memory)
+        model = Transformer(source, Compute(threads=n_threads, memory=memory))
         other = np.concatenate([model.log_likelihoods(tokens[i : i + step], 20) for i in range(0, 5, step)])
         np.testing.assert_allclose(other, base, rtol=1e-4)
-    wide = Transformer(source, 2).logits(tokens).astype(np.float64)
+    wide = Transformer(source, Compute(threads=2)).logits(tokens).astype(np.float64)
     expected = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
     expected = np.take_along_axis(expected[:, 20:-1], tokens[:, 21:, None], axis=2)[..., 0]
     np.testing.assert_allclose(base, expected, rtol=1e-4)
 
 
 def test_an_observer_sees_what_each_expert_multiplies(tmp_path):
-    model = Transformer(GGUFSource(family_path(tmp_path, "mixtral")), 2)
+    model = Transformer(GGUFSource(family_path(tmp_path, "mixtral")), Compute(threads=2))
     seen = Counter()
 
     def observer(names, rows, at, expert):
@@ -328,6 +355,6 @@ def test_hostile_metadata_is_refused_or_computed(tmp_path_factory, name, data):
         metadata.set(key, kind, value)
     path = write_gguf(tmp_path_factory.mktemp("hostile") / "m.gguf", metadata, family.weights(1))
     try:
-        Transformer(GGUFSource(path), 1).logits(some_tokens(1, 5))
+        Transformer(GGUFSource(path), Compute(threads=1)).logits(some_tokens(1, 5))
     except QuantkitError as error:
         assert "\n" not in str(error)

@@ -10,6 +10,7 @@ from make_checkpoints import FAMILIES, RECIPES, make_checkpoint
 from record_logits import GOLDENS, STEP, tokens
 from support.tiny import relative_error
 
+from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.sources.checkpoint import CheckpointSource
 
@@ -26,7 +27,7 @@ WINDOW = {"tiny-mistral": 128}
 @pytest.mark.parametrize("name", RECIPES | FAMILIES)
 def test_logits_equal_those_of_transformers(tmp_path, name):
     golden = json.loads((GOLDENS / f"{name}.json").read_text(encoding="utf-8"))
-    model = Transformer(CheckpointSource(make_checkpoint(name, tmp_path), "f32"), 1)
+    model = Transformer(CheckpointSource(make_checkpoint(name, tmp_path), "f32"), Compute(threads=1))
     for text in golden["texts"]:
         logits = model.logits(tokens(text["length"])[None].astype(np.int32))[0]
         expected = np.array(text["logits"])

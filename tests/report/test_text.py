@@ -8,6 +8,7 @@ from conftest import ROOT, TINYLM
 
 from quantkit.evaluate.divergence import divergence
 from quantkit.evaluate.perplexity import perplexity
+from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.report.measurements import divergence_text, perplexity_text
 from quantkit.report.tables import table
 from quantkit.sources.source import open_source
@@ -26,9 +27,9 @@ def test_a_table_is_aligned_and_stays_one_whatever_its_cells_hold():
 
 
 def test_a_perplexity_and_what_it_took():
-    result = perplexity(open_source(TINYLM), TEXT, 128, 4, 1)
+    result = perplexity(TINYLM, TEXT, chunking=Chunking(n_ctx=128, chunks=4), compute=Compute(threads=1))
     first, second = perplexity_text(result).splitlines()
-    assert first == f"PPL = {result.ppl:.4f} ± {result.error:.5f}"
+    assert first == f"PPL = {result.ppl.value:.4f} ± {result.ppl.stderr:.5f}"
     assert second.startswith("4 chunks of 128 tokens, 252 tokens scored, ")
     assert ", 4 chunks at a time" in second
     assert second.endswith("(numpy, float32)")
@@ -41,7 +42,7 @@ def test_a_perplexity_and_what_it_took():
 
 def test_a_divergence_tells_every_statistic():
     model = open_source(TINYLM)
-    result = divergence(model, model, TEXT, 128, 2, 1)
+    result = divergence(model, model, TEXT, chunking=Chunking(n_ctx=128, chunks=2), compute=Compute(threads=1))
     text = divergence_text(result)
     assert "PPL(model) / PPL(base)" in text and "1.000000 ± 0.000000" in text
     for band in result.by_position:
