@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from quantkit.wording import printable
+
+LONGEST_MESSAGE = 2000  # characters
+
 
 class QuantkitError(Exception):
     """A problem with the input or the machine, told in one line: what, where, and what to do.
 
-    The command line prints the message and exits with 1; nothing else in the library is caught there.
+    The command line prints the message and exits with 1; nothing else in the library is caught there. The message is
+    one printable line of bounded length, whatever the file held that it quotes.
     """
+
+    def __init__(self, message: str) -> None:
+        line = printable(" ".join(message.split("\n")))
+        super().__init__(line if len(line) <= LONGEST_MESSAGE else line[: LONGEST_MESSAGE - 1] + "…")

@@ -89,7 +89,7 @@ class GPTNeoX(Architecture):
         """LayerNorms, partial rotary embedding, GELU without a gate; usually both parts read the same."""
         model = ModelReader(metadata, tensors, NormKind.LAYER)
         rope = model.rope(RopeStyle.NEOX)
-        parallel = bool(metadata.require("gptneox.use_parallel_residual"))
+        parallel = model.flag("use_parallel_residual")
         return model.spec(
             model.layer(
                 i,

@@ -52,7 +52,7 @@ class Granite(Llama):
         """Llama's, with four multipliers."""
         model = ModelReader(metadata, tensors)
         model.refuse_keys("expert_count", "expert_shared_feed_forward_length", "deepstack_mapping")
-        rope = model.rope(RopeStyle.NORMAL) if model.lookup("rope.scaling.finetuned", True) else None
+        rope = model.rope(RopeStyle.NORMAL) if model.flag("rope.scaling.finetuned", True) else None
         logit_scale = model.number("logit_scale")
         if logit_scale == 0.0:
             raise QuantkitError("the metadata's granite.logit_scale is 0, and logits are divided by it")

@@ -80,7 +80,7 @@ class Qwen3Moe(Qwen3):
             sizes = [
                 n_ff // n_used
                 for n_ff, n_used in zip(
-                    model.per_layer("feed_forward_length"), model.per_layer("expert_used_count"), strict=True
+                    model.per_layer("feed_forward_length"), model.per_layer("expert_used_count", low=1), strict=True
                 )
             ]
         return model.spec(

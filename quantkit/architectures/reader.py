@@ -22,8 +22,11 @@ from quantkit.architectures.forward import (
     Yarn,
 )
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf import Metadata, TensorInfo
+from quantkit.formats.gguf import INTEGERS, Metadata, TensorInfo, ValueType
 
+# llama.cpp's LLAMA_MAX_LAYERS, and a bound on sizes that no model comes near.
+MAX_LAYERS = 512
+MAX_SIZE = 1 << 28
 _SCALINGS = ("none", "linear", "yarn", "longrope")
 
 
@@ -40,61 +43,45 @@ class ModelReader:
         """Read the sizes. `norm_kind` is the kind of all norms."""
         self.metadata, self.tensors, self.norm_kind = metadata, tensors, norm_kind
         self.arch = metadata.architecture
-        self.n_embd = self.integer("embedding_length")
-        self.n_layer = self.integer("block_count")
-        if not 0 < self.n_layer <= len(tensors):
+        self.n_embd = self.integer("embedding_length", low=1)
+        self.n_layer = self.integer("block_count", low=1, high=MAX_LAYERS)
+        if self.n_layer > len(tensors):
             raise QuantkitError(
                 f"the metadata says {self.n_layer} layers, which the model's {len(tensors)} tensors cannot hold"
             )
-        self.heads = self.per_layer("attention.head_count")
+        self.heads = self.per_layer("attention.head_count", low=1)
         self.heads_kv = self.per_layer("attention.head_count_kv", 0)
-        if min(self.heads) < 1:
-            raise QuantkitError(
-                f"the metadata's {self.arch}.attention.head_count is {min(self.heads)}, which is less than 1"
-            )
         self.head_k = self.integer("attention.key_length", self.n_embd // self.heads[0])
         self.head_v = self.integer("attention.value_length", self.n_embd // self.heads[0])
-        if min(self.n_embd, self.head_k, self.head_v) < 1:
+        if min(self.head_k, self.head_v) < 1:
             raise QuantkitError(
                 f"the metadata says {self.n_embd} numbers a token and heads of {self.head_k} and {self.head_v}"
             )
         eps = "layer_norm_rms_epsilon" if norm_kind is NormKind.RMS else "layer_norm_epsilon"
         self.eps = self.number(f"attention.{eps}")
-        self._refuse(self.lookup("attention.causal", True) is False, "attention to later tokens")
+        self._refuse(not self.flag("attention.causal", True), "attention to later tokens")
         self._refuse(bool(self.integer("nextn_predict_layers", 0)), "layers that predict several tokens")
 
     # Values
 
-    def lookup(self, key: str, default: Any = None) -> Any:
-        """The value of `key`, or `default`."""
-        return self.metadata.lookup(f"{self.arch}.{key}", default)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number, `default` where there is none; required without a default."""
-        return int(self._numeric(key, default))
+    def integer(self, key: str, default: int | None = None, low: int = 0, high: int = MAX_SIZE) -> int:
+        """A whole number from `low` to `high`, `default` where there is none; required without a default."""
+        return self.metadata.integer(f"{self.arch}.{key}", low, high, default)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number, `default` where there is none; required without a default."""
-        return float(self._numeric(key, default))
+        """A finite number, `default` where there is none; required without a default."""
+        return self.metadata.number(f"{self.arch}.{key}", default=default)
 
-    def per_layer(self, key: str, default: int | None = None) -> list[int]:
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """A truth value, `default` where there is none; required without a default."""
+        return self.metadata.flag(f"{self.arch}.{key}", default)
+
+    def per_layer(self, key: str, default: int | None = None, low: int = 0) -> list[int]:
         """A count that stands once for all layers, or in an array with one for each; required without a default."""
-        value = self.lookup(key, default)
-        if value is None or isinstance(value, (int, float, str)):
-            return [self.integer(key, default)] * self.n_layer
-        try:
-            counts = [int(n) for n in value]
-        except (TypeError, ValueError, OverflowError):
-            counts = []
-        if len(counts) != self.n_layer:
-            raise QuantkitError(f"the metadata's {self.arch}.{key} is not {self.n_layer} numbers, one for each layer")
-        return counts
-
-    def _numeric(self, key: str, default: float | None) -> float:
-        value = self.metadata.require(f"{self.arch}.{key}") if default is None else self.lookup(key, default)
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise QuantkitError(f"the metadata's {self.arch}.{key} is {str(value)[:80]!r}, which is no number")
-        return value
+        full = f"{self.arch}.{key}"
+        if self.metadata.is_array(full):
+            return self.metadata.integers(full, self.n_layer, low, MAX_SIZE)
+        return [self.integer(key, default, low)] * self.n_layer
 
     def _refuse(self, present: bool, what: str) -> None:
         if present:
@@ -103,7 +90,8 @@ class ModelReader:
     def refuse_keys(self, *keys: str) -> None:
         """Raise QuantkitError when one of `keys` is there: it asks for what the forward pass does not do."""
         for key in keys:
-            if self.lookup(key):
+            value = self.metadata.get(f"{self.arch}.{key}")
+            if value is not None and (value.type == ValueType.ARRAY or value.value):
                 raise QuantkitError(f"evaluating {self.arch} models with {self.arch}.{key} is not supported")
 
     # Parts
@@ -123,9 +111,10 @@ class ModelReader:
         With YaRN the keys `yarn_*` are not read: llama.cpp reads them for a few families alone (deepseek2, grok,
         mistral3).
         """
-        scaling = self.lookup("rope.scaling.type", "linear")
+        key = f"{self.arch}.rope.scaling.type"
+        scaling = self.metadata.string(key, "linear")
         if scaling not in _SCALINGS:
-            raise QuantkitError(f"the metadata's {self.arch}.rope.scaling.type {str(scaling)[:80]!r} is not known")
+            raise self.metadata.wrong(key, f"one of {', '.join(_SCALINGS)}")
         factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0.0))
         if scaling == "none" or factor <= 0.0:
             factor = 1.0
@@ -172,12 +161,14 @@ class ModelReader:
         of each period, all of them where it is 0.
         """
         self.refuse_keys("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa")
-        pattern = self.lookup("attention.sliding_window_pattern", period)
-        if isinstance(pattern, (int, float, str)):
-            period = self.integer("attention.sliding_window_pattern", period)
-            slides = [period <= 0 or i % period < period - 1 for i in range(self.n_layer)]
+        key = f"{self.arch}.attention.sliding_window_pattern"
+        if self.metadata.is_array(key):
+            slides = [bool(on) for on in self.metadata.array(key, (ValueType.BOOL, *INTEGERS))]
+            if len(slides) != self.n_layer:
+                raise self.metadata.wrong(key, f"{self.n_layer} values, one for each layer")
         else:
-            slides = [bool(on) for on in self.per_layer("attention.sliding_window_pattern")]
+            period = self.metadata.integer(key, default=period)
+            slides = [period <= 0 or i % period < period - 1 for i in range(self.n_layer)]
         if window < 1 and any(slides):
             raise QuantkitError(f"the metadata's {self.arch}.attention.sliding_window is {window}, less than 1")
         return [window if on else None for on in slides]
@@ -223,7 +214,7 @@ class ModelReader:
         """The experts of layer `i`; `n_ff` is their size where it is not the dense blocks'."""
         if self.integer("expert_group_count", 0) > 1:
             self._refuse(True, "experts in groups")
-        n_expert, n_used = self.integer("expert_count"), self.per_layer("expert_used_count")[i]
+        n_expert, n_used = self.integer("expert_count"), self.per_layer("expert_used_count", low=1)[i]
         if not 0 < n_used <= n_expert:
             raise QuantkitError(f"the metadata says that {n_used} of {n_expert} experts are used")
         return Experts(
@@ -256,6 +247,9 @@ class ModelReader:
         embedding = self.tensors.get("token_embd.weight")
         if embedding is None:
             raise QuantkitError("the model has no tensor token_embd.weight")
+        tokens = "tokenizer.ggml.tokens"
+        if self.metadata.is_array(tokens) and len(self.metadata[tokens]) != embedding.n_rows:
+            raise self.metadata.wrong(tokens, f"{embedding.n_rows} tokens, as token_embd.weight has")
         fields: dict[str, Any] = {
             "architecture": self.arch,
             "n_vocab": embedding.n_rows,

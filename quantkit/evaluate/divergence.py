@@ -339,9 +339,9 @@ def _stored_tokens(
 
 def _same_vocabulary(model: TensorSource, base: TensorSource) -> None:
     key = "tokenizer.ggml.tokens"
-    mine, theirs = model.metadata.lookup(key), base.metadata.lookup(key)
-    if mine is None or theirs is None or mine == theirs:
+    if key not in model.metadata or key not in base.metadata or model.metadata[key] == base.metadata[key]:
         return
+    mine, theirs = model.metadata.strings(key), base.metadata.strings(key)
     if len(mine) != len(theirs):
         different = f"{len(mine)} tokens against {len(theirs)}"
     else:

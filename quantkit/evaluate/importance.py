@@ -47,7 +47,7 @@ class _Entries:
         for name, entry in each.items():
             if not np.isfinite(entry.sums).all():
                 raise QuantkitError(f"{self._source.label}: the inputs of {name} are not finite, or out of range")
-        return dict(sorted(each.items(), key=lambda item: item[0].encode()))
+        return dict(sorted(each.items(), key=lambda item: item[0].encode("utf-8", "surrogateescape")))
 
 
 def importance_matrix(

@@ -35,7 +35,7 @@ def measuring_kernels(source: TensorSource, others: Iterable[GGMLType], comparin
         KernelJob(forward_kernels.rms_norm, (matrix, vector, _DOUBLE, matrix), 0.4),
         KernelJob(forward_kernels.split_heads, (matrix, _INT, matrix, matrix, _INT, types.boolean, _FLOAT, heads), 0.6),
     ]
-    if source.metadata.lookup("tokenizer.ggml.model") in ("gpt2", "llama"):
+    if source.metadata.string("tokenizer.ggml.model", "") in ("gpt2", "llama"):
         found.append(KernelJob(merges._fill, (ints, entries, ints, small, small), 0.3))
         found.append(KernelJob(merges._merge, (ints, entries, small, ints, small, small, _INT), 1.2))
     if comparing:

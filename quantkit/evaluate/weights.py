@@ -13,6 +13,9 @@ from quantkit.sources.source import TensorSource
 
 # Weights that one task decodes: enough to hide its overhead, little enough to share a matrix among threads.
 _DECODE_WEIGHTS = 1 << 19
+# Rows that are looked up are read by slabs of so many bytes, but one by one where a slab has few of them.
+_SLAB_BYTES = 1 << 22
+_FEW_ROWS = 64
 
 Runner = Callable[[Iterable[Callable[[], None]]], None]
 
@@ -76,8 +79,20 @@ class Weights:
         if unique.size and not 0 <= unique[0] <= unique[-1] < info.n_rows:
             wrong = unique[-1] if unique[0] >= 0 else unique[0]
             raise QuantkitError(f"{self._source.label}: token {wrong} is not one of the {info.n_rows} of {name}")
-        encoded = self._source.read(name)[unique]
+        encoded = self._some_rows(name, unique, info)
         return decode(encoded, info.type)[inverse].reshape(*rows.shape, n_in)
+
+    def _some_rows(self, name: str, wanted: np.ndarray, info: TensorInfo) -> np.ndarray:
+        """The encoded rows `wanted`, ascending, without holding the whole matrix: few by themselves, many by slabs."""
+        step = max(1, _SLAB_BYTES // info.type.row_nbytes(info.n_per_row))
+        found = [np.empty((0, info.type.row_nbytes(info.n_per_row)), np.uint8)]
+        for slab in np.split(wanted, np.flatnonzero(np.diff(wanted // step)) + 1):
+            if len(slab) <= _FEW_ROWS:
+                found += [self._source.read(name, row, row + 1) for row in slab.tolist()]
+            else:
+                start, stop = int(slab[0]), int(slab[-1]) + 1
+                found.append(self._source.read(name, start, stop)[slab - start])
+        return np.concatenate(found)
 
     def _new(self, role: str, n_rows: int, n_in: int) -> np.ndarray:
         if self.keep:

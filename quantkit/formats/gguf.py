@@ -1,4 +1,4 @@
-"""GGUF files: what they hold, read through a memory map, and their headers, written.
+"""GGUF files: what they hold, and their headers, written.
 
 Source of the layout: the GGUF specification (`ggml/docs/gguf.md`), versions 2 and 3, little-endian.
 
@@ -9,7 +9,7 @@ strangers: every count, length and offset is held against the size of the file b
 
 from __future__ import annotations
 
-import mmap
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
+from quantkit.formats.reading import InputFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +31,14 @@ VERSION = 3
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 MAX_NAME = 64  # GGML_MAX_NAME counts the terminating zero
+# Far beyond real files, and few enough that what each costs in memory stays small.
+MAX_ALIGNMENT = 1 << 16
+MAX_TENSORS = 1 << 17
+MAX_VALUES = 1 << 16
+MAX_KEY = 1 << 16  # bytes; the specification's
+MAX_ELEMENTS = (1 << 63) - 1  # GGML counts in int64
+# Bytes of a header that are read at first.
+FIRST_READ = 1 << 20
 
 Buffer = Union[bytes, memoryview]  # noqa: UP007  (evaluated at run time, also by Python 3.10)
 
@@ -66,6 +75,9 @@ _FORMATS = {
     ValueType.FLOAT64: "d",
 }
 _TYPES = {int(kind): kind for kind in GGMLType}
+INTEGERS = tuple(kind for kind, code in _FORMATS.items() if code in "BbHhIiQq")
+FLOATS = (ValueType.FLOAT32, ValueType.FLOAT64)
+MAX_FLOAT32 = 3.4028234663852886e38
 _SIZES = {kind: struct.calcsize("<" + code) for kind, code in _FORMATS.items()}
 
 
@@ -86,17 +98,26 @@ class Value:
 
     @classmethod
     def of(cls, kind: ValueType, data: Any, item: ValueType | None = None) -> Value:
-        """Encode `data`: a number, a bool or a string; for `ValueType.ARRAY` a sequence of `item` values."""
-        if kind == ValueType.STRING:
-            return cls(kind, _encode_string(data))
-        if kind != ValueType.ARRAY:
-            return cls(kind, struct.pack("<" + _FORMATS[kind], data))
-        if item is None or item == ValueType.ARRAY:
+        """Encode `data`: a number, a bool or a string; for `ValueType.ARRAY` a sequence of `item` values.
+
+        Raises QuantkitError for a number that the type cannot hold.
+        """
+        if (item is None and kind == ValueType.ARRAY) or item == ValueType.ARRAY:
             raise ValueError("an array needs the type of its items, and arrays of arrays are not written")
-        head = struct.pack("<IQ", item, len(data))
-        if item == ValueType.STRING:
-            return cls(kind, head + b"".join(map(_encode_string, data)))
-        return cls(kind, head + struct.pack(f"<{len(data)}{_FORMATS[item]}", *data))
+        try:
+            if kind == ValueType.STRING:
+                return cls(kind, _encode_string(data))
+            if item is None:
+                return cls(kind, struct.pack("<" + _FORMATS[kind], data))
+            head = struct.pack("<IQ", item, len(data))
+            if item == ValueType.STRING:
+                return cls(kind, head + b"".join(map(_encode_string, data)))
+            return cls(kind, head + struct.pack(f"<{len(data)}{_FORMATS[item]}", *data))
+        except (struct.error, OverflowError):
+            stored = kind if item is None else item
+            raise QuantkitError(f"{str(data)[:80]} cannot be stored as {stored.name}") from None
+        except UnicodeEncodeError:
+            raise QuantkitError(f"{str(data)[:80]!r} holds half of a surrogate pair: it is not UTF-8") from None
 
     @property
     def item(self) -> ValueType:
@@ -149,33 +170,129 @@ class Value:
 
 
 class Metadata(dict[str, Value]):
-    """A GGUF file's key/value pairs, in file order."""
+    """A GGUF file's key/value pairs, in file order.
 
-    def lookup(self, key: str, default: Any = None) -> Any:
-        """The decoded value of `key`, or `default` when there is none."""
-        value = self.get(key)
-        return default if value is None else value.value
+    `label` is the file or directory that they come from, for messages. Read values through the checked accessors:
+    files come from strangers, so any key can have any type and value.
+    """
 
-    def require(self, key: str) -> Any:
-        """The decoded value of `key`. Raises QuantkitError when there is none."""
-        if key not in self:
-            raise QuantkitError(f"the metadata lacks {key}")
-        return self[key].value
+    def __init__(
+        self, values: Mapping[str, Value] | Iterable[tuple[str, Value]] = (), label: str | None = None
+    ) -> None:
+        super().__init__(values)
+        self.label = getattr(values, "label", "") if label is None else label
+
+    def wrong(self, key: str, wanted: str) -> QuantkitError:
+        """The error that says that the value of `key` is not `wanted`."""
+        where, value = f"{self.label}: " if self.label else "", self[key]
+        if value.type == ValueType.ARRAY:
+            shown = f"an array of {len(value)} {value.item.name}"
+        elif value.type == ValueType.STRING:
+            shown = repr(value.value[:60])
+        else:
+            shown = str(value.value)
+        return QuantkitError(f"{where}the metadata's {key} is {shown}, not {wanted}")
+
+    def lacking(self, key: str) -> QuantkitError:
+        """The error that says that there is no `key`."""
+        return QuantkitError(f"{self.label}: the metadata lacks {key}" if self.label else f"the metadata lacks {key}")
+
+    def _found(self, key: str, default: object) -> Value | None:
+        if key not in self and default is None:
+            raise self.lacking(key)
+        return self.get(key)
+
+    def integer(self, key: str, low: int = 0, high: int = 0xFFFFFFFF, default: int | None = None) -> int:
+        """The whole number `key`, of any integer type; `default` where there is none, required without a default.
+
+        Raises QuantkitError for a value of another type, or outside `low` to `high`. So do the others, of theirs.
+        """
+        value = self._found(key, default)
+        if value is None:
+            return int(default)  # type: ignore[arg-type]
+        if value.type not in INTEGERS or not low <= value.value <= high:
+            raise self.wrong(key, f"a whole number from {low} to {high}")
+        return int(value.value)
+
+    def number(
+        self, key: str, low: float = -MAX_FLOAT32, high: float = MAX_FLOAT32, default: float | None = None
+    ) -> float:
+        """The finite number `key`, of any numeric type."""
+        value = self._found(key, default)
+        if value is None:
+            return float(default)  # type: ignore[arg-type]
+        if value.type not in (*INTEGERS, *FLOATS) or not low <= value.value <= high:
+            bounds = "" if (low, high) == (-MAX_FLOAT32, MAX_FLOAT32) else f" from {low:g} to {high:g}"
+            raise self.wrong(key, f"a finite number{bounds}")
+        return float(value.value)
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """The truth value `key`."""
+        value = self._found(key, default)
+        if value is not None and value.type != ValueType.BOOL:
+            raise self.wrong(key, "true or false")
+        return bool(default if value is None else value.value)
+
+    def string(self, key: str, default: str | None = None) -> str:
+        """The text `key`."""
+        value = self._found(key, default)
+        if value is not None and value.type != ValueType.STRING:
+            raise self.wrong(key, "text")
+        return str(default if value is None else value.value)
+
+    def strings(self, key: str, default: Sequence[str] | None = None) -> list[str]:
+        """The texts in the array `key`."""
+        value = self._found(key, default)
+        if value is None:
+            return list(default or ())
+        if value.type != ValueType.ARRAY or value.item != ValueType.STRING:
+            raise self.wrong(key, "an array of texts")
+        return list(value.strings())
+
+    def array(self, key: str, items: Sequence[ValueType]) -> np.ndarray:
+        """The numbers in the array `key`, whose items have one of the types `items`: read-only, of shape (n,)."""
+        value = self._found(key, None)
+        assert value is not None
+        if value.type != ValueType.ARRAY or value.item not in items or value.item not in _SIZES:
+            raise self.wrong(key, f"an array of {' or '.join(item.name for item in items)}")
+        numbers: np.ndarray = value.value
+        return numbers
+
+    def integers(self, key: str, count: int, low: int = 0, high: int = 0xFFFFFFFF) -> list[int]:
+        """The `count` whole numbers in the array `key`."""
+        value = self._found(key, None)
+        assert value is not None
+        wanted = f"{count} whole numbers from {low} to {high}"
+        if value.type != ValueType.ARRAY or value.item not in INTEGERS or len(value) != count:
+            raise self.wrong(key, wanted)
+        numbers = [int(n) for n in value.value]
+        if any(not low <= n <= high for n in numbers):
+            raise self.wrong(key, wanted)
+        return numbers
+
+    def is_array(self, key: str) -> bool:
+        """Whether there is a `key`, and it holds an array."""
+        return key in self and self[key].type == ValueType.ARRAY
 
     def set(self, key: str, kind: ValueType, data: Any, item: ValueType | None = None) -> None:
         """Add `key`, moving it to the end if it is there, as the reference's gguf_set_* functions do."""
+        value = Value.of(kind, data, item)
         self.pop(key, None)
-        self[key] = Value.of(kind, data, item)
+        self[key] = value
 
     @property
     def architecture(self) -> str:
         """`general.architecture`, the prefix of the model's own keys. Raises QuantkitError without it."""
-        return str(self.require("general.architecture"))
+        return self.string("general.architecture")
 
     @property
     def alignment(self) -> int:
-        """The alignment of tensor data in bytes."""
-        return int(self.lookup("general.alignment", DEFAULT_ALIGNMENT))
+        """The alignment of tensor data in bytes. Raises QuantkitError when it is none."""
+        key = "general.alignment"
+        alignment = self.integer(key, 0, default=DEFAULT_ALIGNMENT)
+        if not 8 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+            raise self.wrong(key, f"a power of two from 8 to {MAX_ALIGNMENT}")
+        return alignment
 
 
 @dataclass(frozen=True)
@@ -211,38 +328,48 @@ class TensorInfo:
 
 
 class _Cursor:
-    """A position in a header that never leaves it."""
+    """A position in a header, which is read as far as it is needed and never beyond the file's end."""
 
-    def __init__(self, path: Path, view: memoryview) -> None:
-        self.path, self.view, self.at = path, view, 0
+    def __init__(self, file: InputFile) -> None:
+        self.path, self.size, self.at = file.path, file.nbytes, 0
+        self._file = file
+        self.view = memoryview(b"")
 
     def fail(self, problem: str) -> QuantkitError:
         return QuantkitError(f"{self.path}: {problem}")
 
     def truncated(self) -> QuantkitError:
-        return self.fail(f"truncated: the header goes on beyond the file's {len(self.view)} bytes; download it again")
+        return self.fail(f"truncated: the header goes on beyond the file's {self.size} bytes; download it again")
+
+    def reach(self, end: int) -> None:
+        """Have the header's first `end` bytes in `view`. Raises QuantkitError when the file has fewer."""
+        if end > self.size:
+            raise self.truncated()
+        if end > len(self.view):
+            self.view = memoryview(self._file.read(0, min(self.size, max(end, 8 * len(self.view), FIRST_READ))))
 
     def number(self, code: str) -> Any:
-        try:
-            (value,) = struct.unpack_from("<" + code, self.view, self.at)
-        except struct.error:
-            raise self.truncated() from None
-        self.at += struct.calcsize("<" + code)
+        size = struct.calcsize("<" + code)
+        self.reach(self.at + size)
+        (value,) = struct.unpack_from("<" + code, self.view, self.at)
+        self.at += size
         return value
 
     def take(self, length: int) -> memoryview:
-        if length > len(self.view) - self.at:
-            raise self.truncated()
+        self.reach(self.at + length)
         self.at += length
         return self.view[self.at - length : self.at]
 
-    def string(self) -> str:
-        return bytes(self.take(self.number("Q"))).decode("utf-8", "surrogateescape")
+    def string(self, what: str, most: int) -> str:
+        length = self.number("Q")
+        if length > most:
+            raise self.fail(f"a {what} of {length} bytes at byte {self.at - 8}, and {most} are the most")
+        return bytes(self.take(length)).decode("utf-8", "surrogateescape")
 
     def value(self) -> Value:
         kind = self.kind()
         start = self.at
-        self.skip(kind, 0)
+        self.skip(kind)
         return Value(kind, self.view[start : self.at])
 
     def kind(self) -> ValueType:
@@ -252,7 +379,7 @@ class _Cursor:
         except ValueError:
             raise self.fail(f"unknown metadata value type {number} at byte {self.at - 4}") from None
 
-    def skip(self, kind: ValueType, depth: int) -> None:
+    def skip(self, kind: ValueType) -> None:
         if kind == ValueType.STRING:
             self.take(self.number("Q"))
         elif kind == ValueType.ARRAY:
@@ -267,42 +394,38 @@ class _Cursor:
             self.take(_SIZES[kind])
 
     def skip_strings(self, count: int) -> None:
-        if count * 8 > len(self.view) - self.at:
+        at, unpack = self.at, struct.Struct("<Q").unpack_from
+        if at + count * 8 > self.size:
             raise self.truncated()
-        at, view, unpack = self.at, self.view, struct.Struct("<Q").unpack_from
-        try:
-            for _ in range(count):
-                at += 8 + unpack(view, at)[0]
-        except struct.error:
-            raise self.truncated() from None
+        for _ in range(count):
+            if at + 8 > len(self.view):
+                self.reach(at + 8)
+            at += 8 + unpack(self.view, at)[0]
         self.take(at - self.at)
 
 
 class GGUFFile:
-    """One GGUF file, read through a memory map.
+    """One GGUF file.
 
-    `metadata` and `tensors` (by name, in file order) come from the header; `data(name)` is a view of a tensor's
-    bytes, no copy. Raises QuantkitError, which names the file and what is wrong with it, for anything malformed.
+    `metadata` and `tensors` (by name, in file order) come from the header; `read` gets a tensor's bytes.
+    Raises QuantkitError, which names the file and what is wrong with it, for anything malformed, and when the file
+    changes while it is read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        try:
-            with open(self.path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < 24:
-                    start = file.read(4)
-                    problem = "not a GGUF file" if start != MAGIC else f"truncated: only {size} bytes"
-                    raise QuantkitError(f"{self.path}: {problem}")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise QuantkitError(f"{self.path}: {error.strerror or error}") from None
-        self.nbytes = size
-        self._view = memoryview(self._map)
-        cursor = _Cursor(self.path, self._view)
+        self._file = InputFile(self.path)
+        self.nbytes = self._file.nbytes
+        if self.nbytes < 24:
+            start = self._file.read(0, min(4, self.nbytes))
+            raise QuantkitError(
+                f"{self.path}: {'not a GGUF file' if start != MAGIC else f'truncated: only {self.nbytes} bytes'}"
+            )
+        cursor = _Cursor(self._file)
         n_tensors, n_values = self._read_start(cursor)
         self.metadata = self._read_metadata(cursor, n_values)
         self.tensors, self._offsets = self._read_tensors(cursor, n_tensors)
+        self._place(cursor)
 
     def _read_start(self, cursor: _Cursor) -> tuple[int, int]:
         magic = bytes(cursor.take(4))
@@ -317,34 +440,37 @@ class GGUFFile:
         # A tensor takes at least 24 bytes of header and a value 13: larger counts cannot be true.
         if n_tensors * 24 + n_values * 13 > self.nbytes:
             raise cursor.fail(f"truncated: {n_tensors} tensors and {n_values} values do not fit {self.nbytes} bytes")
+        if n_tensors > MAX_TENSORS or n_values > MAX_VALUES:
+            raise cursor.fail(
+                f"{n_tensors} tensors and {n_values} metadata values; {MAX_TENSORS} and {MAX_VALUES} are the most"
+            )
         return n_tensors, n_values
 
     def _read_metadata(self, cursor: _Cursor, count: int) -> Metadata:
-        metadata = Metadata()
+        metadata = Metadata(label=str(self.path))
         for _ in range(count):
-            key = cursor.string()
+            key = cursor.string("metadata key", MAX_KEY)
             if key in metadata:
-                raise cursor.fail(f"the metadata key {key!r} occurs twice")
+                raise cursor.fail(f"the metadata key {key[:80]!r} occurs twice")
             metadata[key] = cursor.value()
         value = metadata.get("general.alignment")
         if value is not None and value.type != ValueType.UINT32:
-            raise cursor.fail("general.alignment is not a 32-bit unsigned integer")
-        alignment = metadata.alignment
-        if alignment <= 0 or alignment % 8 or alignment & (alignment - 1):
-            raise cursor.fail(f"general.alignment is {alignment}, not a power of two from 8 on")
+            raise metadata.wrong("general.alignment", "a 32-bit unsigned integer")
         return metadata
 
     def _read_tensors(self, cursor: _Cursor, count: int) -> tuple[dict[str, TensorInfo], dict[str, int]]:
         tensors: dict[str, TensorInfo] = {}
         offsets: dict[str, int] = {}
         for _ in range(count):
-            name = cursor.string()
+            name = cursor.string("tensor name", MAX_NAME - 1)
             if name in tensors:
                 raise cursor.fail(f"the tensor {name!r} occurs twice")
             n_dims = cursor.number("I")
             if n_dims > MAX_DIMENSIONS:
                 raise cursor.fail(f"tensor {name!r} has {n_dims} dimensions, more than {MAX_DIMENSIONS}")
             shape = tuple(cursor.number("Q") for _ in range(n_dims))
+            if not 0 < math.prod(shape) <= MAX_ELEMENTS:
+                raise cursor.fail(f"tensor {name!r} has the impossible shape {' x '.join(map(str, shape))}")
             number = cursor.number("I")
             kind = _TYPES.get(number)
             if kind is None:
@@ -355,34 +481,47 @@ class GGUFFile:
                 )
             tensors[name] = TensorInfo(name, shape, kind)
             offsets[name] = cursor.number("Q")
-        alignment = self.metadata.alignment
-        start = -(-cursor.at // alignment) * alignment
-        for name, offset in offsets.items():
-            end = start + offset + tensors[name].nbytes
-            if offset % alignment:
-                raise cursor.fail(f"tensor {name!r} is not aligned to {alignment} bytes")
-            if end > self.nbytes:
-                raise cursor.fail(
-                    f"truncated: tensor {name!r} ends at byte {end}, beyond the file's {self.nbytes}; download it again"
-                )
-            offsets[name] = start + offset
         return tensors, offsets
 
-    def data(self, name: str) -> np.ndarray:
-        """The bytes of tensor `name`: a read-only uint8 array of shape (rows, bytes of a row), mapped, not copied."""
+    def _place(self, cursor: _Cursor) -> None:
+        """Make the tensors' offsets those from the start of the file, and refuse ones that cannot be."""
+        alignment = self.metadata.alignment
+        start = end = padded(cursor.at, alignment)
+        last = ""
+        for name, offset in sorted(self._offsets.items(), key=lambda item: item[1]):
+            at, nbytes = start + offset, self.tensors[name].nbytes
+            if offset % alignment:
+                raise cursor.fail(f"tensor {name!r} is not aligned to {alignment} bytes")
+            if at + nbytes > self.nbytes:
+                raise cursor.fail(
+                    f"truncated: tensor {name!r} ends at byte {at + nbytes}, beyond the file's {self.nbytes}; "
+                    "download it again"
+                )
+            if at < end:
+                raise cursor.fail(f"the tensors {last!r} and {name!r} overlap")
+            self._offsets[name], end, last = at, at + nbytes, name
+
+    def offset(self, name: str) -> int:
+        """Where the data of tensor `name` begins, in bytes from the start of the file."""
+        return self._offsets[name]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of tensor `name`: uint8 of shape (rows, bytes of a row). Safe from several threads.
+
+        Raises QuantkitError when the file has become shorter.
+        """
         import numpy as np
 
-        info, start = self.tensors[name], self._offsets[name]
-        flat = np.frombuffer(self._map, dtype=np.uint8, count=info.nbytes, offset=start)
-        return flat.reshape(info.n_rows, -1) if info.nbytes else flat.reshape(0, 0)
+        info = self.tensors[name]
+        start, stop, _ = slice(start, stop).indices(info.n_rows)
+        width = info.type.row_nbytes(info.n_per_row)
+        rows = np.empty((max(0, stop - start), width), np.uint8)
+        self._file.read_into(self._offsets[name] + start * width, rows)
+        return rows
 
-    def release(self, name: str) -> None:
-        """Give back the memory that reading tensor `name` has mapped; it can be read again."""
-        page = mmap.ALLOCATIONGRANULARITY
-        start = self._offsets[name] // page * page
-        length = self._offsets[name] + self.tensors[name].nbytes - start
-        if length and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, start, length)
+    def check(self) -> None:
+        """Raise QuantkitError when the file has changed since it was opened."""
+        self._file.check()
 
 
 def padded(nbytes: int, alignment: int) -> int:
@@ -402,7 +541,7 @@ def encode_header(metadata: Mapping[str, Value], tensors: Iterable[TensorInfo], 
         parts += (_encode_string(key), struct.pack("<I", value.type), value.raw)
     offset = 0
     for info in infos:
-        if len(info.name.encode()) >= MAX_NAME:
+        if len(_encode_string(info.name)) - 8 >= MAX_NAME:
             raise QuantkitError(f"the tensor name {info.name!r} is longer than {MAX_NAME - 1} bytes, GGUF's limit")
         dims = struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *info.shape)
         parts += (_encode_string(info.name), dims, struct.pack("<IQ", info.type, offset))

@@ -15,8 +15,9 @@ import numpy as np
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf import MAGIC, GGUFFile, Metadata, TensorInfo, ValueType
+from quantkit.formats.gguf import MAGIC, MAX_NAME, GGUFFile, Metadata, TensorInfo, ValueType
 from quantkit.formats.output import GGUFOutput
+from quantkit.formats.reading import InputFile
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 
@@ -67,8 +68,8 @@ class ImportanceMatrix:
         if not matrix.entries:
             raise QuantkitError(f"{path}: the importance matrix has no entries")
         for name, entry in matrix.entries.items():
-            if not np.isfinite(entry.sums).all() or (entry.counts < 0).any():
-                raise QuantkitError(f"{path}: the importance matrix holds values that are not finite, for {name!r}")
+            if not (np.isfinite(entry.sums) & (entry.sums >= 0)).all() or (entry.counts < 0).any():
+                raise QuantkitError(f"{path}: the sums of squares for {name!r} are negative or not finite")
         return matrix
 
     def save(self, path: str | Path) -> None:
@@ -79,7 +80,7 @@ class ImportanceMatrix:
         metadata.set("imatrix.chunk_count", ValueType.UINT32, self.chunk_count)
         metadata.set("imatrix.chunk_size", ValueType.UINT32, self.chunk_size)
         infos, arrays = [], []
-        for name, entry in sorted(self.entries.items(), key=lambda item: item[0].encode()):
+        for name, entry in sorted(self.entries.items(), key=lambda item: _bytes(item[0])):
             n_matrices, n_per_row = entry.sums.shape
             infos.append(TensorInfo(name + SUMS, (n_per_row, n_matrices), GGMLType.F32))
             infos.append(TensorInfo(name + COUNTS, (1, n_matrices), GGMLType.F32))
@@ -92,15 +93,15 @@ class ImportanceMatrix:
         """Write the older .dat format, which leaves out tensors that saw no token."""
         size = max(1, self.chunk_size)
         parts = []
-        for name, entry in sorted(self.entries.items(), key=lambda item: item[0].encode()):
+        for name, entry in sorted(self.entries.items(), key=lambda item: _bytes(item[0])):
             if not entry.counts.any():
                 continue
             calls = (int(entry.counts.max()) + size - 1) // size
             values = entry.weights() * np.float32(calls)
-            encoded = name.encode()
+            encoded = _bytes(name)
             parts.append(struct.pack(f"<i{len(encoded)}sii", len(encoded), encoded, calls, values.size))
             parts.append(values.astype("<f4").tobytes())
-        dataset = (self.datasets[-1] if self.datasets else "").encode()
+        dataset = _bytes(self.datasets[-1] if self.datasets else "")
         tail = struct.pack(f"<ii{len(dataset)}s", self.chunk_count, len(dataset), dataset)
         Path(path).write_bytes(struct.pack("<i", len(parts) // 2) + b"".join(parts) + tail)
 
@@ -151,6 +152,10 @@ class ImportanceMatrix:
         return {name: entry.weights() for name, entry in self.entries.items()}
 
 
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
+
+
 def _load_gguf(path: Path) -> ImportanceMatrix:
     file = GGUFFile(path)
     for key in ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"):
@@ -165,23 +170,21 @@ def _load_gguf(path: Path) -> ImportanceMatrix:
         if counts is None or info.type != GGMLType.F32 or counts.type != GGMLType.F32:
             raise QuantkitError(f"{path}: {stem!r} has no sums and counts in F32")
         n_matrices = counts.n_elements
-        if n_matrices == 0 or info.n_elements % n_matrices:
+        if info.n_elements % n_matrices:
             raise QuantkitError(f"{path}: {stem!r} has {info.n_elements} sums for {n_matrices} counts")
-        sums = file.data(name).reshape(-1).view("<f4").reshape(n_matrices, -1).copy()
-        tokens = np.rint(file.data(counts.name).reshape(-1).view("<f4"))
+        sums = file.read(name).reshape(-1).view("<f4").reshape(n_matrices, -1)
+        tokens = np.rint(file.read(counts.name).reshape(-1).view("<f4"))
         if not (np.abs(tokens) < 2**53).all():
             raise QuantkitError(f"{path}: {stem!r} has impossible counts")
         entries[stem] = Importance(sums, tokens.astype(np.int64))
-    lookup = file.metadata.lookup
-    datasets = lookup("imatrix.datasets")
-    if not isinstance(datasets, list):
-        raise QuantkitError(f"{path}: imatrix.datasets is not a list of strings")
-    ordered = dict(sorted(entries.items(), key=lambda item: item[0].encode()))
-    return ImportanceMatrix(ordered, datasets, int(lookup("imatrix.chunk_count")), int(lookup("imatrix.chunk_size")))
+    ordered = dict(sorted(entries.items(), key=lambda item: _bytes(item[0])))
+    chunk_count, chunk_size = (file.metadata.integer(f"imatrix.chunk_{what}") for what in ("count", "size"))
+    return ImportanceMatrix(ordered, file.metadata.strings("imatrix.datasets"), chunk_count, chunk_size)
 
 
 def _load_legacy(path: Path) -> ImportanceMatrix:
-    data, at = path.read_bytes(), 0
+    file, at = InputFile(path), 0
+    data = file.read(0, file.nbytes)
 
     def take(length: int) -> bytes:
         nonlocal at
@@ -195,7 +198,10 @@ def _load_legacy(path: Path) -> ImportanceMatrix:
 
     matrix = ImportanceMatrix()
     for _ in range(number()):
-        name = take(number()).decode("utf-8", "surrogateescape")
+        length = number()
+        if length >= MAX_NAME:
+            raise QuantkitError(f"{path}: not an importance matrix: a name of {length} bytes at byte {at - 4}")
+        name = take(length).decode("utf-8", "surrogateescape")
         calls, n_values = number(), number()
         values = np.frombuffer(take(4 * n_values), "<f4").astype(np.float32)
         if n_values < 1:

@@ -14,7 +14,7 @@ from enum import Enum
 
 from quantkit.blocks.types import GGMLType as T
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf import Metadata
+from quantkit.formats.gguf import INTEGERS, Metadata
 from quantkit.wording import did_you_mean
 
 
@@ -132,12 +132,18 @@ class ModelFacts:
         arch = metadata.architecture
 
         def first(key: str, default: int) -> int:
-            value = metadata.lookup(f"{arch}.{key}", default)
-            return int(value if not hasattr(value, "__len__") else (value[0] if len(value) else default))
+            """A count, or that of the first layer where each has its own."""
+            full = f"{arch}.{key}"
+            if not metadata.is_array(full):
+                return metadata.integer(full, default=default)
+            counts = metadata.array(full, INTEGERS)
+            if len(counts) and not 0 <= counts[0] <= 0xFFFFFFFF:
+                raise metadata.wrong(full, "an array of counts")
+            return int(counts[0]) if len(counts) else default
 
         n_head = first("attention.head_count", 0)
         n_head_kv = first("attention.head_count_kv", n_head)
-        n_layer = int(metadata.require(f"{arch}.block_count"))
+        n_layer = metadata.integer(f"{arch}.block_count")
         return cls(arch, n_layer, n_head // n_head_kv if n_head_kv else 0, first("expert_count", 0))
 
     @property

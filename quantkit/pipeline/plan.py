@@ -15,7 +15,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo, ValueType, encode_header, padded
 from quantkit.pipeline.mixtures import FILE_TYPES, FileType, ModelFacts
 from quantkit.pipeline.recipe import Options, Recipe, needs_imatrix
-from quantkit.sources.source import GGUFSource, TensorSource, split_name
+from quantkit.sources.source import MAX_SHARDS, GGUFSource, TensorSource, split_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,6 +147,8 @@ class Plan:
                 size = 0
             counts[-1] += 1
             size += nbytes
+        if len(counts) > MAX_SHARDS:
+            raise QuantkitError(f"{len(counts)} shards are more than GGUF can number ({MAX_SHARDS}); make them larger")
         self.split = Split(counts)
 
     @property
@@ -225,6 +227,7 @@ def plan_quantize(
     metadata.set("general.file_type", ValueType.UINT32, _number(file, source.metadata))
     for key, kind, value in overrides:
         metadata.set(key, kind, value)
+    _ = metadata.alignment  # an override may have made it impossible
     facts = ModelFacts.of(metadata)
     tensors, names, n_layers = _prune(sorted(source.tensors.values(), key=_file_order), sorted(set(prune_layers)))
     if prune_layers:
@@ -276,13 +279,13 @@ def _prune(tensors: Sequence[TensorInfo], layers: Sequence[int]) -> tuple[list[T
 def _file_order(info: TensorInfo) -> tuple[int, bytes]:
     """llama.cpp keeps tensors sorted: those without a layer first, then layer by layer, each by name."""
     layer = re.match(r"blk\.(\d+)", info.name)
-    return (int(layer[1]) if layer else -1, info.name.encode())
+    return (int(layer[1]) if layer else -1, info.name.encode("utf-8", "surrogateescape"))
 
 
 def _number(file: FileType, metadata: Metadata) -> int:
     if not file.copies:
         return file.number
-    return int(metadata.lookup("general.file_type", FILE_TYPES["F32"].number))
+    return metadata.integer("general.file_type", default=FILE_TYPES["F32"].number)
 
 
 def _check_blocks(info: TensorInfo, kind: GGMLType) -> None:

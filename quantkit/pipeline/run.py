@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf import ValueType
+from quantkit.formats.gguf import Value, ValueType
 from quantkit.pipeline.execute import Progress, execute
 from quantkit.pipeline.mixtures import file_type
 from quantkit.pipeline.naming import output_paths
@@ -128,7 +128,9 @@ def parse_override(text: str) -> Override:
         if kind == "int":
             return key, ValueType.UINT32, abs(int(value)) & 0xFFFFFFFF
         if kind == "float":
-            return key, ValueType.FLOAT32, float(value)
+            number = float(value)
+            Value.of(ValueType.FLOAT32, number)
+            return key, ValueType.FLOAT32, number
         if kind == "bool":
             return key, ValueType.BOOL, {"true": True, "false": False}[value]
     except (ValueError, KeyError):

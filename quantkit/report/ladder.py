@@ -173,4 +173,4 @@ def measure(
     rungs = [Rung(own, None, plan.file_size, plan.bits_per_weight, results[0].ppl_base, None)]
     for (planned, path), result in zip(built, results, strict=True):
         rungs.append(Rung(planned.name, path, planned.file_size, planned.bits_per_weight, result.ppl, result))
-    return Ladder(source.metadata.lookup("general.name") or source.label, text_name, rungs)
+    return Ladder(source.metadata.string("general.name", "") or source.label, text_name, rungs)

@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import re
-import struct
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -220,7 +219,7 @@ class CheckpointSource:
             items = [_text(item) for item in value.value]
             item = value.sub_type if value.sub_type is not None else _item_type(items[0])
             return Value.of(kind, items, ValueType(item))
-        except (struct.error, AttributeError, TypeError, ValueError) as error:
+        except (QuantkitError, AttributeError, TypeError, ValueError) as error:
             raise QuantkitError(f"{self.directory}: {key} cannot be written to GGUF: {error}") from None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -290,14 +289,13 @@ def output_name(metadata: Metadata, kind: str) -> str:
     import gguf
 
     def general(key: str) -> str | None:
-        value = metadata.lookup(f"general.{key}")
-        return None if value is None else str(value)
+        return metadata.string(f"general.{key}", "") or None
 
     name = gguf.naming_convention(
         general("name"), general("basename"), general("finetune"), general("version"), general("size_label"), kind
     )
     # The convention replaces slashes in a name only; any other part could lead out of the directory.
-    return re.sub(r"[/\\\0]", "-", name) + ".gguf"
+    return re.sub(r"[/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]", "-", name).lstrip(".-")[:200] + ".gguf"
 
 
 def _text(value: Any) -> Any:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from quantkit.sources.checkpoint import OutType
 
+MAX_SHARDS = 65535  # split.count is a 16-bit number
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 _SPLIT_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -44,7 +45,7 @@ class TensorSource(Protocol):
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of tensor `name`, encoded in its type: uint8 of shape (rows, bytes of a row).
 
-        A view of the file where the bytes stand there as they are, else a new array. Safe from several threads.
+        A view of a mapped file, or a new array. Safe from several threads.
         """
         ...
 
@@ -64,7 +65,7 @@ class GGUFSource:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         first = GGUFFile(self.path)
-        count = int(first.metadata.lookup("split.count", 0))
+        count = first.metadata.integer("split.count", 0, MAX_SHARDS, default=0)
         self.files = [first] if count <= 1 else [GGUFFile(shard) for shard in self._shards(count)]
         self.metadata = Metadata(self.files[0].metadata)
         self.tensors: dict[str, TensorInfo] = {}
@@ -75,8 +76,8 @@ class GGUFSource:
                     raise QuantkitError(f"{file.path}: the tensor {name!r} stands in another shard too")
                 self.tensors[name] = info
                 self.shard_of[name] = index
-        expected = self.metadata.lookup("split.tensors.count")
-        if count > 1 and expected is not None and expected != len(self.tensors):
+        expected = self.metadata.integer("split.tensors.count", default=len(self.tensors))
+        if count > 1 and expected != len(self.tensors):
             raise QuantkitError(f"{self.path}: its shards hold {len(self.tensors)} tensors, not {expected}")
         for key in SPLIT_KEYS:
             self.metadata.pop(key, None)
@@ -99,12 +100,12 @@ class GGUFSource:
         return str(self.path)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """See TensorSource: always a view."""
-        return self.files[self.shard_of[name]].data(name)[start:stop]
+        """See TensorSource: always a new array."""
+        return self.files[self.shard_of[name]].read(name, start, stop)
 
     def release(self, name: str) -> None:
-        """See TensorSource."""
-        self.files[self.shard_of[name]].release(name)
+        """See TensorSource. Nothing is mapped; the file is looked at, whether it is still the same."""
+        self.files[self.shard_of[name]].check()
 
 
 def split_name(prefix: str, index: int, count: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.gguf import Metadata, ValueType
+from quantkit.formats.gguf import Metadata
 from quantkit.vocabulary import _render
 from quantkit.vocabulary.vocabulary import Vocabulary
 
@@ -33,10 +33,9 @@ def render(metadata: Metadata, messages: Sequence[Message]) -> str:
     The BOS token is left out where `Vocabulary.encode` adds one. The template runs in jinja2's sandbox, in a process
     with bounded time and memory. Raises QuantkitError when the model has no template, or it fails.
     """
-    value = metadata.get(KEY)
-    if value is None or value.type != ValueType.STRING:
+    if KEY not in metadata:
         raise QuantkitError(f"the model has no chat template ({KEY}): give the prompt as plain text")
-    template = str(value.value)
+    template = metadata.string(KEY)
     if len(template) > _MAX_TEMPLATE:
         raise QuantkitError(f"{KEY} has {len(template)} characters, more than any template needs: {_MAX_TEMPLATE}")
     vocabulary = Vocabulary.from_metadata(metadata)

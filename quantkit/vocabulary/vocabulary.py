@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 
 _PREFIX = "tokenizer.ggml."
+MAX_TOKENS = 1 << 22  # far more than any vocabulary has
 # The keys of special tokens; the last three are older names.
 _SPECIAL_KEYS = {
     "bos": "bos_token_id",
@@ -57,11 +58,11 @@ class Vocabulary:
 
     def __init__(self, metadata: Metadata) -> None:
         """Read the vocabulary. See `from_metadata`."""
-        self.model = _read(metadata, "model", ValueType.STRING)
+        self.model = metadata.string(_PREFIX + "model")
         if self.model not in _MODELS:
             raise QuantkitError(f"the tokenizer model {self.model!r} is not supported, only {', '.join(_MODELS)}")
         is_spm = self.model == "llama"
-        self.pre = "gemma4" if self.model == "gemma4" else _read(metadata, "pre", ValueType.STRING, "default")
+        self.pre = "gemma4" if self.model == "gemma4" else metadata.string(_PREFIX + "pre", "default")
         habits = pretokenizers.lookup("default" if is_spm else self.pre or "default")
         self.tokens: list[str] = _read_tokens(metadata)
         self._ids = {text: token for token, text in enumerate(self.tokens)}
@@ -70,14 +71,14 @@ class Vocabulary:
             raise QuantkitError(f"{_PREFIX}tokens has the token {twice!r} twice")
         special = self._read_special(metadata, is_spm, habits.default_bos)
         types = _read_array(metadata, "token_type", (ValueType.INT32,), len(self.tokens))
-        name = str(metadata.lookup("general.name", ""))
+        name = metadata.string("general.name", "")
         self._attributes = attributes(self._ids, types, special, pre=self.pre, model_name=name)
         self.bos, self.eos, self.eot = special["bos"], special["eos"], special["eot"]
         self._escapes_spaces = is_spm or habits.escape_spaces
         self._cleans_spaces = not is_spm and habits.clean_spaces
-        self._space_prefix: bool = _read(metadata, "add_space_prefix", ValueType.BOOL, is_spm)
-        self.add_bos: bool = _read(metadata, "add_bos_token", ValueType.BOOL, is_spm or habits.add_bos)
-        self.add_eos: bool = _read(metadata, "add_eos_token", ValueType.BOOL, False)
+        self._space_prefix = metadata.flag(_PREFIX + "add_space_prefix", is_spm)
+        self.add_bos = metadata.flag(_PREFIX + "add_bos_token", is_spm or habits.add_bos)
+        self.add_eos = metadata.flag(_PREFIX + "add_eos_token", False)
         self.add_bos = self.add_bos or habits.newlines_whole
         for role, wanted, token in (("BOS", self.add_bos, self.bos), ("EOS", self.add_eos, self.eos)):
             if wanted and token is None:
@@ -110,9 +111,9 @@ class Vocabulary:
             default = special[role]
             if default is not None and default >= len(self.tokens):
                 special[role] = None
-            token = _read(metadata, key, ValueType.UINT32, None)
-            if token is None:
+            if _PREFIX + key not in metadata:
                 continue
+            token = metadata.integer(_PREFIX + key)
             if token < len(self.tokens):
                 special[role] = token
             elif role in ("bos", "eos"):
@@ -130,12 +131,7 @@ class Vocabulary:
             if np.isnan(scores).any():
                 raise QuantkitError(f"{_PREFIX}scores has a score that is not a number")
             return SentencePieceEncoder(self._ids, scores.astype(np.float32))
-        merges = metadata.get(_PREFIX + "merges")
-        if merges is None:
-            raise QuantkitError(f"the metadata lacks {_PREFIX}merges")
-        if merges.type != ValueType.ARRAY or merges.item != ValueType.STRING:
-            raise QuantkitError(f"{_PREFIX}merges is not an array of strings")
-        return BytePairEncoder(self._ids, merges.value, self.pre or "default")
+        return BytePairEncoder(self._ids, metadata.strings(_PREFIX + "merges"), self.pre or "default")
 
     @property
     def n_tokens(self) -> int:
@@ -147,7 +143,7 @@ class Vocabulary:
         """A digest of all that encoding and decoding depend on."""
         digest = hashlib.sha256()
         for key, kind, raw in self._fingerprint_parts:
-            digest.update(f"{key}\0{kind}\0{len(raw)}\0".encode())
+            digest.update(f"{key}\0{kind}\0{len(raw)}\0".encode("utf-8", "surrogateescape"))
             digest.update(raw)
         return digest.hexdigest()
 
@@ -270,34 +266,17 @@ def _decode_character(character: str, text: str) -> bytes:
     return f"[UNK_BYTE_0x{name}{text}]".encode("utf-8", "surrogateescape")
 
 
-def _read(metadata: Metadata, key: str, kind: ValueType, default: Any = ...) -> Any:
-    value = metadata.get(_PREFIX + key)
-    if value is None:
-        if default is ...:
-            raise QuantkitError(f"the metadata lacks {_PREFIX}{key}")
-        return default
-    if value.type != kind:
-        raise QuantkitError(f"{_PREFIX}{key} has the type {value.type.name}, not {kind.name}")
-    return value.value
-
-
 def _read_tokens(metadata: Metadata) -> list[str]:
-    value = metadata.get(_PREFIX + "tokens")
-    if value is None:
-        raise QuantkitError(f"the metadata lacks {_PREFIX}tokens")
-    if value.type != ValueType.ARRAY or value.item != ValueType.STRING:
-        raise QuantkitError(f"{_PREFIX}tokens is not an array of strings")
-    return [text or f"[EMPTY_{token}]" for token, text in enumerate(value.value)]
+    tokens = [text or f"[EMPTY_{token}]" for token, text in enumerate(metadata.strings(_PREFIX + "tokens"))]
+    if not 0 < len(tokens) <= MAX_TOKENS:
+        raise metadata.wrong(_PREFIX + "tokens", f"1 to {MAX_TOKENS} tokens")
+    return tokens
 
 
 def _read_array(metadata: Metadata, key: str, items: Sequence[ValueType], count: int) -> Array | None:
-    value = metadata.get(_PREFIX + key)
-    if value is None:
+    if _PREFIX + key not in metadata:
         return None
-    if value.type != ValueType.ARRAY or value.item not in items:
-        names = " or ".join(item.name for item in items)
-        raise QuantkitError(f"{_PREFIX}{key} is not an array of {names}")
-    if len(value) < count:
-        raise QuantkitError(f"{_PREFIX}{key} has {len(value)} items, fewer than the {count} tokens")
-    result: Array = value.value
+    result: Array = metadata.array(_PREFIX + key, items)
+    if len(result) < count:
+        raise metadata.wrong(_PREFIX + key, f"one number for each of the {count} tokens")
     return result[:count]

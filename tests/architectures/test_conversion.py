@@ -157,7 +157,7 @@ def test_gemmas_padding_is_cut_by_tokenizer_json_too(tiny: dict[str, Path], copy
 def test_where_a_config_is_silent_or_odd(
     copy: Callable[..., Path], name: str, changes: dict[str, Any], key: str, value: Any
 ) -> None:
-    found = CheckpointSource(copy(name, **changes)).metadata.require(key)
+    found = CheckpointSource(copy(name, **changes)).metadata[key].value
     assert (list(found) if isinstance(value, list) else found) == value
 
 

@@ -65,15 +65,15 @@ def test_dequantize_and_compare(model: Path, tmp_path: Path) -> None:
     a, b = GGUFFile(quantized), GGUFFile(wide)
     for name, info in a.tensors.items():
         assert b.tensors[name].type == GGMLType.F32
-        np.testing.assert_array_equal(blocks.decode(a.data(name), info.type), b.data(name).view(np.float32))
+        np.testing.assert_array_equal(blocks.decode(a.read(name), info.type), b.read(name).view(np.float32))
     same = json.loads(run("compare", quantized, wide, "--json").stdout)
     assert same["errors"] == [] and same["n_equal"] == len(a.tensors)
     result = json.loads(run("compare", model, quantized, "--json").stdout)
     before = GGUFFile(model)
     for line in result["errors"]:
         name = line["name"]
-        x = blocks.decode(before.data(name), before.tensors[name].type).astype(np.float64)
-        y = blocks.decode(a.data(name), a.tensors[name].type).astype(np.float64)
+        x = blocks.decode(before.read(name), before.tensors[name].type).astype(np.float64)
+        y = blocks.decode(a.read(name), a.tensors[name].type).astype(np.float64)
         assert line["rmse"] == pytest.approx(np.sqrt(np.mean((x - y) ** 2)))
         assert line["max"] == pytest.approx(np.abs(x - y).max())
         assert line["cosine"] == pytest.approx((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y))

@@ -248,7 +248,7 @@ def test_packing_is_the_references(n: int, spread: float, seed: int) -> None:
 
 def test_other_vocabularies_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     metadata = tiny_metadata()
-    tokens = list(metadata.require("tokenizer.ggml.tokens"))
+    tokens = list(metadata.strings("tokenizer.ggml.tokens"))
     tokens[65] = "<other>"
     metadata.set("tokenizer.ggml.tokens", ValueType.ARRAY, tokens, ValueType.STRING)
     other = GGUFSource(write_gguf(tmp_path / "other.gguf", metadata, tiny_weights()))

@@ -58,7 +58,7 @@ def test_every_tensor_is_within_half_a_step(converted: Path, tmp_path: Path) -> 
     file = GGUFFile(path)
     for name, info in file.tensors.items():
         before = blocks.decode(source.read(name), source.tensors[name].type)
-        after = blocks.decode(file.data(name), info.type)
+        after = blocks.decode(file.read(name), info.type)
         if info.type == GGMLType.Q8_0:
             groups = np.abs(before).reshape(-1, 32).max(axis=1, keepdims=True)
             # Half a step, and what rounding the scale to float16 moves 127 steps by.

@@ -65,7 +65,7 @@ def test_the_development_checkpoint_converts_like_the_reference(docs_llama: Path
 def test_llama_cpp_loads_the_file_and_computes(tiny: dict[str, Path], tmp_path: Path, name: str) -> None:
     source = CheckpointSource(tiny[name], "f16")
     metadata, ids = llama_computes(write(source, tmp_path / "out.gguf"), b"the 123 hats<|end|>")
-    assert metadata["general.name"] == source.metadata.require("general.name")
+    assert metadata["general.name"] == source.metadata.string("general.name")
     assert ids[0] == 296 and ids[-1] == 299
 
 
@@ -173,15 +173,15 @@ def test_a_snapshot_of_the_hubs_cache_is_named_after_its_repository(tiny: dict[s
     snapshot = tmp_path / "models--some-org--Tiny-0.1B-chat" / "snapshots" / ("0" * 40)
     shutil.copytree(tiny[YARN], snapshot)
     metadata = CheckpointSource(snapshot).metadata
-    assert metadata.require("general.name") == "Tiny 0.1B Chat"
-    assert metadata.require("general.organization") == "Some Org"
-    assert CheckpointSource(snapshot, name="Mine").metadata.require("general.name") == "Mine"
+    assert metadata.string("general.name") == "Tiny 0.1B Chat"
+    assert metadata.string("general.organization") == "Some Org"
+    assert CheckpointSource(snapshot, name="Mine").metadata.string("general.name") == "Mine"
 
 
 def test_a_symbolic_link_names_the_model(tiny: dict[str, Path], tmp_path: Path) -> None:
     link = tmp_path / "Linked-3B-v9"
     link.symlink_to(tiny[YARN])
-    assert CheckpointSource(link).metadata.require("general.version") == "v9"
+    assert CheckpointSource(link).metadata.string("general.version") == "v9"
 
 
 def test_a_name_cannot_lead_out_of_the_directory() -> None:

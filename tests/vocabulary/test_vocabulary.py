@@ -79,21 +79,21 @@ STRING, ARRAY, UINT32, INT32, FLOAT32 = (
     [
         ("bpe", "model", None, "lacks tokenizer.ggml.model"),
         ("bpe", "model", (STRING, "t5"), "'t5' is not supported"),
-        ("bpe", "model", (UINT32, 3), "has the type UINT32"),
+        ("bpe", "model", (UINT32, 3), "ggml.model is 3, not text"),
         ("bpe", "pre", (STRING, "nonsense"), "'nonsense' is not one of"),
         ("bpe", "tokens", None, "lacks tokenizer.ggml.tokens"),
-        ("bpe", "tokens", (STRING, "a"), "not an array of strings"),
-        ("bpe", "tokens", (ARRAY, [1, 2], INT32), "not an array of strings"),
+        ("bpe", "tokens", (STRING, "a"), "not an array of texts"),
+        ("bpe", "tokens", (ARRAY, [1, 2], INT32), "not an array of texts"),
         ("bpe", "tokens", (ARRAY, ["a", "b", "a"], STRING), "'a' twice"),
         ("bpe", "merges", None, "lacks tokenizer.ggml.merges"),
-        ("bpe", "merges", (ARRAY, [1.0], FLOAT32), "merges is not an array of strings"),
-        ("bpe", "token_type", (ARRAY, [1, 1], INT32), "has 2 items, fewer than"),
+        ("bpe", "merges", (ARRAY, [1.0], FLOAT32), "an array of 1 FLOAT32, not an array of texts"),
+        ("bpe", "token_type", (ARRAY, [1, 1], INT32), "an array of 2 INT32, not one number for each of the"),
         ("bpe", "token_type", (ARRAY, [1.0], FLOAT32), "not an array of INT32"),
         ("bpe", "bos_token_id", (UINT32, 1 << 30), "bos_token_id is 1073741824"),
-        ("bpe", "bos_token_id", (STRING, "1"), "bos_token_id has the type STRING"),
-        ("bpe", "add_bos_token", (UINT32, 1), "add_bos_token has the type UINT32"),
-        ("spm", "scores", (ARRAY, [1.0], FLOAT32), "scores has 1 items"),
-        ("spm", "scores", (ARRAY, ["a"], STRING), "scores is not an array of FLOAT32 or INT32"),
+        ("bpe", "bos_token_id", (STRING, "1"), "bos_token_id is '1', not a whole number"),
+        ("bpe", "add_bos_token", (UINT32, 1), "add_bos_token is 1, not true or false"),
+        ("spm", "scores", (ARRAY, [1.0], FLOAT32), "scores is an array of 1 FLOAT32, not one number"),
+        ("spm", "scores", (ARRAY, ["a"], STRING), "scores is an array of 1 STRING, not an array of FLOAT32 or INT32"),
     ],
 )
 def test_bad_metadata_is_refused(kind: str, key: str, value: tuple[Any, ...] | None, message: str) -> None:
@@ -109,12 +109,12 @@ def test_bad_metadata_is_refused(kind: str, key: str, value: tuple[Any, ...] | N
 
 def test_scores_must_be_numbers_and_tokens_bounded() -> None:
     metadata = sentencepiece_metadata()
-    scores = metadata.require(KEY + "scores").tolist()
+    scores = metadata.array(KEY + "scores", (FLOAT32,)).tolist()
     metadata.set(KEY + "scores", ARRAY, [float("nan"), *scores[1:]], FLOAT32)
     with pytest.raises(QuantkitError, match="not a number"):
         Vocabulary.from_metadata(metadata)
     metadata = sentencepiece_metadata()
-    tokens = metadata.require(KEY + "tokens")
+    tokens = metadata.strings(KEY + "tokens")
     metadata.set(KEY + "tokens", ARRAY, ["x" * 100_000, *tokens[1:]], STRING)
     with pytest.raises(QuantkitError, match="has 100000 characters"):
         Vocabulary.from_metadata(metadata)
