@@ -15,8 +15,9 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import logit_kernels
-from quantkit.evaluate.backends import AnyModel, Model, load, visit_logits
+from quantkit.evaluate.backends import AnyModel, load
 from quantkit.evaluate.logit_kernels import BASE_CHOSEN, BASE_MAX, BASE_SUM, CHOSEN, MAX, N_STATE, SUM, TOP, WEIGHTED
+from quantkit.evaluate.model import Model
 from quantkit.evaluate.perplexity import chunked, pack_chunks, tokenize
 from quantkit.evaluate.settings import Chunking, Compute, Estimate
 from quantkit.evaluate.token_classes import CLASSES, token_classes
@@ -286,7 +287,8 @@ class _Batch:
                     self._top[i, seq, rows],
                 )
 
-        visit_logits([*leads] if other is None else [*leads, other], tokens, first, stop, compare)
+        beside = leads[1:] if other is None else [*leads[1:], other]
+        leads[0].visit_logits(tokens, first, stop, compare, beside)
         self._base_nll = np.empty(shape)
         for seq, (affine, codes) in enumerate(loaded):
             code = codes[np.arange(shape[1]), targets[seq]].astype(np.float32)

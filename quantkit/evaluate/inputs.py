@@ -7,19 +7,19 @@ tasks whose cut does not depend on the number of threads: neither do the sums, t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Container
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from quantkit.evaluate.forward_kernels import squares_by_column
+from quantkit.evaluate.threads import Threads
 
 # Columns of the second moments that a task adds up.
 _TILE = 256
 
 # The tensors that share an input, and the expert that they belong to, None where there are no experts.
 Key = tuple[tuple[str, ...], "int | None"]
-Each = Callable[[Callable[[int], None], int], None]
 
 
 class InputSum(NamedTuple):
@@ -49,12 +49,12 @@ class InputSums:
     """Sums over the inputs of matrices through numpy. `observe` is the observer of a model.
 
     With `full` the sums are those of x xT, else of the squares of x. Of the products of tensors `names`, those are
-    summed of which one is in `wanted`; None for all. `each` runs a task for 0 to a count side by side, each with one
-    BLAS thread. `settle` needs the memory of the batch's inputs with `full`: they are kept until then.
+    summed of which one is in `wanted`; None for all. They are added up on `threads`. `settle` needs the memory of the
+    batch's inputs with `full`: they are kept until then.
     """
 
-    def __init__(self, full: bool, each: Each, wanted: Container[str] | None = None) -> None:
-        self._full, self._each, self._wanted = full, each, wanted
+    def __init__(self, full: bool, threads: Threads, wanted: Container[str] | None = None) -> None:
+        self._full, self._threads, self._wanted = full, threads, wanted
         self._lock = threading.Lock()
         self._pieces: dict[Key, list[tuple[int, int, np.ndarray]]] = {}
         self._totals: dict[Key, np.ndarray] = {}
@@ -95,7 +95,8 @@ class InputSums:
             columns = slice(start, start + _TILE)
             total[start:, columns] += rows[:, start:].T @ rows[:, columns]
 
-        self._each(add_columns, -(-n // _TILE))
+        with self._threads.alone() as each:
+            each(add_columns, -(-n // _TILE))
 
     def take(self) -> dict[Key, InputSum]:
         """See `Sums`."""

@@ -7,8 +7,6 @@ results.
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ from quantkit.architectures.forward import (
     Temperature,
 )
 from quantkit.evaluate import forward_kernels
+from quantkit.evaluate.threads import Each, Workspace
 from quantkit.evaluate.weights import Weights
 
 # Rows that go through a product together. Measured on two cores with 512 KB of second-level cache each.
@@ -35,21 +34,6 @@ ROWS = 512
 # What activations exist, with a gate and without: kernels from [rows, n_ff or twice that] to [rows, n_ff].
 _GATED = {Activation.SILU: forward_kernels.silu_gate, Activation.GELU: forward_kernels.gelu_gate}
 _PLAIN = {Activation.GELU: forward_kernels.gelu}
-
-
-class Workspace(threading.local):
-    """Arrays that a thread uses again and again, by name."""
-
-    def __init__(self) -> None:
-        self.arrays: dict[str, np.ndarray] = {}
-
-    def take(self, name: str, *shape: int) -> np.ndarray:
-        """A contiguous float32 array of this shape; what it held before is lost."""
-        size = math.prod(shape)
-        array = self.arrays.get(name)
-        if array is None or array.size < size:
-            array = self.arrays[name] = np.empty(size, np.float32)
-        return array[:size].reshape(shape)
 
 
 class Product(NamedTuple):
@@ -135,8 +119,7 @@ class LayerRunner:
     """A layer with its weights decoded, ready to run on parts of a batch from several threads.
 
     `tables` are the cosines and sines of its rotary embedding, [positions, pairs] each, without columns where it has
-    none. `observer` is told of each matrix product. `each` runs a task for 0 to a count: side by side, if the threads
-    have nothing else to do.
+    none. `observer` is told of each matrix product.
 
     The order: `attend`, then `finish` for each part; where the layer has experts, all parts meet then, and `expert`
     runs for each part and each of `experts`, then `close` for each part.
@@ -150,12 +133,11 @@ class LayerRunner:
         tables: tuple[np.ndarray, np.ndarray],
         workspace: Workspace,
         observer: Observer | None,
-        each: Callable[[Callable[[int], None], int], None],
     ) -> None:
         """Decode the layer's weights, but those of its experts."""
         self.layer, self.n_embd = layer, n_embd
         self._weights, self._tables, self._take = weights, tables, workspace.take
-        self._observer, self._each = observer, each
+        self._observer = observer
         attention, ff = layer.attention, layer.feed_forward
         n_q, n_k = attention.n_head * attention.head_k, attention.n_head_kv * attention.head_k
         n_v = attention.n_head_kv * attention.head_v
@@ -225,25 +207,27 @@ class LayerRunner:
 
     # Attention
 
-    def attend(self, x: np.ndarray, span: tuple[int, int], at: int = 0) -> np.ndarray:
+    def attend(self, x: np.ndarray, span: tuple[int, int], each: Each, at: int = 0) -> np.ndarray:
         """Attention of each sequence of `x` [n_seq, n_ctx, n_embd] at positions span[0] to span[1].
 
-        Before its output product: [n_seq * positions, heads * head size]. The first row of `x` is row `at` of the
-        batch.
+        Before its output product: [n_seq * positions, heads * head size]. `each` runs the groups of heads. The first
+        row of `x` is row `at` of the batch.
         """
         attention = self.layer.attention
         q, k, v = self.queries_keys_values(x, at=at)
         first, stop = span
         mixed = self._take("mixed", len(x), stop - first, attention.n_head * attention.head_v)
         for seq in range(len(x)):
-            self.mix(q[seq], k[seq], v[seq], first, 0, mixed[seq])
+            self.mix(q[seq], k[seq], v[seq], first, 0, mixed[seq], each)
         return mixed.reshape(-1, attention.n_head * attention.head_v)
 
-    def mix(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, past: int, out: np.ndarray) -> None:
+    def mix(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, past: int, out: np.ndarray, each: Each
+    ) -> None:
         """What the queries from `first` on of one sequence see: into `out` [queries, heads * head size].
 
         `q` is [groups, queries, heads of a group, head size], its first query at position `past`; `k` and `v` are
-        [groups, positions, head size], from position 0 on.
+        [groups, positions, head size], from position 0 on. `each` runs the groups.
         """
         attention = self.layer.attention
         (_, _, heads, head_k), head_v, stop = q.shape, attention.head_v, past + first + len(out)
@@ -255,7 +239,7 @@ class LayerRunner:
             column = group * heads * head_v
             forward_kernels.attention(q[group], k[group], v[group], first, past, window, cap, scratch, out, column)
 
-        self._each(mix_group, len(q))
+        each(mix_group, len(q))
 
     def queries_keys_values(
         self, x: np.ndarray, past: int = 0, at: int = 0

@@ -13,7 +13,8 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import logit_kernels
-from quantkit.evaluate.backends import AnyModel, Model, load
+from quantkit.evaluate.backends import AnyModel, load
+from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Chunking, Compute, Estimate
 from quantkit.formats.logits import LogitsWriter, empty_rows, first_scored, parts
 from quantkit.vocabulary import Vocabulary
@@ -165,4 +166,4 @@ def pack_chunks(
         logit_kernels.pack(logits[seq], targets[seq], *parts(rows, n_vocab), nll)
         return rows, nll
 
-    return model.pooled(pack, range(len(logits)))
+    return model.threads.map(pack, range(len(logits)))

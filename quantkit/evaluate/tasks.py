@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from quantkit.errors import QuantkitError
-from quantkit.evaluate.backends import AnyModel, Model, load
+from quantkit.evaluate.backends import AnyModel, load
+from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Compute, Estimate
 from quantkit.vocabulary import Vocabulary
 

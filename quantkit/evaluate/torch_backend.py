@@ -6,15 +6,13 @@ embeddings, the residual stream and the log-softmax are float32 in either. float
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from quantkit.architectures import forward_spec
 from quantkit.architectures.forward import (
     Activation,
     Attention,
@@ -32,11 +30,11 @@ from quantkit.architectures.forward import (
 )
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.inputs import InputSum, Key
-from quantkit.evaluate.layers import Observer
+from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import refuse_unsupported, rope_tables
 from quantkit.evaluate.weights import Weights
-from quantkit.machine import available_memory, default_threads, peak_memory
+from quantkit.machine import peak_memory
 from quantkit.sources.source import TensorSource
 
 try:
@@ -46,8 +44,6 @@ except ImportError as error:
     raise QuantkitError(
         f"the torch backend needs the package torch ({error}): install it with pip install 'quantkit[torch]'"
     ) from None
-
-_T = TypeVar("_T")
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 # What results call them.
@@ -99,8 +95,8 @@ def _activate(activation: Activation, x: Any) -> Any:
     raise QuantkitError(f"the torch backend does not know the activation {activation.name}")
 
 
-class TorchTransformer:
-    """A model that runs through torch: token ids in, logits or log-likelihoods out, as `transformer.Transformer`.
+class TorchTransformer(Model):
+    """A model that runs through torch.
 
     `compute` says the device, and the precision of the weights and of the products. All weights are decoded once and
     stay on the device; without `keep` those of one layer at a time, beside the embedding and the output matrix. Its
@@ -110,16 +106,8 @@ class TorchTransformer:
     not know.
     """
 
-    backend: str
-    precision: str
-    # Told of each product of the layers, with torch's own tensors.
-    observer: Observer | None = None
-
     def __init__(self, source: TensorSource, compute: Compute, keep: bool = True) -> None:
-        self.source = source
-        self.spec: ForwardSpec = forward_spec(source.metadata, source.tensors)
-        self.n_threads = compute.threads or default_threads()
-        self.memory = available_memory() // 2 if compute.memory is None else compute.memory
+        super().__init__(source, compute)
         device, precision = compute.device, compute.precision
         self._kind = device.partition(":")[0]
         self._device = _open_device(device, self._kind)
@@ -129,28 +117,13 @@ class TorchTransformer:
         for part in unknown_parts(self.spec):
             raise QuantkitError(f"{source.label}: the torch backend does not know {part}: use the default backend")
         if self._kind == "cpu":
-            torch.set_num_threads(self.n_threads)
+            torch.set_num_threads(self.threads.count)
         self._tensors: dict[str, Any] = {}
         self._tables: dict[tuple[Rope, str | None, int], tuple[Any, Any]] = {}
-        try:
+        with self._running():
             self._load()
-        except torch.OutOfMemoryError:
-            raise self._too_small() from None
 
     # -- what callers ask for
-
-    def logits(self, tokens: np.ndarray, first: int = 0, stop: int | None = None) -> np.ndarray:
-        """Logits at positions `first` to `stop` of each sequence.
-
-        `tokens` is int32 [n_seq, n_ctx]; the result float32 [n_seq, positions, n_vocab].
-        """
-        stop = tokens.shape[1] if stop is None else stop
-        out = np.empty((len(tokens) * (stop - first), self.spec.n_vocab), np.float32)
-        for at, block in self._logit_blocks(tokens, first, stop):
-            out[at : at + len(block)] = block.cpu().numpy()
-        result = out.reshape(len(tokens), stop - first, self.spec.n_vocab)
-        self.refuse_nan(tokens, result.max(axis=2, initial=-np.inf))
-        return result
 
     def log_likelihoods(self, tokens: np.ndarray, first: int = 0) -> np.ndarray:
         """The natural log of the probability of each token from position `first` + 1 on, given those before it.
@@ -159,26 +132,24 @@ class TorchTransformer:
         """
         stop = tokens.shape[1] - 1
         targets = torch.from_numpy(tokens[:, first + 1 :].astype(np.int64).reshape(-1, 1)).to(self._device)
-        parts = [
-            block.gather(1, targets[at : at + len(block)])[:, 0] - block.logsumexp(1)
-            for at, block in self._logit_blocks(tokens, first, stop)
-        ]
-        result: np.ndarray = torch.cat(parts).cpu().numpy().astype(np.float64).reshape(len(tokens), stop - first)
+        with self._running():
+            parts = [
+                block.gather(1, targets[at : at + len(block)])[:, 0] - block.logsumexp(1)
+                for at, block in self._logit_blocks(tokens, first, stop)
+            ]
+            result: np.ndarray = torch.cat(parts).cpu().numpy().astype(np.float64).reshape(len(tokens), stop - first)
         self.refuse_nan(tokens, result)
         return result
 
     def hidden(self, tokens: np.ndarray, first: int, stop: int) -> np.ndarray:
         """The last layer's output, normalised, at positions `first` to `stop`: float32 [n_seq, positions, n_embd]."""
-        try:
-            with torch.inference_mode(), _exact_products():
-                result: np.ndarray = self._hidden(tokens, first, stop).cpu().numpy()
-        except torch.OutOfMemoryError:
-            raise self._too_small() from None
+        with self._running():
+            result: np.ndarray = self._hidden(tokens, first, stop).cpu().numpy()
         return result
 
     def embedded(self, tokens: np.ndarray) -> np.ndarray:
         """What the first layer reads for `tokens` [n_seq, n_ctx]: float32 [n_seq, n_ctx, n_embd]."""
-        with torch.inference_mode():
+        with self._running():
             result: np.ndarray = self._embedded(tokens).cpu().numpy()
         return result
 
@@ -190,18 +161,15 @@ class TorchTransformer:
         layer = self.spec.layers[index]
 
         def advance(x: np.ndarray) -> None:
-            try:
-                with torch.inference_mode(), _exact_products():
-                    self._hold(index)
-                    x[:] = self._layer(layer, torch.from_numpy(x).to(self._device), slice(0, n_ctx)).cpu().numpy()
-            except torch.OutOfMemoryError:
-                raise self._too_small() from None
+            with self._running():
+                self._hold(index)
+                x[:] = self._layer(layer, torch.from_numpy(x).to(self._device), slice(0, n_ctx)).cpu().numpy()
 
         return advance
 
     def normed(self, x: np.ndarray) -> np.ndarray:
         """What the output matrix is multiplied with, from the last layer's output `x`: a copy."""
-        with torch.inference_mode():
+        with self._running():
             rows = torch.from_numpy(np.ascontiguousarray(x)).to(self._device)
             result: np.ndarray = self._normed(self.spec.output_norm, rows).cpu().numpy()
         return result
@@ -223,24 +191,9 @@ class TorchTransformer:
         free = torch.cuda.mem_get_info(self._device)[0] // 2 if self._kind == "cuda" else self.memory // 2
         return max(1, min(-(-_TOKENS[self._kind] // n_ctx), int(free) // (per_token * n_ctx)))
 
-    def pooled(self, task: Callable[[int], _T], items: Iterable[int]) -> Iterator[_T]:
-        """The results of `task` on each item, worked out side by side on the CPU's threads."""
-        with ThreadPoolExecutor(self.n_threads) as pool:
-            yield from pool.map(task, items)
-
-    def refuse_nan(self, tokens: np.ndarray, result: np.ndarray) -> None:
-        """Check `result` [n_seq, any], which came of `tokens` [n_seq, n_ctx].
-
-        Raises QuantkitError, which names the first layer that made a NaN, if it holds one.
-        """
-        bad = np.flatnonzero(np.isnan(result).any(axis=1))
-        if bad.size:
-            with torch.inference_mode(), _exact_products():
-                self._hidden(tokens[bad[:1]], 0, tokens.shape[1], nan_check=True)
-            raise QuantkitError(
-                f"{self.source.label}: the logits are NaN though no layer's output is: "
-                f"{self.spec.output_norm.weight} or {self.spec.output.weight} is damaged"
-            )
+    def open_logits(self, tokens: np.ndarray, first: int, stop: int) -> _Logits:
+        """See `Model`."""
+        return _Logits(self, tokens, first, stop)
 
     # -- weights
 
@@ -248,12 +201,7 @@ class TorchTransformer:
         """Decode what the forward pass reads and put it on the device; of the layers only if all are kept."""
         spec = self.spec
 
-        def run(tasks: Iterable[Callable[[], None]]) -> None:
-            with ThreadPoolExecutor(self.n_threads) as pool:
-                for future in [pool.submit(task) for task in tasks]:
-                    future.result()
-
-        self._weights = Weights(self.source, run, keep=False)
+        self._weights = Weights(self.source, self.threads.run, keep=False)
         self._lookup(spec.embedding)
         if spec.position_embedding is not None:
             self._lookup(spec.position_embedding)
@@ -322,25 +270,28 @@ class TorchTransformer:
 
     def _logit_blocks(self, tokens: np.ndarray, first: int, stop: int) -> Iterator[tuple[int, Any]]:
         """Logits [rows, n_vocab], float32, of all sequences' positions below each other, and the first row's number."""
-        spec = self.spec
-        try:
-            with torch.inference_mode(), _exact_products():
-                hidden = self._hidden(tokens, first, stop).to(self._dtype).reshape(-1, spec.n_embd)
-                step = max(1, _LOGITS[self._kind] // spec.n_vocab)
-                for at in range(0, len(hidden), step):
-                    block = self._output(hidden[at : at + step])
-                    if spec.output.bias is not None:
-                        block += self._tensors[spec.output.bias]
-                    if spec.logit_scale != 1.0:
-                        block *= spec.logit_scale
-                    if spec.logit_softcap is not None:
-                        block = torch.tanh(block / spec.logit_softcap) * spec.logit_softcap
-                    yield at, block
-        except torch.OutOfMemoryError:
-            raise self._too_small() from None
+        hidden = self._scored_rows(tokens, first, stop)
+        step = max(1, _LOGITS[self._kind] // self.spec.n_vocab)
+        for at in range(0, len(hidden), step):
+            yield at, self._scores(hidden[at : at + step], 0, self.spec.n_vocab)
 
-    def _output(self, x: Any) -> Any:
-        weight = self._tensors[self.spec.output.weight]
+    def _scored_rows(self, tokens: np.ndarray, first: int, stop: int) -> Any:
+        """What the output matrix is multiplied with at positions `first` to `stop`: [all positions, n_embd]."""
+        return self._hidden(tokens, first, stop).to(self._dtype).reshape(-1, self.spec.n_embd)
+
+    def _scores(self, x: Any, start: int, stop: int) -> Any:
+        """Logits of rows of normalised `x` for the tokens `start` to `stop`: float32 [rows, tokens]."""
+        spec = self.spec
+        scores = self._product_float32(x, self._tensors[spec.output.weight][start:stop])
+        if spec.output.bias is not None:
+            scores += self._tensors[spec.output.bias][start:stop]
+        if spec.logit_scale != 1.0:
+            scores *= spec.logit_scale
+        if spec.logit_softcap is not None:
+            scores = torch.tanh(scores / spec.logit_softcap) * spec.logit_softcap
+        return scores
+
+    def _product_float32(self, x: Any, weight: Any) -> Any:
         if self._kind == "cuda" and x.dtype != torch.float32:
             try:
                 # Sums of bfloat16 products as they are, not rounded to bfloat16.
@@ -349,24 +300,16 @@ class TorchTransformer:
                 pass
         return functional.linear(x, weight).float()
 
-    def _hidden(self, tokens: np.ndarray, first: int, stop: int, nan_check: bool = False) -> Any:
+    def _hidden(self, tokens: np.ndarray, first: int, stop: int) -> Any:
         """The last layer's output, normalised, at positions `first` to `stop`: float32 [n_seq, positions, n_embd]."""
-        spec, label = self.spec, self.source.label
-        n_ctx = tokens.shape[1]
+        spec = self.spec
         x = self._embedded(tokens)
-        if nan_check and bool(torch.isnan(x).any()):
-            raise QuantkitError(f"{label}: the embeddings hold NaN")
-        span = slice(0, n_ctx)
+        span = slice(0, tokens.shape[1])
         for i, layer in enumerate(spec.layers):
             if i + 1 == len(spec.layers):
                 span = slice(first, stop)
             self._hold(i)
             x = self._layer(layer, x, span)
-            if nan_check and bool(torch.isnan(x).any()):
-                raise QuantkitError(
-                    f"{label}: layer {i} (blk.{i}) is the first whose output holds NaN; "
-                    f"its weights are damaged or out of {self.precision}'s range"
-                )
         return self._normed(spec.output_norm, x if spec.layers else x[:, first:stop])
 
     def _embedded(self, tokens: np.ndarray) -> Any:
@@ -536,11 +479,40 @@ class TorchTransformer:
         a = layer.attention
         return 6 * a.n_head * max(a.head_k, a.head_v) + 4 * layer.feed_forward.n_ff
 
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Run through torch: no gradients, exact float32 products, and one line where the memory is too small."""
+        try:
+            with torch.inference_mode(), _exact_products():
+                yield
+        except torch.OutOfMemoryError:
+            raise self._too_small() from None
+
     def _too_small(self) -> QuantkitError:
         return QuantkitError(
             f"{self.source.label}: does not fit into the memory of {self.backend} in {self.precision}: "
             "use --precision bf16, a smaller --batch, or another device"
         )
+
+
+class _Logits:
+    """The logits at positions `first` to `stop` of `tokens`, brought to the CPU: see `model.Logits`."""
+
+    def __init__(self, model: TorchTransformer, tokens: np.ndarray, first: int, stop: int) -> None:
+        self._model, self._shape = model, (len(tokens), stop - first)
+        with model._running():
+            self._rows = model._scored_rows(tokens, first, stop)
+        self.step = max(1, _LOGITS[model._kind] // max(1, len(self._rows)))
+
+    def prepare(self, start: int, stop: int) -> None:
+        """See `model.Logits`."""
+        with self._model._running():
+            scores = self._model._scores(self._rows, start, stop).cpu().numpy()
+        self._start, self._scores = start, scores.reshape(*self._shape, stop - start)
+
+    def compute(self, seq: int, rows: slice, start: int, stop: int, out: np.ndarray) -> None:
+        """See `model.Logits`."""
+        out[:] = self._scores[seq, rows, start - self._start : stop - self._start]
 
 
 class TorchInputSums:

@@ -9,34 +9,28 @@ depend on the batch or on the number of threads, and neither do the results.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from functools import cached_property
-from typing import Any, TypeVar
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
-from quantkit.architectures import forward_spec
-from quantkit.architectures.forward import Attention, Experts, ForwardSpec, Layer, Norm, NormKind, Rope
+from quantkit.architectures.forward import Attention, Experts, ForwardSpec, Norm, NormKind, Rope
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.inputs import InputSums
-from quantkit.evaluate.layers import ROWS, Expert, LayerRunner, Observer, Product, Routed, Workspace, unsupported
+from quantkit.evaluate.kv_cache import KVCache
+from quantkit.evaluate.layers import ROWS, Expert, LayerRunner, Product, Routed, unsupported
+from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Compute
+from quantkit.evaluate.threads import Share
 from quantkit.evaluate.weights import Weights
-from quantkit.machine import available_memory, default_threads, peak_memory
 from quantkit.sources.source import TensorSource
 
-_T = TypeVar("_T")
-
-# Tokens of the vocabulary whose logits stand in memory together.
-_TILE = 2048
 # Heads are not larger than this, which bounds the tables of rotary embeddings.
 _LARGEST_HEAD = 1 << 16
 # The output matrix is decoded in slabs of this many weights when it is not kept.
 _SLAB_WEIGHTS = 1 << 26
+# Tokens of the vocabulary that generation takes through the output matrix together.
+_NEXT_TOKENS = 1 << 15
 _DEFAULT = Compute()
 
 
@@ -97,73 +91,25 @@ def refuse_unsupported(spec: ForwardSpec, label: str) -> None:
         raise QuantkitError(f"{label}: logits capped at {spec.logit_softcap}")
 
 
-class Transformer:
-    """A model that can be run: token ids in, logits or log-likelihoods out, in float32.
+class Transformer(Model):
+    """A model that runs through numpy on the CPU, in float32.
 
     `source` is a GGUF file or a checkpoint. `compute` bounds the threads and the bytes that decoded weights and
     activations may take; weights that fit into half of these are decoded once and kept, unless `keep` says otherwise.
-    `observer` is told of each matrix product of the layers.
 
     Raises QuantkitError when the architecture is unknown, or the tensors do not fit the metadata.
     """
 
     backend = "numpy"
     precision = "float32"
-    observer: Observer | None = None
 
     def __init__(self, source: TensorSource, compute: Compute = _DEFAULT, keep: bool | None = None) -> None:
-        self.source = source
-        self.spec: ForwardSpec = forward_spec(source.metadata, source.tensors)
-        self.n_threads = compute.threads or default_threads()
-        self.memory = available_memory() // 2 if compute.memory is None else compute.memory
+        super().__init__(source, compute)
         refuse_unsupported(self.spec, source.label)
         n_weights = sum(info.n_elements for info in source.tensors.values())
         self._keep = n_weights * 4 <= self.memory // 2 if keep is None else keep
-        self._weights = Weights(source, self._run, self._keep)
-        self._workspace = Workspace()
-        self._pool = ThreadPoolExecutor(self.n_threads, thread_name_prefix="quantkit-evaluate")
+        self._weights = Weights(source, self.threads.run, self._keep)
         self._tables: dict[tuple[Rope, str | None], tuple[np.ndarray, np.ndarray]] = {}
-
-    # -- what callers ask for
-
-    def logits(self, tokens: np.ndarray, first: int = 0, stop: int | None = None) -> np.ndarray:
-        """Logits at positions `first` to `stop` of each sequence.
-
-        `tokens` is int32 [n_seq, n_ctx]; the result float32 [n_seq, positions, n_vocab].
-        """
-        stop = tokens.shape[1] if stop is None else stop
-        out = np.empty((len(tokens), stop - first, self.spec.n_vocab), np.float32)
-
-        def keep(seq: int, rows: slice, at: int, tiles: list[np.ndarray]) -> None:
-            out[seq, rows, at : at + tiles[0].shape[1]] = tiles[0]
-
-        visit_logits([self], tokens, first, stop, keep)
-        self.refuse_nan(tokens, out.max(axis=2, initial=-np.inf))
-        return out
-
-    def log_likelihoods(self, tokens: np.ndarray, first: int = 0) -> np.ndarray:
-        """The natural log of the probability of each token from position `first` + 1 on, given those before it.
-
-        `tokens` is int32 [n_seq, n_ctx]; the result float64 [n_seq, n_ctx - 1 - first]. The logits never stand in
-        memory all together.
-        """
-        targets = np.ascontiguousarray(tokens[:, first + 1 :])
-        maxima = np.full(targets.shape, -np.inf)
-        sums, chosen = np.zeros(targets.shape), np.zeros(targets.shape)
-
-        def score(seq: int, rows: slice, at: int, tiles: list[np.ndarray]) -> None:
-            forward_kernels.score_tile(
-                tiles[0], at, targets[seq, rows], maxima[seq, rows], sums[seq, rows], chosen[seq, rows]
-            )
-
-        visit_logits([self], tokens, first, tokens.shape[1] - 1, score)
-        result: np.ndarray = chosen - maxima - np.log(sums)
-        self.refuse_nan(tokens, result)
-        return result
-
-    def peak_memory(self) -> int | None:
-        """The most memory, in bytes, that this process has taken until now, or None."""
-        return peak_memory()
 
     def batch(self, n_ctx: int) -> int:
         """How many sequences of `n_ctx` tokens to run together: many, so that each weight is decoded seldom.
@@ -173,107 +119,50 @@ class Transformer:
         copies = 4 if any(isinstance(layer.feed_forward, Experts) for layer in self.spec.layers) else 2
         bytes_per_sequence = n_ctx * self.spec.n_embd * 4 * copies
         wanted = -(-4096 // n_ctx) if self._keep else -(-32768 // n_ctx)
-        wanted = -(-wanted // self.n_threads) * self.n_threads
+        wanted = -(-wanted // self.threads.count) * self.threads.count
         return max(1, min(wanted, self.memory // 4 // bytes_per_sequence))
-
-    # -- threads
-
-    @cached_property
-    def _controller(self) -> ThreadpoolController:
-        return ThreadpoolController()
-
-    def _blas(self, n_tasks: int) -> AbstractContextManager[Any]:
-        """BLAS's share of the threads while `n_tasks` tasks run: one each if these fill the threads, else all."""
-        self._side_by_side = n_tasks >= self.n_threads > 1
-        limits: AbstractContextManager[Any] = self._controller.limit(
-            limits=1 if self._side_by_side else self.n_threads, user_api="blas"
-        )
-        return limits
-
-    def _run(self, tasks: Iterable[Callable[[], None]]) -> None:
-        """Carry out tasks on the pool and wait for all; the first exception is raised here."""
-        for future in [self._pool.submit(task) for task in tasks]:
-            future.result()
-
-    def pooled(self, task: Callable[[int], _T], items: Iterable[int]) -> Iterator[_T]:
-        """The results of `task` on each item, worked out side by side on the threads."""
-        return self._pool.map(task, items)
-
-    def _each(self, task: Callable[[int], None], count: int) -> None:
-        """`task(0)` to `task(count - 1)`, side by side where there are enough to fill the threads."""
-        (self._together if self._side_by_side else self._one_by_one)(task, count)
-
-    def _within(self, task: Callable[[int], None], count: int) -> None:
-        """The same for tasks within one of the tasks of `_each`: side by side where that leaves threads idle."""
-        (self._one_by_one if self._side_by_side or self.n_threads == 1 else self._together)(task, count)
-
-    def _alone(self, task: Callable[[int], None], count: int) -> None:
-        """`task(0)` to `task(count - 1)` side by side, each with one BLAS thread: the same however many threads."""
-        with self._controller.limit(limits=1, user_api="blas"):
-            self._together(task, count)
-
-    def _together(self, task: Callable[[int], None], count: int) -> None:
-        for _ in self._pool.map(task, range(count)):
-            pass
-
-    def _one_by_one(self, task: Callable[[int], None], count: int) -> None:
-        for i in range(count):
-            task(i)
 
     # -- the forward pass
 
-    def hidden(self, tokens: np.ndarray, first: int, stop: int, nan_check: bool = False) -> np.ndarray:
-        """The last layer's output, normalised, at positions `first` to `stop`: float32 [n_seq, positions, n_embd]."""
+    def hidden(self, tokens: np.ndarray, first: int, stop: int) -> np.ndarray:
+        """See `Model`."""
         n_seq, n_ctx = tokens.shape
         spec = self.spec
         x = self.embedded(tokens)
-        if nan_check and np.isnan(x).any():
-            raise QuantkitError(f"{self.source.label}: the embeddings hold NaN")
         units = self._units(n_seq, n_ctx)
         last = np.empty((n_seq, stop - first, spec.n_embd), np.float32)
-        with self._blas(len(units)):
-            for i, layer in enumerate(spec.layers):
-                tables = self._rope(layer.attention, n_ctx)
-                runner = self.runner(layer, tables)
+        with self.threads.share(len(units)) as share:
+            for i in range(len(spec.layers)):
+                runner = self._runner(i, n_ctx)
                 in_place = i + 1 < len(spec.layers)
                 span, to = ((0, n_ctx), x) if in_place else ((first, stop), last)
-                self._run_layer(runner, x, units, span, to)
-                if nan_check and np.isnan(to).any():
-                    raise QuantkitError(
-                        f"{self.source.label}: layer {i} (blk.{i}) is the first whose output holds NaN; "
-                        "its weights are damaged or out of float32's range"
-                    )
+                self._run_layer(runner, x, units, span, to, share)
             if not spec.layers:
                 last[:] = x[:, first:stop]
-            self._each(lambda u: self._normalise(spec.output_norm, last[units[u]]), len(units))
+            share.outer(lambda u: self._normalise(spec.output_norm, last[units[u]]), len(units))
         return last
 
     def layer_pass(self, index: int, n_ctx: int) -> Callable[[np.ndarray], None]:
-        """Layer `index`, decoded, as a function that carries activations [n_seq, n_ctx, n_embd] through it in place.
-
-        Valid until the next call. `embedded`, this for each layer, and `normed` are `hidden` for a caller that takes
-        all its text through one layer before the next.
-        """
-        layer = self.spec.layers[index]
-        runner = self.runner(layer, self._rope(layer.attention, n_ctx))
+        """See `Model`."""
+        runner = self._runner(index, n_ctx)
 
         def advance(x: np.ndarray) -> None:
             units = self._units(len(x), n_ctx)
             # Never several BLAS threads for one product: the last bits could depend on their number.
-            with self._blas(max(len(units), self.n_threads)):
-                self._run_layer(runner, x, units, (0, n_ctx), x)
+            with self.threads.share(max(len(units), self.threads.count)) as share:
+                self._run_layer(runner, x, units, (0, n_ctx), x, share)
 
         return advance
 
     def normed(self, x: np.ndarray) -> np.ndarray:
-        """What the output matrix is multiplied with, from the last layer's output `x` [any, n_ctx, n_embd]: a copy."""
+        """See `Model`."""
         result = np.array(x, np.float32, order="C")
         self._normalise(self.spec.output_norm, result)
         return result
 
     def input_sums(self, full: bool, wanted: Container[str] | None = None) -> InputSums:
-        """Sums over what the matrices are multiplied with from now on, see `InputSums`."""
-        sums = InputSums(full, self._alone, wanted)
+        """See `Model`."""
+        sums = InputSums(full, self.threads, wanted)
         self.observer = sums.observe
         return sums
 
@@ -283,9 +172,62 @@ class Transformer:
         n_together = max(1, ROWS // n_ctx)
         return [slice(at, min(at + n_together, n_seq)) for at in range(0, n_seq, n_together)]
 
-    def runner(self, layer: Layer, tables: tuple[np.ndarray, np.ndarray]) -> LayerRunner:
-        """`layer`, ready to run with these cosines and sines."""
-        return LayerRunner(layer, self.spec.n_embd, self._weights, tables, self._workspace, self.observer, self._within)
+    def _runner(self, index: int, n_ctx: int, start: int = 0) -> LayerRunner:
+        """Layer `index`, decoded, ready for the positions from `start` on of sequences of `n_ctx` tokens."""
+        layer = self.spec.layers[index]
+        cosines, sines = self._rope(layer.attention, n_ctx)
+        tables = cosines[start:], sines[start:]
+        return LayerRunner(layer, self.spec.n_embd, self._weights, tables, self.threads.workspace, self.observer)
+
+    def next_logits(self, tokens: Sequence[int], cache: KVCache) -> np.ndarray:
+        """Logits, float32 [n_vocab], of what comes after `tokens`, which follow those that `cache` holds.
+
+        Afterwards the cache holds them too. Raises QuantkitError for no tokens, for more than the cache has room for,
+        and for logits that are NaN.
+        """
+        label = self.source.label
+        if len(tokens) == 0:
+            raise QuantkitError(f"{label}: nothing to continue: the prompt has no tokens")
+        if len(cache.tokens) + len(tokens) > cache.n_ctx:
+            raise QuantkitError(f"{label}: more than {cache.n_ctx} tokens")
+        for at in range(0, len(tokens), ROWS):
+            x = self._extended(np.array(tokens[at : at + ROWS], np.int32), cache)
+        last = x[-1:].copy()
+        self._normalise(self.spec.output_norm, last[None])
+        n_vocab = self.spec.n_vocab
+        out = np.empty((1, n_vocab), np.float32)
+        with self.threads.share(1):
+            for start in range(0, n_vocab, _NEXT_TOKENS):
+                product = self._output(start, min(start + _NEXT_TOKENS, n_vocab))
+                out[:, start : start + _NEXT_TOKENS] = self._scores(
+                    last, product, np.empty((1, len(product.matrix)), np.float32)
+                )
+        self.refuse_nan(np.array([cache.tokens], np.int32), out)
+        logits: np.ndarray = out[0]
+        return logits
+
+    def _extended(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
+        """The last layer's output for `tokens` [n], which follow those of `cache` and are put into it: [n, n_embd]."""
+        past, n = len(cache.tokens), len(tokens)
+        x = self.embedded(tokens[None], past)
+        # A row times a matrix is over before BLAS's threads have met: one of them does it ten times faster.
+        with self.threads.share(1 if n > 1 else self.threads.count) as share:
+            for i, layer in enumerate(self.spec.layers):
+                runner = self._runner(i, cache.n_ctx, past)
+                q, k, v = runner.queries_keys_values(x, past)
+                cache.keys[i][:, past : past + n] = k[0]
+                cache.values[i][:, past : past + n] = v[0]
+                mixed = np.empty((n, layer.attention.n_head * layer.attention.head_v), np.float32)
+                runner.mix(q[0], cache.keys[i], cache.values[i], 0, past, mixed, share.inner)
+                routed = Routed.of(layer, n, self.spec.n_embd)
+                runner.finish(mixed, x[0], routed)
+                if routed is not None:
+                    for expert in runner.experts():
+                        runner.expert(expert, routed)
+                    runner.close(x[0], routed)
+        cache.tokens += tokens.tolist()
+        last: np.ndarray = x[0]
+        return last
 
     def embedded(self, tokens: np.ndarray, start: int = 0) -> np.ndarray:
         """What the first layer reads for `tokens` [n_seq, n], at positions from `start`: float32 [n_seq, n, n_embd]."""
@@ -304,7 +246,13 @@ class Transformer:
         return x
 
     def _run_layer(
-        self, runner: LayerRunner, x: np.ndarray, units: list[slice], span: tuple[int, int], to: np.ndarray
+        self,
+        runner: LayerRunner,
+        x: np.ndarray,
+        units: list[slice],
+        span: tuple[int, int],
+        to: np.ndarray,
+        share: Share,
     ) -> None:
         """Carry `x` [n_seq, n_ctx, n_embd] through a layer into `to`, which is `x` or holds the positions of `span`."""
         n_embd, n_positions = x.shape[2], span[1] - span[0]
@@ -314,20 +262,20 @@ class Transformer:
         rows = to.reshape(-1, n_embd)
 
         def step(u: int) -> None:
-            mixed = runner.attend(x[units[u]], span, units[u].start * x.shape[1])
+            mixed = runner.attend(x[units[u]], span, share.inner, units[u].start * x.shape[1])
             if to is not x:
                 to[units[u]] = x[units[u], span[0] : span[1]]
             runner.finish(mixed, rows[slice(*cuts[u])], shares[u] if shares else None, cuts[u][0])
 
-        self._each(step, len(units))
+        share.outer(step, len(units))
         if shares:
             for expert in runner.experts():
 
                 def run_expert(u: int, expert: Expert = expert) -> None:
                     runner.expert(expert, shares[u], cuts[u][0])
 
-                self._each(run_expert, len(units))
-            self._each(lambda u: runner.close(rows[slice(*cuts[u])], shares[u]), len(units))
+                share.outer(run_expert, len(units))
+            share.outer(lambda u: runner.close(rows[slice(*cuts[u])], shares[u]), len(units))
 
     def _output(self, start: int, stop: int) -> Product:
         """The output product of tokens `start` to `stop`."""
@@ -336,8 +284,12 @@ class Transformer:
         slab = self._weights.slab("output", spec.output.weight, spec.n_vocab, spec.n_embd, start, stop)
         return Product(slab, bias, (spec.output.weight,))
 
-    def _logits(self, x: np.ndarray, product: Product, out: np.ndarray) -> np.ndarray:
-        """Logits of rows of normalised `x` for the tokens of `product`, a part of `_output`."""
+    def open_logits(self, tokens: np.ndarray, first: int, stop: int) -> _Logits:
+        """See `Model`."""
+        return _Logits(self, self.hidden(tokens, first, stop))
+
+    def _scores(self, x: np.ndarray, product: Product, out: np.ndarray) -> np.ndarray:
+        """Logits of rows of normalised `x` for the tokens of `product`, a part of `_output`, in `out`."""
         np.matmul(x, product.matrix.T, out=out)
         if product.bias is not None:
             forward_kernels.add_bias(out, product.bias)
@@ -372,52 +324,21 @@ class Transformer:
             self._tables[key] = rope_tables(rope, n_ctx, factors)
         return self._tables[key]
 
-    def refuse_nan(self, tokens: np.ndarray, result: np.ndarray) -> None:
-        """Check `result` [n_seq, any], which came of `tokens` [n_seq, n_ctx].
 
-        Raises QuantkitError, which names the first layer that made a NaN, if it holds one.
-        """
-        bad = np.flatnonzero(np.isnan(result).any(axis=1))
-        if bad.size:
-            self.hidden(tokens[bad[:1]], 0, tokens.shape[1], nan_check=True)
-            raise QuantkitError(
-                f"{self.source.label}: the logits are NaN though no layer's output is: "
-                f"{self.spec.output_norm.weight} or {self.spec.output.weight} is damaged"
-            )
+class _Logits:
+    """The logits of the last layer's output `hidden` [n_seq, positions, n_embd]: see `model.Logits`."""
 
+    def __init__(self, model: Transformer, hidden: np.ndarray) -> None:
+        self._model, self._hidden = model, hidden
+        self.step = model.spec.n_vocab if model._keep else max(1, _SLAB_WEIGHTS // model.spec.n_embd)
 
-def visit_logits(
-    models: Sequence[Transformer],
-    tokens: np.ndarray,
-    first: int,
-    stop: int,
-    visit: Callable[[int, slice, int, list[np.ndarray]], None],
-) -> None:
-    """Show the logits at positions `first` to `stop` of each sequence, of models with one vocabulary, tile by tile.
+    def prepare(self, start: int, stop: int) -> None:
+        """See `model.Logits`."""
+        self._start, self._product = start, self._model._output(start, stop)
 
-    `tokens` is int32 [n_seq, n_ctx]. `visit(sequence, rows, token, tiles)` gets each model's logits of some positions
-    (`rows` counts from `first`) for the tokens from `token` on: float32 [rows, tokens], its own to change. It is called
-    on several threads, which share the work by sequence; the tiles of a position come in the order of the tokens.
-    """
-    lead = models[0]
-    hidden = [model.hidden(tokens, first, stop) for model in models]
-    n_seq, n_rows, n_vocab = len(tokens), stop - first, lead.spec.n_vocab
-    step = min(n_vocab if model._keep else max(1, _SLAB_WEIGHTS // model.spec.n_embd) for model in models)
-    take = lead._workspace.take
-    with lead._blas(n_seq):
-        for start in range(0, n_vocab, step):
-            slabs = [model._output(start, min(start + step, n_vocab)) for model in models]
-
-            def compute(seq: int, start: int = start, slabs: list[Product] = slabs) -> None:
-                for row in range(0, n_rows, ROWS):
-                    rows = slice(row, min(row + ROWS, n_rows))
-                    for at in range(0, len(slabs[0].matrix), _TILE):
-                        tiles = []
-                        for i, (model, slab) in enumerate(zip(models, slabs, strict=True)):
-                            bias = None if slab.bias is None else slab.bias[at : at + _TILE]
-                            part = Product(slab.matrix[at : at + _TILE], bias, slab.names)
-                            out = take(f"tile {i}", rows.stop - row, len(part.matrix))
-                            tiles.append(model._logits(hidden[i][seq, rows], part, out))
-                        visit(seq, rows, start + at, tiles)
-
-            lead._each(compute, n_seq)
+    def compute(self, seq: int, rows: slice, start: int, stop: int, out: np.ndarray) -> None:
+        """See `model.Logits`."""
+        matrix, bias, names = self._product
+        part = slice(start - self._start, stop - self._start)
+        product = Product(matrix[part], None if bias is None else bias[part], names)
+        self._model._scores(self._hidden[seq, rows], product, out)

@@ -32,9 +32,10 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from quantkit.architectures.forward import FeedForward
-from quantkit.evaluate.backends import Model, load
+from quantkit.evaluate.backends import load
 from quantkit.evaluate.divergence import divergence
 from quantkit.evaluate.importance import importance_matrix
+from quantkit.evaluate.model import Model
 from quantkit.evaluate.perplexity import chunked, perplexity, tokenize
 from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.evaluate.transformer import Transformer
@@ -97,7 +98,7 @@ class Floor:
     def __init__(self, model: Transformer, n_tokens: int) -> None:
         """Make operands of the right shapes, 2,048 tokens at a time."""
         spec, rng = model.spec, np.random.default_rng(0)
-        self.n_threads = model.n_threads
+        self.n_threads = model.threads.count
         rows = min(2048, n_tokens)
         self.repeats = n_tokens // rows
         scored = rows // SCORED

@@ -15,9 +15,10 @@ from support.variants import VARIANTS, variant
 from test_reference import reference_logits
 
 from quantkit.errors import QuantkitError
-from quantkit.evaluate import generate as module
+from quantkit.evaluate import model as module
 from quantkit.evaluate import transformer
-from quantkit.evaluate.generate import Decoder, generate, pick
+from quantkit.evaluate.generate import generate, pick
+from quantkit.evaluate.kv_cache import KVCache
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
@@ -28,17 +29,19 @@ from quantkit.vocabulary import Vocabulary, chat
 @pytest.mark.parametrize("name", [*VARIANTS, None])
 def test_what_is_read_in_pieces_is_read_as_a_whole(tmp_path, monkeypatch, name):
     source, plain, spec = variant(tmp_path / "m.gguf", name or "window")
-    monkeypatch.setattr(transformer, "forward_spec", lambda *_: spec if name else plain)
-    monkeypatch.setattr(module, "_BLOCK", 16)
+    monkeypatch.setattr(module, "forward_spec", lambda *_: spec if name else plain)
+    monkeypatch.setattr(transformer, "ROWS", 16)
     tokens = np.random.default_rng(3).integers(0, N_VOCAB, 40).astype(np.int32)
     expected = Transformer(source, Compute(threads=2)).logits(tokens[None])[0]
-    decoder = Decoder(source, 40, Compute(threads=2))
+    model = Transformer(source, Compute(threads=2))
+    cache = KVCache(model.spec, 40)
     cuts = [0, 23, 24, 25, 31, 40]
     for start, stop in itertools.pairwise(cuts):
-        logits = decoder.read(tokens[start:stop].tolist())
+        logits = model.next_logits(tokens[start:stop].tolist(), cache)
         np.testing.assert_allclose(logits, expected[stop - 1], rtol=1e-4, atol=1e-5 * np.abs(expected).max())
     with pytest.raises(QuantkitError, match="more than 40 tokens"):
-        decoder.read([1])
+        model.next_logits([1], cache)
+    assert cache.tokens == tokens.tolist()
 
 
 @requires_reference

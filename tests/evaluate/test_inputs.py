@@ -9,8 +9,9 @@ import pytest
 from conftest import requires_torch
 from support.tiny import BOS, FAMILIES, N_VOCAB, plain_logits, tiny_metadata, tiny_weights, write_gguf
 
-from quantkit.evaluate.backends import Model, load
+from quantkit.evaluate.backends import load
 from quantkit.evaluate.inputs import mirror
+from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.sources.source import GGUFSource

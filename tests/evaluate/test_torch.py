@@ -78,6 +78,8 @@ def test_divergence_equals_numpys(tmp_path):
     assert other.backend == "torch cpu"
     assert other.kld.value == pytest.approx(judge.kld.value, rel=1e-3)
     assert other.same_top == judge.same_top
+    mixed = divergence(load(coarse, TORCH), load(base), tokens, chunking=cut)
+    assert mixed.kld.value == pytest.approx(judge.kld.value, rel=1e-3)
     both = divergences([coarse, base], base, tokens, chunking=cut, compute=TORCH)
     assert [one.kld.value for one in both] == pytest.approx([other.kld.value, 0.0], abs=1e-9)
 
@@ -92,14 +94,13 @@ def test_llamas(tmp_path, options):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_else_a_description_holds(tmp_path, monkeypatch, name):
-    from quantkit.evaluate import torch_backend, transformer
+    from quantkit.evaluate import model
 
     source, plain, spec = variant(tmp_path / "m.gguf", name)
     tokens = some_tokens(2, 40)
-    monkeypatch.setattr(transformer, "forward_spec", lambda *_: plain)
+    monkeypatch.setattr(model, "forward_spec", lambda *_: plain)
     unchanged = Transformer(source, Compute(threads=2)).logits(tokens)
-    for module in (transformer, torch_backend):
-        monkeypatch.setattr(module, "forward_spec", lambda *_: spec)
+    monkeypatch.setattr(model, "forward_spec", lambda *_: spec)
     numpys = Transformer(source, Compute(threads=2))
     assert np.abs(numpys.logits(tokens) - unchanged).max() > 1e-2
     assert_same_logits(load(source, TORCH), numpys, tokens)

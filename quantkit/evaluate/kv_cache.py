@@ -1,0 +1,30 @@
+"""Keys and values of the tokens that a model has read, so that what follows need not read them again."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.errors import QuantkitError
+from quantkit.machine import available_memory
+
+
+class KVCache:
+    """Room for the keys and values of `n_ctx` tokens in every layer of the model that `spec` describes.
+
+    `tokens` are those read so far; `keys` and `values` hold float32 [groups, n_ctx, head size] for each layer, of
+    which the first `len(tokens)` positions are filled. Raises QuantkitError when the memory is not there.
+    """
+
+    def __init__(self, spec: ForwardSpec, n_ctx: int) -> None:
+        self.n_ctx = n_ctx
+        self.tokens: list[int] = []
+        attentions = [layer.attention for layer in spec.layers]
+        needed = sum(a.n_head_kv * n_ctx * (a.head_k + a.head_v) * 4 for a in attentions)
+        if needed > available_memory():
+            raise QuantkitError(
+                f"keys and values of {n_ctx} tokens take {needed / 1e9:.1f} GB, more than there is: "
+                "use a shorter prompt or fewer tokens"
+            )
+        self.keys = [np.empty((a.n_head_kv, n_ctx, a.head_k), np.float32) for a in attentions]
+        self.values = [np.empty((a.n_head_kv, n_ctx, a.head_v), np.float32) for a in attentions]

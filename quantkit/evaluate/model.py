@@ -1,0 +1,198 @@
+"""What measurements ask of a model, whatever computes it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from quantkit.architectures import forward_spec
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.errors import QuantkitError
+from quantkit.evaluate import forward_kernels
+from quantkit.evaluate.inputs import Sums
+from quantkit.evaluate.layers import ROWS, Observer
+from quantkit.evaluate.settings import Compute
+from quantkit.evaluate.threads import Threads
+from quantkit.machine import available_memory, default_threads, peak_memory
+from quantkit.sources.source import TensorSource
+
+# Tokens of the vocabulary whose logits a visitor gets together.
+TILE = 2048
+
+# Told of logits: a sequence, which of its visited positions, the first token of the vocabulary, and each model's
+# logits, float32 [positions, tokens], its own to change.
+Visit = Callable[[int, slice, int, list[np.ndarray]], None]
+
+
+class Logits(Protocol):
+    """The logits of some positions of sequences, computed a part at a time."""
+
+    # Tokens of the vocabulary that can be prepared together.
+    step: int
+
+    def prepare(self, start: int, stop: int) -> None:
+        """Make ready for the vocabulary's tokens `start` to `stop`."""
+        ...
+
+    def compute(self, seq: int, rows: slice, start: int, stop: int, out: np.ndarray) -> None:
+        """The logits of positions `rows` of a sequence for tokens `start` to `stop`, which are prepared, into `out`.
+
+        `out` is float32 [rows, tokens], contiguous. Several threads may call this.
+        """
+        ...
+
+
+class Model(ABC):
+    """A model that can be run: token ids in, logits, log-likelihoods or activations out.
+
+    `source` is what its weights come from, `spec` describes its forward pass. `backend` and `precision` say what
+    computes, `threads` on how many threads. `memory` bounds, in bytes, what may be taken. `observer`, if set, is told
+    of each matrix product of the layers.
+
+    Raises QuantkitError when the architecture is unknown, or the tensors do not fit the metadata.
+    """
+
+    backend: str
+    precision: str
+    observer: Observer | None = None
+
+    def __init__(self, source: TensorSource, compute: Compute) -> None:
+        self.source = source
+        self.spec: ForwardSpec = forward_spec(source.metadata, source.tensors)
+        self.threads = Threads(compute.threads or default_threads())
+        self.memory = available_memory() // 2 if compute.memory is None else compute.memory
+
+    # -- what a backend does
+
+    @abstractmethod
+    def hidden(self, tokens: np.ndarray, first: int, stop: int) -> np.ndarray:
+        """The last layer's output, normalised, at positions `first` to `stop`: float32 [n_seq, positions, n_embd]."""
+
+    @abstractmethod
+    def embedded(self, tokens: np.ndarray) -> np.ndarray:
+        """What the first layer reads for `tokens` [n_seq, n_ctx]: float32 [n_seq, n_ctx, n_embd]."""
+
+    @abstractmethod
+    def layer_pass(self, index: int, n_ctx: int) -> Callable[[np.ndarray], None]:
+        """Layer `index` as a function that carries activations [n_seq, n_ctx, n_embd] through it in place.
+
+        Valid until the next call. `embedded`, this for each layer, and `normed` are `hidden` for a caller that takes
+        all its text through one layer before the next.
+        """
+
+    @abstractmethod
+    def normed(self, x: np.ndarray) -> np.ndarray:
+        """What the output matrix is multiplied with, from the last layer's output `x`: a copy."""
+
+    @abstractmethod
+    def input_sums(self, full: bool, wanted: Container[str] | None = None) -> Sums:
+        """Sums over what the matrices are multiplied with from now on: of squares, with `full` of all products."""
+
+    @abstractmethod
+    def open_logits(self, tokens: np.ndarray, first: int, stop: int) -> Logits:
+        """The logits at positions `first` to `stop` of each sequence of `tokens`, to be computed part by part."""
+
+    @abstractmethod
+    def batch(self, n_ctx: int) -> int:
+        """How many sequences of `n_ctx` tokens to run together."""
+
+    def peak_memory(self) -> int | None:
+        """The most memory, in bytes, taken until now: of the GPU where one computes, else of the process, or None."""
+        return peak_memory()
+
+    # -- what follows from that
+
+    def visit_logits(
+        self, tokens: np.ndarray, first: int, stop: int, visit: Visit, beside: Sequence[Model] = ()
+    ) -> None:
+        """Show the logits at positions `first` to `stop` of each sequence, tile by tile, never all of them.
+
+        `tokens` is int32 [n_seq, n_ctx]. `visit(sequence, rows, token, tiles)` gets the logits of some positions
+        (`rows` counts from `first`) for the tokens from `token` on: this model's, then those of the models `beside`,
+        which have the same vocabulary. It is called on several threads, which share the work by sequence; the tiles of
+        a position come in the order of the tokens.
+        """
+        opened = [model.open_logits(tokens, first, stop) for model in (self, *beside)]
+        n_rows, n_vocab = stop - first, self.spec.n_vocab
+        step = min(each.step for each in opened)
+        with self.threads.share(len(tokens)) as share:
+            for start in range(0, n_vocab, step):
+                end = min(start + step, n_vocab)
+                for each in opened:
+                    each.prepare(start, end)
+
+                def show(seq: int, start: int = start, end: int = end) -> None:
+                    for row in range(0, n_rows, ROWS):
+                        rows = slice(row, min(row + ROWS, n_rows))
+                        for at in range(start, end, TILE):
+                            to = min(at + TILE, end)
+                            tiles = []
+                            for i, each in enumerate(opened):
+                                out = self.threads.workspace.take(f"tile {i}", rows.stop - row, to - at)
+                                each.compute(seq, rows, at, to, out)
+                                tiles.append(out)
+                            visit(seq, rows, at, tiles)
+
+                share.outer(show, len(tokens))
+
+    def logits(self, tokens: np.ndarray, first: int = 0, stop: int | None = None) -> np.ndarray:
+        """Logits at positions `first` to `stop` of each sequence.
+
+        `tokens` is int32 [n_seq, n_ctx]; the result float32 [n_seq, positions, n_vocab].
+        """
+        stop = tokens.shape[1] if stop is None else stop
+        out = np.empty((len(tokens), stop - first, self.spec.n_vocab), np.float32)
+
+        def keep(seq: int, rows: slice, at: int, tiles: list[np.ndarray]) -> None:
+            out[seq, rows, at : at + tiles[0].shape[1]] = tiles[0]
+
+        self.visit_logits(tokens, first, stop, keep)
+        self.refuse_nan(tokens, out.max(axis=2, initial=-np.inf))
+        return out
+
+    def log_likelihoods(self, tokens: np.ndarray, first: int = 0) -> np.ndarray:
+        """The natural log of the probability of each token from position `first` + 1 on, given those before it.
+
+        `tokens` is int32 [n_seq, n_ctx]; the result float64 [n_seq, n_ctx - 1 - first]. The logits never stand in
+        memory all together.
+        """
+        targets = np.ascontiguousarray(tokens[:, first + 1 :])
+        maxima = np.full(targets.shape, -np.inf)
+        sums, chosen = np.zeros(targets.shape), np.zeros(targets.shape)
+
+        def score(seq: int, rows: slice, at: int, tiles: list[np.ndarray]) -> None:
+            forward_kernels.score_tile(
+                tiles[0], at, targets[seq, rows], maxima[seq, rows], sums[seq, rows], chosen[seq, rows]
+            )
+
+        self.visit_logits(tokens, first, tokens.shape[1] - 1, score)
+        result: np.ndarray = chosen - maxima - np.log(sums)
+        self.refuse_nan(tokens, result)
+        return result
+
+    def refuse_nan(self, tokens: np.ndarray, result: np.ndarray) -> None:
+        """Check `result` [n_seq, any], which came of `tokens` [n_seq, n_ctx].
+
+        Raises QuantkitError, which names the first layer that made a NaN, if it holds one.
+        """
+        bad = np.flatnonzero(np.isnan(result).any(axis=1))
+        if not bad.size:
+            return
+        label, some = self.source.label, tokens[bad[:1]]
+        x = self.embedded(some)
+        if np.isnan(x).any():
+            raise QuantkitError(f"{label}: the embeddings hold NaN")
+        for index in range(len(self.spec.layers)):
+            self.layer_pass(index, some.shape[1])(x)
+            if np.isnan(x).any():
+                raise QuantkitError(
+                    f"{label}: layer {index} (blk.{index}) is the first whose output holds NaN; "
+                    f"its weights are damaged or out of {self.precision}'s range"
+                )
+        raise QuantkitError(
+            f"{label}: the logits are NaN though no layer's output is: "
+            f"{self.spec.output_norm.weight} or {self.spec.output.weight} is damaged"
+        )

@@ -1,0 +1,96 @@
+"""The threads of a model, shared between its kernels and BLAS."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+_T = TypeVar("_T")
+
+# Runs a task for 0 to a count, and waits for all of them.
+Each = Callable[[Callable[[int], None], int], None]
+
+
+class Workspace(threading.local):
+    """Arrays that a thread uses again and again, by name."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def take(self, name: str, *shape: int) -> np.ndarray:
+        """A contiguous float32 array of this shape; what it held before is lost."""
+        size = math.prod(shape)
+        array = self.arrays.get(name)
+        if array is None or array.size < size:
+            array = self.arrays[name] = np.empty(size, np.float32)
+        return array[:size].reshape(shape)
+
+
+class Share(NamedTuple):
+    """How the tasks of a piece of work share the threads: `outer` runs them, `inner` what each of them is made of."""
+
+    outer: Each
+    inner: Each
+
+
+class Threads:
+    """`count` threads for kernels and matrix products alike.
+
+    BLAS has threads of its own, and its threads and ours both spin while they wait: where they run at the same time
+    they take the processors from each other. So either tasks run side by side and each has one BLAS thread, or they
+    run one after the other and each has all; `share` decides which. `workspace` holds each thread's own arrays.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.workspace = Workspace()
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="quantkit-evaluate")
+
+    @cached_property
+    def _controller(self) -> ThreadpoolController:
+        return ThreadpoolController()
+
+    @contextmanager
+    def share(self, n_tasks: int) -> Iterator[Share]:
+        """Share the threads among `n_tasks` tasks: side by side if these fill the threads, else one after the other.
+
+        In the latter case what a task is made of runs side by side where it can.
+        """
+        if n_tasks >= self.count > 1:
+            with self.alone() as together:
+                yield Share(together, _one_by_one)
+        else:
+            with self._controller.limit(limits=self.count, user_api="blas"):
+                yield Share(_one_by_one, self._together if self.count > 1 else _one_by_one)
+
+    @contextmanager
+    def alone(self) -> Iterator[Each]:
+        """Tasks side by side, each with one BLAS thread: to the last bit the same however many threads there are."""
+        with self._controller.limit(limits=1, user_api="blas"):
+            yield self._together
+
+    def map(self, task: Callable[[int], _T], items: Iterable[int]) -> Iterator[_T]:
+        """The results of `task` on each item, in order, worked out side by side."""
+        return self._pool.map(task, items)
+
+    def run(self, tasks: Iterable[Callable[[], None]]) -> None:
+        """Carry out tasks side by side and wait for all; the first exception is raised here."""
+        for future in [self._pool.submit(task) for task in tasks]:
+            future.result()
+
+    def _together(self, task: Callable[[int], None], count: int) -> None:
+        for _ in self._pool.map(task, range(count)):
+            pass
+
+
+def _one_by_one(task: Callable[[int], None], count: int) -> None:
+    for i in range(count):
+        task(i)
