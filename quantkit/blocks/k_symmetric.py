@@ -169,6 +169,21 @@ def keep_levels(x: Any, start: Any, j: Any, inverse: Any, nmax: Any, levels: Any
         levels[i] = level_of(x[start + i], inverse, ZERO, -nmax, nmax - 1) + nmax if inverse != ZERO else 0
 
 
+@piece
+def pack_q6(levels: Any, out: Any, at: Any) -> None:
+    """The low nibbles: runs j and j + 2 of each half share 32 bytes. The high pairs: four runs share 32 bytes."""
+    low, four = splat(15), splat(4)
+    for half in range(2):
+        for i in range(0, 32, LANES):
+            v = half * 128 + i
+            a, b = load(levels, v), load(levels, v + 32)
+            c, e = load(levels, v + 64), load(levels, v + 96)
+            store(out, at + half * 64 + i, (a & low) | ((c & low) << four))
+            store(out, at + half * 64 + 32 + i, (b & low) | ((e & low) << four))
+            top = (a >> four) | ((b >> four) << splat(2)) | ((c >> four) << four) | ((e >> four) << splat(6))
+            store(out, at + 128 + half * 32 + i, top)
+
+
 class Q6_K(Block, type=GGMLType.Q6_K):
     """6 bits with an 8-bit scale for every 16 weights."""
 
@@ -215,16 +230,7 @@ class Q6_K(Block, type=GGMLType.Q6_K):
                     store(levels, j * 16, level)
                 else:
                     keep_levels(x, start, j, inverses[j], 32, levels)
-            for half in range(2):
-                for i in range(0, 32, LANES):
-                    v = half * 128 + i
-                    a, b = load(levels, v), load(levels, v + 32)
-                    c, e = load(levels, v + 64), load(levels, v + 96)
-                    low, four = splat(15), splat(4)
-                    store(out, at + half * 64 + i, (a & low) | ((c & low) << four))
-                    store(out, at + half * 64 + 32 + i, (b & low) | ((e & low) << four))
-                    top = (a >> four) | ((b >> four) << splat(2)) | ((c >> four) << four) | ((e >> four) << splat(6))
-                    store(out, at + 128 + half * 32 + i, top)
+            pack_q6(levels, out, at)
 
     @staticmethod
     @kernel
