@@ -161,4 +161,4 @@ def test_the_command_line():
     assert (shown["text"], shown["tokens"]) == (expected.text, expected.tokens)
     done = subprocess.run([*command, "--model2", str(TINYLM)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip().endswith("the same text")
+    assert done.stdout.rstrip().endswith("The outputs are the same.")
