@@ -6,12 +6,13 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantkit.cli.progress import Progress, above_bars
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
@@ -87,64 +88,67 @@ _quiet = False
 
 
 def setup(verbose: int = 0, quiet: bool = False) -> None:
-    """Set the amount of talk: warnings by default, `verbose` for more, `quiet` for errors alone."""
+    """Set how much is said: warnings by default, with `verbose` more, with `quiet` only errors."""
     global _quiet
     _quiet = quiet
+    handler = _Handler()
+    handler.setFormatter(_Formatter())
     level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
-    _tell("quantkit.compile.kernel", logging.ERROR if quiet else logging.INFO)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    if not quiet:
+        # That a first run compiles is worth saying in any case.
+        logging.getLogger("quantkit.compile.kernel").setLevel(min(level, logging.INFO))
     for name in ("numba", "llvmlite", "httpx", "filelock"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _tell(name: str, level: int) -> None:
-    """Let a logger speak to the user in its own words, without a level in front."""
-    logger, handler = logging.getLogger(name), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(level)
+class _Handler(logging.Handler):
+    """Prints messages on stderr, above a bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(self.format(record))
+
+
+class _Formatter(logging.Formatter):
+    """Messages as sentences: information by itself, anything else with what it is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno == logging.INFO:
+            return text
+        origin = f" {record.name}:" if record.levelno < logging.INFO else ""
+        return f"{record.levelname.lower()}:{origin} {text}"
 
 
 def note(text: str) -> None:
     """A line for the reader, on stderr, unless --quiet."""
     if not _quiet:
-        typer.echo(text, err=True)
+        _say(text)
+
+
+def _say(text: str) -> None:
+    # That nobody reads messages any more is no reason to stop.
+    with suppress(OSError), above_bars():
+        print(text, file=sys.stderr, flush=True)
 
 
 def emit(text: str, data: Any, as_json: bool) -> None:
     """Print a result on stdout: `text`, or `data` with --json."""
-    typer.echo(json.dumps(data, indent=2, allow_nan=False, default=str) if as_json else text)
+    print(json.dumps(data, indent=2, allow_nan=False, default=str) if as_json else text)
 
 
 @contextmanager
 def byte_progress(total: int, title: str) -> Iterator[Callable[[str, int], None]]:
-    """A progress bar over `total` bytes, with the tensor under way and the remaining time."""
-    from tqdm import tqdm
-
-    hidden = True if _quiet else None  # None: hidden unless stderr is a terminal
-    with tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=hidden, leave=False) as bar:
-
-        def advance(tensor: str, nbytes: int) -> None:
-            bar.set_postfix_str(tensor, refresh=False)
-            bar.update(nbytes)
-
-        yield advance
+    """Progress over `total` bytes: call it with the tensor under way and the bytes done with."""
+    with Progress(title, "B", total, hidden=_quiet) as progress:
+        yield lambda tensor, nbytes: progress.advance(nbytes, tensor)
 
 
 @contextmanager
 def chunk_progress(title: str, unit: str = "chunk") -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar over chunks: call it with those done, their number, and a running result."""
-    from tqdm import tqdm
-
-    hidden = True if _quiet else None
-    with tqdm(unit=unit, desc=title, disable=hidden, leave=False) as bar:
-
-        def advance(done: int, total: int, result: str) -> None:
-            bar.total = total
-            bar.set_postfix_str(result, refresh=False)
-            bar.update(done - bar.n)
-
-        yield advance
+    """Progress over chunks: call it with those done, their number, and a result so far."""
+    with Progress(title, unit, hidden=_quiet) as progress:
+        yield progress.update
 
 
 def measured_ahead(

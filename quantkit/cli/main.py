@@ -16,6 +16,7 @@ import typer.main
 from typer.core import TyperCommand, TyperGroup
 
 import quantkit
+from quantkit.cli import streams
 from quantkit.cli.console import COMMON
 from quantkit.errors import QuantkitError
 from quantkit.wording import did_you_mean
@@ -135,6 +136,7 @@ def main() -> None:
 
     Exit codes: 0 fine, 1 a problem with the input or the machine, 2 wrong usage, 130 Ctrl-C.
     """
+    streams.prepare()
     lost = _LostInterrupts()
     sys.unraisablehook = lost.heed
     try:
@@ -151,7 +153,10 @@ def main() -> None:
 
 def _run() -> None:
     try:
-        app(prog_name="quantkit")
+        try:
+            app(prog_name="quantkit")
+        finally:
+            streams.flush()
     except QuantkitError as problem:
         fail(str(problem))
     except MemoryError:
@@ -186,5 +191,6 @@ class _LostInterrupts:
 
 def fail(problem: str) -> None:
     """One line on stderr, and exit code 1."""
-    typer.echo(f"error: {' '.join(problem.split())}", err=True)
+    with suppress(OSError):
+        print(f"error: {' '.join(problem.split())}", file=sys.stderr, flush=True)
     sys.exit(1)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from quantkit.compile import cache as kernel_cache
 from quantkit.compile.cache import KernelCache
+from quantkit.compile.observers import kernel_name, tell
 
 # Seconds of work that make up for starting a helper.
 _WORTHWHILE = 1.5
@@ -69,6 +70,7 @@ class _Helpers:
     def __init__(self, jobs: Sequence[KernelJob], count: int) -> None:
         self._changed = threading.Condition()
         self._left = {(job.kernel._cache, job.signature): job for job in jobs}
+        self._names = {key: kernel_name(job.kernel.py_func) for key, job in self._left.items()}
         self._under_way: set[tuple[KernelCache, Any]] = set()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads: list[threading.Thread] = []
@@ -94,6 +96,7 @@ class _Helpers:
             with self._changed:
                 self._left.pop(key, None)
                 if key not in self._under_way:
+                    tell("")
                     return
                 if not self._left:
                     self._changed.wait(1.0)  # Ctrl-C does not end an endless wait on Windows

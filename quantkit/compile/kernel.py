@@ -12,6 +12,7 @@ from numba import njit
 from numba.core import event
 
 from quantkit.compile.cache import KernelCache
+from quantkit.compile.observers import kernel_name, tell
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class _Announcer(event.Listener):  # type: ignore[misc]
 
     def on_start(self, event: Any) -> None:
         self._depth += 1
+        if self._depth == 1:
+            tell(kernel_name(event.data["dispatcher"].py_func))
         if self._depth == 1 and not self._said:
             self._began = time.perf_counter()
             self._timer = threading.Timer(max(0.0, self.NOTICEABLE - self._spent), self._say)
@@ -61,6 +64,8 @@ class _Announcer(event.Listener):  # type: ignore[misc]
 
     def on_end(self, event: Any) -> None:
         self._depth -= 1
+        if self._depth == 0:
+            tell("")
         if self._depth == 0 and self._timer is not None:
             self._timer.cancel()
             self._timer = None
