@@ -92,7 +92,7 @@ def test_machine_code_depends_on_every_source_file(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "quantkit", package, ignore=shutil.ignore_patterns("__pycache__"))
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     work(package.parent, **cache)
-    for name, compiled in (("evaluate/kernels.py", 0), ("blocks/bytes.py", 2), ("kernels.py", 2)):
+    for name, compiled in (("evaluate/kernels.py", 0), ("blocks/bytes.py", 2), ("compile/kernel.py", 2)):
         with open(package / name, "a") as file:
             file.write("# another version\n")
         assert f"{compiled} compiled" in work(package.parent, **cache), name
