@@ -142,14 +142,16 @@ def test_texts_share_no_paragraph() -> None:
 
 def test_quantization_costs_something_and_q8_0_does_not(tmp_path: Path) -> None:
     """What the fixture is for. The bounds are loose: they hold its character, not its digits."""
+    from quantkit.formats.atomic import OutputGroup
     from quantkit.pipeline.mixtures import file_type
     from quantkit.report.ladder import build, measure
     from quantkit.sources.checkpoint import CheckpointSource
 
     source = CheckpointSource(TINYLM)
-    built = build(source, [file_type("Q8_0"), file_type("Q4_0")], tmp_path)
     text = (FIXTURES / "tinylm-test.txt").read_text(encoding="utf-8")
-    ladder = measure(source, built, text, text_name="held out")
+    with OutputGroup() as group:
+        built = build(source, [file_type("Q8_0"), file_type("Q4_0")], tmp_path, group)
+        ladder = measure(source, built, group, text, text_name="held out")
     base, q8, q4 = ladder.rungs
     assert base.ppl.value < 25
     assert abs(ladder.ratio(q8) - 1) < 0.002

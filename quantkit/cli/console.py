@@ -36,6 +36,7 @@ Chunks = Annotated[int | None, typer.Option(min=1, metavar="N", show_default="al
 Batch = Annotated[
     int | None, typer.Option(min=1, metavar="N", show_default="by memory", help="Chunks to compute together.")
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace output files that exist.")]
 SplitSize = Annotated[
     str | None,
     typer.Option(metavar="SIZE", rich_help_panel=SPLITTING, help="Maximum size of a shard, such as 500M or 2G."),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from quantkit.cli.console import (
+    Force,
     Pre,
     Quiet,
     Revision,
@@ -33,8 +33,10 @@ class OutTypeName(str, Enum):
 def command(
     checkpoint: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or hub id ORG/NAME.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", "--outfile", metavar="FILE", help="File to write.")
+        str | None,
+        typer.Option("--output", "-o", "--outfile", metavar="FILE|DIR", help="File to write, or directory."),
     ] = None,
+    force: Force = False,
     outtype: Annotated[
         OutTypeName,
         typer.Option(
@@ -62,16 +64,23 @@ def command(
     checkpoint from the hub, into the current one.
     """
     setup(verbose, quiet)
+    from quantkit.formats.atomic import OutputGroup
     from quantkit.pipeline.execute import execute
+    from quantkit.pipeline.naming import Destination, home_of
     from quantkit.pipeline.plan import plan_copy
     from quantkit.sources.checkpoint import CheckpointSource, output_name
     from quantkit.sources.hub import resolve
 
     directory = resolve(checkpoint, revision)
     source = CheckpointSource(directory, outtype.value, pre, model_name, allow_nonfinite)
-    home = directory if Path(checkpoint).is_dir() else Path()
-    path = output or home / output_name(source.metadata, source.type.name)
+    destination = Destination.of(output, home_of(checkpoint))
+    path = destination.file(output_name(source.metadata, source.type.name))
     plan = plan_copy(source)
-    with byte_progress(plan.nbytes, "convert") as progress:
-        execute(source, [(plan, path)], threads=threads, allow_nonfinite=allow_nonfinite, progress=progress)
+    with (
+        OutputGroup(force=force, directory=destination.directory) as group,
+        byte_progress(plan.nbytes, "convert") as progress,
+    ):
+        execute(
+            source, [(plan, path)], threads=threads, allow_nonfinite=allow_nonfinite, progress=progress, group=group
+        )
     note(f"{path}: {plan.file_size / 1e6:.1f} MB, {len(plan.tensors)} tensors, {source.type.name}")

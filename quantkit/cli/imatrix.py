@@ -14,6 +14,7 @@ from quantkit.cli.console import (
     Chunks,
     Context,
     Device,
+    Force,
     Json,
     Pre,
     Precision,
@@ -32,7 +33,9 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate.texts import CALIBRATION
 
 if TYPE_CHECKING:
+    from quantkit.formats.atomic import OutputGroup
     from quantkit.formats.imatrix import ImportanceMatrix
+    from quantkit.pipeline.naming import Destination
 
 Format = Literal["gguf", "dat"]
 
@@ -51,9 +54,12 @@ def command(
         ),
     ] = CALIBRATION,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", show_default="imatrix.gguf", help="File to write."),
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE|DIR", show_default="imatrix.gguf", help="File to write, or directory."
+        ),
     ] = None,
+    force: Force = False,
     in_file: Annotated[
         list[Path], typer.Option(metavar="FILE", help="Importance matrix to add; repeat it for several.")
     ] = [],  # noqa: B006
@@ -89,6 +95,7 @@ def command(
     setup(verbose, quiet)
     from quantkit.evaluate.settings import Chunking, Compute
     from quantkit.formats.imatrix import ImportanceMatrix
+    from quantkit.pipeline.naming import Destination
 
     compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
 
@@ -96,12 +103,18 @@ def command(
         raise QuantkitError("nothing to do: name a model, or files to combine or show with --in-file")
     if resume and (source is None or in_file):
         raise QuantkitError("--resume needs a model, and no --in-file: the output file is the one to go on from")
-    target = output or (Path("imatrix.gguf") if source is not None else None)
+    destination = Destination.of(output)
+    target = destination.file("imatrix.gguf") if output is not None or source is not None else None
     if target is None and not show_statistics:
         raise QuantkitError("name the file to write with -o, or show the files with --show-statistics")
     before = ImportanceMatrix()
+    resuming = resume and target is not None and target.is_file()
+    saver = None if target is None else _Saver(target, output_format, force or resuming, destination)
+    if saver is not None:
+        saver.inputs = [*in_file, Path(text)]
+        saver.check()
     loaded = [ImportanceMatrix.load(path) for path in in_file]
-    if resume and target is not None and target.is_file():
+    if resuming and target is not None:
         stored = ImportanceMatrix.load(target)
         if stored.chunk_size not in (0, n_ctx):
             raise QuantkitError(f"{target}: was made with --n-ctx {stored.chunk_size}: resume with the same")
@@ -120,9 +133,13 @@ def command(
 
         model = open_source(source, revision=revision, pre=pre)
 
+        if saver is not None:
+            saver.inputs += model.files
+            saver.check()
+
         def save_so_far(so_far: ImportanceMatrix) -> None:
-            if target is not None:
-                _save(_merged(before, so_far), target, output_format)
+            if saver is not None:
+                saver.save(_merged(before, so_far))
 
         with measured_ahead(model, threads, backend), chunk_progress("imatrix") as bar:
             new = importance_matrix(
@@ -138,8 +155,8 @@ def command(
                 progress=lambda done, total: bar(done, total, ""),
             )
         matrix = _merged(before, new)
-    if target is not None:
-        _save(matrix, target, output_format)
+    if saver is not None:
+        saver.save(matrix)
         made = "" if source is None else f" ({'numpy' if backend == 'numpy' else f'torch {device}'}, {precision})"
         note(f"{target}: {len(matrix.entries)} tensors, {matrix.chunk_count} chunks{made}")
     if show_statistics:
@@ -163,8 +180,29 @@ def _merged(before: ImportanceMatrix, new: ImportanceMatrix) -> ImportanceMatrix
     return both
 
 
-def _save(matrix: ImportanceMatrix, path: Path, output_format: Format | None) -> None:
-    if output_format == "dat" or (output_format is None and path.suffix == ".dat"):
-        matrix.save_legacy(path)
-    else:
-        matrix.save(path)
+class _Saver:
+    """Writes the matrix to a file, first only where it may replace what is there, then as often as wanted."""
+
+    def __init__(self, path: Path, output_format: Format | None, force: bool, destination: Destination) -> None:
+        self.path, self._force, self._directory = path, force, destination.directory
+        self._legacy = output_format == "dat" or (output_format is None and path.suffix == ".dat")
+        self.inputs: list[Path] = []
+
+    def check(self) -> None:
+        """Raise QuantkitError when the file may not be written, before anything is computed."""
+        self._group().add(self.path)
+
+    def _group(self) -> OutputGroup:
+        from quantkit.formats.atomic import OutputGroup
+
+        return OutputGroup(force=self._force, inputs=self.inputs, directory=self._directory)
+
+    def save(self, matrix: ImportanceMatrix) -> None:
+        """Write `matrix`; what this command has written before is replaced."""
+        with self._group() as group:
+            file = group.add(self.path)
+            if self._legacy:
+                matrix.save_legacy(file)
+            else:
+                matrix.save(file)
+        self._force = True

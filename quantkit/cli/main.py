@@ -19,6 +19,7 @@ import quantkit
 from quantkit.cli import streams
 from quantkit.cli.console import COMMON
 from quantkit.errors import QuantkitError
+from quantkit.formats.atomic import remove_temporaries
 from quantkit.wording import did_you_mean
 
 # Command -> (module under quantkit.cli, one line for --help). Modules are imported only when their command runs.
@@ -46,8 +47,27 @@ INTERRUPTED = 128 + signal.SIGINT
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 1000}
 
 
+# How an error's message ends when an option of the command would help: QuantkitError.option -> what it does.
+HINTS = {
+    "force": "{option} replaces it",
+}
+
+
 class Command(TyperCommand):
-    """A command whose help names arguments by their metavar, and lists options in the sections that they name."""
+    """A command whose help names arguments by their metavar, and lists options in the sections that they name.
+
+    An error's message ends with the option that would help, if the command has it.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except QuantkitError as problem:
+            params = [param for param in self.params if param.name == problem.option]
+            if not params or problem.option not in HINTS:
+                raise
+            raise QuantkitError(f"{problem}; {HINTS[problem.option].format(option=params[0].opts[0])}") from None
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """What the usage line shows after the command's name."""
@@ -134,21 +154,46 @@ def root(
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 fine, 1 a problem with the input or the machine, 2 wrong usage, 130 Ctrl-C.
+    Exit codes: 0 fine, 1 a problem with the input or the machine, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
     """
     streams.prepare()
     lost = _LostInterrupts()
     sys.unraisablehook = lost.heed
+    ended = _Ended()
     try:
         _run()
     except BaseException as ending:
-        if lost or (isinstance(ending, SystemExit) and ending.code == INTERRUPTED):
+        if ended or lost or (isinstance(ending, SystemExit) and ending.code == INTERRUPTED):
             # Outputs and helper processes are cleared away; a thread may be at a kernel's compilation for seconds yet.
-            with suppress(OSError):
+            remove_temporaries()
+            with suppress(OSError, ValueError):
                 sys.stdout.flush()
                 sys.stderr.flush()
-            os._exit(INTERRUPTED)
+            os._exit(ended.code)
         raise
+
+
+class _Ended:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does, so that it clears away what it has begun.
+
+    True once one came; `code` is what to exit with, that of Ctrl-C without one. A signal that whoever started the
+    command wants ignored, as nohup does, stays so.
+    """
+
+    def __init__(self) -> None:
+        self.code, self._any = INTERRUPTED, False
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, self._end)
+
+    def __bool__(self) -> bool:
+        return self._any
+
+    def _end(self, number: int, frame: Any) -> None:
+        if not self._any:  # a second one must not interrupt the clearing away
+            self._any, self.code = True, 128 + number
+            raise KeyboardInterrupt
 
 
 def _run() -> None:

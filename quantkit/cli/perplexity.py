@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from quantkit.cli.console import (
     Chunks,
     Context,
     Device,
+    Force,
     Json,
     Model,
     Pre,
@@ -45,6 +46,7 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="Write log-probabilities, of the base or else the model, for --base-logits."),
     ] = None,
+    force: Force = False,
     n_ctx: Context = 512,
     chunks: Chunks = None,
     batch: Batch = None,
@@ -71,40 +73,48 @@ def command(
     compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
     chunking = Chunking(n_ctx=n_ctx, chunks=chunks, batch=batch)
     words = None if base_logits is not None else read_text(text)
+    from quantkit.formats.atomic import OutputGroup
+    from quantkit.formats.logits import LogitsFile
     from quantkit.sources.source import open_source
 
     model = open_source(source, revision=revision, pre=pre)
+    group = OutputGroup(force=force, inputs=[*model.files, text])
+    against: Any = None
+    if base is not None:
+        against = open_source(base, pre=pre)
+        group.protect(against.files)
+    elif base_logits is not None:
+        against = LogitsFile(base_logits)
+    logits = None if save_logits is None else group.add(save_logits)
     ahead = measured_ahead(model, threads, backend, base is not None or base_logits is not None)
     if base is None and base_logits is None:
         from quantkit.evaluate.perplexity import perplexity
         from quantkit.report.measurements import perplexity_text
 
         assert words is not None
-        with ahead, chunk_progress("perplexity") as bar:
+        with group, ahead, chunk_progress("perplexity") as bar:
             result = perplexity(
                 model,
                 words,
                 chunking=chunking,
                 compute=compute,
-                save_logits=save_logits,
+                save_logits=logits,
                 progress=lambda done, total, ppl: bar(done, total, f"PPL = {ppl:.4f}"),
             )
         lines = perplexity_text(result)
         data = {"model": model.label, "text": text, **asdict(result)}
     else:
         from quantkit.evaluate.divergence import divergence
-        from quantkit.formats.logits import LogitsFile
         from quantkit.report.measurements import divergence_text
 
-        against = LogitsFile(base_logits) if base_logits is not None else open_source(str(base), pre=pre)
-        with ahead, chunk_progress("divergence") as bar:
+        with group, ahead, chunk_progress("divergence") as bar:
             compared = divergence(
                 model,
                 against,
                 words,
                 chunking=chunking,
                 compute=compute,
-                save_logits=save_logits,
+                save_logits=logits,
                 progress=lambda done, total, kld: bar(done, total, f"KLD = {kld:.6f}"),
             )
         lines = divergence_text(compared)

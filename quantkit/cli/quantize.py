@@ -9,6 +9,7 @@ import typer
 
 from quantkit.cli.console import (
     SPLITTING,
+    Force,
     Json,
     Model,
     Pre,
@@ -47,11 +48,12 @@ def command(
     ] = None,
     types: FileTypes = [],  # noqa: B006
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--output", "-o", metavar="FILE|DIR", help="File to write, or directory; a directory for several types."
         ),
     ] = None,
+    force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; write nothing.")] = False,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Quantize tensors that are quantized already.")
@@ -137,10 +139,11 @@ def command(
     """
     setup(verbose, quiet)
     from quantkit.compile.ahead import compiled_ahead
+    from quantkit.formats.atomic import OutputGroup
     from quantkit.machine import default_threads
     from quantkit.pipeline.execute import execute, quantizing_kernels
     from quantkit.pipeline.mixtures import file_type
-    from quantkit.pipeline.naming import output_paths
+    from quantkit.pipeline.naming import Destination, home_of, output_paths
     from quantkit.pipeline.run import parse_layers, parse_size, parse_tensor_types, plan
     from quantkit.sources.source import open_source
 
@@ -149,12 +152,13 @@ def command(
         raise typer.BadParameter("Name a file type after the model or with --type, such as Q4_K_M.")
     if given.output is not None and output is not None:
         raise typer.BadParameter("Give the output after the model or with --output, not both.")
-    output, threads = output or given.output, threads or given.threads
+    output, threads = given.output if output is None else output, threads or given.threads
     names = [file_type(name).name for name in given.types]
     listed = read_text(str(tensor_type_file)).split() if tensor_type_file else []
     tensor_types = parse_tensor_types([*tensor_type, *listed])
     model = open_source(source, revision=revision, pre=pre, allow_nonfinite=allow_nonfinite)
-    paths = output_paths(source, model, names, output)
+    destination = Destination.of(output, home_of(source))
+    paths = output_paths(destination, model, names)
     plans = [
         plan(
             model,
@@ -186,8 +190,12 @@ def command(
         return
     outputs = list(zip(plans, paths, strict=True))
     total = sum(info.nbytes for info in model.tensors.values())
-    ahead = compiled_ahead(quantizing_kernels(plans), threads or default_threads())
-    with ahead, byte_progress(total, "quantize") as progress:
+    inputs = [path for path in (imatrix, tensor_type_file) if path is not None]
+    with (
+        OutputGroup(force=force, inputs=inputs, directory=destination.directory) as group,
+        compiled_ahead(quantizing_kernels(plans), threads or default_threads()),
+        byte_progress(total, "quantize") as progress,
+    ):
         execute(
             model,
             outputs,
@@ -195,6 +203,7 @@ def command(
             allow_nonfinite=allow_nonfinite,
             max_buffer_size=max_buffer_size * 2**20 if max_buffer_size else None,
             progress=progress,
+            group=group,
         )
     for each, path in outputs:
         files = [file for file, _, _ in each.files(path)]

@@ -12,6 +12,7 @@ from quantkit.cli.console import (
     Chunks,
     Context,
     Device,
+    Force,
     Json,
     Pre,
     Precision,
@@ -29,6 +30,7 @@ from quantkit.cli.console import (
     split_list,
 )
 from quantkit.cli.type_options import FileTypes
+from quantkit.errors import QuantkitError
 from quantkit.evaluate.texts import DEFAULT
 
 
@@ -39,9 +41,10 @@ def command(
     text: Text = DEFAULT,
     types: FileTypes = ["Q8_0", "Q4_K_M", "Q4_0"],  # noqa: B006
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="DIR", show_default="NAME-GGUF", help="Directory to write to."),
+        str | None,
+        typer.Option("--output", "-o", metavar="DIR", show_default="NAME-GGUF/", help="Directory to write to."),
     ] = None,
+    force: Force = False,
     n_ctx: Context = 512,
     chunks: Chunks = None,
     backend: Backend = "numpy",
@@ -59,34 +62,43 @@ def command(
     The files, and the report beside them, go to the directory given with -o.
     """
     setup(verbose, quiet)
-    words = read_text(text)
     from quantkit.evaluate.settings import Chunking, Compute
 
     compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
     from quantkit.compile.ahead import compiled_ahead
+    from quantkit.formats.atomic import OutputGroup
     from quantkit.machine import default_threads
     from quantkit.pipeline.mixtures import file_type
-    from quantkit.pipeline.naming import stem
+    from quantkit.pipeline.naming import Destination, stem
     from quantkit.report.ladder import build, ladder_kernels, measure
     from quantkit.sources.source import open_source
 
+    given = None if output is None else Destination.of(output)
+    if given is not None and not given.is_directory:
+        raise QuantkitError(f"{output}: a report is several files; name a directory: {output}/")
+    words = read_text(text)
     model = open_source(checkpoint, revision=revision, pre=pre)
     files = [file_type(name) for name in split_list(types)]
-    directory = output or Path(f"{stem(model)}-GGUF")
+    directory = given.path if given is not None else Path(f"{stem(model)}-GGUF")
     total = sum(info.nbytes for info in model.tensors.values())
-    with compiled_ahead(ladder_kernels(model, files, backend), threads or default_threads()):
+    with (
+        OutputGroup(force=force, inputs=[*model.files, text], directory=directory) as group,
+        compiled_ahead(ladder_kernels(model, files, backend), threads or default_threads()),
+    ):
         with byte_progress(total, "quantize") as progress:
-            built = build(model, files, directory, threads=threads, progress=progress)
+            built = build(model, files, directory, group, threads=threads, progress=progress)
         with chunk_progress("measure") as bar:
             ladder = measure(
                 model,
                 built,
+                group,
                 words,
                 text_name=Path(text).name,
                 chunking=Chunking(n_ctx=n_ctx, chunks=chunks),
                 compute=compute,
                 progress=lambda done, all_of_them, kld: bar(done, all_of_them, f"KLD = {kld:.6f}"),
             )
+        written = ladder.write(directory, group)
     emit(str(ladder), ladder.as_dict(), as_json)
-    for path in ladder.write(directory):
+    for path in written:
         note(f"wrote {path}")

@@ -49,7 +49,7 @@ FileTypes = Annotated[
 class Positional(NamedTuple):
     """What follows the model on a command line: an output, file types, and a number of threads."""
 
-    output: Path | None
+    output: str | None
     types: list[str]
     threads: int | None
 
@@ -63,7 +63,7 @@ def positional(words: Sequence[str], named_types: Sequence[str]) -> Positional:
     left = list(words)
     output = threads = None
     if left and _is_output(left[0]):
-        output = Path(left.pop(0))
+        output = left.pop(0)
     if len(left) > 1 and left[-1].isdecimal():
         threads = int(left.pop())
         if threads < 1:

@@ -21,6 +21,7 @@ from quantkit.evaluate.model import Model
 from quantkit.evaluate.perplexity import chunked, pack_chunks, tokenize
 from quantkit.evaluate.settings import Chunking, Compute, Estimate
 from quantkit.evaluate.token_classes import CLASSES, token_classes
+from quantkit.formats.atomic import OutputFile
 from quantkit.formats.logits import LogitsFile, LogitsWriter, first_scored, is_logits_file
 from quantkit.machine import available_memory
 from quantkit.sources.source import TensorSource
@@ -109,7 +110,7 @@ def divergence(
     *,
     chunking: Chunking = Chunking(),  # noqa: B008
     compute: Compute | None = None,
-    save_logits: str | os.PathLike[str] | None = None,
+    save_logits: str | os.PathLike[str] | OutputFile | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> DivergenceResult:
     """Compare `model`'s predictions over `text` with those of `base`: another model, or a logits file.
@@ -138,7 +139,7 @@ def divergences(
     *,
     chunking: Chunking = Chunking(),  # noqa: B008
     compute: Compute | None = None,
-    save_logits: str | os.PathLike[str] | None = None,
+    save_logits: str | os.PathLike[str] | OutputFile | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> list[DivergenceResult]:
     """`divergence` of several models from one base, in one pass: the base runs once, and all models share the memory.

@@ -16,6 +16,7 @@ from quantkit.evaluate import logit_kernels
 from quantkit.evaluate.backends import AnyModel, load
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Chunking, Compute, Estimate
+from quantkit.formats.atomic import OutputFile
 from quantkit.formats.logits import LogitsWriter, empty_rows, first_scored, parts
 from quantkit.vocabulary import Vocabulary
 
@@ -80,7 +81,7 @@ def perplexity(
     *,
     chunking: Chunking = Chunking(),  # noqa: B008
     compute: Compute | None = None,
-    save_logits: str | os.PathLike[str] | None = None,
+    save_logits: str | os.PathLike[str] | OutputFile | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> PerplexityResult:
     """The perplexity of `text`, a string or token ids, under `model`: a loaded model, a source, or a path.

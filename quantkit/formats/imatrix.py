@@ -15,6 +15,7 @@ import numpy as np
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
+from quantkit.formats.atomic import OutputFile, write_whole
 from quantkit.formats.gguf import MAGIC, MAX_NAME, GGUFFile, Metadata, TensorInfo, ValueType
 from quantkit.formats.output import GGUFOutput
 from quantkit.formats.reading import InputFile
@@ -72,8 +73,8 @@ class ImportanceMatrix:
                 raise QuantkitError(f"{path}: the sums of squares for {name!r} are negative or not finite")
         return matrix
 
-    def save(self, path: str | Path) -> None:
-        """Write the GGUF format, entries in order of their names."""
+    def save(self, target: str | os.PathLike[str] | OutputFile) -> None:
+        """Write the GGUF format, entries in order of their names. `target` is as for `GGUFOutput`."""
         metadata = Metadata()
         metadata.set("general.type", ValueType.STRING, "imatrix")
         metadata.set("imatrix.datasets", ValueType.ARRAY, self.datasets, ValueType.STRING)
@@ -85,12 +86,12 @@ class ImportanceMatrix:
             infos.append(TensorInfo(name + SUMS, (n_per_row, n_matrices), GGMLType.F32))
             infos.append(TensorInfo(name + COUNTS, (1, n_matrices), GGMLType.F32))
             arrays += [np.ascontiguousarray(entry.sums, "<f4"), np.ascontiguousarray(entry.counts, "<f4")]
-        with GGUFOutput(path, metadata, infos) as output:
+        with GGUFOutput(target, metadata, infos) as output:
             for array in arrays:
                 output.write(array)
 
-    def save_legacy(self, path: str | Path) -> None:
-        """Write the older .dat format, which leaves out tensors that saw no token."""
+    def save_legacy(self, target: str | os.PathLike[str] | OutputFile) -> None:
+        """Write the older .dat format, which leaves out tensors that saw no token. `target` is as for `save`."""
         size = max(1, self.chunk_size)
         parts = []
         for name, entry in sorted(self.entries.items(), key=lambda item: _bytes(item[0])):
@@ -103,7 +104,7 @@ class ImportanceMatrix:
             parts.append(values.astype("<f4").tobytes())
         dataset = _bytes(self.datasets[-1] if self.datasets else "")
         tail = struct.pack(f"<ii{len(dataset)}s", self.chunk_count, len(dataset), dataset)
-        Path(path).write_bytes(struct.pack("<i", len(parts) // 2) + b"".join(parts) + tail)
+        write_whole(target, struct.pack("<i", len(parts) // 2) + b"".join(parts) + tail)
 
     def select(self, include: list[str], exclude: list[str]) -> ImportanceMatrix:
         """The entries whose name holds one of `include` (all, if it is empty) and none of `exclude`."""

@@ -16,6 +16,7 @@ from types import TracebackType
 import numpy as np
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.atomic import OutputFile
 
 _MAGIC = b"_logits_"
 _HEADER = struct.Struct("<8siii")
@@ -108,27 +109,26 @@ class LogitsFile:
 class LogitsWriter:
     """A log-probability file being written, chunk by chunk. A context manager.
 
-    `tokens` is int32 [n_chunks, n_ctx], as in `LogitsFile`. The bytes go to `NAME.partial`, which takes the final name
-    when the block ends well. Raises QuantkitError when the file cannot be written.
+    `target` is a path, or a file of an `OutputGroup`, which then decides when it appears. `tokens` is int32
+    [n_chunks, n_ctx], as in `LogitsFile`. The file appears when the block ends well. Raises QuantkitError when it
+    cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], tokens: np.ndarray, n_vocab: int) -> None:
-        self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
+    def __init__(self, target: str | os.PathLike[str] | OutputFile, tokens: np.ndarray, n_vocab: int) -> None:
         self.n_vocab = n_vocab
         n_chunks, n_ctx = tokens.shape
         self._header = _HEADER.pack(_MAGIC, n_ctx, n_vocab, n_chunks) + tokens.astype("<i4").tobytes()
         self._left = n_chunks * (n_ctx - 1 - first_scored(n_ctx))
+        self._file = OutputFile.of(target)
 
     def __enter__(self) -> LogitsWriter:
-        """Open the partial file and write the header."""
+        """Create the temporary file and write the header."""
         try:
-            if self.path.is_dir():
-                raise QuantkitError(f"{self.path}: is a directory; name the file to write")
-            self._file = self.partial.open("wb")
-        except OSError as error:
-            raise QuantkitError(f"{self.path}: cannot be written: {error.strerror or error}") from None
-        self._file.write(self._header)
+            self._file.begin(len(self._header) + 2 * self._left * row_words(self.n_vocab))
+            self._file.write(self._header)
+        except BaseException:
+            self._file.abandon()
+            raise
         return self
 
     def write(self, rows: np.ndarray) -> None:
@@ -136,16 +136,15 @@ class LogitsWriter:
         self._left -= len(rows)
         if rows.shape[1] != row_words(self.n_vocab) or self._left < 0:
             raise ValueError(f"rows of shape {rows.shape} do not fit the header")
-        rows.astype("<u2", copy=False).tofile(self._file)
+        self._file.write(np.ascontiguousarray(rows, "<u2"))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give the file its name, or remove it when the block failed."""
-        self._file.close()
         if kind is not None or self._left:
-            self.partial.unlink(missing_ok=True)
+            self._file.abandon()
             if kind is None:
                 raise ValueError(f"{self._left} rows are missing")
             return
-        self.partial.replace(self.path)
+        self._file.finish()

@@ -3,112 +3,138 @@
 from __future__ import annotations
 
 import os
-import shutil
+from bisect import bisect
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from quantkit.errors import QuantkitError
+from quantkit.formats.atomic import OutputFile
 from quantkit.formats.gguf import DEFAULT_ALIGNMENT, Metadata, TensorInfo, encode_header, padded
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-# Bytes given to the system at a time. Linux finds room in its cache for an eighth of a megabyte several times faster
-# than for several megabytes at once.
-WRITE = 1 << 17
-
-
 class GGUFOutput:
-    """A GGUF file being written: the header at once, then the tensors' bytes in header order, in pieces.
+    """A GGUF file being written: the header at once, then the bytes of the tensors, in any pieces.
 
-    A context manager. The bytes go to `NAME.partial`, which takes the final name when the block ends well and
-    everything promised in the header was written, and is removed otherwise. Raises QuantkitError when the disk
-    is too small (asked before the first byte) or the file cannot be written.
+    A context manager. `target` is a path, or a file of an `OutputGroup`, which then decides when it appears. `write`
+    fills the tensors in header order, `write_tensor_at` any of them anywhere; every byte is written once. When the
+    block ends well, all that the header promises must have been written (ValueError else). Raises QuantkitError when
+    the disk is too small (asked before the first byte) or the file cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], metadata: Metadata, tensors: Sequence[TensorInfo]) -> None:
-        self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
+    def __init__(
+        self, target: str | os.PathLike[str] | OutputFile, metadata: Metadata, tensors: Sequence[TensorInfo]
+    ) -> None:
         alignment = metadata.alignment if "general.alignment" in metadata else DEFAULT_ALIGNMENT
         self._header = encode_header(metadata, tensors, alignment)
-        self._sizes = [info.nbytes for info in tensors]
-        self._alignment = alignment
-        self.nbytes = len(self._header) + sum(padded(size, alignment) for size in self._sizes)
-        self._tensor, self._written = 0, 0
-        self._skip_empty()
+        at = len(self._header)
+        self._starts: dict[str, int] = {}
+        self._missing: dict[str, _Extents] = {}
+        for info in tensors:
+            self._starts[info.name] = at
+            if info.nbytes:
+                self._missing[info.name] = _Extents(info.nbytes)
+            at += padded(info.nbytes, alignment)
+        self.nbytes = at
+        self._n_tensors = len(tensors)
+        self._file = OutputFile.of(target)
+        self._file.nbytes = self.nbytes
+        self.path = self._file.path
 
     def __enter__(self) -> GGUFOutput:
-        """Open the partial file and write the header."""
+        """Create the temporary file and write the header."""
         try:
-            free = shutil.disk_usage(self.path.parent).free
-            if free < self.nbytes:
-                raise QuantkitError(
-                    f"{self.path}: needs {self.nbytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there"
-                )
-            if self.path.is_dir():
-                raise QuantkitError(f"{self.path}: is a directory; name the file to write")
-            self._file = open(self.partial, "wb", buffering=0)
-        except OSError as error:
-            raise QuantkitError(f"{self.path}: cannot be written: {error.strerror or error}") from None
-        try:
-            self._put(self._header)
+            self._file.begin(self.nbytes)
+            self._file.write(self._header)
         except BaseException:
-            self._discard()
+            self._file.abandon()
             raise
         return self
 
     @property
     def complete(self) -> bool:
         """Whether every tensor has been written."""
-        return self._tensor == len(self._sizes)
+        return not self._missing
 
     def write(self, data: np.ndarray) -> None:
-        """Append contiguous bytes of the current tensor; its padding follows its last byte by itself."""
-        self._put(data.data.cast("B"))
-        self._written += data.nbytes
-        size = self._sizes[self._tensor]
-        if self._written > size:
-            raise ValueError(f"{self.path}: more bytes than tensor {self._tensor} has")
-        if self._written == size:
-            self._put(bytes(padded(size, self._alignment) - size))
-            self._tensor += 1
-            self._written = 0
-            self._skip_empty()
+        """Write contiguous bytes of the first tensor that is not whole, where its first gap begins."""
+        if not data.nbytes:
+            return
+        if self.complete:
+            raise ValueError(f"{self.path}: every tensor has been written")
+        name, extents = next(iter(self._missing.items()))
+        self.write_tensor_at(name, extents.first_gap, data)
 
-    def _skip_empty(self) -> None:
-        while not self.complete and self._sizes[self._tensor] == 0:
-            self._tensor += 1
+    def write_tensor_at(self, name: str, offset: int, data: np.ndarray) -> None:
+        """Write contiguous bytes of tensor `name` at byte `offset` of it. Safe from several threads.
 
-    def _put(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[self._file.write(view[:WRITE]) :]
-        except OSError as error:
-            raise QuantkitError(
-                f"{self.path}: {error.strerror or error}; it needs {self.nbytes / 1e9:.2f} GB in all"
-            ) from None
-
-    def _discard(self) -> None:
-        self._file.close()
-        self.partial.unlink(missing_ok=True)
+        Raises ValueError for bytes beyond the tensor's end, and for those that have been written before.
+        """
+        with self._file.group.lock:
+            extents = self._missing.get(name)
+            if extents is None or not extents.add(offset, offset + data.nbytes):
+                raise ValueError(
+                    f"{self.path}: {data.nbytes} bytes at {offset} of {name!r} are not its own, or written twice"
+                )
+            if extents.whole:
+                del self._missing[name]
+            self._file.write_at(self._starts[name] + offset, data)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Give the file its name, or remove what there is of it."""
         if kind is not None:
-            self._discard()
+            self._file.abandon()
             return
         if not self.complete:
-            self._discard()
-            raise ValueError(f"{self.path}: {self._tensor} of {len(self._sizes)} tensors were written")
-        self._file.close()
+            self._file.abandon()
+            n = self._n_tensors
+            raise ValueError(f"{self.path}: {n - len(self._missing)} of {n} tensors were written")
         try:
-            self.partial.replace(self.path)
-        except OSError as error:
-            self.partial.unlink(missing_ok=True)
-            raise QuantkitError(f"{self.path}: cannot be written: {error.strerror or error}") from None
+            self._file.extend(self.nbytes)  # the padding after the last tensor
+        except BaseException:
+            self._file.abandon()
+            raise
+        self._file.finish()
+
+
+class _Extents:
+    """Which bytes of `size` have been written: disjoint, sorted intervals."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+
+    def add(self, start: int, stop: int) -> bool:
+        """Add an interval; False, and no change, where it overlaps another or leaves the range."""
+        if not 0 <= start <= stop <= self._size:
+            return False
+        if start == stop:
+            return True
+        at = bisect(self._starts, start)
+        if (at and self._stops[at - 1] > start) or (at < len(self._starts) and self._starts[at] < stop):
+            return False
+        if at and self._stops[at - 1] == start:
+            at -= 1
+            self._stops[at] = stop
+        else:
+            self._starts.insert(at, start)
+            self._stops.insert(at, stop)
+        if at + 1 < len(self._starts) and self._starts[at + 1] == stop:
+            self._stops[at] = self._stops[at + 1]
+            del self._starts[at + 1], self._stops[at + 1]
+        return True
+
+    @property
+    def first_gap(self) -> int:
+        """Where the first byte that is missing stands."""
+        return self._stops[0] if self._starts[:1] == [0] else 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether all is there."""
+        return self.first_gap == self._size

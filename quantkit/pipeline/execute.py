@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
+from quantkit.formats.atomic import OutputGroup
 from quantkit.formats.output import GGUFOutput
 from quantkit.machine import default_threads
 from quantkit.pipeline.plan import Plan, PlannedTensor
@@ -58,18 +59,21 @@ def execute(
     allow_nonfinite: bool = False,
     max_buffer_size: int | None = None,
     progress: Progress | None = None,
+    force: bool = False,
+    group: OutputGroup | None = None,
 ) -> list[Path]:
     """Write every (plan, path) of `outputs` in one reading of `source`; returns the paths.
 
     A split plan's shards are named after its path. The plans hold the same tensors in the same order (those of one
     source do). `progress(tensor, nbytes)` is called as bytes of the source are done with. `max_buffer_size`, in bytes,
-    bounds the memory of pieces under way.
+    bounds the memory of pieces under way. An existing file is refused, or replaced with `force`; with `group`, the
+    files belong to that, appear when it does, and its `force` counts.
     Raises QuantkitError for NaN or infinity in a weight (unless `allow_nonfinite`), for weights that a type cannot
     hold, and when a file cannot be written; no output is left behind then.
     """
     plans = [plan for plan, _ in outputs]
     paths = [Path(path) for _, path in outputs]
-    _check_outputs(source, plans, paths)
+    _check_plans(plans)
     threads = threads or default_threads()
     piece = PIECE
     if max_buffer_size is not None:
@@ -85,10 +89,15 @@ def execute(
         piece *= COPIED_PIECES
 
     with ExitStack() as stack:
-        files = [
-            _Shards([stack.enter_context(GGUFOutput(*each)) for each in plan.files(path)])
+        if group is None:
+            group = stack.enter_context(OutputGroup(force=force))
+        group.protect(source.files)
+        shards = [
+            [GGUFOutput(group.add(name), metadata, infos) for name, metadata, infos in plan.files(path)]
             for plan, path in zip(plans, paths, strict=True)
         ]
+        group.check_space()
+        files = [_Shards([stack.enter_context(shard) for shard in each]) for each in shards]
         pool = ThreadPoolExecutor(threads, thread_name_prefix="quantkit")
         # Only this thread writes: pieces under way need not be waited for, and one may be compiling for seconds.
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
@@ -119,18 +128,13 @@ class _Shards:
 
     def write(self, data: np.ndarray) -> None:
         """Append the bytes of the next piece."""
-        while self._files[0].complete:
+        while self._files and self._files[0].complete:
             self._files.popleft()
-        self._files[0].write(data)
+        if data.nbytes:
+            self._files[0].write(data)
 
 
-def _check_outputs(source: TensorSource, plans: Sequence[Plan], paths: Sequence[Path]) -> None:
-    if len({path.resolve() for path in paths}) != len(paths):
-        raise QuantkitError("two outputs have the same name")
-    inputs = {file.path.resolve() for file in getattr(source, "files", [])}
-    for path in [path for plan, target in zip(plans, paths, strict=True) for path, _, _ in plan.files(target)]:
-        if path.resolve() in inputs:
-            raise QuantkitError(f"{path}: is the input; write the output to another file")
+def _check_plans(plans: Sequence[Plan]) -> None:
     for plan in plans:
         plan.check()
     for plan in plans[1:]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
@@ -12,33 +14,69 @@ from quantkit.sources.source import GGUFSource, TensorSource
 
 # The type at the end of a file name: model-F16.gguf, model.Q8_0-00001-of-00003.gguf
 _TYPES = "|".join(sorted(map(re.escape, FILE_TYPES), key=len, reverse=True))
-_TYPE_SUFFIX = re.compile(rf"([-.]({_TYPES}))?(-\d{{5}}-of-\d{{5}})?$", re.IGNORECASE)
+_SHARD_SUFFIX = re.compile(r"-\d{5}-of-\d{5}$")
+_TYPE_SUFFIX = re.compile(rf"[-.]({_TYPES})$", re.IGNORECASE)
 
 
-def output_paths(named: str, source: TensorSource, types: Sequence[str], output: Path | None) -> list[Path]:
-    """Where the file of each type goes: `output`, if it is a file; else by the model's name, in `output` or beside it.
+@dataclass(frozen=True)
+class Destination:
+    """Where outputs go: a file, or a directory, in which they get names by default."""
 
-    `named` is the source as the user named it. Raises QuantkitError when several types would go to one file.
-    """
+    path: Path
+    is_directory: bool
+
+    @classmethod
+    def of(cls, output: str | os.PathLike[str] | None, default: Path = Path()) -> Destination:
+        """What `output` names: an existing directory or a name that ends in a slash a directory, any other a file.
+
+        None is the directory `default`.
+        """
+        if output is None:
+            return cls(default, True)
+        name = os.fspath(output)
+        if not name:
+            raise QuantkitError("the name of the output is empty")
+        path = Path(name)
+        return cls(path, name.endswith(("/", os.sep)) or path.is_dir())
+
+    @property
+    def directory(self) -> Path | None:
+        """The directory, which may be made; None for a file, whose directory must exist."""
+        return self.path if self.is_directory else None
+
+    def file(self, name: str) -> Path:
+        """The path of a single output, called `name` by default."""
+        return self.path / name if self.is_directory else self.path
+
+
+def home_of(model: str | os.PathLike[str]) -> Path:
+    """Where outputs of `model`, as the user names it, go by default: beside it; of one on the hub, here."""
+    path = Path(model)
+    return path.parent if path.is_file() else path if path.is_dir() else Path()
+
+
+def output_paths(destination: Destination, source: TensorSource, types: Sequence[str]) -> list[Path]:
+    """The path of each type's file. Raises QuantkitError when several types would go to one file."""
     if len(set(types)) != len(types):
         raise QuantkitError(f"a type is asked for twice: {', '.join(types)}")
-    if output is not None and not output.is_dir():
-        if len(types) > 1 and output.suffix == ".gguf":
-            raise QuantkitError(f"{output}: one file for {len(types)} types; name a directory")
-        if len(types) == 1 and output.suffix:
-            return [output]
-        output.mkdir(parents=True, exist_ok=True)
-    home = output
-    if home is None:
-        path = Path(named)
-        home = path.parent if path.is_file() else path if path.is_dir() else Path()
-    return [home / f"{stem(source)}-{name}.gguf" for name in types]
+    if not types:
+        raise QuantkitError("no file type is named")
+    if len(types) > 1 and not destination.is_directory:
+        raise QuantkitError(
+            f"{destination.path}: one file for {len(types)} types; name a directory: {destination.path}/"
+        )
+    return [destination.file(f"{stem(source)}-{name}.gguf") for name in types]
 
 
 def stem(source: TensorSource) -> str:
-    """The name of the model without type and shard: from the file's name, or by the GGUF naming convention."""
+    """The name of the model without its type: from the file's name, or by the GGUF naming convention."""
     if isinstance(source, GGUFSource):
-        return _TYPE_SUFFIX.sub("", source.path.stem)
+        return _TYPE_SUFFIX.sub("", full_stem(source))
     from quantkit.sources.checkpoint import output_name
 
     return output_name(source.metadata, "F16").removesuffix("-F16.gguf")
+
+
+def full_stem(source: GGUFSource) -> str:
+    """The name of a GGUF model as its files have it, the type included, without the number of a shard."""
+    return _SHARD_SUFFIX.sub("", source.path.stem)

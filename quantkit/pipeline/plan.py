@@ -233,11 +233,11 @@ def plan_quantize(
     if prune_layers:
         metadata.set(f"{metadata.architecture}.block_count", ValueType.UINT32, n_layers)
     split = None
-    if keep_split and isinstance(source, GGUFSource) and len(source.files) > 1:
+    if keep_split and isinstance(source, GGUFSource) and len(source.shards) > 1:
         shard = {info.name: source.shard_of[names[info.name]] for info in tensors}
         place = {name: at for at, name in enumerate(source.tensors)}
         tensors.sort(key=lambda info: (shard[info.name], place[names[info.name]]))
-        counts = [sum(1 for s in shard.values() if s == index) for index in range(len(source.files))]
+        counts = [sum(1 for s in shard.values() if s == index) for index in range(len(source.shards))]
         split = Split(counts, keys=("split.no", "split.count", "split.tensors.count"))
     recipe = Recipe(file, facts, options or Options(), has_imatrix=imatrix is not None)
     lines = []

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
+from quantkit.formats.atomic import OutputGroup
 from quantkit.formats.gguf import Value, ValueType
 from quantkit.pipeline.execute import Progress, execute
 from quantkit.pipeline.mixtures import file_type
-from quantkit.pipeline.naming import output_paths
+from quantkit.pipeline.naming import Destination, home_of, output_paths
 from quantkit.pipeline.plan import Plan, plan_quantize
 from quantkit.pipeline.recipe import Options
 from quantkit.sources.source import TensorSource, open_source
@@ -94,11 +95,13 @@ def quantize(
     allow_nonfinite: bool = False,
     max_buffer_size: int | None = None,
     progress: Progress | None = None,
+    force: bool = False,
     **options: Any,
 ) -> list[Path]:
     """Quantize a GGUF file, a checkpoint directory or a hub id to one file type or several, in one reading.
 
-    `out` is the file, or the directory for several types; left out, files are named after the model and the type.
+    `out` is the file, or a directory: one that exists, or a name that ends in a slash. Several types need a directory,
+    in which files are named after the model and the type; left out, it is that of the model. `force` replaces files.
     `options` are those of `plan`, the others those of `execute`. Returns the files written. Raises QuantkitError.
     """
     model = source
@@ -106,16 +109,20 @@ def quantize(
         model = open_source(model, allow_nonfinite=allow_nonfinite)
     names = [file_type(name).name for name in ([type] if isinstance(type, str) else type)]
     named = os.fspath(source) if isinstance(source, (str, os.PathLike)) else model.label
-    paths = output_paths(named, model, names, None if out is None else Path(out))
+    destination = Destination.of(out, home_of(named))
+    paths = output_paths(destination, model, names)
     outputs = [(plan(model, name, **options), path) for name, path in zip(names, paths, strict=True)]
-    return execute(
-        model,
-        outputs,
-        threads=threads,
-        allow_nonfinite=allow_nonfinite,
-        max_buffer_size=max_buffer_size,
-        progress=progress,
-    )
+    inputs = [imatrix] if isinstance(imatrix := options.get("imatrix"), (str, os.PathLike)) else []
+    with OutputGroup(force=force, inputs=inputs, directory=destination.directory) as group:
+        return execute(
+            model,
+            outputs,
+            threads=threads,
+            allow_nonfinite=allow_nonfinite,
+            max_buffer_size=max_buffer_size,
+            progress=progress,
+            group=group,
+        )
 
 
 def parse_override(text: str) -> Override:

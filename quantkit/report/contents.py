@@ -23,7 +23,7 @@ class Contents:
     @property
     def nbytes(self) -> int:
         """Bytes of the file, or of all shards."""
-        return sum(file.nbytes for file in self.source.files)
+        return sum(file.nbytes for file in self.source.shards)
 
     @property
     def n_elements(self) -> int:
@@ -45,12 +45,12 @@ class Contents:
         ]
         counts = Counter(info.type.name for info in source.tensors.values())
         types = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-        shards = f" in {len(source.files)} shards" if len(source.files) > 1 else ""
+        shards = f" in {len(source.shards)} shards" if len(source.shards) > 1 else ""
         return "\n\n".join(
             [
                 table(["key", "type", "value"], keys, left=3),
                 table(["tensor", "shape", "type", "MiB"], tensors),
-                f"{source.label}: {self.nbytes / 1e6:.1f} MB{shards}, GGUF version {source.files[0].version}, "
+                f"{source.label}: {self.nbytes / 1e6:.1f} MB{shards}, GGUF version {source.shards[0].version}, "
                 f"{len(source.tensors)} tensors ({types}), {self.n_elements:,} weights, "
                 f"{self.bits_per_weight:.2f} bits per weight",
             ]

@@ -14,9 +14,10 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate.divergence import DivergenceResult, divergences
 from quantkit.evaluate.needed_kernels import measuring_kernels
 from quantkit.evaluate.settings import Chunking, Compute, Estimate
+from quantkit.formats.atomic import OutputGroup, write_whole
 from quantkit.pipeline.execute import Progress, execute, quantizing_kernels
 from quantkit.pipeline.mixtures import FileType
-from quantkit.pipeline.naming import output_paths
+from quantkit.pipeline.naming import Destination, output_paths
 from quantkit.pipeline.plan import Plan, plan_copy, plan_quantize
 from quantkit.report.tables import table
 from quantkit.sources.source import GGUFSource, TensorSource
@@ -108,11 +109,11 @@ class Ladder:
             ],
         }
 
-    def write(self, directory: Path) -> list[Path]:
-        """Write report.md and report.json into `directory`; returns their paths."""
+    def write(self, directory: Path, group: OutputGroup) -> list[Path]:
+        """Write report.md and report.json into `directory`, as files of `group`; returns their paths."""
         page, data = directory / "report.md", directory / "report.json"
-        page.write_text(self.markdown(), encoding="utf-8")
-        data.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_whole(group.add(page), self.markdown())
+        write_whole(group.add(data), json.dumps(self.as_dict(), indent=2) + "\n")
         return [page, data]
 
 
@@ -135,22 +136,26 @@ def build(
     source: TensorSource,
     files: Sequence[FileType],
     directory: Path,
+    group: OutputGroup,
     *,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[Plan, Path]]:
-    """Quantize `source` to every type of `files` into `directory`, in one reading. Returns plans and paths."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Quantize `source` to every type of `files` into `directory`, in one reading. Returns plans and paths.
+
+    The files belong to `group`, and appear when it does.
+    """
     plans = [plan_quantize(source, file) for file in files]
-    paths = output_paths(source.label, source, [file.name for file in files], directory)
+    paths = output_paths(Destination(directory, True), source, [file.name for file in files])
     outputs = list(zip(plans, paths, strict=True))
-    execute(source, outputs, threads=threads, progress=progress)
+    execute(source, outputs, threads=threads, progress=progress, group=group)
     return outputs
 
 
 def measure(
     source: TensorSource,
     built: Sequence[tuple[Plan, Path]],
+    group: OutputGroup,
     text: str,
     *,
     text_name: str,
@@ -158,7 +163,7 @@ def measure(
     compute: Compute | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Ladder:
-    """Measure each file built from `source` against it, all in one pass over the text.
+    """Measure each file built from `source` in `group` against it, all in one pass over the text.
 
     `progress` is told chunks done, chunks, and a file's mean divergence so far: the first's, or each in turn through
     torch. Raises QuantkitError when nothing was built, and as `divergences` does.
@@ -167,7 +172,7 @@ def measure(
         raise QuantkitError("name at least one file type to measure")
     plan = plan_copy(source)
     kinds = {t.info.type.name: t.info.n_elements for t in plan if len(t.info.shape) > 1}
-    files = [GGUFSource(path) for _, path in built]
+    files = [GGUFSource(group.place(path)) for _, path in built]
     results = divergences(files, source, text, chunking=chunking, compute=compute, progress=progress)
     own = max(kinds, key=lambda name: kinds[name])
     rungs = [Rung(own, None, plan.file_size, plan.bits_per_weight, results[0].ppl_base, None)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -103,6 +104,7 @@ class _Outline:
 
     def __init__(self, label: str, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> None:
         self.label, self.metadata, self.tensors = label, metadata, tensors
+        self.files: list[Path] = []
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         raise QuantkitError(f"{self.label}: only the shapes of {name!r} are known")

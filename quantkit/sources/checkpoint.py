@@ -23,7 +23,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import MAX_DIMENSIONS, Metadata, TensorInfo, Value, ValueType
 from quantkit.formats.safetensors import NUMPY_TYPES, SafetensorsCheckpoint, StoredTensor
 from quantkit.sources.gguf_gaps import complete_sampling
-from quantkit.sources.hub import repo_id_of
+from quantkit.sources.hub import FILES, repo_id_of
 
 if TYPE_CHECKING:
     import gguf
@@ -152,6 +152,12 @@ class CheckpointSource:
     def label(self) -> str:
         """The directory, as the user named it."""
         return str(self.directory)
+
+    @property
+    def files(self) -> list[Path]:
+        """See TensorSource: the shards, and whatever else in the directory a conversion may read."""
+        shards = {tensor.path for tensor in self._checkpoint.tensors.values()}
+        return sorted(shards | {path for pattern in FILES for path in self.directory.glob(pattern)})
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,6 +33,11 @@ class TensorSource(Protocol):
         ...
 
     @property
+    def files(self) -> Sequence[Path]:
+        """The files that it is read from, which no output may replace."""
+        ...
+
+    @property
     def metadata(self) -> Metadata:
         """Everything that a GGUF file of this model holds before its tensors."""
         ...
@@ -58,7 +63,7 @@ class GGUFSource:
     """A GGUF model as a TensorSource: one file, or all the shards of a split model.
 
     `path` is the file, or any shard of a split model; the other shards are found by the standard names beside it.
-    `files` are the shards, `shard_of` says in which of them a tensor stands. The metadata is the first shard's,
+    `shards` are the files, opened; `shard_of` says in which of them a tensor stands. The metadata is the first shard's,
     without the keys that describe the split.
     """
 
@@ -66,11 +71,11 @@ class GGUFSource:
         self.path = Path(path)
         first = GGUFFile(self.path)
         count = first.metadata.integer("split.count", 0, MAX_SHARDS, default=0)
-        self.files = [first] if count <= 1 else [GGUFFile(shard) for shard in self._shards(count)]
-        self.metadata = Metadata(self.files[0].metadata)
+        self.shards = [first] if count <= 1 else [GGUFFile(shard) for shard in self._shards(count)]
+        self.metadata = Metadata(self.shards[0].metadata)
         self.tensors: dict[str, TensorInfo] = {}
         self.shard_of: dict[str, int] = {}
-        for index, file in enumerate(self.files):
+        for index, file in enumerate(self.shards):
             for name, info in file.tensors.items():
                 if name in self.tensors:
                     raise QuantkitError(f"{file.path}: the tensor {name!r} stands in another shard too")
@@ -99,13 +104,18 @@ class GGUFSource:
         """The path that was opened."""
         return str(self.path)
 
+    @property
+    def files(self) -> list[Path]:
+        """See TensorSource: the shards."""
+        return [shard.path for shard in self.shards]
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """See TensorSource: always a new array."""
-        return self.files[self.shard_of[name]].read(name, start, stop)
+        return self.shards[self.shard_of[name]].read(name, start, stop)
 
     def release(self, name: str) -> None:
         """See TensorSource. Nothing is mapped; the file is looked at, whether it is still the same."""
-        self.files[self.shard_of[name]].check()
+        self.shards[self.shard_of[name]].check()
 
 
 def split_name(prefix: str, index: int, count: int) -> str:

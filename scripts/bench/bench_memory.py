@@ -48,7 +48,18 @@ def main() -> None:
         for n_expert in (2, max(3, int(options.gigabytes * 1e9 / (4096 * 2048 * 2)))):
             nbytes = make_model(source, n_expert)
             limit = ["--max-buffer-size", str(options.max_buffer_size)]
-            command = [OURS, "quantize", str(source), "--type", options.type, "-o", str(target), "-q", *limit]
+            command = [
+                OURS,
+                "quantize",
+                str(source),
+                "--type",
+                options.type,
+                "-o",
+                str(target),
+                "-q",
+                "--force",
+                *limit,
+            ]
             run(command)  # compiles the kernels
             seconds, memory = run(command)
             rows.append([f"{nbytes / 2**20:.0f}", str(options.max_buffer_size), f"{memory:.0f}", f"{seconds:.2f}"])

@@ -156,6 +156,7 @@ def derived(
     logits = folder / "base.logits"
     tokens = chunks.reshape(-1)
     cut, compute = Chunking(n_ctx=args.n_ctx), Compute(threads=args.threads)
+    logits.unlink(missing_ok=True)
     perplexity(source, tokens, chunking=cut, compute=compute, save_logits=logits)
     jobs: dict[str, Callable[[], object]] = {
         "KLD": lambda: divergence(source, logits, compute=compute),

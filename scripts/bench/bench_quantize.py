@@ -114,7 +114,8 @@ def main() -> None:
         rows = []
         for name in options.types.split(","):
             threads = str(options.threads)
-            command = [OURS, "quantize", str(source), "-q", "--type", name, "--threads", threads, "-o", str(ours)]
+            options_ = ["-q", "--type", name, "--threads", threads, "-o", str(ours), "--force"]
+            command = [OURS, "quantize", str(source), *options_]
             first = run(command)[0]  # compiles the kernels, unless an earlier run did
             mine, other = [], []
             for _ in range(options.repeat):

@@ -53,9 +53,10 @@ def main() -> None:
             ("inspect, 256,000 tokens", ["inspect", str(home / "tokens.gguf")]),
         ):
             rows.append([name, fastest(command), ""])
-        report = ["report", str(TINYLM), "--types", "Q8_0,Q4_K_M,Q4_0", "--text", str(TEXT), "-q", "-o", str(home)]
+        out = ["-q", "--force", "-o", str(home / "out.gguf")]
+        report = ["report", str(TINYLM), "--types", "Q8_0,Q4_K_M,Q4_0", "--text", str(TEXT), *out[:3], str(home)]
         commands = {
-            f"quantize tinylm, {kind}": ["quantize", str(TINYLM), "--type", kind, "-q", "-o", str(home / "out.gguf")]
+            f"quantize tinylm, {kind}": ["quantize", str(TINYLM), "--type", kind, *out]
             for kind in options.types.split(",")
         }
         commands["perplexity of tinylm"] = ["perplexity", str(TINYLM), "--text", str(TEXT), "-q"]

@@ -106,6 +106,7 @@ def test_checkpoint_from_elsewhere(tmp_path: Path) -> None:
 def test_perplexity_and_report(tmp_path: Path) -> None:
     result = json.loads(run("perplexity", TINYLM, "--text", TEXT, "--chunks", 4, "--n-ctx", 128, "--json").stdout)
     out = tmp_path / "out"
+    out.mkdir()
     args = ("--types", "Q8_0,Q4_0", "--text", TEXT, "--chunks", 4, "--n-ctx", 128, "-o", out)
     text = run("report", TINYLM, *args).stdout
     report = json.loads((out / "report.json").read_text())

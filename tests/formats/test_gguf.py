@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -195,26 +197,42 @@ def test_output_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_space(tmp_path: Path) -> None:
-    info = TensorInfo("t", (1 << 40, 1 << 10), GGMLType.F32)
-    with (
-        pytest.raises(QuantkitError, match=r"needs \d+\.\d+ GB, but only"),
-        GGUFOutput(tmp_path / "t.gguf", Metadata(), [info]),
-    ):
-        pass
-    assert list(tmp_path.iterdir()) == []
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_tensors_written_in_any_order(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Pieces in any order, from several threads, give the bytes that writing from the start gives."""
+    home = tmp_path_factory.mktemp("order")
+    rng = np.random.default_rng(0)
+    arrays = {f"t{i}": rng.integers(0, 256, data.draw(st.integers(1, 90)), np.uint8) for i in range(3)}
+    infos = [TensorInfo(name, (array.size,), GGMLType.I8) for name, array in arrays.items()]
+    with GGUFOutput(home / "straight.gguf", Metadata(), infos) as output:
+        for array in arrays.values():
+            output.write(array)
+    pieces = []
+    for name, array in arrays.items():
+        cuts = sorted({0, array.size, *data.draw(st.lists(st.integers(0, array.size), max_size=4))})
+        pieces += [(name, a, array[a:b]) for a, b in itertools.pairwise(cuts)]
+    pieces = data.draw(st.permutations(pieces))
+    with GGUFOutput(home / "mixed.gguf", Metadata(), infos) as output:
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda piece: output.write_tensor_at(*piece), pieces[:-1]))
+        assert not output.complete
+        output.write(pieces[-1][2])  # fills the one gap that is left
+        assert output.complete
+    assert (home / "mixed.gguf").read_bytes() == (home / "straight.gguf").read_bytes()
 
 
-def test_full_disk(tmp_path: Path) -> None:
-    """A device that is full from the first byte on: the kernel's own."""
-    full = Path("/dev/full")
-    if not full.exists():  # only Linux has it
-        return
-    info = TensorInfo("t", (32, 2), GGMLType.F32)
-    (tmp_path / "t.gguf.partial").symlink_to(full)
+def test_tensors_are_written_once_and_whole(tmp_path: Path) -> None:
+    info = TensorInfo("t", (64,), GGMLType.I8)
+    for offset, size in ((0, 1), (9, 2), (10, 10), (12, 2), (19, 9), (5, 30), (60, 5), (-1, 2), (64, 1)):
+        output = GGUFOutput(tmp_path / "t.gguf", Metadata(), [info])
+        with pytest.raises(ValueError, match="not its own, or written twice"), output:
+            output.write_tensor_at("t", 0, np.zeros(1, np.uint8))
+            output.write_tensor_at("t", 10, np.zeros(10, np.uint8))
+            output.write_tensor_at("t", offset, np.zeros(size, np.uint8))
     with (
-        pytest.raises(QuantkitError, match="No space left on device; it needs"),
-        GGUFOutput(tmp_path / "t.gguf", Metadata(), [info]),
+        pytest.raises(ValueError, match="0 of 1 tensors"),
+        GGUFOutput(tmp_path / "t.gguf", Metadata(), [info]) as output,
     ):
-        pass
+        output.write_tensor_at("t", 1, np.zeros(63, np.uint8))
     assert list(tmp_path.iterdir()) == []

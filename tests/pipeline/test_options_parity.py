@@ -140,7 +140,7 @@ def test_kept_split(tinylm: GGUFSource, tmp_path: Path) -> None:
     whole.split_by(max_tensors=9)
     first = execute(tinylm, [(whole, tmp_path / "model.gguf")])[0]
     source = GGUFSource(first)
-    assert len(source.files) > 2
+    assert len(source.shards) > 2
     assert_same(source, "Q4_K_M", tmp_path, {"keep_split": True}, {"keep_split": True})
     assert_same(source, "Q4_K_M", tmp_path, {}, {})  # without it, one file
 

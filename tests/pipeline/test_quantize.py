@@ -16,7 +16,7 @@ from quantkit.formats.gguf import GGUFFile, TensorInfo, ValueType
 from quantkit.formats.output import GGUFOutput
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import FILE_TYPES, file_type
-from quantkit.pipeline.naming import output_paths
+from quantkit.pipeline.naming import Destination, home_of, output_paths
 from quantkit.pipeline.plan import plan_quantize
 from quantkit.pipeline.recipe import Options
 from quantkit.sources.checkpoint import CheckpointSource
@@ -144,15 +144,24 @@ def test_pure_and_names(converted: Path) -> None:
 
 
 def test_output_names(converted: Path, tmp_path: Path) -> None:
-    source = GGUFSource(converted)
-    named = str(converted)
-    assert output_paths(named, source, ["Q4_0"], None) == [converted.parent / "tinylm-Q4_0.gguf"]
-    assert output_paths(named, source, ["Q4_0"], tmp_path / "x.gguf") == [tmp_path / "x.gguf"]
-    assert output_paths(named, source, ["Q4_0", "Q8_0"], tmp_path / "new") == [
-        tmp_path / "new" / "tinylm-Q4_0.gguf",
-        tmp_path / "new" / "tinylm-Q8_0.gguf",
-    ]
-    with pytest.raises(QuantkitError, match="one file for 2 types"):
-        output_paths(named, source, ["Q4_0", "Q8_0"], tmp_path / "x.gguf")
+    source, home = GGUFSource(converted), converted.parent
+
+    def paths(types: list[str], output: str | Path | None) -> list[Path]:
+        return output_paths(Destination.of(output, home_of(converted)), source, types)
+
+    assert paths(["Q4_0"], None) == [home / "tinylm-Q4_0.gguf"]
+    assert paths(["Q4_0"], tmp_path / "x.gguf") == [tmp_path / "x.gguf"]
+    assert paths(["Q4_0"], tmp_path / "x") == [tmp_path / "x"]
+    two = [tmp_path / "tinylm-Q4_0.gguf", tmp_path / "tinylm-Q8_0.gguf"]
+    assert paths(["Q4_0", "Q8_0"], tmp_path) == two
+    assert paths(["Q4_0"], f"{tmp_path}/new.gguf/") == [tmp_path / "new.gguf" / "tinylm-Q4_0.gguf"]
+    for name in ("x.gguf", "new"):
+        with pytest.raises(QuantkitError, match="one file for 2 types; name a directory"):
+            paths(["Q4_0", "Q8_0"], tmp_path / name)
     with pytest.raises(QuantkitError, match="twice"):
-        output_paths(named, source, ["Q4_0", "Q4_0"], None)
+        paths(["Q4_0", "Q4_0"], None)
+    with pytest.raises(QuantkitError, match="no file type"):
+        paths([], None)
+    with pytest.raises(QuantkitError, match="empty"):
+        paths(["Q4_0"], "")
+    assert list(tmp_path.iterdir()) == []
