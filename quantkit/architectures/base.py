@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from quantkit.architectures.config import Config
-from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.forward import MAX_HEAD, MAX_LAYERS, ForwardSpec
 from quantkit.architectures.parameters import SHARED, Parameter
 from quantkit.architectures.rotary_config import RotaryConfig
 from quantkit.errors import QuantkitError
@@ -143,7 +143,11 @@ class Architecture:
     @cached_property
     def n_layers(self) -> int:
         """The number of blocks."""
-        return self.config.require("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+        names = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+        count = self.config.require(*names)
+        if count > MAX_LAYERS:
+            raise self.config.wrong(names, count, f"at most {MAX_LAYERS}")
+        return count
 
     @cached_property
     def rope(self) -> RotaryConfig:
@@ -154,7 +158,10 @@ class Architecture:
     def rope_dimensions(self) -> int:
         """How many elements of a head rotary embedding turns: all of them, unless the family says otherwise."""
         head = self.config.integer("head_dim")
-        return head or self.config.require("hidden_size") // self.config.require("num_attention_heads")
+        head = head or self.config.require("hidden_size") // self.config.require("num_attention_heads")
+        if head > MAX_HEAD:
+            raise self.config.wrong(("head_dim",), head, f"at most {MAX_HEAD}")
+        return head
 
     def write_parameters(self, writer: GGUFWriter, file_type: int) -> None:
         """Add the family's hyper-parameters, in the reference converter's order and types."""

@@ -11,6 +11,10 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cached_property
 
+# Bounds on what a model can be: llama.cpp's LLAMA_MAX_LAYERS, and heads far larger than any.
+MAX_LAYERS = 512
+MAX_HEAD = 1 << 16
+
 
 class NormKind(Enum):
     """How a vector is normalised."""

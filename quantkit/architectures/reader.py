@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from quantkit.architectures.forward import (
+    MAX_LAYERS,
     Activation,
     Attention,
     Experts,
@@ -24,8 +25,7 @@ from quantkit.architectures.forward import (
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import INTEGERS, Metadata, TensorInfo, ValueType
 
-# llama.cpp's LLAMA_MAX_LAYERS, and a bound on sizes that no model comes near.
-MAX_LAYERS = 512
+# A bound on sizes that no model comes near.
 MAX_SIZE = 1 << 28
 _SCALINGS = ("none", "linear", "yarn", "longrope")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 
-from quantkit.architectures.forward import Attention, Experts, ForwardSpec, Norm, NormKind, Rope
+from quantkit.architectures.forward import MAX_HEAD, Attention, Experts, ForwardSpec, Norm, NormKind, Rope
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.inputs import InputSums
@@ -25,8 +25,6 @@ from quantkit.evaluate.threads import Share
 from quantkit.evaluate.weights import Weights
 from quantkit.sources.source import TensorSource
 
-# Heads are not larger than this, which bounds the tables of rotary embeddings.
-_LARGEST_HEAD = 1 << 16
 # The output matrix is decoded in slabs of this many weights when it is not kept.
 _SLAB_WEIGHTS = 1 << 26
 # Tokens of the vocabulary that generation takes through the output matrix together.
@@ -64,7 +62,7 @@ def refuse_unsupported(spec: ForwardSpec, label: str) -> None:
         if (
             min(sizes) < 1
             or attention.n_head % attention.n_head_kv
-            or max(attention.head_k, attention.head_v) > _LARGEST_HEAD
+            or max(attention.head_k, attention.head_v) > MAX_HEAD
         ):
             raise QuantkitError(
                 f"{label}: impossible sizes: {attention.n_head} heads of {attention.head_k}, "

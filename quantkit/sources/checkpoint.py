@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 OutType = Literal["f32", "f16", "bf16", "q8_0", "auto"]
 
 SMALL = 1 << 16  # weights
+_MAX_FRONT_MATTER = 1 << 18  # bytes of YAML in a model card
+_MAX_ALIASES = 16
 
 _STORED = {"F32": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16}
 # general.file_type, as llama.cpp numbers it.
@@ -82,8 +84,8 @@ class CheckpointSource:
                 raise QuantkitError(f"{self.directory}: two tensors of the checkpoint become {assembly.name!r}")
             self._assemblies[assembly.name] = assembly
             shape = self._arrange(assembly)
-            if len(shape) > MAX_DIMENSIONS:
-                raise QuantkitError(f"{self.directory}: {assembly.name} has more than {MAX_DIMENSIONS} dimensions")
+            if len(shape) > MAX_DIMENSIONS or not math.prod(shape):
+                raise QuantkitError(f"{self.directory}: {assembly.name} has the impossible shape {list(shape)}")
             self._tensors[assembly.name] = TensorInfo(assembly.name, shape[::-1], self._type_of(assembly.name, shape))
 
     def _refuse_quantized(self) -> None:
@@ -183,11 +185,21 @@ class CheckpointSource:
         self._write_general(writer)
         arch.write_parameters(writer, _FILE_TYPES[self.type])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        self._check_vocabulary_size()
         write_vocabulary(
             self.directory, arch.config.values, writer,
             style=arch.vocabulary, pre=self._pre, usual_pre=arch.usual_pre,
         )  # fmt: skip
         return Metadata((key, self._encode(key, value)) for key, value in writer.kv_data[0].items())
+
+    def _check_vocabulary_size(self) -> None:
+        """What config.json says of the vocabulary against the embedding, before a list of that length is made."""
+        stated, embedding = self.architecture.config.integer("vocab_size"), self._tensors.get("token_embd.weight")
+        if stated is not None and embedding is not None and stated != embedding.n_rows:
+            raise QuantkitError(
+                f"{self.architecture.config.path}: vocab_size is {stated}, but the embedding has {embedding.n_rows} "
+                "rows"
+            )
 
     def _write_general(self, writer: gguf.GGUFWriter) -> None:
         """Add general.*: from the model card, the configs, and the name of the model."""
@@ -200,6 +212,7 @@ class CheckpointSource:
         repo_id = repo_id_of(directory)
         directory = Path(repo_id) if repo_id else directory
         load = gguf.Metadata
+        _refuse_bombs(self.directory / "README.md")
         try:
             card, generation = load.load_model_card(self.directory), load.load_generation_config(self.directory)
             parameters = load.load_hf_parameters(self.directory)
@@ -213,7 +226,7 @@ class CheckpointSource:
             if metadata.size_label is None and counts[0] > 0:
                 metadata.size_label = gguf.size_label(*counts)
             metadata.set_gguf_meta_model(writer)
-        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             problem = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise QuantkitError(f"{self.directory}: README.md or a config is malformed: {problem}") from None
 
@@ -288,6 +301,27 @@ class CheckpointSource:
             for i in range(start // n_each, -(-stop // n_each))
         ]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _refuse_bombs(card: Path) -> None:
+    """Refuse a model card whose front matter is huge, or repeats itself through aliases, which can grow without end."""
+    import yaml
+
+    if not card.is_file():
+        return
+    with open(card, "rb") as file:
+        start = file.read(_MAX_FRONT_MATTER + 8)
+    if not start.startswith(b"---"):
+        return
+    front, end, _ = start[3:].partition(b"\n---")
+    if not end and len(start) > _MAX_FRONT_MATTER:
+        raise QuantkitError(f"{card}: front matter of more than {_MAX_FRONT_MATTER} bytes")
+    try:
+        aliases = sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(front))
+    except (yaml.YAMLError, RecursionError):
+        return  # whoever reads it says so
+    if aliases > _MAX_ALIASES:
+        raise QuantkitError(f"{card}: {aliases} aliases in its front matter, and {_MAX_ALIASES} are the most")
 
 
 def output_name(metadata: Metadata, kind: str) -> str:

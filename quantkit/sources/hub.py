@@ -33,7 +33,10 @@ def resolve(checkpoint: str, revision: str | None = None) -> Path:
     apply (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE). Raises QuantkitError when there is no such directory
     or repository, when access to it is restricted, and when it is neither cached nor reachable.
     """
-    path = Path(checkpoint).expanduser()
+    try:
+        path = Path(checkpoint).expanduser()
+    except RuntimeError:
+        raise QuantkitError(f"{checkpoint}: there is no such user") from None
     if checkpoint and path.is_dir():
         if revision is not None:
             raise QuantkitError(f"{checkpoint}: a revision applies to a hub id, and this is a local directory")

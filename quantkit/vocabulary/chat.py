@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TypedDict
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata
-from quantkit.vocabulary import _render
+from quantkit.vocabulary import sandbox
 from quantkit.vocabulary.vocabulary import Vocabulary
 
 KEY = "tokenizer.chat_template"
 _MAX_TEMPLATE = 1 << 20
 _MAX_TEXT = 1 << 22
 _SECONDS = 10
+_MEMORY = 384 << 20
 
 
 class Message(TypedDict):
@@ -43,29 +40,6 @@ def render(metadata: Metadata, messages: Sequence[Message]) -> str:
         "" if token is None else vocabulary.tokens[token] for token in (vocabulary.bos, vocabulary.eos)
     )  # fmt: skip
     variables = {"messages": list(messages), "bos_token": bos, "eos_token": eos, "add_generation_prompt": True}
-    text = _run(template, variables)
+    arguments = {"template": template, "variables": variables, "longest": _MAX_TEXT}
+    text = str(sandbox.run("render", arguments, _SECONDS, _MEMORY, f"{KEY} cannot be applied"))
     return text.removeprefix(bos) if vocabulary.add_bos else text
-
-
-def _run(template: str, variables: dict[str, object]) -> str:
-    request = json.dumps({"template": template, "variables": variables, "seconds": _SECONDS})
-    try:
-        done = subprocess.run(
-            [sys.executable, str(Path(_render.__file__))],
-            input=request.encode(),
-            capture_output=True,
-            timeout=_SECONDS + 5,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise QuantkitError(f"{KEY} runs for more than {_SECONDS} seconds") from None
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        raise QuantkitError(f"{KEY} runs for too long or takes too much memory") from None
-    if "error" in answer:
-        raise QuantkitError(f"{KEY} cannot be applied: {' '.join(str(answer['error']).split())[:300]}")
-    text = str(answer["text"])
-    if len(text) > _MAX_TEXT:
-        raise QuantkitError(f"{KEY} makes a text of {len(text)} characters of this conversation")
-    return text

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.safetensors import MAX_JSON
+from quantkit.vocabulary import sandbox
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+# Bounds of the process that reads tokenizer.json.
+_SECONDS = 60
+_MEMORY = 1 << 30
+_MEMORY_PER_BYTE = 64
 
 # Special tokens by role, in the order in which a checkpoint's tokenizer takes them up.
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -23,6 +27,21 @@ _CLASS_DEFAULTS = {
     "GPTNeoXTokenizer": {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"},
     "Qwen2Tokenizer": {"eos": "<|endoftext|>", "unk": "<|endoftext|>", "pad": "<|endoftext|>"},
 }
+
+
+class AddedToken(NamedTuple):
+    """A token beside the trained ones: its text, as it decodes, and whether it is special."""
+
+    text: str
+    special: bool
+
+
+class TokenizerContents(NamedTuple):
+    """What tokenizer.json says: the id of every text, the number of trained tokens, and the added ones by id."""
+
+    ids: dict[str, int]
+    n_base: int
+    added: dict[int, AddedToken]
 
 
 class CheckpointFiles:
@@ -75,6 +94,8 @@ class CheckpointFiles:
         if not path.is_file():
             return None
         try:
+            if path.stat().st_size > MAX_JSON:
+                raise QuantkitError(f"{path}: larger than {MAX_JSON} bytes, which no such file is")
             data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise QuantkitError(f"{path}: not readable as JSON: {error}") from None
@@ -110,35 +131,24 @@ class CheckpointFiles:
                     result[f"extra {len(result)}"] = text
         return result
 
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of tokenizer.json, with what the other files add to its special tokens.
+    def tokenizer(self) -> TokenizerContents:
+        """The tokens of tokenizer.json, with what the other files add to its special tokens.
 
         tokenizer_config.json overrides the flags of added tokens, and a declared special token that tokenizer.json
-        does not list as added becomes one (as transformers' fast tokenizers do).
+        does not list as added becomes one (as transformers' fast tokenizers do). The library that reads the file can
+        panic, abort and take endless time over one made for it, so it runs in a process apart.
         """
-        from tokenizers import AddedToken, Tokenizer
-
         path = self.directory / "tokenizer.json"
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise QuantkitError(f"{path}: not a tokenizer: {error}") from None
         declared = (self.tokenizer_config or {}).get("added_tokens_decoder") or {}
-        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        added = []
-        for _, entry in sorted(self.added_tokens_decoder(declared).items()):
-            added.append(AddedToken(entry["content"], **{flag: bool(entry[flag]) for flag in flags if flag in entry}))
-        known = {token.content for token in (*tokenizer.get_added_tokens_decoder().values(), *added)}
-        for text in self.special_tokens().values():
-            if text not in known:
-                known.add(text)
-                added.append(AddedToken(text, special=True, normalized=False))
-        for token in added:
-            if token.special:
-                tokenizer.add_special_tokens([token])
-            else:
-                tokenizer.add_tokens([token])
-        return tokenizer
+        arguments = {
+            "path": str(path.absolute()),
+            "added": [entry for _, entry in sorted(self.added_tokens_decoder(declared).items())],
+            "special": list(self.special_tokens().values()),
+        }
+        memory = _MEMORY + _MEMORY_PER_BYTE * path.stat().st_size
+        found = sandbox.run("read_tokenizer", arguments, _SECONDS, memory, f"{path}: not a tokenizer that can be read")
+        added = {token: AddedToken(text, special) for token, special, text in found["added"]}
+        return TokenizerContents(found["ids"], int(found["n_base"]), added)
 
     def added_tokens_decoder(self, entries: Any) -> dict[int, dict[str, Any]]:
         """`added_tokens_decoder` of tokenizer_config.json with its keys as numbers, checked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
@@ -18,7 +19,10 @@ Array = np.ndarray[Any, Any]
 # SentencePiece's stand-in for a space.
 META_SPACE = "\u2581"
 # A token is cut in two at every place, so its length must be bounded; real ones stay below a few hundred.
-MAX_TOKEN_LENGTH = 4096
+MAX_TOKEN_LENGTH = 1024
+# Ways to cut the tokens of a vocabulary into two that it has; real ones have a few for each token.
+_MAX_CUTS_PER_TOKEN = 32
+_MIN_CUTS = 1 << 16
 
 
 @lru_cache(maxsize=1)
@@ -66,12 +70,19 @@ def _expand(symbols: Array, n_tokens: int, expansions: dict[int, Sequence[int]])
     strange = np.flatnonzero(symbols >= n_tokens)
     if not strange.size:
         return symbols
-    parts: list[Array] = []
-    start = 0
-    for at in strange.tolist():
-        parts += (symbols[start:at], np.array(expansions[int(symbols[at])], dtype=np.int32))
-        start = at + 1
-    return np.concatenate([*parts, symbols[start:]])
+    # All expansions behind each other, and where each begins: then one gather makes the text's.
+    different, which = np.unique(symbols[strange], return_inverse=True)
+    lengths = np.array([len(expansions[symbol]) for symbol in different.tolist()], dtype=np.int64)
+    together = np.fromiter((t for symbol in different.tolist() for t in expansions[symbol]), np.int32, lengths.sum())
+    begins = np.cumsum(lengths) - lengths
+    counts = np.ones(len(symbols), dtype=np.int64)
+    counts[strange] = lengths[which]
+    result = np.repeat(symbols, counts)
+    ends = np.cumsum(counts)[strange]
+    places = np.repeat(ends - counts[strange], counts[strange])
+    inside = np.arange(len(places)) - np.repeat(np.cumsum(counts[strange]) - counts[strange], counts[strange])
+    result[places + inside] = together[np.repeat(begins[which], counts[strange]) + inside]
+    return result
 
 
 class _CharacterSymbols:
@@ -186,7 +197,8 @@ class SentencePieceEncoder:
         self._ids = ids
         symbols = _Symbols(ids)
         _, ranks = np.unique(-scores, return_inverse=True)
-        rows: list[tuple[int, int, int]] = []
+        rows = array("i")
+        most = 3 * max(_MIN_CUTS, _MAX_CUTS_PER_TOKEN * len(ids))
         for text, token in ids.items():
             length = len(text)
             if length > MAX_TOKEN_LENGTH:
@@ -195,7 +207,9 @@ class SentencePieceEncoder:
                 left, right = text[:middle], text[middle:]
                 # Two symbols meet only if each is a token or a character.
                 if (middle == 1 or left in ids) and (middle == length - 1 or right in ids):
-                    rows.append((symbols.of(left), symbols.of(right), token))
+                    rows.extend((symbols.of(left), symbols.of(right), token))
+            if len(rows) > most:
+                raise QuantkitError(f"the tokens up to {text[:40]!r} can be merged in more ways than any vocabulary's")
         pairs = np.array(rows, dtype=np.int32).reshape(-1, 3)
         self._table = MergeTable(pairs[:, 0], pairs[:, 1], ranks[pairs[:, 2]], pairs[:, 2])
         self._of_characters = _CharacterSymbols(symbols)

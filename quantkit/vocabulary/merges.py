@@ -8,6 +8,7 @@ engine reproduces; the priority queue makes a word of n symbols cost n log n.)
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,12 @@ class MergeTable:
         size = 16
         while size < 2 * len(left):
             size *= 2
+        # A secret seed: else a vocabulary could be made whose pairs all fall on one place of the table.
+        self._seed = np.uint64(secrets.randbits(64))
         self._keys = np.full(size, -1, dtype=np.int64)
         self._entries = np.zeros((size, 2), dtype=np.int32)
         pairs = (left.astype(np.int64) << 32) | right.astype(np.int64)
-        _fill(self._keys, self._entries, pairs, rank.astype(np.int32), merged.astype(np.int32))
+        _fill(self._keys, self._entries, self._seed, pairs, rank.astype(np.int32), merged.astype(np.int32))
 
     def merge(self, symbols: Array, ends: Array, whole: Array) -> Array:
         """Merge the symbols of each word as far as the table goes.
@@ -42,25 +45,27 @@ class MergeTable:
         """
         out = np.empty(len(symbols), dtype=np.int32)
         longest = int(np.diff(ends, prepend=0).max(initial=0))
-        count = _merge(self._keys, self._entries, symbols, ends, whole, out, longest)
+        count = _merge(self._keys, self._entries, self._seed, symbols, ends, whole, out, longest)
         return out[:count]
 
 
 @piece
-def _slot(keys: Array, key: Any) -> Any:
-    """Where `key` is in the open hash table, or the empty place where it would be."""
+def _slot(keys: Array, seed: np.uint64, key: Any) -> Any:
+    """Where `key` is in the open hash table, or the empty place where it would be (the mixing is MurmurHash3's)."""
     mask = np.uint64(keys.size - 1)
-    mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
-    at = (mixed >> np.uint64(29)) & mask
+    mixed = np.uint64(key) ^ seed
+    mixed = (mixed ^ (mixed >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    mixed = (mixed ^ (mixed >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    at = (mixed ^ (mixed >> np.uint64(33)) ^ (seed >> np.uint64(7))) & mask
     while keys[at] != -1 and keys[at] != key:
         at = (at + np.uint64(1)) & mask
     return np.int64(at)
 
 
 @kernel
-def _fill(keys: Array, entries: Array, pairs: Array, rank: Array, merged: Array) -> None:
+def _fill(keys: Array, entries: Array, seed: np.uint64, pairs: Array, rank: Array, merged: Array) -> None:
     for i in range(pairs.size):
-        at = _slot(keys, pairs[i])
+        at = _slot(keys, seed, pairs[i])
         if keys[at] == -1:
             keys[at] = pairs[i]
             entries[at, 0] = rank[i]
@@ -106,7 +111,16 @@ def _pair(symbols: Array, left: int, right: int) -> Any:
 
 
 @kernel
-def _merge(keys: Array, entries: Array, symbols: Array, ends: Array, whole: Array, out: Array, longest: int) -> int:
+def _merge(
+    keys: Array,
+    entries: Array,
+    seed: np.uint64,
+    symbols: Array,
+    ends: Array,
+    whole: Array,
+    out: Array,
+    longest: int,
+) -> int:
     word = np.empty(longest, dtype=np.int32)
     following = np.empty(longest, dtype=np.int64)
     previous = np.empty(longest, dtype=np.int64)
@@ -127,7 +141,7 @@ def _merge(keys: Array, entries: Array, symbols: Array, ends: Array, whole: Arra
             following[i] = i + 1 if i + 1 < n else -1
             previous[i] = i - 1
             if i > 0:
-                at = _slot(keys, _pair(word, i - 1, i))
+                at = _slot(keys, seed, _pair(word, i - 1, i))
                 if keys[at] != -1:
                     size = _push(heap, size, (np.int64(entries[at, 0]) << 32) | np.int64(i - 1))
         while size > 0:
@@ -137,7 +151,7 @@ def _merge(keys: Array, entries: Array, symbols: Array, ends: Array, whole: Arra
             right = following[left]
             if word[left] < 0 or right < 0:
                 continue
-            at = _slot(keys, _pair(word, left, right))
+            at = _slot(keys, seed, _pair(word, left, right))
             # A queued pair is stale when a neighbour has merged away; what stands there now has its own entry.
             if keys[at] == -1 or entries[at, 0] != item >> 32:
                 continue
@@ -147,12 +161,12 @@ def _merge(keys: Array, entries: Array, symbols: Array, ends: Array, whole: Arra
             following[left] = after
             if after >= 0:
                 previous[after] = left
-                at = _slot(keys, _pair(word, left, after))
+                at = _slot(keys, seed, _pair(word, left, after))
                 if keys[at] != -1:
                     size = _push(heap, size, (np.int64(entries[at, 0]) << 32) | np.int64(left))
             before = previous[left]
             if before >= 0:
-                at = _slot(keys, _pair(word, before, left))
+                at = _slot(keys, seed, _pair(word, before, left))
                 if keys[at] != -1:
                     size = _push(heap, size, (np.int64(entries[at, 0]) << 32) | np.int64(before))
         for i in range(n):

@@ -4,7 +4,8 @@ A GGUF names its pre-tokenizer in `tokenizer.ggml.pre`. Each name stands for a l
 one after the other to the words that the ones before left, and for a few habits of the tokenizer around them. What
 an expression does not match stays, between two matches, a word of its own.
 
-Two expressions of the reference are code of its own there, and so here: `DIGIT_TRIPLES`.
+Two expressions of the reference are code of its own there, and so here: `DIGIT_TRIPLES` and
+`WHOLE_TRIPLES`, whose expression takes time that grows with the square of a number's length.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from quantkit.vocabulary import unicode_classes
 
 # Digits in threes counted from the right; what stands before a number stays with its first digits.
 DIGIT_TRIPLES = "digit triples"
+# The same, and a number whose digits make whole triples begins a word of its own.
+WHOLE_TRIPLES = "whole triples"
 
 _CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _SPACES = r"\s+(?!\S)|\s+"
@@ -222,7 +225,7 @@ PRETOKENIZERS: dict[str, Pretokenizer] = {
     ),
     "tiny_aya": _AYA,
     "cohere2moe": _AYA,
-    "superbpe": _strict(r"\p{N}+", r"(?=(\d{3})+(?!\d))"),
+    "superbpe": _strict(r"\p{N}+", WHOLE_TRIPLES),
     "bailingmoe": _BAILING,
     "bailingmoe2": _BAILING,
     "llada-moe": _BAILING,
@@ -281,6 +284,9 @@ def _step(pattern: str) -> _Step:
     if pattern == DIGIT_TRIPLES:
         digits = unicode_classes.compile_for_classes(r"\p{N}+")
         return lambda _text, kinds, ends: _split_digits(digits, kinds, ends)
+    if pattern == WHOLE_TRIPLES:
+        runs = re.compile("[0-9]+")
+        return lambda text, _kinds, ends: _split_digits(runs, text, ends, before=True)
     if unicode_classes.uses_classes(pattern):
         by_class = unicode_classes.compile_for_classes(pattern)
         return lambda _text, kinds, ends: _split(by_class, kinds, ends)
@@ -306,15 +312,21 @@ def _split(pattern: re.Pattern[str], text: str, ends: list[int]) -> list[int]:
     return result
 
 
-def _split_digits(digits: re.Pattern[str], kinds: str, ends: list[int]) -> list[int]:
+def _split_digits(digits: re.Pattern[str], kinds: str, ends: list[int], before: bool = False) -> list[int]:
+    """Cut numbers into threes from the right; with `before`, also before a number of whole threes, not after one."""
     result: list[int] = []
     start = 0
     for end in ends:
         done = start
         for match in digits.finditer(kinds, start, end):
             first, last = match.span()
-            result.extend(range(first + ((last - first) % 3 or 3), last + 1, 3))
-            done = last
+            if before:
+                cuts = range(first + (last - first) % 3, last - 2, 3)
+                result.extend(cut for cut in cuts if cut > done)
+                done = max(done, *cuts) if len(cuts) else done
+            else:
+                result.extend(range(first + ((last - first) % 3 or 3), last + 1, 3))
+                done = last
         if done < end:
             result.append(end)
         start = end

@@ -43,6 +43,9 @@ _SPECIAL_KEYS = {
 }
 _OLDER_KEYS = {"fim_pre": "prefix_token_id", "fim_suf": "suffix_token_id", "fim_mid": "middle_token_id"}
 _MODELS = ("gpt2", "gemma4", "llama")
+# Special tokens that may each be looked for in a text, and the characters by which more of them are sorted out first.
+_MANY_SPECIAL = 1024
+_BEGINNING = 8
 _ASCII_SPACE = " \t\n\v\f\r"
 _SPLIT_OUT = Attribute.USER_DEFINED | Attribute.CONTROL | Attribute.UNKNOWN
 _HIDDEN = Attribute.CONTROL | Attribute.UNKNOWN
@@ -187,7 +190,7 @@ class Vocabulary:
     def _partition(self, text: str, parse_special: bool) -> list[str | int]:
         """Split special tokens out of `text`, the longest first."""
         pieces: list[str | int] = [text] if text else []
-        for token in self._special:
+        for token in self._may_occur(text):
             attribute, wanted = self._attributes[token], self.tokens[token]
             if (attribute & _HIDDEN and not parse_special) or wanted not in text:
                 continue
@@ -199,6 +202,13 @@ class Vocabulary:
                     split += self._split_at(piece, token, wanted, int(attribute))
             pieces = split
         return pieces
+
+    def _may_occur(self, text: str) -> list[int]:
+        """The special tokens that `text` may hold: all, or where they are many, those whose beginning occurs in it."""
+        if len(self._special) < _MANY_SPECIAL:
+            return self._special
+        begins = [{text[i : i + n] for i in range(len(text) - n + 1)} for n in range(_BEGINNING + 1)]
+        return [t for t in self._special if self.tokens[t][:_BEGINNING] in begins[min(_BEGINNING, len(self.tokens[t]))]]
 
     @staticmethod
     def _split_at(piece: str, token: int, wanted: str, attribute: int) -> Iterable[str | int]:

@@ -53,7 +53,13 @@ def write_vocabulary(
     files = CheckpointFiles(directory, config)
     if style not in _STYLES:
         raise QuantkitError(f"the vocabulary style {style!r} is not one of {', '.join(_STYLES)}")
-    _STYLES[style](files, writer, pre)
+    try:
+        _STYLES[style](files, writer, pre)
+    except (AttributeError, TypeError, KeyError, IndexError, ValueError, OverflowError, RecursionError) as error:
+        # Files from strangers: any field can have any type. What is read of them is checked where that helps the user.
+        log.debug("while reading the tokenizer's files", exc_info=True)
+        problem = f"{type(error).__name__}: {error}"[:200]
+        raise QuantkitError(f"{directory}: the tokenizer's files are malformed ({problem})") from None
     found = writer.kv_data[0].get("tokenizer.ggml.pre")
     if pre is None and usual_pre is not None and found is not None and _same_words(found.value, usual_pre):
         found.value = usual_pre
@@ -136,23 +142,18 @@ def _write_bpe(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None)
 
 def _bpe_tokens(files: CheckpointFiles) -> tuple[list[str], list[int]]:
     tokenizer = files.tokenizer()
-    vocab: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-    texts = {token: text for text, token in vocab.items()}
-    n_vocab = files.vocab_size or len(vocab)
+    texts = {token: text for text, token in tokenizer.ids.items()}
+    n_vocab = files.vocab_size or len(tokenizer.ids)
     _check_size(files, max(texts, default=-1) + 1, n_vocab)
-    added = tokenizer.get_added_tokens_decoder()
     tokens: list[str] = []
     types: list[int] = []
     for token in range(n_vocab):
         text, kind = texts.get(token), TokenType.NORMAL
         if text is None:
             text, kind = f"[PAD{token}]", TokenType.UNUSED
-        elif token in added:
-            if not added[token].normalized:
-                # llama.cpp compares added tokens with the text after normalization.
-                ids = tokenizer.encode(text, add_special_tokens=False).ids
-                text = str(tokenizer.decode(ids, skip_special_tokens=False))
-            if added[token].special or looks_special(text):
+        elif token in tokenizer.added:
+            text = tokenizer.added[token].text
+            if tokenizer.added[token].special or looks_special(text):
                 kind = TokenType.CONTROL
             else:
                 text, kind = text.replace("\u2581", " "), TokenType.USER_DEFINED
@@ -275,11 +276,10 @@ def _llama_hf_tokens(files: CheckpointFiles) -> tuple[list[bytes], list[float], 
     if not _is_llama_hf(files):
         raise QuantkitError(f"{files.directory / 'tokenizer.json'}: not a BPE tokenizer with byte fallback")
     tokenizer = files.tokenizer()
-    n_base = tokenizer.get_vocab_size(with_added_tokens=False)
-    vocab: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    n_base, vocab = tokenizer.n_base, tokenizer.ids
     texts = {token: text for text, token in vocab.items()}
     special = {vocab[text] for text in files.special_tokens().values() if text in vocab}
-    added = sorted(token for token in tokenizer.get_added_tokens_decoder() if token >= n_base)
+    added = sorted(token for token in tokenizer.added if token >= n_base)
     tokens: list[bytes] = []
     types: list[int] = []
     for token in range(n_base):

@@ -282,7 +282,7 @@ BAD_CONFIGS = {
     "too many heads": ({"num_attention_heads": 7}, "'model.layers.0.self_attn.q_proj.weight' of shape .* does not fit"),
     "heads as text": ({"num_attention_heads": "four"}, "num_attention_heads is 'four', not a whole number"),
     "fractional layers": ({"num_hidden_layers": 1.5}, "num_hidden_layers is '1.5', not a whole number"),
-    "a billion layers": ({"num_hidden_layers": 10**9}, "announces 1000000000 layers"),
+    "a billion layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is .1000000000., not at most 512"),
     "too few layers": ({"num_hidden_layers": 1}, "'model.layers.1.* has no place in llama with 1 layers"),
     "huge context": ({"max_position_embeddings": 10**30}, "max_position_embeddings is .*, not between 0 and"),
     "infinite epsilon": ({"rms_norm_eps": math.inf}, "rms_norm_eps is 'inf', not a finite number"),
