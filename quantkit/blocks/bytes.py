@@ -1,13 +1,55 @@
-"""Numbers in the bytes of a block: pieces of kernels that several formats share."""
+"""Numbers in the bytes of a block: pieces of kernels that several formats share, and how kernels know layouts.
+
+A kernel takes `Layout` as it finds it: as a global, or as an argument of a piece.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from numba.core import types
+from numba.core.imputils import lower_constant, lower_getattr_generic
+from numba.core.typing.templates import AttributeTemplate, infer_getattr
+from numba.extending import models, register_model, typeof_impl
 
 from quantkit.blocks.lanes import half_bits, half_value
+from quantkit.blocks.layout import Layout
 from quantkit.compile.kernel import piece
+
+
+class _LayoutType(types.Type):  # type: ignore[misc]
+    """The numba type of one layout, which holds nothing at run time."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        super().__init__(name=repr(layout))
+
+
+register_model(_LayoutType)(models.OpaqueModel)
+
+
+@typeof_impl.register(Layout)  # type: ignore[untyped-decorator]
+def _typeof_layout(layout: Layout, context: Any) -> _LayoutType:
+    return _LayoutType(layout)
+
+
+@lower_constant(_LayoutType)  # type: ignore[untyped-decorator]
+def _no_value(context: Any, builder: Any, kind: _LayoutType, layout: Layout) -> Any:
+    return context.get_dummy_value()
+
+
+@infer_getattr
+class _FieldsOfLayout(AttributeTemplate):  # type: ignore[misc]
+    key = _LayoutType
+
+    def generic_resolve(self, typ: _LayoutType, attr: str) -> Any:  # type: ignore[override]
+        return types.intp if attr == "nbytes" or attr in typ.layout.offsets else None
+
+
+@lower_getattr_generic(_LayoutType)  # type: ignore[untyped-decorator]
+def _offset(context: Any, builder: Any, kind: _LayoutType, value: Any, field: str) -> Any:
+    return context.get_constant(types.intp, getattr(kind.layout, field))
 
 
 @piece

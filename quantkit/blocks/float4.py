@@ -18,6 +18,7 @@ from quantkit.blocks.lanes import LANES, ZERO, absolute, bits_float, float_bits,
 from quantkit.blocks.types import GGMLType
 from quantkit.compile.kernel import kernel, piece
 
+MX, NV = GGMLType.MXFP4.layout, GGMLType.NVFP4.layout
 VALUES = np.array(gguf.quants.MXFP4.kvalues, np.float32)
 # Half way between neighbours the smaller magnitude is taken.
 BORDERS = (VALUES[1:8] + VALUES[:7]) / np.float32(2)
@@ -85,23 +86,23 @@ class MXFP4(Block, type=GGMLType.MXFP4):
         """See Block; after quantize_row_mxfp4_ref."""
         levels = np.empty(2 * LANES, np.uint8)
         for block in range(x.size // 32):
-            at, start = block * 17, block * 32
+            at, start = block * MX.nbytes, block * 32
             amax = largest(maximum(absolute(load(x, start)), absolute(load(x, start + LANES))))
             # The smallest weights wrap around to the largest powers, and so become 0.
             code = (floor_log2(amax) - 2 + 127) & 0xFF if amax > ZERO else 0
             d = half_power(code)
-            out[at] = np.uint8(code)
+            out[at + MX.e] = np.uint8(code)
             put_levels(x, start, d, amax, levels, 0)
             put_levels(x, start + LANES, d, amax, levels, LANES)
-            store(out, at + 1, load(levels, 0) | (load(levels, LANES) << splat(4)))
+            store(out, at + MX.qs, load(levels, 0) | (load(levels, LANES) << splat(4)))
 
     @staticmethod
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_mxfp4."""
         for block in range(out.size // 32):
-            at = block * 17
-            get_values(data, at + 1, 16, VALUES, half_power(np.int32(data[at])), out, block * 32)
+            at = block * MX.nbytes
+            get_values(data, at + MX.qs, 16, VALUES, half_power(np.int32(data[at + MX.e])), out, block * 32)
 
 
 @piece
@@ -139,21 +140,21 @@ class NVFP4(Block, type=GGMLType.NVFP4):
         levels = np.empty(LANES, np.uint8)
         for block in range(x.size // 64):
             for j in range(4):
-                start, at = block * 64 + j * LANES, block * 36
+                start, at = block * 64 + j * LANES, block * NV.nbytes
                 amax = largest(absolute(load(x, start)))
                 code = to_ue4m3(amax / np.float32(6))
                 d = half_ue4m3(code)
-                out[at + j] = np.uint8(code)
+                out[at + NV.d + j] = np.uint8(code)
                 put_levels(x, start, d, amax, levels, 0)
                 for i in range(8):
-                    out[at + 4 + j * 8 + i] = levels[i] | (levels[8 + i] << np.uint8(4))
+                    out[at + NV.qs + j * 8 + i] = levels[i] | (levels[8 + i] << np.uint8(4))
 
     @staticmethod
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_nvfp4."""
         for block in range(out.size // 64):
-            at = block * 36
+            at = block * NV.nbytes
             for j in range(4):
-                d = half_ue4m3(np.int32(data[at + j]))
-                get_values(data, at + 4 + j * 8, 8, VALUES, d, out, block * 64 + j * 16)
+                d = half_ue4m3(np.int32(data[at + NV.d + j]))
+                get_values(data, at + NV.qs + j * 8, 8, VALUES, d, out, block * 64 + j * 16)

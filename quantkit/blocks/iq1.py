@@ -35,6 +35,7 @@ from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
 from quantkit.compile.kernel import kernel, piece
 
+S, M = GGMLType.IQ1_S.layout, GGMLType.IQ1_M.layout
 DELTA = np.float32(0.125)
 # The six levels: shifted up, and shifted down.
 UP0, UP1, UP2 = np.float32(-0.875), np.float32(0.125), np.float32(1.125)
@@ -222,22 +223,22 @@ def _encode_s(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None
             store(codes, k * LANES, select(empty, splat(0), load(codes, k * LANES)))
         store(shifts, 0, select(empty, splat(DELTA), load(shifts, 0)))
         for half in range(count):
-            at = (first + half) * 50
+            at = (first + half) * S.nbytes
             lane = half * 8
             most = most_of(found, lane, 8)
             step = most / np.float32(15)
             inverse = ONE / step
-            put_half(out, at, step * np.float32(1.125))
+            put_half(out, at + S.d, step * np.float32(1.125))
             for j in range(8):
                 word = np.int32(0)
                 for k in range(4):
                     point = np.int32(grid.index_of[codes[k * LANES + lane + j]])
-                    out[at + 2 + 4 * j + k] = np.uint8(point & 0xFF)
+                    out[at + S.qs + 4 * j + k] = np.uint8(point & 0xFF)
                     word |= (point >> 8) << np.int32(3 * k)
                 if most != ZERO:
                     code = scale_code(found[lane + j], inverse, 7)
                     word |= (code | (8 if shifts[lane + j] < ZERO else 0)) << 12
-                put_short(out, at + 34 + 2 * j, word)
+                put_short(out, at + S.qh + 2 * j, word)
 
 
 @piece
@@ -320,7 +321,7 @@ def _encode_m(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None
     tables = np.empty(8 * 8 + LANES, np.float32)
     zero = splat(ZERO)
     for block in range(x.size // SUPER):
-        at = block * 56
+        at = block * M.nbytes
         take_tile(x, block, 16, n_per_row, weights, 2, 0, tile)
         largest = _largest_magnitude(xs, 16)
         sorted_x[:] = xs
@@ -345,14 +346,14 @@ def _encode_m(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None
         for j in range(LANES):
             scales[j] = scale_code(found[j], inverse, 7)
             a, b = np.int32(grid.index_of[codes[j]]), np.int32(grid.index_of[codes[LANES + j]])
-            out[at + 2 * j] = np.uint8(a & 0xFF)
-            out[at + 2 * j + 1] = np.uint8(b & 0xFF)
+            out[at + M.qs + 2 * j] = np.uint8(a & 0xFF)
+            out[at + M.qs + 2 * j + 1] = np.uint8(b & 0xFF)
             high = (a >> 8) | ((b >> 8) << 4)
             if most != ZERO:
                 high |= (8 if shifts[j] < ZERO else 0) | (0x80 if shifts[LANES + j] < ZERO else 0)
-            out[at + 32 + j] = np.uint8(high)
+            out[at + M.qh + j] = np.uint8(high)
         if most == ZERO:
-            out[at + 48 : at + 56] = 0
+            out[at + M.scales : at + M.nbytes] = 0
             continue
         # The super-block's scale is fitted to what the others have become, one weight after another.
         factor = to_float((load(scales, 0) << splat(1)) + splat(1))
@@ -376,7 +377,7 @@ def _encode_m(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None
             word = ((half >> (4 * j)) & 15) << 12
             for i in range(4):
                 word |= np.int64(scales[4 * j + i]) << (3 * i)
-            put_short(out, at + 48 + 2 * j, word)
+            put_short(out, at + M.scales + 2 * j, word)
 
 
 @piece
@@ -390,30 +391,30 @@ def _put_group(out: Any, to: Any, scale: Any, values: Any, point: Any, down: Any
 @kernel
 def _decode_s(data: Any, out: Any, values: Any) -> None:
     for block in range(out.size // SUPER):
-        at = block * 50
-        d = get_half(data, at)
+        at = block * S.nbytes
+        d = get_half(data, at + S.d)
         for j in range(8):
-            word = get_short(data, at + 34 + 2 * j)
+            word = get_short(data, at + S.qh + 2 * j)
             scale = d * np.float32(2 * ((word >> 12) & 7) + 1)
             for k in range(4):
-                point = np.int64(data[at + 2 + 4 * j + k]) | (((word >> (3 * k)) & 7) << 8)
+                point = np.int64(data[at + S.qs + 4 * j + k]) | (((word >> (3 * k)) & 7) << 8)
                 _put_group(out, block * SUPER + 32 * j + 8 * k, scale, values, point, word & 0x8000)
 
 
 @kernel
 def _decode_m(data: Any, out: Any, values: Any) -> None:
     for block in range(out.size // SUPER):
-        at = block * 56
+        at = block * M.nbytes
         half = np.uint16(0)
         for j in range(4):
-            half |= np.uint16(np.uint16(data[at + 49 + 2 * j] >> 4) << np.uint16(4 * j))
+            half |= np.uint16(np.uint16(data[at + M.scales + 2 * j + 1] >> 4) << np.uint16(4 * j))
         d = half_value(half)
         for j in range(16):
-            word = get_short(data, at + 48 + 2 * (j // 4))
+            word = get_short(data, at + M.scales + 2 * (j // 4))
             scale = d * np.float32(2 * ((word >> (3 * (j & 3))) & 7) + 1)
             for k in range(2):
-                high = np.int64(data[at + 32 + j]) >> (4 * k)
-                point = np.int64(data[at + 2 * j + k]) | ((high & 7) << 8)
+                high = np.int64(data[at + M.qh + j]) >> (4 * k)
+                point = np.int64(data[at + M.qs + 2 * j + k]) | ((high & 7) << 8)
                 _put_group(out, block * SUPER + 16 * j + 8 * k, scale, values, point, high & 8)
 
 

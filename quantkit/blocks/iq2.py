@@ -33,6 +33,7 @@ from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
 from quantkit.compile.kernel import kernel, piece
 
+XXS, XS, S = (kind.layout for kind in (GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ2_S))
 SHAPE = (8, 2, 2)  # weights in a group, bits of a level, highest level
 STEP = np.float32(0.1)  # between the inverse scales that are tried
 GROUP_MAX_EPS_IQ2_S = np.float32(1e-8)
@@ -41,56 +42,56 @@ GROUP_MAX_EPS_IQ2_S = np.float32(1e-8)
 @piece
 def _put_xxs(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> None:
     found, codes, signs = sub_blocks
-    at = block * 66
+    at = block * XXS.nbytes
     most = most_of(found, lane, 8)
     step = most / np.float32(31)
     inverse = ONE / step
-    put_half(out, at, step)
+    put_half(out, at + XXS.d, step)
     for j in range(8):
         for k in range(4):
-            out[at + 2 + 8 * j + k] = np.uint8(index[codes[k * LANES + lane + j]])
-        put_signs_and_scale(signs, lane + j, found[lane + j], inverse, out, at + 6 + 8 * j)
+            out[at + XXS.qs + 8 * j + k] = np.uint8(index[codes[k * LANES + lane + j]])
+        put_signs_and_scale(signs, lane + j, found[lane + j], inverse, out, at + XXS.qs + 4 + 8 * j)
     if most == ZERO:
-        out[at : at + 66] = 0
+        out[at : at + XXS.nbytes] = 0
 
 
 @piece
 def _put_xs(out: Any, block: Any, sub_blocks: Any, index: Any) -> None:
     found, codes, signs = sub_blocks
-    at = block * 74
+    at = block * XS.nbytes
     most = most_of(found, 0, 16)
     step = most / np.float32(31)
     inverse = ONE / step
-    put_half(out, at, step)
+    put_half(out, at + XS.d, step)
     for j in range(16):
         for k in range(2):
             word = np.int32(index[codes[k * LANES + j]]) | (signs[k * LANES + j] << 9)
-            put_short(out, at + 2 + 4 * j + 2 * k, word)
-    put_scale_codes(found, 0, 16, inverse, out, at + 66)
+            put_short(out, at + XS.qs + 4 * j + 2 * k, word)
+    put_scale_codes(found, 0, 16, inverse, out, at + XS.scales)
     if most == ZERO:
-        out[at : at + 74] = 0
+        out[at : at + XS.nbytes] = 0
 
 
 @piece
 def _put_s(out: Any, block: Any, sub_blocks: Any, index: Any) -> None:
     found, codes, signs = sub_blocks
-    at = block * 82
+    at = block * S.nbytes
     most = most_of(found, 0, 16)
     step = most / np.float32(31)
     inverse = ONE / step
-    put_half(out, at, step * np.float32(0.9875))
+    put_half(out, at + S.d, step * np.float32(0.9875))
     for j in range(8):
         high = 0
         for k in range(4):
             source = (k & 1) * LANES + 2 * j + k // 2
             point = np.int32(index[codes[source]])
-            out[at + 2 + 4 * j + k] = np.uint8(point & 0xFF)
-            out[at + 34 + 4 * j + k] = np.uint8(signs[source])
+            out[at + S.qs + 4 * j + k] = np.uint8(point & 0xFF)
+            out[at + S.signs + 4 * j + k] = np.uint8(signs[source])
             high |= (point >> 8) << (2 * k)
-        out[at + 66 + j] = np.uint8(high)
-    put_scale_codes(found, 0, 16, inverse, out, at + 74)
+        out[at + S.qh + j] = np.uint8(high)
+    put_scale_codes(found, 0, 16, inverse, out, at + S.scales)
     if most == ZERO:
-        out[at + 74 : at + 82] = 0
+        out[at + S.scales : at + S.nbytes] = 0
 
 
 @kernel
@@ -151,39 +152,39 @@ def _scale(d: Any, code: Any) -> Any:
 @kernel
 def _decode_xxs(data: Any, out: Any, values: Any, signs: Any) -> None:
     for block in range(out.size // SUPER):
-        at = block * 66
-        d = get_half(data, at)
+        at = block * XXS.nbytes
+        d = get_half(data, at + XXS.d)
         for j in range(8):
-            word = get_word(data, at + 6 + 8 * j)
+            word = get_word(data, at + XXS.qs + 4 + 8 * j)
             scale = _scale(d, word >> np.uint32(28))
             for k in range(4):
-                to, point = block * SUPER + 32 * j + 8 * k, np.int64(data[at + 2 + 8 * j + k])
+                to, point = block * SUPER + 32 * j + 8 * k, np.int64(data[at + XXS.qs + 8 * j + k])
                 put_group(out, to, scale, values, point * 8, 8, signs, np.int64((word >> np.uint32(7 * k)) & 127) * 8)
 
 
 @kernel
 def _decode_xs(data: Any, out: Any, values: Any, signs: Any) -> None:
     for block in range(out.size // SUPER):
-        at = block * 74
-        d = get_half(data, at)
+        at = block * XS.nbytes
+        d = get_half(data, at + XS.d)
         for j in range(16):
-            scale = _scale(d, get_nibble(data, at + 66, j))
+            scale = _scale(d, get_nibble(data, at + XS.scales, j))
             for k in range(2):
-                to, word = block * SUPER + 16 * j + 8 * k, get_short(data, at + 2 + 4 * j + 2 * k)
+                to, word = block * SUPER + 16 * j + 8 * k, get_short(data, at + XS.qs + 4 * j + 2 * k)
                 put_group(out, to, scale, values, (word & 511) * 8, 8, signs, (word >> 9) * 8)
 
 
 @kernel
 def _decode_s(data: Any, out: Any, values: Any, signs: Any) -> None:
     for block in range(out.size // SUPER):
-        at = block * 82
-        d = get_half(data, at)
+        at = block * S.nbytes
+        d = get_half(data, at + S.d)
         for j in range(16):
-            scale = _scale(d, get_nibble(data, at + 74, j))
+            scale = _scale(d, get_nibble(data, at + S.scales, j))
             for group in range(2 * j, 2 * j + 2):
-                high = np.int64(data[at + 66 + group // 4] >> (2 * (group & 3))) & 3
-                to, point = block * SUPER + 8 * group, np.int64(data[at + 2 + group]) | (high << 8)
-                put_group(out, to, scale, values, point * 8, 8, signs, np.int64(data[at + 34 + group]) * 8)
+                high = np.int64(data[at + S.qh + group // 4] >> (2 * (group & 3))) & 3
+                to, point = block * SUPER + 8 * group, np.int64(data[at + S.qs + group]) | (high << 8)
+                put_group(out, to, scale, values, point * 8, 8, signs, np.int64(data[at + S.signs + group]) * 8)
 
 
 class IQ2_XXS(Block, type=GGMLType.IQ2_XXS):

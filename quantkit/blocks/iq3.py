@@ -32,6 +32,7 @@ from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
 from quantkit.compile.kernel import kernel, piece
 
+XXS, S = GGMLType.IQ3_XXS.layout, GGMLType.IQ3_S.layout
 SHAPE = (4, 3, 7)  # weights in a group, bits of a level, highest level
 STEP = np.float32(0.2)  # between the inverse scales that are tried
 GROUP_MAX_EPS_IQ3_XXS = np.float32(1e-8)
@@ -71,24 +72,24 @@ def _encode(
 @piece
 def _put_xxs(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> None:
     found, _, codes, signs = sub_blocks
-    at = block * 98
+    at = block * XXS.nbytes
     most = most_of(found, lane, 8)
     step = most / np.float32(31)
     inverse = ONE / step
-    put_half(out, at, step * np.float32(1.0125))
+    put_half(out, at + XXS.d, step * np.float32(1.0125))
     for j in range(8):
         for k in range(8):
-            out[at + 2 + 8 * j + k] = np.uint8(index[codes[k * LANES + lane + j]])
-        put_signs_and_scale(signs, lane + j, found[lane + j], inverse, out, at + 66 + 4 * j)
+            out[at + XXS.qs + 8 * j + k] = np.uint8(index[codes[k * LANES + lane + j]])
+        put_signs_and_scale(signs, lane + j, found[lane + j], inverse, out, at + XXS.scales_and_signs + 4 * j)
     if most == ZERO:
-        out[at : at + 98] = 0
+        out[at : at + XXS.nbytes] = 0
 
 
 @piece
 def _put_s(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> None:
     found, empties, codes, signs = sub_blocks
-    at = block * 110
-    out[at : at + 110] = 0
+    at = block * S.nbytes
+    out[at : at + S.nbytes] = 0
     most = most_of(found, lane, 8)
     written = 0
     for j in range(8):
@@ -97,16 +98,16 @@ def _put_s(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> None
             continue
         for k in range(8):
             point = np.int32(index[codes[k * LANES + lane + j]])
-            out[at + 2 + 8 * written + k] = np.uint8(point & 0xFF)
-            out[at + 66 + j] |= np.uint8((point >> 8) << k)
+            out[at + S.qs + 8 * written + k] = np.uint8(point & 0xFF)
+            out[at + S.qh + j] |= np.uint8((point >> 8) << k)
         for k in range(4):
-            out[at + 74 + 4 * written + k] = np.uint8(signs[k * LANES + lane + j])
+            out[at + S.signs + 4 * written + k] = np.uint8(signs[k * LANES + lane + j])
         written += 1
     if most != ZERO:
         step = most / np.float32(31)
         inverse = ONE / step
-        put_half(out, at, step * np.float32(1.033))
-        put_scale_codes(found, lane, 8, inverse, out, at + 106)
+        put_half(out, at + S.d, step * np.float32(1.033))
+        put_scale_codes(found, lane, 8, inverse, out, at + S.scales)
 
 
 @kernel
@@ -129,13 +130,13 @@ def _put_pair(out: Any, to: Any, scale: Any, values: Any, a: Any, b: Any, signs:
 @kernel
 def _decode_xxs(data: Any, out: Any, values: Any, signs: Any) -> None:
     for block in range(out.size // SUPER):
-        at = block * 98
-        d = get_half(data, at)
+        at = block * XXS.nbytes
+        d = get_half(data, at + XXS.d)
         for j in range(8):
-            word = get_word(data, at + 66 + 4 * j)
+            word = get_word(data, at + XXS.scales_and_signs + 4 * j)
             scale = d * (np.float32(0.5) + np.float32(word >> np.uint32(28))) * np.float32(0.5)
             for k in range(4):
-                source, to = at + 2 + 8 * j + 2 * k, block * SUPER + 32 * j + 8 * k
+                source, to = at + XXS.qs + 8 * j + 2 * k, block * SUPER + 32 * j + 8 * k
                 a, b = np.int64(data[source]), np.int64(data[source + 1])
                 _put_pair(out, to, scale, values, a, b, signs, np.int64((word >> np.uint32(7 * k)) & 127))
 
@@ -143,16 +144,16 @@ def _decode_xxs(data: Any, out: Any, values: Any, signs: Any) -> None:
 @kernel
 def _decode_s(data: Any, out: Any, values: Any, signs: Any) -> None:
     for block in range(out.size // SUPER):
-        at = block * 110
-        d = get_half(data, at)
+        at = block * S.nbytes
+        d = get_half(data, at + S.d)
         for j in range(8):
-            scale = d * np.float32(1 + 2 * get_nibble(data, at + 106, j))
-            high = np.int64(data[at + 66 + j])
+            scale = d * np.float32(1 + 2 * get_nibble(data, at + S.scales, j))
+            high = np.int64(data[at + S.qh + j])
             for k in range(4):
-                source, to = at + 2 + 8 * j + 2 * k, block * SUPER + 32 * j + 8 * k
+                source, to = at + S.qs + 8 * j + 2 * k, block * SUPER + 32 * j + 8 * k
                 a = np.int64(data[source]) | (((high >> (2 * k)) & 1) << 8)
                 b = np.int64(data[source + 1]) | (((high >> (2 * k + 1)) & 1) << 8)
-                _put_pair(out, to, scale, values, a, b, signs, np.int64(data[at + 74 + 4 * j + k]))
+                _put_pair(out, to, scale, values, a, b, signs, np.int64(data[at + S.signs + 4 * j + k]))
 
 
 class IQ3_XXS(Block, type=GGMLType.IQ3_XXS):

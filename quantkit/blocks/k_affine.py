@@ -26,6 +26,8 @@ from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 from quantkit.compile.kernel import kernel, piece
 
+Q2, Q4, Q5 = GGMLType.Q2_K.layout, GGMLType.Q4_K.layout, GGMLType.Q5_K.layout
+
 
 @piece
 def put_scales(out: Any, at: Any, j: Any, ls: Any, lm: Any) -> None:
@@ -51,16 +53,16 @@ def get_scales(data: Any, at: Any, j: Any) -> Any:
 
 @piece
 def put_head_6(out: Any, at: Any, d: Any, dmin: Any, codes: Any, lane: Any) -> None:
-    """The first 16 bytes of Q4_K, from the codes of 8 scales and 8 minimums in `lane`."""
-    put_half(out, at, d)
-    put_half(out, at + 2, dmin)
+    """The first 16 bytes of Q4_K and of Q5_K, which are alike: from the codes of 8 scales and 8 minimums in `lane`."""
+    put_half(out, at + Q4.d, d)
+    put_half(out, at + Q4.dmin, dmin)
     for j in range(8):
-        put_scales(out, at + 4, j, codes[j * LANES + lane], codes[(8 + j) * LANES + lane])
+        put_scales(out, at + Q4.scales, j, codes[j * LANES + lane], codes[(8 + j) * LANES + lane])
 
 
 @piece
 def put_clamped_head_6(out: Any, at: Any, d: Any, dmin: Any, codes: Any, lane: Any) -> None:
-    """The same for Q5_K, which alone clamps the codes that a search has wrapped around 0."""
+    """`put_head_6` for Q5_K, which alone clamps the codes that a search has wrapped around 0."""
     for j in range(16):
         codes[j * LANES + lane] = min(np.int32(63), codes[j * LANES + lane])
     put_head_6(out, at, d, dmin, codes, lane)
@@ -69,24 +71,24 @@ def put_clamped_head_6(out: Any, at: Any, d: Any, dmin: Any, codes: Any, lane: A
 @piece
 def get_step_6(data: Any, at: Any, j: Any) -> Any:
     """The scale and the minimum of sub-block `j` of Q4_K and Q5_K, as float32."""
-    scale, low = get_scales(data, at + 4, j)
-    return get_half(data, at) * np.float32(scale), get_half(data, at + 2) * np.float32(low)
+    scale, low = get_scales(data, at + Q4.scales, j)
+    return get_half(data, at + Q4.d) * np.float32(scale), get_half(data, at + Q4.dmin) * np.float32(low)
 
 
 @piece
 def put_head_4(out: Any, at: Any, d: Any, dmin: Any, codes: Any, lane: Any) -> None:
     """The scales, minimums and float16 of Q2_K, from the codes of 16 scales and 16 minimums in `lane`."""
-    put_half(out, at + 80, d)
-    put_half(out, at + 82, dmin)
+    put_half(out, at + Q2.d, d)
+    put_half(out, at + Q2.dmin, dmin)
     for j in range(16):
-        out[at + j] = np.uint8((codes[j * LANES + lane] | (codes[(16 + j) * LANES + lane] << 4)) & 0xFF)
+        out[at + Q2.scales + j] = np.uint8((codes[j * LANES + lane] | (codes[(16 + j) * LANES + lane] << 4)) & 0xFF)
 
 
 @piece
 def get_step_4(data: Any, at: Any, j: Any) -> Any:
     """The scale and the minimum of sub-block `j` of Q2_K, as float32."""
-    code = np.int32(data[at + j])
-    return get_half(data, at + 80) * np.float32(code & 15), get_half(data, at + 82) * np.float32(code >> 4)
+    code = np.int32(data[at + Q2.scales + j])
+    return get_half(data, at + Q2.d) * np.float32(code & 15), get_half(data, at + Q2.dmin) * np.float32(code >> 4)
 
 
 @piece
@@ -97,7 +99,7 @@ def pack_q2(levels: Any, out: Any, at: Any) -> None:
             v = half * 128 + i
             low = load(levels, v) | (load(levels, v + 32) << splat(2))
             high = (load(levels, v + 64) << splat(4)) | (load(levels, v + 96) << splat(6))
-            store(out, at + 16 + half * 32 + i, low | high)
+            store(out, at + Q2.qs + half * 32 + i, low | high)
 
 
 @piece
@@ -107,7 +109,7 @@ def pack_q4(levels: Any, out: Any, at: Any) -> None:
         for i in range(0, 32, LANES):
             low = load(levels, pair * 64 + i)
             high = load(levels, pair * 64 + 32 + i)
-            store(out, at + 16 + pair * 32 + i, low | (high << splat(4)))
+            store(out, at + Q4.qs + pair * 32 + i, low | (high << splat(4)))
 
 
 @piece
@@ -118,9 +120,9 @@ def pack_q5(levels: Any, out: Any, at: Any) -> None:
         for pair in range(4):
             low = load(levels, pair * 64 + i)
             high = load(levels, pair * 64 + 32 + i)
-            store(out, at + 48 + pair * 32 + i, (low & splat(15)) | ((high & splat(15)) << splat(4)))
+            store(out, at + Q5.qs + pair * 32 + i, (low & splat(15)) | ((high & splat(15)) << splat(4)))
             top = top | ((low >> splat(4)) << splat(2 * pair)) | ((high >> splat(4)) << splat(2 * pair + 1))
-        store(out, at + 16 + i, top)
+        store(out, at + Q5.qh + i, top)
 
 
 @piece
@@ -154,17 +156,17 @@ def code_by_largest(values: Any, codes: Any, n: Any, top: Any) -> Any:
 
 @piece
 def encode_affine(
-    x: Any, out: Any, n_per_row: Any, weights: Any, sizes: Any, plain: Any,
+    x: Any, out: Any, n_per_row: Any, weights: Any, layout: Any, sizes: Any, plain: Any,
     weigh_plain: Any, put_head: Any, get_step: Any, pack: Any,
 ) -> None:  # fmt: skip
     """Encode super-blocks, sixteen at a time.
 
     `sizes` are: the weights of a sub-block, the highest level, the highest code of a scale or minimum, what multiplies
-    the mean square that goes into importance weights, and the bytes of a super-block. `plain` is (rmin, nstep, use_mad)
+    the mean square that goes into importance weights. `plain` is (rmin, nstep, use_mad)
     of the search without importance weights, whose weights are `weigh_plain`'s. `put_head` writes scales and minimums,
     `get_step` reads them back, `pack` lays out the levels.
     """
-    n, nmax, top, factor, nbytes = sizes
+    n, nmax, top, factor = sizes
     rmin, nstep, use_mad = plain
     count = SUPER // n
     starts = np.empty(LANES, np.int64)
@@ -205,7 +207,7 @@ def encode_affine(
             else:
                 store(steps, which * LANES, positive_search(part, sums, part_codes, count, top))
         for lane in range(used):
-            at, start = (first + lane) * nbytes, (first + lane) * SUPER
+            at, start = (first + lane) * layout.nbytes, (first + lane) * SUPER
             put_head(out, at, steps[lane], steps[LANES + lane], codes, lane)
             for j in range(count):
                 step, low = get_step(out, at, j)
@@ -221,17 +223,17 @@ def encode_affine(
 
 
 @piece
-def decode_6(data: Any, out: Any, nbytes: Any, five: Any) -> None:
+def decode_6(data: Any, out: Any, layout: Any, five: Any) -> None:
     """Decode Q4_K and Q5_K, which has the fifth bits between its head and its nibbles."""
     for block in range(out.size // SUPER):
-        at = block * nbytes
+        at = block * layout.nbytes
         for j in range(8):
             step, low = get_step_6(data, at, j)
-            source, to, shift = at + nbytes - 128 + (j // 2) * 32, block * SUPER + j * 32, (j & 1) * 4
+            source, to, shift = at + layout.qs + (j // 2) * 32, block * SUPER + j * 32, (j & 1) * 4
             for i in range(0, 32, LANES):
                 level = (load(data, source + i) >> splat(shift)) & splat(15)
                 if five:
-                    level = level | (((load(data, at + 16 + i) >> splat(j)) & splat(1)) << splat(4))
+                    level = level | (((load(data, at + Q5.qh + i) >> splat(j)) & splat(1)) << splat(4))
                 store(out, to + i, splat(step) * to_float(level) - splat(low))
 
 
@@ -242,20 +244,18 @@ class Q2_K(Block, type=GGMLType.Q2_K):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q2_K_ref and quantize_row_q2_K_impl."""
-        sizes, plain = (16, 3, 15, 1, 84), (np.float32(-0.5), 15, True)
-        encode_affine(
-            x, out, n_per_row, weights, sizes, plain, weigh_by_magnitude, put_head_4, get_step_4, pack_q2
-        )  # fmt: skip
+        sizes, plain = (16, 3, 15, 1), (np.float32(-0.5), 15, True)
+        encode_affine(x, out, n_per_row, weights, Q2, sizes, plain, weigh_by_magnitude, put_head_4, get_step_4, pack_q2)
 
     @staticmethod
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q2_K."""
         for block in range(out.size // SUPER):
-            at = block * 84
+            at = block * Q2.nbytes
             for j in range(16):
                 step, low = get_step_4(data, at, j)
-                source, to, shift = at + 16 + (j // 8) * 32 + (j & 1) * 16, block * SUPER + j * 16, (j // 2 & 3) * 2
+                source, to, shift = at + Q2.qs + (j // 8) * 32 + (j & 1) * 16, block * SUPER + j * 16, (j // 2 & 3) * 2
                 level = (load(data, source) >> splat(shift)) & splat(3)
                 store(out, to, splat(step) * to_float(level) - splat(low))
 
@@ -267,14 +267,14 @@ class Q4_K(Block, type=GGMLType.Q4_K):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q4_K_ref and quantize_row_q4_K_impl."""
-        sizes, plain = (32, 15, 63, 2, 144), (np.float32(-1), 20, False)
-        encode_affine(x, out, n_per_row, weights, sizes, plain, weigh_by_size, put_head_6, get_step_6, pack_q4)
+        sizes, plain = (32, 15, 63, 2), (np.float32(-1), 20, False)
+        encode_affine(x, out, n_per_row, weights, Q4, sizes, plain, weigh_by_size, put_head_6, get_step_6, pack_q4)
 
     @staticmethod
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q4_K."""
-        decode_6(data, out, 144, False)
+        decode_6(data, out, Q4, False)
 
 
 class Q5_K(Block, type=GGMLType.Q5_K):
@@ -284,11 +284,13 @@ class Q5_K(Block, type=GGMLType.Q5_K):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q5_K_ref and quantize_row_q5_K_impl."""
-        sizes, plain = (32, 31, 63, 2, 176), (np.float32(-0.5), 15, False)
-        encode_affine(x, out, n_per_row, weights, sizes, plain, weigh_by_size, put_clamped_head_6, get_step_6, pack_q5)
+        sizes, plain = (32, 31, 63, 2), (np.float32(-0.5), 15, False)
+        encode_affine(
+            x, out, n_per_row, weights, Q5, sizes, plain, weigh_by_size, put_clamped_head_6, get_step_6, pack_q5
+        )
 
     @staticmethod
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q5_K."""
-        decode_6(data, out, 176, True)
+        decode_6(data, out, Q5, True)

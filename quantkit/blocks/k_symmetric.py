@@ -29,6 +29,8 @@ from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 from quantkit.compile.kernel import kernel, piece
 
+Q3, Q6 = GGMLType.Q3_K.layout, GGMLType.Q6_K.layout
+
 
 @piece
 def code_by_extreme(scales: Any, codes: Any) -> Any:
@@ -87,8 +89,8 @@ def pack_q3(levels: Any, out: Any, at: Any) -> None:
                 level = load(levels, v + quarter * 32)
                 low = low | ((level & three) << splat(2 * quarter))
                 top = top | ((level >> splat(2)) << splat(4 * half + quarter))
-            store(out, at + 32 + half * 32 + i, low)
-        store(out, at + i, top)
+            store(out, at + Q3.qs + half * 32 + i, low)
+        store(out, at + Q3.hmask + i, top)
 
 
 class Q3_K(Block, type=GGMLType.Q3_K):
@@ -130,10 +132,10 @@ class Q3_K(Block, type=GGMLType.Q3_K):
                     store(inverses, j * LANES, inverse)
                 store(steps, 0, code_by_search(scales, sums, codes))
             for lane in range(used):
-                at, start = (first + lane) * 110, (first + lane) * SUPER
-                put_scales_3(out, at + 96, codes, lane)
-                put_half(out, at + 108, steps[lane])
-                d = get_half(out, at + 108)
+                at, start = (first + lane) * Q3.nbytes, (first + lane) * SUPER
+                put_scales_3(out, at + Q3.scales, codes, lane)
+                put_half(out, at + Q3.d, steps[lane])
+                d = get_half(out, at + Q3.d)
                 for j in range(16):
                     step = d * np.float32(codes[j * LANES + lane] - 32)
                     if step != ZERO:
@@ -151,12 +153,13 @@ class Q3_K(Block, type=GGMLType.Q3_K):
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q3_K."""
         for block in range(out.size // SUPER):
-            at = block * 110
-            d = get_half(data, at + 108)
+            at = block * Q3.nbytes
+            d = get_half(data, at + Q3.d)
             for j in range(16):
-                step = d * np.float32(get_scale_3(data, at + 96, j))
-                high, to = at + (j & 1) * 16, block * SUPER + j * 16
-                low, shift, bit = high + 32 + (j // 8) * 32, (j // 2 & 3) * 2, j // 2
+                step = d * np.float32(get_scale_3(data, at + Q3.scales, j))
+                part, to = (j & 1) * 16, block * SUPER + j * 16
+                high, bit = at + Q3.hmask + part, j // 2
+                low, shift = at + Q3.qs + (j // 8) * 32 + part, (j // 2 & 3) * 2
                 top = ((load(data, high) >> splat(bit)) & splat(1)) << splat(2)
                 level = ((load(data, low) >> splat(shift)) & splat(3)) | top
                 store(out, to, splat(step) * to_float(level - splat(4)))
@@ -178,10 +181,10 @@ def pack_q6(levels: Any, out: Any, at: Any) -> None:
             v = half * 128 + i
             a, b = load(levels, v), load(levels, v + 32)
             c, e = load(levels, v + 64), load(levels, v + 96)
-            store(out, at + half * 64 + i, (a & low) | ((c & low) << four))
-            store(out, at + half * 64 + 32 + i, (b & low) | ((e & low) << four))
+            store(out, at + Q6.ql + half * 64 + i, (a & low) | ((c & low) << four))
+            store(out, at + Q6.ql + half * 64 + 32 + i, (b & low) | ((e & low) << four))
             top = (a >> four) | ((b >> four) << splat(2)) | ((c >> four) << four) | ((e >> four) << splat(6))
-            store(out, at + 128 + half * 32 + i, top)
+            store(out, at + Q6.qh + half * 32 + i, top)
 
 
 class Q6_K(Block, type=GGMLType.Q6_K):
@@ -199,7 +202,7 @@ class Q6_K(Block, type=GGMLType.Q6_K):
         inverses = np.empty(LANES, np.float32)
         levels = np.empty(SUPER, np.uint8)
         for block in range(x.size // SUPER):
-            start, at = block * SUPER, block * 210
+            start, at = block * SUPER, block * Q6.nbytes
             for j in range(16):
                 starts[j] = start + j * 16
                 columns[j] = start % n_per_row + j * 16
@@ -216,14 +219,14 @@ class Q6_K(Block, type=GGMLType.Q6_K):
                 if abs(scales[j]) > max_abs:
                     max_abs, max_scale = abs(scales[j]), scales[j]
             if max_abs < GROUP_MAX_EPS:
-                out[at : at + 210] = 0
+                out[at : at + Q6.nbytes] = 0
                 continue
             iscale = np.float32(-128) / max_scale
-            put_half(out, at + 208, np.float32(1) / iscale)
-            d = get_half(out, at + 208)
+            put_half(out, at + Q6.d, np.float32(1) / iscale)
+            d = get_half(out, at + Q6.d)
             for j in range(16):
                 code = min(127, nearest_int(iscale * scales[j]))
-                out[at + 192 + j] = np.uint8(code & 0xFF)
+                out[at + Q6.scales + j] = np.uint8(code & 0xFF)
                 step = d * np.float32(np.int8(code & 0xFF))
                 if step != ZERO:
                     level = clamped_ints(load(x, start + j * 16) / splat(step), -32, 31) + splat(32)
@@ -237,12 +240,13 @@ class Q6_K(Block, type=GGMLType.Q6_K):
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q6_K."""
         for block in range(out.size // SUPER):
-            at = block * 210
-            d = get_half(data, at + 208)
+            at = block * Q6.nbytes
+            d = get_half(data, at + Q6.d)
             for j in range(16):
                 half, quarter, part = j // 8, j // 2 & 3, j & 1
-                step = d * np.float32(np.int8(data[at + 192 + j]))
-                low, high = at + half * 64 + (quarter & 1) * 32 + part * 16, at + 128 + half * 32 + part * 16
+                step = d * np.float32(np.int8(data[at + Q6.scales + j]))
+                low = at + Q6.ql + half * 64 + (quarter & 1) * 32 + part * 16
+                high = at + Q6.qh + half * 32 + part * 16
                 top = ((load(data, high) >> splat(2 * quarter)) & splat(3)) << splat(4)
                 level = ((load(data, low) >> splat(quarter // 2 * 4)) & splat(15)) | top
                 store(out, block * SUPER + j * 16, splat(step) * to_float(level - splat(32)))

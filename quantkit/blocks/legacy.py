@@ -39,6 +39,11 @@ from quantkit.blocks.types import GGMLType
 from quantkit.compile.kernel import kernel, piece
 
 QK = 32
+Q4_0_BYTES, Q4_1_BYTES = GGMLType.Q4_0.layout, GGMLType.Q4_1.layout
+Q5_0_BYTES, Q5_1_BYTES = GGMLType.Q5_0.layout, GGMLType.Q5_1.layout
+Q8_0_BYTES = GGMLType.Q8_0.layout
+# Where it has them, each of the first four begins with d and m, and qh comes right before qs.
+D, M, QH_BEFORE_QS = Q4_1_BYTES.d, Q4_1_BYTES.m, Q5_0_BYTES.qs - Q5_0_BYTES.qh
 
 
 @piece
@@ -102,28 +107,27 @@ def to_levels(values: Any, limit: Any, tame: Any) -> Any:
 
 @piece
 def put_levels(out: Any, at: Any, low: Any, high: Any, five: Any) -> None:
-    """16 bytes of nibbles, the first half of the block in the low ones; before them, with `five`, the fifth bits."""
+    """The nibbles qs at `at`, the first half of the block in the low ones; before them, with `five`, the fifth bits."""
     if five:
         sixteen = splat(16)
         word = bits((low & sixteen) == sixteen) | (bits((high & sixteen) == sixteen) << np.uint32(LANES))
-        put_word(out, at, word)
-        at += 4
+        put_word(out, at - QH_BEFORE_QS, word)
     store(out, at, (low & splat(15)) | (high << splat(4)))
 
 
 @piece
-def symmetric_levels(x: Any, out: Any, first: Any, count: Any, inverse: Any, nbytes: Any, half: Any, tame: Any) -> None:
+def symmetric_levels(x: Any, out: Any, first: Any, count: Any, inverse: Any, layout: Any, half: Any, tame: Any) -> None:
     """Levels of `count` blocks: 0 to 2 * half - 1, `half` meaning 0, rounded by cutting."""
     middle = splat(np.float32(half + 0.5))
     for k in range(count):
         start, scale = (first + k) * QK, splat(inverse[k])
         low = to_levels(load(x, start) * scale + middle, 2 * half - 1, tame)
         high = to_levels(load(x, start + LANES) * scale + middle, 2 * half - 1, tame)
-        put_levels(out, (first + k) * nbytes + 2, low, high, half == 16)
+        put_levels(out, (first + k) * layout.nbytes + layout.qs, low, high, half == 16)
 
 
 @piece
-def encode_symmetric(x: Any, out: Any, nbytes: Any, half: Any) -> None:
+def encode_symmetric(x: Any, out: Any, layout: Any, half: Any) -> None:
     """Q4_0 and Q5_0, sixteen blocks at a time so that their divisions overlap."""
     found = np.zeros(LANES, np.float32)
     inverse = np.empty(LANES, np.float32)
@@ -135,16 +139,16 @@ def encode_symmetric(x: Any, out: Any, nbytes: Any, half: Any) -> None:
         d = load(found, 0) / splat(np.float32(-half))
         tame = inverses(d, inverse)
         for k in range(count):
-            put_half(out, (first + k) * nbytes, found[k] / np.float32(-half))
+            put_half(out, (first + k) * layout.nbytes + D, found[k] / np.float32(-half))
         if tame:
-            symmetric_levels(x, out, first, count, inverse, nbytes, half, True)
+            symmetric_levels(x, out, first, count, inverse, layout, half, True)
         else:
-            symmetric_levels(x, out, first, count, inverse, nbytes, half, False)
+            symmetric_levels(x, out, first, count, inverse, layout, half, False)
 
 
 @piece
 def affine_levels(
-    x: Any, out: Any, first: Any, count: Any, least: Any, inverse: Any, nbytes: Any, top: Any, limit: Any, tame: Any
+    x: Any, out: Any, first: Any, count: Any, least: Any, inverse: Any, layout: Any, top: Any, limit: Any, tame: Any
 ) -> None:
     """Levels of `count` blocks: 0 to `top`; `limit` is what the reference clamps them to."""
     rounding = splat(np.float32(0.5))
@@ -152,11 +156,11 @@ def affine_levels(
         start, scale, m = (first + k) * QK, splat(inverse[k]), splat(least[k])
         low = to_levels((load(x, start) - m) * scale + rounding, limit, tame)
         high = to_levels((load(x, start + LANES) - m) * scale + rounding, limit, tame)
-        put_levels(out, (first + k) * nbytes + 4, low, high, top == 31)
+        put_levels(out, (first + k) * layout.nbytes + layout.qs, low, high, top == 31)
 
 
 @piece
-def encode_affine(x: Any, out: Any, nbytes: Any, top: Any, limit: Any) -> None:
+def encode_affine(x: Any, out: Any, layout: Any, top: Any, limit: Any) -> None:
     """Q4_1 and Q5_1, sixteen blocks at a time so that their divisions overlap."""
     least = np.zeros(LANES, np.float32)
     most = np.zeros(LANES, np.float32)
@@ -171,13 +175,13 @@ def encode_affine(x: Any, out: Any, nbytes: Any, top: Any, limit: Any) -> None:
         tame = inverses(d, inverse)
         store(most, 0, d)
         for k in range(count):
-            at = (first + k) * nbytes
-            put_half(out, at, most[k])
-            put_half(out, at + 2, least[k])
+            at = (first + k) * layout.nbytes
+            put_half(out, at + D, most[k])
+            put_half(out, at + M, least[k])
         if tame:
-            affine_levels(x, out, first, count, least, inverse, nbytes, top, limit, True)
+            affine_levels(x, out, first, count, least, inverse, layout, top, limit, True)
         else:
-            affine_levels(x, out, first, count, least, inverse, nbytes, top, limit, False)
+            affine_levels(x, out, first, count, least, inverse, layout, top, limit, False)
 
 
 @piece
@@ -199,7 +203,7 @@ def row_mean_squares(x: Any, n_per_row: Any, n_rows: Any, out: Any) -> None:
 
 @piece
 def encode_weighted(
-    x: Any, out: Any, n_per_row: Any, weights: Any, nbytes: Any, low: Any, high: Any, affine: Any
+    x: Any, out: Any, n_per_row: Any, weights: Any, layout: Any, low: Any, high: Any, affine: Any
 ) -> None:
     """All four with importance weights: levels low..high, sixteen blocks at a time. `affine` formats have a minimum."""
     starts = np.empty(LANES, np.int64)
@@ -233,35 +237,32 @@ def encode_weighted(
             store(scales, 0, scale)
             store(inverse, 0, best)
         for k in range(count):
-            at, start, scale, zero = (first + k) * nbytes, (first + k) * QK, splat(inverse[k]), splat(base[k])
-            put_half(out, at, scales[k])
-            at += 2
+            at, start, scale, zero = (first + k) * layout.nbytes, (first + k) * QK, splat(inverse[k]), splat(base[k])
+            put_half(out, at + D, scales[k])
             if affine:
-                put_half(out, at, lows[k])
-                at += 2
+                put_half(out, at + M, lows[k])
             offset = splat(-low if inverse[k] != ZERO else 0)  # an all but empty block has levels of 0
             first_half = clamped_ints(scale * (load(x, start) - zero), low, high) + offset
             second_half = clamped_ints(scale * (load(x, start + LANES) - zero), low, high) + offset
-            put_levels(out, at, first_half, second_half, high - low == 31)
+            put_levels(out, at + layout.qs, first_half, second_half, high - low == 31)
 
 
 @piece
-def decode_levels(data: Any, out: Any, five: Any, affine: Any) -> None:
+def decode_levels(data: Any, out: Any, layout: Any, five: Any, affine: Any) -> None:
     """Decode all four: levels of 4 bits, with `five` of 5. The middle stands for 0; `affine` formats have a minimum."""
-    nbytes = 18 + (4 if five else 0) + (2 if affine else 0)
     middle = splat(0 if affine else 16 if five else 8)
     for block in range(out.size // QK):
-        at, to = block * nbytes, block * QK
-        nibbles = load(data, at + nbytes - 16)
+        at, to = block * layout.nbytes, block * QK
+        nibbles = load(data, at + layout.qs)
         low, high = nibbles & splat(15), nibbles >> splat(4)
         if five:
-            tops = splat(get_word(data, at + nbytes - 20)) >> lane_numbers()
+            tops = splat(get_word(data, at + layout.qs - QH_BEFORE_QS)) >> lane_numbers()
             low = low | ((tops & splat(1)) << splat(4))
             high = high | ((tops >> splat(12)) & splat(16))
-        d = splat(get_half(data, at))
+        d = splat(get_half(data, at + D))
         first, second = to_float(low - middle) * d, to_float(high - middle) * d
         if affine:
-            m = splat(get_half(data, at + 2))
+            m = splat(get_half(data, at + M))
             first, second = first + m, second + m
         store(out, to, first)
         store(out, to + LANES, second)
@@ -275,15 +276,15 @@ class Q4_0(Block, type=GGMLType.Q4_0):
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q4_0_ref and quantize_row_q4_0_impl."""
         if weights is None:
-            encode_symmetric(x, out, 18, 8)
+            encode_symmetric(x, out, Q4_0_BYTES, 8)
         else:
-            encode_weighted(x, out, n_per_row, weights, 18, -8, 7, False)
+            encode_weighted(x, out, n_per_row, weights, Q4_0_BYTES, -8, 7, False)
 
     @staticmethod
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q4_0."""
-        decode_levels(data, out, False, False)
+        decode_levels(data, out, Q4_0_BYTES, False, False)
 
 
 class Q4_1(Block, type=GGMLType.Q4_1):
@@ -294,15 +295,15 @@ class Q4_1(Block, type=GGMLType.Q4_1):
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q4_1_ref and quantize_row_q4_1_impl."""
         if weights is None:
-            encode_affine(x, out, 20, 15, 15)
+            encode_affine(x, out, Q4_1_BYTES, 15, 15)
         else:
-            encode_weighted(x, out, n_per_row, weights, 20, 0, 15, True)
+            encode_weighted(x, out, n_per_row, weights, Q4_1_BYTES, 0, 15, True)
 
     @staticmethod
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q4_1."""
-        decode_levels(data, out, False, True)
+        decode_levels(data, out, Q4_1_BYTES, False, True)
 
 
 class Q5_0(Block, type=GGMLType.Q5_0):
@@ -313,15 +314,15 @@ class Q5_0(Block, type=GGMLType.Q5_0):
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q5_0_ref and quantize_row_q5_0_impl."""
         if weights is None:
-            encode_symmetric(x, out, 22, 16)
+            encode_symmetric(x, out, Q5_0_BYTES, 16)
         else:
-            encode_weighted(x, out, n_per_row, weights, 22, -16, 15, False)
+            encode_weighted(x, out, n_per_row, weights, Q5_0_BYTES, -16, 15, False)
 
     @staticmethod
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q5_0."""
-        decode_levels(data, out, True, False)
+        decode_levels(data, out, Q5_0_BYTES, True, False)
 
 
 class Q5_1(Block, type=GGMLType.Q5_1):
@@ -332,15 +333,15 @@ class Q5_1(Block, type=GGMLType.Q5_1):
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q5_1_ref (which does not clamp) and quantize_row_q5_1_impl."""
         if weights is None:
-            encode_affine(x, out, 24, 31, 255)
+            encode_affine(x, out, Q5_1_BYTES, 31, 255)
         else:
-            encode_weighted(x, out, n_per_row, weights, 24, 0, 31, True)
+            encode_weighted(x, out, n_per_row, weights, Q5_1_BYTES, 0, 31, True)
 
     @staticmethod
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q5_1."""
-        decode_levels(data, out, True, True)
+        decode_levels(data, out, Q5_1_BYTES, True, True)
 
 
 class Q8_0(Block, type=GGMLType.Q8_0):
@@ -351,13 +352,13 @@ class Q8_0(Block, type=GGMLType.Q8_0):
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q8_0_ref."""
         for block in range(x.size // QK):
-            at, start = block * 34, block * QK
+            at, start = block * Q8_0_BYTES.nbytes, block * QK
             low, high = load(x, start), load(x, start + LANES)
             d = largest(maximum(absolute(low), absolute(high))) / np.float32(127)
             inverse = splat(ONE / d if d != ZERO else ZERO)
-            put_half(out, at, d)
-            store(out, at + 2, to_levels(round_half_away(low * inverse), 127, False))
-            store(out, at + 2 + LANES, to_levels(round_half_away(high * inverse), 127, False))
+            put_half(out, at + Q8_0_BYTES.d, d)
+            store(out, at + Q8_0_BYTES.qs, to_levels(round_half_away(low * inverse), 127, False))
+            store(out, at + Q8_0_BYTES.qs + LANES, to_levels(round_half_away(high * inverse), 127, False))
 
     @staticmethod
     @kernel
@@ -365,7 +366,7 @@ class Q8_0(Block, type=GGMLType.Q8_0):
         """See Block; after dequantize_row_q8_0."""
         levels = data.view(np.int8)
         for block in range(out.size // QK):
-            at, to = block * 34, block * QK
-            d = splat(get_half(data, at))
+            at, to = block * Q8_0_BYTES.nbytes, block * QK
+            d = splat(get_half(data, at + Q8_0_BYTES.d))
             for i in range(0, QK, LANES):
-                store(out, to + i, to_float(load(levels, at + 2 + i)) * d)
+                store(out, to + i, to_float(load(levels, at + Q8_0_BYTES.qs + i)) * d)

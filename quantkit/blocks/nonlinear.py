@@ -20,6 +20,7 @@ from quantkit.blocks.types import GGMLType
 from quantkit.compile.kernel import kernel, piece
 
 QK = 32
+NL, XS = GGMLType.IQ4_NL.layout, GGMLType.IQ4_XS.layout
 VALUES = np.array(gguf.quants.IQ4_NL.kvalues, np.float32)
 STEPS = np.diff(VALUES)
 # Half way between neighbours the upper one is taken. The reference compares two distances, which are exact near there.
@@ -109,17 +110,17 @@ class IQ4_NL(Block, type=GGMLType.IQ4_NL):
             store(scales, 0, scale)
             store(inverses, 0, reciprocals(scale))
             for lane in range(used):
-                at = (first + lane) * 18
-                put_half(out, at, scales[lane])
-                put_nibbles(x, starts[lane], inverses[lane], out, at + 2)
+                at = (first + lane) * NL.nbytes
+                put_half(out, at + NL.d, scales[lane])
+                put_nibbles(x, starts[lane], inverses[lane], out, at + NL.qs)
 
     @staticmethod
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_iq4_nl."""
         for block in range(out.size // QK):
-            at = block * 18
-            get_values(data, at + 2, 16, VALUES, get_half(data, at), out, block * QK)
+            at = block * NL.nbytes
+            get_values(data, at + NL.qs, 16, VALUES, get_half(data, at + NL.d), out, block * QK)
 
 
 class IQ4_XS(Block, type=GGMLType.IQ4_XS):
@@ -160,25 +161,26 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
                 store(codes, j * LANES, code + splat(32))
                 store(inverses, j * LANES, reciprocals(step * to_float(code)))
             for lane in range(used):
-                at = (first + lane) * 136
-                put_half(out, at, steps[lane])
+                at, start = (first + lane) * XS.nbytes, (first + lane) * SUPER
+                put_half(out, at + XS.d, steps[lane])
                 top = 0
                 for j in range(8):
                     top |= (codes[j * LANES + lane] >> 4) << (2 * j)
-                    put_nibbles(x, (first + lane) * SUPER + j * QK, inverses[j * LANES + lane], out, at + 8 + j * 16)
-                put_short(out, at + 2, top)
+                    put_nibbles(x, start + j * QK, inverses[j * LANES + lane], out, at + XS.qs + j * 16)
+                put_short(out, at + XS.scales_h, top)
                 for j in range(4):
                     low, high = codes[2 * j * LANES + lane], codes[(2 * j + 1) * LANES + lane]
-                    out[at + 4 + j] = np.uint8((low & 15) | ((high & 15) << 4))
+                    out[at + XS.scales_l + j] = np.uint8((low & 15) | ((high & 15) << 4))
 
     @staticmethod
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_iq4_xs."""
         for block in range(out.size // SUPER):
-            at = block * 136
-            d = get_half(data, at)
-            top = get_short(data, at + 2)
+            at = block * XS.nbytes
+            d = get_half(data, at + XS.d)
+            top = get_short(data, at + XS.scales_h)
             for j in range(8):
-                step = d * np.float32((get_nibble(data, at + 4, j) | (((top >> (2 * j)) & 3) << 4)) - 32)
-                get_values(data, at + 8 + j * 16, 16, VALUES, step, out, block * SUPER + j * QK)
+                code = get_nibble(data, at + XS.scales_l, j) | (((top >> (2 * j)) & 3) << 4)
+                step = d * np.float32(code - 32)
+                get_values(data, at + XS.qs + j * 16, 16, VALUES, step, out, block * SUPER + j * QK)

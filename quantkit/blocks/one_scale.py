@@ -17,6 +17,8 @@ from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 from quantkit.compile.kernel import kernel, piece
 
+Q1, Q2 = GGMLType.Q1_0.layout, GGMLType.Q2_0.layout
+TQ1, TQ2 = GGMLType.TQ1_0.layout, GGMLType.TQ2_0.layout
 HALF = np.float32(0.5)
 BIT_OF_LANE = np.left_shift(1, np.arange(LANES, dtype=np.int32))
 PAIR_OF_LANE = np.arange(0, 2 * LANES, 2, dtype=np.int32)
@@ -66,20 +68,20 @@ class Q1_0(Block, type=GGMLType.Q1_0):
                 total = total + absolute(load(xs, i * LANES))
             store(means, 0, total / splat(np.float32(128)))
             for lane in range(used):
-                at = (first + lane) * 18
-                put_half(out, at, means[lane])
+                at = (first + lane) * Q1.nbytes
+                put_half(out, at + Q1.d, means[lane])
                 for i in range(8):
-                    put_short(out, at + 2 + 2 * i, bits(load(x, starts[lane] + i * LANES) >= splat(ZERO)))
+                    put_short(out, at + Q1.qs + 2 * i, bits(load(x, starts[lane] + i * LANES) >= splat(ZERO)))
 
     @staticmethod
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q1_0."""
         for block in range(out.size // 128):
-            at = block * 18
-            d = get_half(data, at)
+            at = block * Q1.nbytes
+            d = get_half(data, at + Q1.d)
             for i in range(8):
-                positive = (splat(get_short(data, at + 2 + 2 * i)) & load(BIT_OF_LANE, 0)) != splat(0)
+                positive = (splat(get_short(data, at + Q1.qs + 2 * i)) & load(BIT_OF_LANE, 0)) != splat(0)
                 store(out, block * 128 + i * LANES, select(positive, splat(d), splat(-d)))
 
 
@@ -92,25 +94,25 @@ class Q2_0(Block, type=GGMLType.Q2_0):
         """See Block; after quantize_row_q2_0_ref."""
         levels = np.empty(64, np.uint8)
         for block in range(x.size // 64):
-            at, start = block * 18, block * 64
+            at, start = block * Q2.nbytes, block * 64
             d = largest_magnitude(x, start, 64)
             inverse = splat(reciprocal(d))
-            put_half(out, at, d)
+            put_half(out, at + Q2.d, d)
             for i in range(0, 64, LANES):
                 store(levels, i, digits(load(x, start + i) * inverse, 0))
             for i in range(16):
                 low, high = levels[4 * i] | (levels[4 * i + 1] << 2), levels[4 * i + 2] | (levels[4 * i + 3] << 2)
-                out[at + 2 + i] = np.uint8(low | (high << 4))
+                out[at + Q2.qs + i] = np.uint8(low | (high << 4))
 
     @staticmethod
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_q2_0."""
         for block in range(out.size // 64):
-            at = block * 18
-            d = get_half(data, at)
+            at = block * Q2.nbytes
+            d = get_half(data, at + Q2.d)
             for i in range(0, 64, LANES):
-                level = (splat(get_word(data, at + 2 + i // 4)) >> load(PAIR_OF_LANE, 0)) & splat(3)
+                level = (splat(get_word(data, at + Q2.qs + i // 4)) >> load(PAIR_OF_LANE, 0)) & splat(3)
                 store(out, block * 64 + i, to_float(level - splat(1)) * splat(d))
 
 
@@ -150,31 +152,31 @@ class TQ1_0(Block, type=GGMLType.TQ1_0):
         tail = np.zeros(4 * LANES, np.float32)
         last = np.empty(LANES, np.uint8)
         for block in range(x.size // SUPER):
-            at, start = block * 54, block * SUPER
+            at, start = block * TQ1.nbytes, block * SUPER
             d = largest_magnitude(x, start, SUPER)
             inverse = splat(reciprocal(d))
-            put_half(out, at + 52, d)
-            put_trits(x, start, 32, 5, inverse, out, at)
-            put_trits(x, start + 16, 32, 5, inverse, out, at + 16)
-            put_trits(x, start + 160, 16, 5, inverse, out, at + 32)
+            put_half(out, at + TQ1.d, d)
+            put_trits(x, start, 32, 5, inverse, out, at + TQ1.qs)
+            put_trits(x, start + 16, 32, 5, inverse, out, at + TQ1.qs + 16)
+            put_trits(x, start + 160, 16, 5, inverse, out, at + TQ1.qs + 32)
             for j in range(4):  # the last 16 weights fill four bytes: four of the sixteen lanes
                 for i in range(4):
                     tail[j * LANES + i] = x[start + 240 + j * 4 + i]
             put_trits(tail, 0, LANES, 4, inverse, last, 0)
             for i in range(4):
-                out[at + 48 + i] = last[i]
+                out[at + TQ1.qh + i] = last[i]
 
     @staticmethod
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_tq1_0."""
         for block in range(out.size // SUPER):
-            at, to = block * 54, block * SUPER
-            d = get_half(data, at + 52)
-            get_trits(data, at, 32, d, out, to)
-            get_trits(data, at + 32, 16, d, out, to + 160)
+            at, to = block * TQ1.nbytes, block * SUPER
+            d = get_half(data, at + TQ1.d)
+            get_trits(data, at + TQ1.qs, 32, d, out, to)
+            get_trits(data, at + TQ1.qs + 32, 16, d, out, to + 160)
             for i in range(16):
-                fraction = np.int32((data[at + 48 + i % 4] * POWERS_OF_3[i // 4]) & 0xFF)
+                fraction = np.int32((data[at + TQ1.qh + i % 4] * POWERS_OF_3[i // 4]) & 0xFF)
                 out[to + 240 + i] = np.float32(((fraction * 3) >> 8) - 1) * d
 
 
@@ -186,26 +188,26 @@ class TQ2_0(Block, type=GGMLType.TQ2_0):
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_tq2_0_ref."""
         for block in range(x.size // SUPER):
-            at, start = block * 66, block * SUPER
+            at, start = block * TQ2.nbytes, block * SUPER
             d = largest_magnitude(x, start, SUPER)
             inverse = splat(reciprocal(d))
-            put_half(out, at + 64, d)
+            put_half(out, at + TQ2.d, d)
             for half in range(2):
                 for i in range(0, 32, LANES):
                     byte = splat(0)
                     for j in range(4):
                         digit = digits(load(x, start + half * 128 + j * 32 + i) * inverse, 1)
                         byte = byte | (digit << splat(2 * j))
-                    store(out, at + half * 32 + i, byte)
+                    store(out, at + TQ2.qs + half * 32 + i, byte)
 
     @staticmethod
     @kernel
     def decode(data: Any, out: Any) -> None:
         """See Block; after dequantize_row_tq2_0."""
         for block in range(out.size // SUPER):
-            d = get_half(data, block * 66 + 64)
+            d = get_half(data, block * TQ2.nbytes + TQ2.d)
             for half in range(2):
-                at, to = block * 66 + half * 32, block * SUPER + half * 128
+                at, to = block * TQ2.nbytes + TQ2.qs + half * 32, block * SUPER + half * 128
                 for j in range(4):
                     for i in range(0, 32, LANES):
                         digit = (load(data, at + i) >> splat(2 * j)) & splat(3)

@@ -16,12 +16,13 @@ import numpy as np
 
 from quantkit.blocks import float4, nonlinear
 from quantkit.blocks.bytes import get_half, get_nibble, get_short, put_half, put_short
-from quantkit.blocks.float4 import half_power
-from quantkit.blocks.k_affine import get_scales, pack_q2, pack_q4, pack_q5, put_head_4, put_head_6
-from quantkit.blocks.k_symmetric import get_scale_3, pack_q3, pack_q6, put_scales_3
+from quantkit.blocks.float4 import MX, half_power
+from quantkit.blocks.k_affine import Q2, Q4, Q5, get_scales, pack_q2, pack_q4, pack_q5, put_head_4, put_head_6
+from quantkit.blocks.k_symmetric import Q3, Q6, get_scale_3, pack_q3, pack_q6, put_scales_3
 from quantkit.blocks.lane_memory import load, store
 from quantkit.blocks.lanes import LANES, float_bits, splat
-from quantkit.blocks.legacy import put_levels
+from quantkit.blocks.legacy import Q4_0_BYTES, Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES, Q8_0_BYTES, D, M, put_levels
+from quantkit.blocks.nonlinear import XS
 from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
 from quantkit.compile.kernel import kernel, piece
@@ -62,11 +63,11 @@ def _to_lane(codes: Any, start: Any, n: Any, offset: Any, lane: Any) -> None:
 
 @piece
 def _put_affine(
-    levels: Any, codes: Any, floats: Any, out: Any, count: Any, nbytes: Any, put_head: Any, pack: Any
+    levels: Any, codes: Any, floats: Any, out: Any, count: Any, layout: Any, put_head: Any, pack: Any
 ) -> None:
     lane = np.empty(2 * count * LANES, np.int32)
-    for block in range(out.size // nbytes):
-        at = block * nbytes
+    for block in range(out.size // layout.nbytes):
+        at = block * layout.nbytes
         _to_lane(codes, block * 2 * count, 2 * count, 0, lane)
         put_head(out, at, floats[2 * block], floats[2 * block + 1], lane, 0)
         pack(levels[block * SUPER : (block + 1) * SUPER], out, at)
@@ -74,202 +75,201 @@ def _put_affine(
 
 @kernel
 def _put_q2_k(levels: Any, codes: Any, floats: Any, out: Any) -> None:
-    _put_affine(levels, codes, floats, out, 16, 84, put_head_4, pack_q2)
+    _put_affine(levels, codes, floats, out, 16, Q2, put_head_4, pack_q2)
 
 
 @kernel
 def _put_q4_k(levels: Any, codes: Any, floats: Any, out: Any) -> None:
-    _put_affine(levels, codes, floats, out, 8, 144, put_head_6, pack_q4)
+    _put_affine(levels, codes, floats, out, 8, Q4, put_head_6, pack_q4)
 
 
 @kernel
 def _put_q5_k(levels: Any, codes: Any, floats: Any, out: Any) -> None:
-    _put_affine(levels, codes, floats, out, 8, 176, put_head_6, pack_q5)
+    _put_affine(levels, codes, floats, out, 8, Q5, put_head_6, pack_q5)
 
 
 @kernel
 def _take_q2_k(data: Any, codes: Any, floats: Any) -> None:
-    for block in range(data.size // 84):
-        at = block * 84
-        floats[2 * block], floats[2 * block + 1] = get_half(data, at + 80), get_half(data, at + 82)
+    for block in range(data.size // Q2.nbytes):
+        at = block * Q2.nbytes
+        floats[2 * block], floats[2 * block + 1] = get_half(data, at + Q2.d), get_half(data, at + Q2.dmin)
         for j in range(16):
-            codes[32 * block + j] = np.int32(data[at + j] & 15)
-            codes[32 * block + 16 + j] = np.int32(data[at + j] >> 4)
+            codes[32 * block + j] = np.int32(data[at + Q2.scales + j] & 15)
+            codes[32 * block + 16 + j] = np.int32(data[at + Q2.scales + j] >> 4)
 
 
 @piece
-def _take_6(data: Any, codes: Any, floats: Any, nbytes: Any) -> None:
-    for block in range(data.size // nbytes):
-        at = block * nbytes
-        floats[2 * block], floats[2 * block + 1] = get_half(data, at), get_half(data, at + 2)
+def _take_6(data: Any, codes: Any, floats: Any, layout: Any) -> None:
+    for block in range(data.size // layout.nbytes):
+        at = block * layout.nbytes
+        floats[2 * block], floats[2 * block + 1] = get_half(data, at + layout.d), get_half(data, at + layout.dmin)
         for j in range(8):
-            codes[16 * block + j], codes[16 * block + 8 + j] = get_scales(data, at + 4, j)
+            codes[16 * block + j], codes[16 * block + 8 + j] = get_scales(data, at + layout.scales, j)
 
 
 @kernel
 def _take_q4_k(data: Any, codes: Any, floats: Any) -> None:
-    _take_6(data, codes, floats, 144)
+    _take_6(data, codes, floats, Q4)
 
 
 @kernel
 def _take_q5_k(data: Any, codes: Any, floats: Any) -> None:
-    _take_6(data, codes, floats, 176)
+    _take_6(data, codes, floats, Q5)
 
 
 @kernel
 def _put_q3_k(levels: Any, codes: Any, floats: Any, out: Any) -> None:
     lane = np.empty(16 * LANES, np.int32)
-    for block in range(out.size // 110):
-        at = block * 110
+    for block in range(out.size // Q3.nbytes):
+        at = block * Q3.nbytes
         _to_lane(codes, block * 32, 16, 32, lane)
-        put_scales_3(out, at + 96, lane, 0)
-        put_half(out, at + 108, floats[2 * block])
+        put_scales_3(out, at + Q3.scales, lane, 0)
+        put_half(out, at + Q3.d, floats[2 * block])
         pack_q3(levels[block * SUPER : (block + 1) * SUPER], out, at)
 
 
 @kernel
 def _take_q3_k(data: Any, codes: Any, floats: Any) -> None:
-    for block in range(data.size // 110):
-        at = block * 110
-        floats[2 * block], floats[2 * block + 1] = get_half(data, at + 108), np.float32(0)
+    for block in range(data.size // Q3.nbytes):
+        at = block * Q3.nbytes
+        floats[2 * block], floats[2 * block + 1] = get_half(data, at + Q3.d), np.float32(0)
         for j in range(16):
-            codes[32 * block + j], codes[32 * block + 16 + j] = get_scale_3(data, at + 96, j), np.int32(0)
+            codes[32 * block + j], codes[32 * block + 16 + j] = get_scale_3(data, at + Q3.scales, j), np.int32(0)
 
 
 @kernel
 def _put_q6_k(levels: Any, codes: Any, floats: Any, out: Any) -> None:
-    for block in range(out.size // 210):
-        at = block * 210
+    for block in range(out.size // Q6.nbytes):
+        at = block * Q6.nbytes
         for j in range(16):
-            out[at + 192 + j] = np.uint8(codes[32 * block + j] & 0xFF)
-        put_half(out, at + 208, floats[2 * block])
+            out[at + Q6.scales + j] = np.uint8(codes[32 * block + j] & 0xFF)
+        put_half(out, at + Q6.d, floats[2 * block])
         pack_q6(levels[block * SUPER : (block + 1) * SUPER], out, at)
 
 
 @kernel
 def _take_q6_k(data: Any, codes: Any, floats: Any) -> None:
-    for block in range(data.size // 210):
-        at = block * 210
-        floats[2 * block], floats[2 * block + 1] = get_half(data, at + 208), np.float32(0)
+    for block in range(data.size // Q6.nbytes):
+        at = block * Q6.nbytes
+        floats[2 * block], floats[2 * block + 1] = get_half(data, at + Q6.d), np.float32(0)
         for j in range(16):
-            codes[32 * block + j], codes[32 * block + 16 + j] = np.int32(np.int8(data[at + 192 + j])), np.int32(0)
+            codes[32 * block + j], codes[32 * block + 16 + j] = np.int32(np.int8(data[at + Q6.scales + j])), np.int32(0)
 
 
 @kernel
 def _put_iq4_xs(levels: Any, codes: Any, floats: Any, out: Any) -> None:
-    for block in range(out.size // 136):
-        at = block * 136
-        put_half(out, at, floats[2 * block])
+    for block in range(out.size // XS.nbytes):
+        at = block * XS.nbytes
+        put_half(out, at + XS.d, floats[2 * block])
         top = 0
         for j in range(8):
             code = np.int64(codes[16 * block + j]) + 32
             top |= (code >> 4) << (2 * j)
             nibble = np.uint8((code & 15) << (4 * (j & 1)))
-            out[at + 4 + j // 2] = nibble if j & 1 == 0 else out[at + 4 + j // 2] | nibble
+            out[at + XS.scales_l + j // 2] = nibble if j & 1 == 0 else out[at + XS.scales_l + j // 2] | nibble
             low, high = load(levels, block * SUPER + j * QK), load(levels, block * SUPER + j * QK + LANES)
-            store(out, at + 8 + j * 16, low | (high << splat(4)))
-        put_short(out, at + 2, top)
+            store(out, at + XS.qs + j * 16, low | (high << splat(4)))
+        put_short(out, at + XS.scales_h, top)
 
 
 @kernel
 def _take_iq4_xs(data: Any, codes: Any, floats: Any) -> None:
-    for block in range(data.size // 136):
-        at = block * 136
-        floats[2 * block], floats[2 * block + 1] = get_half(data, at), np.float32(0)
-        top = get_short(data, at + 2)
+    for block in range(data.size // XS.nbytes):
+        at = block * XS.nbytes
+        floats[2 * block], floats[2 * block + 1] = get_half(data, at + XS.d), np.float32(0)
+        top = get_short(data, at + XS.scales_h)
         for j in range(8):
-            code = np.int64(get_nibble(data, at + 4, j)) | (((top >> (2 * j)) & 3) << 4)
+            code = np.int64(get_nibble(data, at + XS.scales_l, j)) | (((top >> (2 * j)) & 3) << 4)
             codes[16 * block + j], codes[16 * block + 8 + j] = np.int32(code - 32), np.int32(0)
 
 
 @piece
-def _put_legacy(levels: Any, floats: Any, out: Any, nbytes: Any, affine: Any, five: Any) -> None:
-    for block in range(out.size // nbytes):
-        at = block * nbytes
-        put_half(out, at, floats[2 * block])
-        at += 2
+def _put_legacy(levels: Any, floats: Any, out: Any, layout: Any, affine: Any, five: Any) -> None:
+    for block in range(out.size // layout.nbytes):
+        at = block * layout.nbytes
+        put_half(out, at + D, floats[2 * block])
         if affine:
-            put_half(out, at, floats[2 * block + 1])
-            at += 2
-        put_levels(out, at, load(levels, block * QK), load(levels, block * QK + LANES), five)
+            put_half(out, at + M, floats[2 * block + 1])
+        put_levels(out, at + layout.qs, load(levels, block * QK), load(levels, block * QK + LANES), five)
 
 
 @piece
-def _take_legacy(data: Any, floats: Any, nbytes: Any, affine: Any) -> None:
-    for block in range(data.size // nbytes):
-        at = block * nbytes
-        floats[2 * block] = get_half(data, at)
-        floats[2 * block + 1] = get_half(data, at + 2) if affine else np.float32(0)
+def _take_legacy(data: Any, floats: Any, layout: Any, affine: Any) -> None:
+    for block in range(data.size // layout.nbytes):
+        at = block * layout.nbytes
+        floats[2 * block] = get_half(data, at + D)
+        floats[2 * block + 1] = get_half(data, at + M) if affine else np.float32(0)
 
 
 @kernel
 def _put_q4_0(levels: Any, codes: Any, floats: Any, out: Any) -> None:
-    _put_legacy(levels, floats, out, 18, False, False)
+    _put_legacy(levels, floats, out, Q4_0_BYTES, False, False)
 
 
 @kernel
 def _take_q4_0(data: Any, codes: Any, floats: Any) -> None:
-    _take_legacy(data, floats, 18, False)
+    _take_legacy(data, floats, Q4_0_BYTES, False)
 
 
 @kernel
 def _put_q4_1(levels: Any, codes: Any, floats: Any, out: Any) -> None:
-    _put_legacy(levels, floats, out, 20, True, False)
+    _put_legacy(levels, floats, out, Q4_1_BYTES, True, False)
 
 
 @kernel
 def _take_q4_1(data: Any, codes: Any, floats: Any) -> None:
-    _take_legacy(data, floats, 20, True)
+    _take_legacy(data, floats, Q4_1_BYTES, True)
 
 
 @kernel
 def _put_q5_0(levels: Any, codes: Any, floats: Any, out: Any) -> None:
-    _put_legacy(levels, floats, out, 22, False, True)
+    _put_legacy(levels, floats, out, Q5_0_BYTES, False, True)
 
 
 @kernel
 def _take_q5_0(data: Any, codes: Any, floats: Any) -> None:
-    _take_legacy(data, floats, 22, False)
+    _take_legacy(data, floats, Q5_0_BYTES, False)
 
 
 @kernel
 def _put_q5_1(levels: Any, codes: Any, floats: Any, out: Any) -> None:
-    _put_legacy(levels, floats, out, 24, True, True)
+    _put_legacy(levels, floats, out, Q5_1_BYTES, True, True)
 
 
 @kernel
 def _take_q5_1(data: Any, codes: Any, floats: Any) -> None:
-    _take_legacy(data, floats, 24, True)
+    _take_legacy(data, floats, Q5_1_BYTES, True)
 
 
 @kernel
 def _put_q8_0(levels: Any, codes: Any, floats: Any, out: Any) -> None:
-    for block in range(out.size // 34):
-        at = block * 34
-        put_half(out, at, floats[2 * block])
+    for block in range(out.size // Q8_0_BYTES.nbytes):
+        at = block * Q8_0_BYTES.nbytes
+        put_half(out, at + Q8_0_BYTES.d, floats[2 * block])
         for i in range(0, QK, LANES):
-            store(out, at + 2 + i, load(levels, block * QK + i) - splat(128))
+            store(out, at + Q8_0_BYTES.qs + i, load(levels, block * QK + i) - splat(128))
 
 
 @kernel
 def _take_q8_0(data: Any, codes: Any, floats: Any) -> None:
-    _take_legacy(data, floats, 34, False)
+    _take_legacy(data, floats, Q8_0_BYTES, False)
 
 
 @kernel
 def _put_mxfp4(levels: Any, codes: Any, floats: Any, out: Any) -> None:
-    for block in range(out.size // 17):
-        at = block * 17
+    for block in range(out.size // MX.nbytes):
+        at = block * MX.nbytes
         bits = np.int64(float_bits(floats[2 * block]))
         # The two least powers have no exponent of their own in a float32.
-        out[at] = np.uint8((bits >> 23) + 1 if bits >> 23 else (1 if bits > 0x00200000 else 0))
-        store(out, at + 1, load(levels, block * QK) | (load(levels, block * QK + LANES) << splat(4)))
+        out[at + MX.e] = np.uint8((bits >> 23) + 1 if bits >> 23 else (1 if bits > 0x00200000 else 0))
+        store(out, at + MX.qs, load(levels, block * QK) | (load(levels, block * QK + LANES) << splat(4)))
 
 
 @kernel
 def _take_mxfp4(data: Any, codes: Any, floats: Any) -> None:
-    for block in range(data.size // 17):
-        floats[2 * block], floats[2 * block + 1] = half_power(np.int32(data[17 * block])), np.float32(0)
+    for block in range(data.size // MX.nbytes):
+        code = np.int32(data[block * MX.nbytes + MX.e])
+        floats[2 * block], floats[2 * block + 1] = half_power(code), np.float32(0)
 
 
 def _range(low: int, high: int) -> np.ndarray:

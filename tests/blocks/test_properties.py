@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import gguf
@@ -125,6 +126,15 @@ def test_layouts_are_ggufs() -> None:
         assert theirs.name == kind.name
         if kind != GGMLType.Q8_1:  # gguf has an old layout of this type, which no file holds
             assert gguf.GGML_QUANT_SIZES[theirs] == (kind.block_size, kind.type_size)
+
+
+def test_a_layout_says_where_its_fields_begin() -> None:
+    layout = GGMLType.Q4_K.layout
+    assert [getattr(layout, field) for field in layout.sizes] == [0, 2, 4, 16]
+    assert (layout.nbytes, layout.qs) == (144, 16)
+    assert copy.deepcopy(layout).offsets == layout.offsets
+    with pytest.raises(AttributeError, match=r"Layout\(d=2, dmin=2, scales=12, qs=128\) has no field 'qh'"):
+        layout.qh  # noqa: B018
 
 
 def test_public_functions_take_any_shape_and_bytes() -> None:
