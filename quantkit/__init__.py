@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
+from quantkit.machine import Processor, choose_openblas_kernels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +48,9 @@ __all__ = [
     "read_tasks",
     "tasks",
 ]
+
+# numpy has not been loaded yet, in a command or where quantkit is imported first.
+choose_openblas_kernels(Processor.here(), os.environ, "numpy" in sys.modules)
 
 # Loaded when first asked for, so that `import quantkit` is quick.
 _ELSEWHERE = {

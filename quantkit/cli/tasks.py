@@ -63,6 +63,7 @@ def command(
         raise QuantkitError("no tasks: give a file with --hellaswag, --winogrande or --multiple-choice")
     from quantkit.evaluate.settings import Compute
     from quantkit.evaluate.tasks import read_tasks, tasks
+    from quantkit.report.measurements import computed_by
     from quantkit.sources.source import open_source
 
     compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
@@ -76,7 +77,7 @@ def command(
         lines.append(
             f"{kind}: {100 * result.accuracy.value:.4f} % ± {100 * result.accuracy.stderr:.4f} "
             f"({result.n_right} of {result.n_tasks} tasks; 95 %: {100 * result.low:.2f} "
-            f"to {100 * result.high:.2f}; {result.backend}, {result.precision})"
+            f"to {100 * result.high:.2f}; {computed_by(result)})"
         )
         data.append({"file": str(wanted[kind]), **asdict(result)})
     emit("\n".join(lines), {"model": model.label, "tasks": data}, as_json)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
+from quantkit.machine import CORE_TYPE, Processor
 from quantkit.sources.source import TensorSource, open_source
+
+log = logging.getLogger(__name__)
 
 # What measurements take as a model: one that is loaded, a source, or the path or hub id of one.
 AnyModel = Model | TensorSource | str | os.PathLike[str]
@@ -26,8 +30,27 @@ def load(model: AnyModel, compute: Compute | None = None) -> Model:
         return model
     source = open_source(model) if isinstance(model, (str, os.PathLike)) else model
     compute = compute or Compute()
+    loaded: Model
     if compute.backend == "torch":
         from quantkit.evaluate.torch_backend import TorchTransformer
 
-        return TorchTransformer(source, compute)
-    return Transformer(source, compute)
+        loaded = TorchTransformer(source, compute)
+    else:
+        loaded = Transformer(source, compute)
+        _suggest_kernels(loaded.blas)
+    log.info(
+        "%s: computes through %s in %s on %d threads, matrix products by %s",
+        source.label, loaded.backend, loaded.precision, loaded.threads.count, loaded.blas,
+    )  # fmt: skip
+    return loaded
+
+
+def _suggest_kernels(blas: str) -> None:
+    processor = Processor.here()
+    wanted = None if processor is None else processor.openblas_kernels()
+    if wanted is not None and blas == "OpenBLAS Haswell" and CORE_TYPE not in os.environ:
+        log.info(
+            "numpy was loaded before quantkit, and multiplies matrices without AVX-512, at half the speed: "
+            "import quantkit first, or set %s=%s",
+            CORE_TYPE, wanted,
+        )  # fmt: skip

@@ -94,6 +94,7 @@ class DivergenceResult:
     memory: int | None
     backend: str
     precision: str
+    blas: str
     by_position: list[PositionBand] = field(repr=False)
     by_class: list[TokenClass] = field(repr=False)
     chunk_kld: list[float] = field(repr=False)
@@ -408,6 +409,7 @@ def _result(
         memory=lead.peak_memory(),
         backend=lead.backend,
         precision=lead.precision,
+        blas=lead.blas,
         by_position=[
             PositionBand(
                 first + start,

@@ -39,6 +39,7 @@ class Generation:
     tokens_per_second: float
     backend: str
     precision: str
+    blas: str
     tokens: list[int] = field(repr=False)
 
 
@@ -133,5 +134,6 @@ def generate(
         tokens_per_second=max(0, len(tokens) - 1) / max(1e-9, now - after_prompt),
         backend=model.backend,
         precision=model.precision,
+        blas=model.blas,
         tokens=tokens,
     )

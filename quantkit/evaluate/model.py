@@ -48,15 +48,16 @@ class Logits(Protocol):
 class Model(ABC):
     """A model that can be run: token ids in, logits, log-likelihoods or activations out.
 
-    `source` is what its weights come from, `spec` describes its forward pass. `backend` and `precision` say what
-    computes, `threads` on how many threads. `memory` bounds, in bytes, what may be taken. `observer`, if set, is told
-    of each matrix product of the layers.
+    `source` is what its weights come from, `spec` describes its forward pass. `backend`, `precision` and `blas` (the
+    library that multiplies matrices, and its kernels) say what computes, `threads` on how many threads. `memory`
+    bounds, in bytes, what may be taken. `observer`, if set, is told of each matrix product of the layers.
 
     Raises QuantkitError when the architecture is unknown, or the tensors do not fit the metadata.
     """
 
     backend: str
     precision: str
+    blas: str
     observer: Observer | None = None
 
     def __init__(self, source: TensorSource, compute: Compute) -> None:

@@ -42,6 +42,7 @@ class PerplexityResult:
     memory: int | None
     backend: str
     precision: str
+    blas: str
     chunk_nll: list[float] = field(repr=False)
     running: list[float] = field(repr=False)
 
@@ -147,6 +148,7 @@ def perplexity(
         memory=model.peak_memory(),
         backend=model.backend,
         precision=model.precision,
+        blas=model.blas,
         chunk_nll=chunk_nll,
         running=running,
     )

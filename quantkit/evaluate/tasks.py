@@ -64,6 +64,7 @@ class TasksResult:
     n_tasks: int
     backend: str
     precision: str
+    blas: str
     chosen: list[int] = field(repr=False)
     scores: list[list[float]] = field(repr=False)
     running: list[float] = field(repr=False)
@@ -324,6 +325,7 @@ def tasks(
         n_tasks=n,
         backend=model.backend,
         precision=model.precision,
+        blas=model.blas,
         chosen=chosen,
         scores=scores,
         running=(hits / np.arange(1, n + 1)).tolist(),

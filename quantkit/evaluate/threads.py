@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import ThreadpoolController, threadpool_info
 
 _T = TypeVar("_T")
 
@@ -94,3 +94,14 @@ class Threads:
 def _one_by_one(task: Callable[[int], None], count: int) -> None:
     for i in range(count):
         task(i)
+
+
+def blas_name() -> str:
+    """The library that multiplies numpy's matrices and its kernels, as "OpenBLAS Haswell"."""
+    pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+    # Others may have come with scipy or torch.
+    own = next((pool for pool in pools if "numpy" in pool["filepath"]), pools[0] if pools else None)
+    if own is None:
+        return str(np.__config__.CONFIG["Build Dependencies"]["blas"]["name"])  # type: ignore[attr-defined]
+    name = {"openblas": "OpenBLAS", "mkl": "MKL", "blis": "BLIS"}.get(own["internal_api"], own["internal_api"])
+    return f"{name} {own['architecture']}" if own.get("architecture") else name

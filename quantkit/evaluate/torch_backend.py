@@ -113,6 +113,7 @@ class TorchTransformer(Model):
         self._device = _open_device(device, self._kind)
         self._dtype, self._keep, self._held = _DTYPES[precision], keep, -1
         self.backend, self.precision = f"torch {device}", _NAMES[precision]
+        self.blas = _library(self._kind)
         refuse_unsupported(self.spec, source.label)
         for part in unknown_parts(self.spec):
             raise QuantkitError(f"{source.label}: the torch backend does not know {part}: use the default backend")
@@ -563,6 +564,12 @@ def _exact_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _library(kind: str) -> str:
+    """What multiplies matrices for torch on this kind of device."""
+    cpu = "MKL" if torch.backends.mkl.is_available() else "torch's own"
+    return {"cpu": cpu, "cuda": "cuBLAS", "mps": "Metal"}[kind]
 
 
 def _open_device(device: str, kind: str) -> Any:

@@ -21,7 +21,7 @@ from quantkit.evaluate.kv_cache import KVCache
 from quantkit.evaluate.layers import ROWS, Expert, LayerRunner, Product, Routed, unsupported
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Compute
-from quantkit.evaluate.threads import Share
+from quantkit.evaluate.threads import Share, blas_name
 from quantkit.evaluate.weights import Weights
 from quantkit.sources.source import TensorSource
 
@@ -103,6 +103,7 @@ class Transformer(Model):
 
     def __init__(self, source: TensorSource, compute: Compute = _DEFAULT, keep: bool | None = None) -> None:
         super().__init__(source, compute)
+        self.blas = blas_name()
         refuse_unsupported(self.spec, source.label)
         n_weights = sum(info.n_elements for info in source.tensors.values())
         self._keep = n_weights * 4 <= self.memory // 2 if keep is None else keep

@@ -80,7 +80,7 @@ class Ladder:
             "The ratio is the perplexity over the source's, retention its inverse; the mean KLD is Kullback and "
             "Leibler's divergence of its predictions from the source's in nats, and same top the share of tokens whose "
             "likeliest prediction is the source's. "
-            f"Measured with quantkit {quantkit.__version__} ({first.backend}, {first.precision}).\n"
+            f"Measured with quantkit {quantkit.__version__} ({first.backend}, {first.precision}, {first.blas}).\n"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,6 +94,7 @@ class Ladder:
             "n_tokens": first.n_tokens,
             "backend": first.backend,
             "precision": first.precision,
+            "blas": first.blas,
             "quantkit": quantkit.__version__,
             "types": [
                 {

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from quantkit.evaluate.divergence import DivergenceResult
     from quantkit.evaluate.importance import LayerStatistics, TensorStatistics
     from quantkit.evaluate.perplexity import PerplexityResult
+    from quantkit.evaluate.tasks import TasksResult
 
 _NAMES = {100.0: "maximum", 50.0: "median", 0.0: "minimum"}
 
@@ -25,10 +26,15 @@ def cost_text(result: PerplexityResult | DivergenceResult) -> str:
     )
 
 
+def computed_by(result: PerplexityResult | DivergenceResult | TasksResult) -> str:
+    """What computed a result: "numpy, float32, OpenBLAS Haswell"."""
+    return f"{result.backend}, {result.precision}, {result.blas}"
+
+
 def perplexity_text(result: PerplexityResult) -> str:
     """`result` for a reader, in llama-perplexity's form."""
     ppl = result.ppl
-    return f"PPL = {ppl.value:.4f} ± {ppl.stderr:.5f}\n{cost_text(result)} ({result.backend}, {result.precision})"
+    return f"PPL = {ppl.value:.4f} ± {ppl.stderr:.5f}\n{cost_text(result)} ({computed_by(result)})"
 
 
 def divergence_text(result: DivergenceResult) -> str:
@@ -67,7 +73,7 @@ def divergence_text(result: DivergenceResult) -> str:
     lines += ["", table(["tokens", "share", "mean KLD", "other top-1"], kinds)]
     lines += [
         "",
-        f"{cost_text(r)} ({r.backend}, {r.precision}; base: {r.base})",
+        f"{cost_text(r)} ({computed_by(r)}; base: {r.base})",
     ]
     return "\n".join(lines)
 

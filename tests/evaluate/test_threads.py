@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
 
-from quantkit.evaluate.threads import Threads
+from quantkit.evaluate.threads import Threads, blas_name
 
 
 def blas_threads() -> set[int]:
@@ -46,3 +49,13 @@ def test_what_a_task_raises_is_raised_and_blas_gets_its_threads_back():
     with pytest.raises(ValueError):
         threads.run([lambda: fail(1)])
     assert blas_threads() == before
+
+
+def test_the_library_that_multiplies_is_named_with_its_kernels():
+    words = "from quantkit.evaluate.threads import blas_name; print(blas_name())"
+    library = blas_name().split()[0]
+    if library != "OpenBLAS":
+        pytest.skip(f"numpy multiplies with {library} here")
+    environment = {**os.environ, "OPENBLAS_CORETYPE": "Nehalem"}
+    done = subprocess.run([sys.executable, "-c", words], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "OpenBLAS Nehalem"

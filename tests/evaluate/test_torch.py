@@ -184,7 +184,7 @@ def test_the_command_line_says_what_computed():
     words = (
         "perplexity fixtures/tinylm -f fixtures/tinylm-test.txt -c 64 --chunks 2 -t 1 --backend torch -q --precision"
     )
-    for precision, said in (("f32", "(torch cpu, float32)"), ("bf16", "(torch cpu, bfloat16)")):
+    for precision, said in (("f32", "(torch cpu, float32, "), ("bf16", "(torch cpu, bfloat16, ")):
         command = [sys.executable, "-c", "from quantkit.cli.main import main; main()", *words.split(), precision]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert (done.returncode, said in done.stdout) == (0, True), done.stderr

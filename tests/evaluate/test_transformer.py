@@ -23,11 +23,13 @@ from support.tiny import (
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
+from quantkit.evaluate import transformer
 from quantkit.evaluate.backends import load
 from quantkit.evaluate.perplexity import perplexity
 from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
+from quantkit.machine import CORE_TYPE, Processor
 from quantkit.sources.source import GGUFSource
 
 
@@ -122,6 +124,26 @@ def test_perplexity_scores_the_second_half_of_chunks_that_begin_with_bos(model_p
     limited = perplexity(source, ids, chunking=Chunking(n_ctx=64, chunks=3, batch=2))
     assert limited.n_chunks == 3
     assert limited.ppl.value == pytest.approx(result.running[2], rel=1e-6)
+
+
+def test_what_computes_is_told_and_what_would_be_faster(model_path, monkeypatch, caplog):
+    model = load(model_path, Compute(threads=1))
+    result = perplexity(model, some_tokens(1, 200)[0], chunking=Chunking(n_ctx=64))
+    assert (result.backend, result.precision, result.blas) == ("numpy", "float32", model.blas)
+    caplog.set_level("INFO", "quantkit")
+    load(model_path, Compute(threads=1))
+    assert f"through numpy in float32 on 1 threads, matrix products by {model.blas}" in caplog.text
+    assert "import quantkit first" not in caplog.text
+    zen5 = Processor("AuthenticAMD", 26, 2, frozenset(["avx512f", "avx512cd", "avx512dq", "avx512bw", "avx512vl"]))
+    monkeypatch.setattr(Processor, "here", lambda: zen5)
+    monkeypatch.setattr(transformer, "blas_name", lambda: "OpenBLAS Haswell")
+    monkeypatch.delenv(CORE_TYPE, raising=False)
+    load(model_path, Compute(threads=1))
+    assert "import quantkit first, or set OPENBLAS_CORETYPE=SkylakeX" in caplog.text
+    caplog.clear()
+    monkeypatch.setenv(CORE_TYPE, "Haswell")
+    load(model_path, Compute(threads=1))
+    assert "import quantkit first" not in caplog.text
 
 
 def test_text_that_is_too_short(model_path):
