@@ -14,6 +14,7 @@ import typer
 
 from quantkit.cli.progress import Progress, above_bars
 from quantkit.errors import QuantkitError
+from quantkit.wording import printable
 
 if TYPE_CHECKING:
     from quantkit.sources.source import TensorSource
@@ -130,12 +131,12 @@ def note(text: str) -> None:
 def _say(text: str) -> None:
     # That nobody reads messages any more is no reason to stop.
     with suppress(OSError), above_bars():
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def emit(text: str, data: Any, as_json: bool) -> None:
     """Print a result on stdout: `text`, or `data` with --json."""
-    print(json.dumps(data, indent=2, allow_nan=False, default=str) if as_json else text)
+    print(json.dumps(data, indent=2, allow_nan=False, default=str) if as_json else printable(text))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from quantkit.cli import streams
 from quantkit.cli.console import COMMON
 from quantkit.errors import QuantkitError
 from quantkit.formats.atomic import remove_temporaries
-from quantkit.wording import did_you_mean
+from quantkit.wording import did_you_mean, printable
 
 # Command -> (module under quantkit.cli, one line for --help). Modules are imported only when their command runs.
 COMMANDS = {
@@ -237,5 +237,5 @@ class _LostInterrupts:
 def fail(problem: str) -> None:
     """One line on stderr, and exit code 1."""
     with suppress(OSError):
-        print(f"error: {' '.join(problem.split())}", file=sys.stderr, flush=True)
+        print(printable(f"error: {' '.join(problem.split())}"), file=sys.stderr, flush=True)
     sys.exit(1)

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from quantkit.compile.observers import observers
-from quantkit.wording import size_text
+from quantkit.wording import printable, size_text
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -84,7 +84,7 @@ class Progress:
 
     def update(self, done: int, total: int | None, note: str = "") -> None:
         """`done` of `total` is done."""
-        self.done, self.total, self._note = done, total, note
+        self.done, self.total, self._note = done, total, printable(note)
         now = self._computing()
         if done:
             self._latest = now, done

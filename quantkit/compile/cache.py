@@ -3,6 +3,9 @@
 A folder holds the kernels of one package (blocks, evaluate, vocabulary) of one version of the source; in it, a pair of
 files holds one kernel for one signature, processor and version of Python. So nothing in it ever changes its meaning,
 and processes need no lock.
+
+Loading machine code runs it, and its files hold pickles. So they are read only where they are the user's own, in a
+folder that nobody else can write, and where a checksum says that they are as they were written.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import functools
 import hashlib
 import logging
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -28,6 +32,7 @@ log = logging.getLogger(__name__)
 
 # Versions of a package's source whose machine code is kept; the oldest go first.
 KEPT_VERSIONS = 8
+_CHECKSUM = hashlib.sha256().digest_size
 _PACKAGE = Path(__file__).parent.parent
 # Called with a kernel and a signature that are not in the cache, before they are compiled: see `ahead`.
 before_compiling: Callable[[KernelCache, Any], None] | None = None
@@ -72,16 +77,68 @@ def _folder(package: Path, home: Path) -> Path | None:
     """The folder for the kernels of directory `package`, made if need be; None when it cannot be written."""
     folder = home / f"{package.name}-{source_digest(package)}"
     try:
+        home.mkdir(0o700, parents=True, exist_ok=True)
+        _keep_private(home)
         if not folder.is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(0o700, exist_ok=True)
             versions = sorted(home.glob(f"{package.name}-*"), key=lambda path: path.stat().st_mtime, reverse=True)
             for old in [path for path in versions if path != folder][KEPT_VERSIONS - 1 :]:
                 shutil.rmtree(old, ignore_errors=True)
+        _keep_private(folder)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         log.debug("no cache of kernels: %s", error)
         return None
     return folder
+
+
+def _is_own(status: os.stat_result) -> bool:
+    """Whether a file or folder belongs to the user. Windows keeps a user's cache from others by itself."""
+    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+
+
+def _keep_private(folder: Path) -> None:
+    """See to it that only the user can write `folder`. Raises PermissionError where it belongs to somebody else."""
+    status = folder.stat()
+    if not _is_own(status):
+        raise PermissionError(f"{folder} belongs to another user")
+    if hasattr(os, "geteuid") and status.st_mode & 0o022:
+        folder.chmod(0o700)
+
+
+class _Files(IndexDataCacheFile):  # type: ignore[misc]
+    """numba's pair of files, each with a checksum in front; numba's own would run whatever it finds."""
+
+    def _load_index(self) -> dict[Any, str]:
+        try:
+            version, stamp, overloads = pickle.loads(self._read(self._index_path))
+        except FileNotFoundError:
+            return {}
+        return overloads if (version, stamp) == (self._version, self._source_stamp) else {}
+
+    def _save_index(self, overloads: dict[Any, str]) -> None:
+        self._write(self._index_path, self._dump((self._version, self._source_stamp, overloads)))  # type: ignore[no-untyped-call]
+
+    def _load_data(self, name: str) -> Any:
+        return pickle.loads(self._read(self._data_path(name)))  # type: ignore[no-untyped-call]
+
+    def _save_data(self, name: str, data: Any) -> None:
+        self._write(self._data_path(name), self._dump(data))  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def _read(path: str) -> bytes:
+        with open(path, "rb") as file:
+            if not _is_own(os.fstat(file.fileno())):
+                raise PermissionError(f"{path} belongs to another user")
+            contents = file.read()
+        data = contents[_CHECKSUM:]
+        if hashlib.sha256(data).digest() != contents[:_CHECKSUM]:
+            raise ValueError(f"{path} is damaged")
+        return data
+
+    def _write(self, path: str, data: bytes) -> None:
+        with self._open_for_write(path) as file:  # type: ignore[no-untyped-call]
+            file.write(hashlib.sha256(data).digest() + data)
 
 
 class _Locator:
@@ -106,7 +163,8 @@ class _Locator:
 
     def ensure_cache_path(self) -> None:
         """Make the folder, should another process have cleared it away."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.parent.mkdir(0o700, parents=True, exist_ok=True)
+        self._folder.mkdir(0o700, exist_ok=True)
 
     def get_source_stamp(self) -> str:
         """What must be the same for kept code to be valid. The folder's name says it already."""
@@ -167,5 +225,5 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
         """Turn to the files of `sig`; numba calls under its compiler lock. Returns numba's key for them."""
         key = self._index_key(sig, codegen)  # type: ignore[no-untyped-call]
         name = f"{self._impl.filename_base}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
-        self._cache_file = IndexDataCacheFile(self._cache_path, name, self._impl.locator.get_source_stamp())
+        self._cache_file = _Files(self._cache_path, name, self._impl.locator.get_source_stamp())  # type: ignore[no-untyped-call]
         return key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -100,9 +101,16 @@ def brief(value: Value) -> str:
 
 
 def plain(value: Value) -> Any:
-    """A value for JSON: short arrays whole, long ones by type, length and first items."""
+    """A value for JSON: short arrays whole, long ones by type, length and first items.
+
+    JSON has no NaN and no infinity: they become text.
+    """
     if value.type != ValueType.ARRAY:
-        return value.value
+        return _finite(value.value)
     if len(value) <= 64:
-        return first_items(value, 64)
-    return {"type": value.item.name, "length": len(value), "first": first_items(value, SHOWN)}
+        return list(map(_finite, first_items(value, 64)))
+    return {"type": value.item.name, "length": len(value), "first": list(map(_finite, first_items(value, SHOWN)))}
+
+
+def _finite(item: Any) -> Any:
+    return str(item) if isinstance(item, float) and not math.isfinite(item) else item

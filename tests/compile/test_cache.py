@@ -142,3 +142,50 @@ def test_signatures_do_not_share_files(tmp_path: Path) -> None:
     assert "1 compiled" in work(code=other, **cache)
     assert kept(tmp_path) == len(list(tmp_path.rglob("*.nbi"))) == 3
     assert "0 compiled" in work(**cache) and "0 compiled" in work(code=other, **cache)
+
+
+def test_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """Machine code with a flipped bit used to crash the process."""
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    work(**cache)
+    for file in tmp_path.rglob("*.nbc"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    assert "2 compiled" in work(**cache)
+    assert "0 compiled" in work(**cache)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has no modes")
+def test_folders_are_the_users_alone(tmp_path: Path) -> None:
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    work(**cache)
+    home = tmp_path / "quantkit"
+    assert {path.stat().st_mode & 0o777 for path in (home, *home.iterdir())} == {0o700}
+    home.chmod(0o777)
+    assert "0 compiled" in work(**cache)
+    assert home.stat().st_mode & 0o777 == 0o700
+
+
+PLANTED = """
+import os, pickle, sys
+class Planted:
+    def __reduce__(self):
+        return os.system, ("touch " + sys.argv[1],)
+data = pickle.dumps(Planted())
+import hashlib, pathlib
+for path in pathlib.Path(sys.argv[2]).rglob("*.nb?"):
+    path.write_bytes(hashlib.sha256(data).digest() + data)
+    os.chown(path, 12345, 12345)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give files away")
+def test_what_others_own_is_not_loaded(tmp_path: Path) -> None:
+    cache, trace = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}, tmp_path / "executed"
+    work(**cache)
+    subprocess.run([sys.executable, "-c", PLANTED, trace, tmp_path / "cache"], check=True)
+    assert "2 compiled" in work(**cache)
+    assert not trace.exists()
+    os.chown(tmp_path / "cache" / "quantkit", 12345, 12345)
+    assert "2 compiled" in work(**cache)  # such a folder is not used at all
