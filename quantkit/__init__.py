@@ -13,6 +13,7 @@ from quantkit.machine import Processor, choose_openblas_kernels
 if TYPE_CHECKING:
     import numpy as np
 
+    from quantkit.calibration.run import quantize
     from quantkit.evaluate.divergence import DivergenceResult, divergence, divergences
     from quantkit.evaluate.generate import Generation, generate
     from quantkit.evaluate.importance import importance_matrix
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from quantkit.evaluate.settings import Chunking, Compute, Estimate
     from quantkit.evaluate.tasks import TasksResult, read_tasks, tasks
     from quantkit.pipeline.execute import execute
-    from quantkit.pipeline.run import plan, quantize
+    from quantkit.pipeline.run import plan
     from quantkit.sources.source import open_source
 
 __version__ = "0.1.0"
@@ -71,7 +72,7 @@ _ELSEWHERE = {
     "open_source": "quantkit.sources.source",
     "perplexity": "quantkit.evaluate.perplexity",
     "plan": "quantkit.pipeline.run",
-    "quantize": "quantkit.pipeline.run",
+    "quantize": "quantkit.calibration.run",
 }
 
 

@@ -172,6 +172,20 @@ class Layer:
     parallel: bool = False
     branch_scale: float = 1.0
 
+    @property
+    def inputs(self) -> tuple[tuple[str, ...], ...]:
+        """The layer's matrices by name, those together that are multiplied with the same rows."""
+        a, ff = self.attention, self.feed_forward
+        groups: list[tuple[Linear | str | None, ...]] = [(a.qkv, a.q, a.k, a.v), (a.out,)]
+        if isinstance(ff, Experts):
+            groups += [(ff.router,), (ff.gate, ff.up), (ff.down,)]
+        else:
+            groups += [(ff.gate_up, ff.gate, ff.up), (ff.down,)]
+        return tuple(
+            tuple(part if isinstance(part, str) else part.weight for part in group if part is not None)
+            for group in groups
+        )
+
 
 @dataclass(frozen=True)
 class ForwardSpec:
@@ -199,6 +213,12 @@ class ForwardSpec:
     def tied(self) -> bool:
         """Whether the output matrix is the token embedding."""
         return self.output.weight == self.embedding
+
+    @cached_property
+    def matrices(self) -> frozenset[str]:
+        """The names of all tensors that activations are multiplied with, the embedding not among them."""
+        output = () if self.tied else (self.output.weight,)
+        return frozenset([name for layer in self.layers for group in layer.inputs for name in group] + [*output])
 
     @cached_property
     def tensors(self) -> frozenset[str]:

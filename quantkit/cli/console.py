@@ -153,6 +153,22 @@ def chunk_progress(title: str, unit: str = "chunk") -> Iterator[Callable[[int, i
         yield progress.update
 
 
+@contextmanager
+def work_progress(title: str) -> Iterator[Callable[[float, str], None]]:
+    """A progress bar for a long run: call it with the share that is done, 0 to 1, and what is under way."""
+    from tqdm import tqdm
+
+    hidden = True if _quiet else None
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}"
+    with tqdm(total=1.0, desc=title, disable=hidden, leave=False, bar_format=form) as bar:
+
+        def advance(share: float, what: str) -> None:
+            bar.set_postfix_str(what, refresh=False)
+            bar.update(min(1.0, share) - bar.n)
+
+        yield advance
+
+
 def measured_ahead(
     model: TensorSource, threads: int | None, backend: str = "numpy", comparing: bool = False
 ) -> AbstractContextManager[None]:

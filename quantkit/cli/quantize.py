@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from quantkit.cli.console import (
     SPLITTING,
+    Backend,
+    Device,
     Force,
     Json,
     Model,
     Pre,
+    Precision,
     Quiet,
     Revision,
     SplitSize,
@@ -20,18 +26,30 @@ from quantkit.cli.console import (
     Threads,
     Verbose,
     byte_progress,
+    chunk_progress,
     emit,
+    measured_ahead,
     note,
     read_text,
     setup,
+    work_progress,
 )
 from quantkit.cli.type_options import FileTypes, complete_file_type, complete_tensor_type, positional
 from quantkit.errors import QuantkitError
 
+if TYPE_CHECKING:
+    from quantkit.calibration.rounding import RoundedTensor
+    from quantkit.evaluate.settings import Chunking, Compute
+    from quantkit.formats.imatrix import ImportanceMatrix
+    from quantkit.pipeline.plan import Plan
+    from quantkit.sources.source import TensorSource
+
 Names = list[str]
+Rounding = Literal["nearest", "gptq"]
 
 # Sections of the help.
 IMPORTANCE = "Importance matrix"
+CALIBRATION = "Calibration"
 TENSORS = "Types of tensors"
 
 
@@ -85,6 +103,40 @@ def command(
             metavar="NAME", rich_help_panel=IMPORTANCE, help="Do not use it for tensors whose names contain NAME."
         ),
     ] = [],  # noqa: B006
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=CALIBRATION,
+            help="Calibration text (UTF-8), or wikitext-2[:SPLIT]: takes the place of an importance matrix.",
+        ),
+    ] = None,
+    rounding: Annotated[
+        Rounding,
+        typer.Option(
+            rich_help_panel=CALIBRATION, help="Rounding: to the nearest, or gptq, error feedback by the calibration."
+        ),
+    ] = "nearest",
+    n_ctx: Annotated[
+        int, typer.Option("--n-ctx", min=4, metavar="N", rich_help_panel=CALIBRATION, help="Tokens in a chunk.")
+    ] = 512,
+    chunks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            show_default="128 for gptq, else all",
+            rich_help_panel=CALIBRATION,
+            help="Chunks of the text to use.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", rich_help_panel=CALIBRATION, help="Go on with a run of these options that stopped."),
+    ] = False,
+    backend: Backend = "numpy",
+    device: Device = "cpu",
+    precision: Precision = "f32",
     pure: Annotated[
         bool, typer.Option("--pure", rich_help_panel=TENSORS, help="The same type for all tensors: no mixture.")
     ] = False,
@@ -133,12 +185,14 @@ def command(
 ) -> None:
     """Quantize a checkpoint or a GGUF file; the bytes are those that llama-quantize writes.
 
+    With --rounding gptq and a --calibration text they are others of the same types and sizes, which lose less.
     Types can follow the model, with or without an output, as llama-quantize takes them. Several types are written in
     one reading of the source. Without an output, files are named after the model and the type and written beside a
     local source, or into the current directory for a checkpoint from the hub.
     """
     setup(verbose, quiet)
     from quantkit.compile.ahead import compiled_ahead
+    from quantkit.evaluate.settings import Chunking, Compute
     from quantkit.formats.atomic import OutputGroup
     from quantkit.machine import default_threads
     from quantkit.pipeline.execute import execute, quantizing_kernels
@@ -158,12 +212,20 @@ def command(
     tensor_types = parse_tensor_types([*tensor_type, *listed])
     model = open_source(source, revision=revision, pre=pre, allow_nonfinite=allow_nonfinite)
     destination = Destination.of(output, home_of(source))
-    paths = output_paths(destination, model, names)
+    paths = output_paths(destination, model, names, "" if rounding == "nearest" else rounding)
+    compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
+    chunking = Chunking(n_ctx=n_ctx, chunks=chunks)
+    matrix: ImportanceMatrix | Path | None = imatrix
+    if rounding != "nearest" or calibration is not None:
+        _check_calibration(calibration, rounding, imatrix, prune_layers)
+    if rounding == "nearest" and calibration is not None and not dry_run:
+        matrix = _importance(model, calibration, chunking, compute)
     plans = [
         plan(
             model,
             name,
-            imatrix=imatrix,
+            imatrix=matrix,
+            calibrated=calibration is not None,
             include_weights=include_weights,
             exclude_weights=exclude_weights,
             tensor_types=tensor_types,
@@ -181,7 +243,7 @@ def command(
         for name in names
     ]
     if dry_run:
-        for each in plans:
+        for each in plans if calibration is None else []:
             try:
                 each.check()
             except QuantkitError as problem:
@@ -191,23 +253,95 @@ def command(
     outputs = list(zip(plans, paths, strict=True))
     total = sum(info.nbytes for info in model.tensors.values())
     inputs = [path for path in (imatrix, tensor_type_file) if path is not None]
-    with (
-        OutputGroup(force=force, inputs=inputs, directory=destination.directory) as group,
-        compiled_ahead(quantizing_kernels(plans), threads or default_threads()),
-        byte_progress(total, "quantize") as progress,
-    ):
-        execute(
-            model,
-            outputs,
-            threads=threads,
-            allow_nonfinite=allow_nonfinite,
-            max_buffer_size=max_buffer_size * 2**20 if max_buffer_size else None,
-            progress=progress,
-            group=group,
-        )
+    buffer = max_buffer_size * 2**20 if max_buffer_size else None
+    reports: list[list[RoundedTensor]] = []
+    with OutputGroup(force=force, inputs=inputs, directory=destination.directory) as group:
+        if rounding == "nearest" or calibration is None:
+            ahead = compiled_ahead(quantizing_kernels(plans), threads or default_threads())
+            with ahead, byte_progress(total, "quantize") as progress:
+                execute(
+                    model,
+                    outputs,
+                    threads=threads,
+                    allow_nonfinite=allow_nonfinite,
+                    max_buffer_size=buffer,
+                    progress=progress,
+                    group=group,
+                )
+        else:
+            reports = _with_feedback(
+                model, outputs, calibration, chunking, compute, resume=resume, allow_nonfinite=allow_nonfinite,
+                max_buffer_size=buffer, group=group,
+            )  # fmt: skip
     for each, path in outputs:
         files = [file for file, _, _ in each.files(path)]
         shards = f" in {len(files)} shards" if len(files) > 1 else ""
         note(f"{files[0]}: {each.file_size / 1e6:.1f} MB{shards}, {each.bits_per_weight:.2f} bits per weight")
+    for (_, path), report in zip(outputs, reports, strict=False):
+        for line in _summary(report):
+            note(f"{path}: {line}")
     if as_json:
         emit("", [{**each.as_dict(), "path": str(path)} for each, path in outputs], True)
+
+
+def _check_calibration(calibration: str | None, rounding: str, imatrix: Path | None, prune_layers: str | None) -> None:
+    """Raise BadParameter for options that do not go together."""
+    if calibration is None:
+        raise typer.BadParameter(f"--rounding {rounding} needs a text: name one with --calibration.")
+    if imatrix is not None:
+        raise typer.BadParameter("--calibration takes the place of --imatrix: use one of them.")
+    if prune_layers:
+        raise typer.BadParameter("--calibration runs the whole model: prune layers first, then quantize the result.")
+
+
+def _importance(model: TensorSource, calibration: str, chunking: Chunking, compute: Compute) -> ImportanceMatrix:
+    from quantkit.evaluate.importance import importance_matrix
+
+    words = read_text(calibration)
+    with measured_ahead(model, compute.threads, compute.backend), chunk_progress("calibrate") as bar:
+        return importance_matrix(
+            model,
+            words,
+            chunking=chunking,
+            compute=compute,
+            dataset=calibration,
+            progress=lambda done, total: bar(done, total, ""),
+        )
+
+
+def _with_feedback(
+    model: TensorSource,
+    outputs: list[tuple[Plan, Path]],
+    calibration: str,
+    chunking: Chunking,
+    compute: Compute,
+    **options: Any,
+) -> list[list[RoundedTensor]]:
+    from quantkit.calibration.rounding import Step, describe, execute_with_feedback
+    from quantkit.calibration.text import CHUNKING, CalibrationText
+    from quantkit.evaluate.backends import load
+
+    chunking = replace(chunking, chunks=chunking.chunks or CHUNKING.chunks)
+    text = CalibrationText.of(model, read_text(calibration), chunking, Path(calibration).name)
+    for each, _ in outputs:
+        describe(each, text)
+    loaded = load(model, compute, keep=False)
+    with measured_ahead(model, compute.threads, compute.backend), work_progress("quantize") as bar:
+
+        def advance(step: Step) -> None:
+            layer = "output" if step.layer == step.n_layer else f"layer {step.layer + 1} of {step.n_layer}"
+            bar(step.done / step.total, f"{layer} {step.tensor}".rstrip())
+
+        return execute_with_feedback(loaded, outputs, text, threads=compute.threads, progress=advance, **options)
+
+
+def _summary(report: list[RoundedTensor]) -> Iterator[str]:
+    """What to say of how tensors came out, a line each."""
+    losses = [(each.loss, each.plain_loss) for each in report if each.loss is not None and each.plain_loss]
+    if losses:
+        kept = math.exp(sum(math.log(max(loss, 1e-30) / plain) for loss, plain in losses) / len(losses))
+        yield f"{len(losses)} tensors with feedback, their errors {1 - kept:.0%} smaller than to the nearest"
+    for reason in dict.fromkeys(each.note for each in report if each.note):
+        names = [each.name for each in report if each.note == reason]
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        yield f"{reason}: {some}"

@@ -18,11 +18,12 @@ log = logging.getLogger(__name__)
 AnyModel = Model | TensorSource | str | os.PathLike[str]
 
 
-def load(model: AnyModel, compute: Compute | None = None) -> Model:
+def load(model: AnyModel, compute: Compute | None = None, keep: bool | None = None) -> Model:
     """`model`, a source or the path of one, ready to run as `compute` says; a model that is loaded already, as it is.
 
-    Raises QuantkitError where torch or the device is missing, for models that cannot be run, and for a loaded model
-    together with `compute`, which would change nothing.
+    `keep` says whether its decoded weights stay in memory after their layer, otherwise its size does. Raises
+    QuantkitError where torch or the device is missing, for models that cannot be run, and for a loaded model together
+    with `compute`, which would change nothing.
     """
     if isinstance(model, Model):
         if compute is not None:
@@ -34,9 +35,9 @@ def load(model: AnyModel, compute: Compute | None = None) -> Model:
     if compute.backend == "torch":
         from quantkit.evaluate.torch_backend import TorchTransformer
 
-        loaded = TorchTransformer(source, compute)
+        loaded = TorchTransformer(source, compute, keep is not False)
     else:
-        loaded = Transformer(source, compute)
+        loaded = Transformer(source, compute, keep)
         _suggest_kernels(loaded.blas)
     log.info(
         "%s: computes through %s in %s on %d threads, matrix products by %s",

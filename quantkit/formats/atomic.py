@@ -58,6 +58,7 @@ class OutputGroup:
         self._files: list[OutputFile] = []
         self._places: set[Path] = set()
         self._open: list[OutputFile] = []
+        self._then: list[Callable[[], None]] = []
         self.lock = threading.RLock()
 
     def protect(self, inputs: Iterable[Name]) -> None:
@@ -100,6 +101,14 @@ class OutputGroup:
             raise QuantkitError(f"{path}: is a device or a pipe, which is never replaced; write to another name")
         if not self.force:
             raise QuantkitError(f"{path}: exists already", option="force")
+
+    def check(self, path: Name) -> None:
+        """Raise QuantkitError when `path` is no name that may be written, before anything is computed for it."""
+        self._refuse(Path(path))
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Have `action` called when all files have their names."""
+        self._then.append(action)
 
     def place(self, path: Name) -> Path:
         """Where the bytes of the file that will be `path` are for now."""
@@ -155,6 +164,8 @@ class OutputGroup:
         except BaseException:
             self.discard()
             raise
+        for action in self._then:
+            action()
 
     def discard(self) -> None:
         """Remove whatever was made."""

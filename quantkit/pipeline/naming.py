@@ -55,8 +55,11 @@ def home_of(model: str | os.PathLike[str]) -> Path:
     return path.parent if path.is_file() else path if path.is_dir() else Path()
 
 
-def output_paths(destination: Destination, source: TensorSource, types: Sequence[str]) -> list[Path]:
-    """The path of each type's file. Raises QuantkitError when several types would go to one file."""
+def output_paths(destination: Destination, source: TensorSource, types: Sequence[str], mark: str = "") -> list[Path]:
+    """The path of each type's file. Raises QuantkitError when several types would go to one file.
+
+    Default names end with the type, where the hub and Ollama look for it; `mark` stands before it.
+    """
     if len(set(types)) != len(types):
         raise QuantkitError(f"a type is asked for twice: {', '.join(types)}")
     if not types:
@@ -65,7 +68,8 @@ def output_paths(destination: Destination, source: TensorSource, types: Sequence
         raise QuantkitError(
             f"{destination.path}: one file for {len(types)} types; name a directory: {destination.path}/"
         )
-    return [destination.file(f"{stem(source)}-{name}.gguf") for name in types]
+    start = f"{stem(source)}-{mark}" if mark else stem(source)
+    return [destination.file(f"{start}-{name}.gguf") for name in types]
 
 
 def stem(source: TensorSource) -> str:

@@ -217,10 +217,11 @@ def plan_quantize(
 ) -> Plan:
     """What llama-quantize would write from `source` as `file`.
 
-    `imatrix` are importance weights by tensor name; `overrides` are metadata values (key, type, value) to set.
-    `prune_layers` are left out, the layers after them renumbered; `keep_split` writes the shards of a split source.
-    Raises QuantkitError when a tensor is quantized already (unless `allow_requantize`), or when importance weights do
-    not fit their tensor. A type that needs an importance matrix is planned without one, but `execute` refuses it.
+    `imatrix` are importance weights by tensor name, empty where a calibration will bring them; `overrides` are metadata
+    values (key, type, value) to set. `prune_layers` are left out, the layers after them renumbered; `keep_split` writes
+    the shards of a split source. Raises QuantkitError when a tensor is quantized already (unless `allow_requantize`),
+    or when importance weights do not fit their tensor. A type that needs an importance matrix is planned without one,
+    but `execute` refuses it.
     """
     metadata = Metadata(source.metadata)
     metadata.set("general.quantization_version", ValueType.UINT32, QUANTIZATION_VERSION)
@@ -251,7 +252,7 @@ def plan_quantize(
                 )
         becomes = replace(info, type=choice.type)
         original, weights = names[info.name], None
-        if imatrix is not None and choice.type != info.type:
+        if imatrix and choice.type != info.type:
             weights = _weights_for(info, original, imatrix, source.label)
         needs = choice.type != info.type and needs_imatrix(info.name, choice.type, file)
         lines.append(PlannedTensor(original, info.type, becomes, choice.reason, weights, needs))

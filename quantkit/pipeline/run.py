@@ -20,6 +20,8 @@ from quantkit.pipeline.recipe import Options
 from quantkit.sources.source import TensorSource, open_source
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from quantkit.formats.imatrix import ImportanceMatrix
 
 Override = tuple[str, ValueType, object]
@@ -31,6 +33,7 @@ def plan(
     type: str,
     *,
     imatrix: ImportanceMatrix | str | os.PathLike[str] | None = None,
+    calibrated: bool = False,
     include_weights: Sequence[str] = (),
     exclude_weights: Sequence[str] = (),
     tensor_types: Iterable[tuple[str, GGMLType | str]] = (),
@@ -47,15 +50,16 @@ def plan(
 ) -> Plan:
     """What quantizing `source` to file type `type` would write: a Plan, to print, edit or `execute`.
 
-    The options are llama-quantize's. `imatrix` is an importance matrix or its file; `include_weights` and
-    `exclude_weights` are parts of tensor names. `tensor_types` are (regular expression, type) pairs. `override_kv` are
-    (key, type, value) or "KEY=TYPE:VALUE". Sizes are in bytes. Raises QuantkitError for a request that cannot be met.
+    The options are llama-quantize's. `imatrix` is an importance matrix or its file, `calibrated` says that a
+    calibration text will take its place; `include_weights` and `exclude_weights` are parts of tensor names.
+    `tensor_types` are (regular expression, type) pairs. `override_kv` are (key, type, value) or "KEY=TYPE:VALUE". Sizes
+    are in bytes. Raises QuantkitError for a request that cannot be met.
     """
     if include_weights and exclude_weights:
         raise QuantkitError("--include-weights and --exclude-weights exclude each other")
     model = open_source(source) if isinstance(source, (str, os.PathLike)) else source
     overrides = [parse_override(each) if isinstance(each, str) else each for each in override_kv]
-    weights = None
+    weights: dict[str, np.ndarray] | None = {} if calibrated else None
     if imatrix is not None:
         from quantkit.formats.imatrix import ImportanceMatrix
 

@@ -1,0 +1,341 @@
+"""Quantizing with error feedback: each layer's moments, its tensors rounded by them, then the files.
+
+One pass over the layers serves all files. What feedback cannot round is rounded to the nearest: with the importance of
+the columns, as the moments' diagonal has it, and where there are no moments, as the embeddings', without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from quantkit import blocks
+from quantkit.blocks.types import GGMLType
+from quantkit.calibration.feedback import SUPPORTED, Curvature, round_with_feedback
+from quantkit.calibration.moments import Activations, LayerMoments, Moments, MomentsPass, SharedInput
+from quantkit.calibration.spool import Spool
+from quantkit.calibration.text import CalibrationText
+from quantkit.errors import QuantkitError
+from quantkit.evaluate.model import Model
+from quantkit.formats.atomic import OutputGroup
+from quantkit.formats.gguf import TensorInfo, ValueType, encode_header
+from quantkit.pipeline.execute import FLOAT_TYPES, execute
+from quantkit.pipeline.plan import Plan
+from quantkit.sources.overlay import Overlay
+from quantkit.sources.source import TensorSource
+
+# What a spool written by another version of the rounding must not be taken for.
+_VERSION = 1
+# Weights of a tensor that are decoded and rounded together.
+_SLAB = 1 << 24
+# Rows that a thread rounds to the nearest at a time.
+_ROWS = 64
+# Units of work that rounding a weight costs for each column of its row: passes over the second moments.
+_ROUNDING = 6.0
+
+
+@dataclass(frozen=True)
+class RoundedTensor:
+    """How a tensor came out: its type, and its loss, the mean squared error of its output over the text, in all rows.
+
+    `plain_loss` is that of rounding to the nearest with the importance of the columns. `note` says why feedback was
+    not used, "" where it was; losses are then None.
+    """
+
+    name: str
+    type: str
+    loss: float | None
+    plain_loss: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a run is: in layer `layer` of `n_layer` (which is the output matrix) at tensor `tensor`, "" between them.
+
+    `done` of `total` units of work, of about the same time each, are done.
+    """
+
+    layer: int
+    n_layer: int
+    tensor: str
+    done: float
+    total: float
+
+
+def execute_with_feedback(
+    model: Model,
+    outputs: Sequence[tuple[Plan, Path]],
+    text: CalibrationText,
+    *,
+    damping: float = 0.01,
+    resume: bool = False,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+    max_buffer_size: int | None = None,
+    progress: Callable[[Step], None] | None = None,
+    group: OutputGroup | None = None,
+) -> list[list[RoundedTensor]]:
+    """Write every (plan, path) of `outputs`, in one pass of `text` through `model`; says how the tensors came out.
+
+    `damping` is added to the diagonal of the moments, as a share of its mean. Finished layers are kept in a directory
+    beside the first output until all files are written; `resume` goes on with it. `group` is as for `execute`.
+    Raises QuantkitError as `pipeline.execute` does, for a text that is too short, for activations that are not finite,
+    and when another run's directory is in the way.
+    """
+    run = _Run(model, outputs, text, damping, threads, allow_nonfinite, progress)
+    text.require(max((run.infos[name].n_per_row for name in run.wanted), default=0))
+    with ExitStack() as stack:
+        return _write(run, outputs, group or stack.enter_context(OutputGroup()), resume, max_buffer_size)
+
+
+def _write(
+    run: _Run, outputs: Sequence[tuple[Plan, Path]], group: OutputGroup, resume: bool, max_buffer_size: int | None
+) -> list[list[RoundedTensor]]:
+    group.protect(run.source.files)
+    for plan, path in outputs:
+        for name, _, _ in plan.files(path):
+            group.check(name)
+    first = outputs[0][1]
+    spool = Spool(first.with_name(first.name + ".unfinished"), run.digest, resume)
+    run.round_layers(spool)
+    reports = []
+    for plan, path in outputs:
+        done = {
+            line.source_name: (line.info.type, spool.reader(run.number[line.source_name], line.info, line.info.type))
+            for line in plan
+            if (line.source_name, line.info.type) in run.rounded
+        }
+        rest = [
+            replace(line, source_type=line.info.type, needs_weights=False) if line.source_name in done else line
+            for line in plan
+        ]
+        execute(
+            Overlay(run.source, done),
+            [(replace(plan, tensors=rest), path)],
+            threads=run.threads,
+            allow_nonfinite=run.allow_nonfinite,
+            max_buffer_size=max_buffer_size,
+            group=group,
+        )
+        reports.append(run.report(plan))
+    group.then(spool.remove)
+    return reports
+
+
+def describe(plan: Plan, text: CalibrationText) -> None:
+    """Say in the metadata of `plan` how the file is made."""
+    for key, kind, value in (
+        ("rounding", ValueType.STRING, "gptq"),
+        ("calibration.text", ValueType.STRING, text.name),
+        ("calibration.sha256", ValueType.STRING, text.sha256),
+        ("calibration.chunks", ValueType.UINT32, text.n_chunks),
+        ("calibration.context_length", ValueType.UINT32, text.n_ctx),
+    ):
+        plan.metadata.set(f"quantkit.{key}", kind, value)
+
+
+class _Run:
+    """What one call of `execute_with_feedback` knows."""
+
+    def __init__(
+        self,
+        model: Model,
+        outputs: Sequence[tuple[Plan, Path]],
+        text: CalibrationText,
+        damping: float,
+        threads: int | None,
+        allow_nonfinite: bool,
+        progress: Callable[[Step], None] | None,
+    ) -> None:
+        self._model, self._text, self._damping = model, text, damping
+        self.threads, self.allow_nonfinite, self._progress = threads, allow_nonfinite, progress
+        self.source: TensorSource = model.source
+        self.infos: Mapping[str, TensorInfo] = self.source.tensors
+        self.number = {name: at for at, name in enumerate(self.infos)}
+        inside = model.spec.matrices
+        # The types that each tensor with moments becomes.
+        self.wanted: dict[str, list[GGMLType]] = {}
+        for plan, _ in outputs:
+            for line in plan:
+                if line.source_name in inside and not line.is_copy and line.info.type.is_quantized:
+                    kinds = self.wanted.setdefault(line.source_name, [])
+                    if line.info.type not in kinds:
+                        kinds.append(line.info.type)
+        self.rounded: dict[tuple[str, GGMLType], RoundedTensor] = {}
+        self.digest = self._identify()
+        self._layer, self._done = 0, 0.0
+        self._total = self._work()
+
+    def round_layers(self, spool: Spool) -> None:
+        """Round every tensor that has moments into `spool`, layer by layer."""
+        model, tokens = self._model, self._text.tokens
+        for layer in spool.layers:
+            self._remember(layer)
+        done, n_layer = len(spool.layers), len(model.spec.layers)
+        if done > n_layer:
+            return
+        activations = Activations((*tokens.shape, model.spec.n_embd), model.memory // 4, spool.path)
+        try:
+            if spool.start:
+                spool.load_activations(activations.values)
+            steps = MomentsPass(model, tokens, self.wanted, activations.values, spool.start, self._through)
+            while steps.next < done:
+                self._layer = steps.next
+                steps.skip()
+            while steps.next <= n_layer:
+                self._layer = steps.next
+                spool.finish(self._round_layer(steps.gather(), spool))
+                if steps.next <= n_layer:
+                    spool.keep_activations(activations.values)
+        finally:
+            activations.close()
+
+    def report(self, plan: Plan) -> list[RoundedTensor]:
+        """How the tensors of `plan` came out that were to be rounded at all."""
+        lines = []
+        for line in plan:
+            kind = line.info.type
+            if (line.source_name, kind) in self.rounded:
+                lines.append(self.rounded[line.source_name, kind])
+            elif not line.is_copy and kind.is_quantized:
+                lines.append(RoundedTensor(line.info.name, kind.name, None, None, "no moments"))
+        return lines
+
+    # -- one layer
+
+    def _round_layer(self, layer: LayerMoments, spool: Spool) -> dict[str, object]:
+        """Round the tensors of a layer; what to record of it."""
+        results = []
+        for shared in layer.inputs:
+            curvatures = [self._curvature(shared, moments) for moments in shared.moments]
+            for name in shared.names:
+                for kind in self.wanted.get(name, ()):
+                    self._tell(name)
+                    with open(spool.file(self.number[name], kind), "wb") as file:
+                        result = self._round(name, kind, shared, curvatures, file)
+                    self.rounded[name, kind] = result
+                    results.append(result)
+                    self._done += _ROUNDING * self.infos[name].n_elements * self.infos[name].n_per_row
+                self.source.release(name)
+        return {"layer": layer.index, "tensors": [asdict(result) for result in results]}
+
+    def _remember(self, layer: Mapping[str, object]) -> None:
+        tensors = layer["tensors"]
+        assert isinstance(tensors, list)
+        for entry in tensors:
+            result = RoundedTensor(**entry)
+            self.rounded[result.name, GGMLType.parse(result.type)] = result
+
+    def _curvature(self, shared: SharedInput, moments: Moments | None) -> Curvature | None:
+        if moments is None:
+            return None
+        try:
+            return Curvature.of(moments.mean, damping=self._damping)
+        except QuantkitError as error:
+            raise QuantkitError(f"{self.source.label}: {shared.names[0]}: {error}") from None
+
+    def _round(
+        self, name: str, kind: GGMLType, shared: SharedInput, curvatures: list[Curvature | None], file: BinaryIO
+    ) -> RoundedTensor:
+        """Round tensor `name` to `kind`, matrix by matrix, into `file`."""
+        info, n_matrices = self.infos[name], len(shared.moments)
+        per_matrix = info.n_rows // n_matrices
+        step = max(1, _SLAB // max(1, info.n_per_row))
+        feedback = kind in SUPPORTED
+        loss = plain_loss = 0.0
+        unseen = 0
+        for matrix, moments in enumerate(shared.moments):
+            curvature = curvatures[matrix] if feedback else None
+            unseen += moments is None
+            importance = np.ones(info.n_per_row) if moments is None else np.diag(moments.mean)
+            end = (matrix + 1) * per_matrix
+            for start in range(matrix * per_matrix, end, step):
+                rows = self._rows(info, start, min(end, start + step))
+                if curvature is None:
+                    self._to_nearest(rows, kind, importance.astype(np.float32)).tofile(file)
+                    continue
+                result = round_with_feedback(rows, curvature, kind, threads=self.threads)
+                result.data.tofile(file)
+                loss, plain_loss = loss + float(result.loss.sum()), plain_loss + float(result.plain_loss.sum())
+        if not feedback:
+            return RoundedTensor(name, kind.name, None, None, f"no feedback for {kind.name}")
+        note = f"{unseen} of {n_matrices} experts saw no token" if unseen else ""
+        return RoundedTensor(name, kind.name, loss, plain_loss, note)
+
+    def _to_nearest(self, rows: np.ndarray, kind: GGMLType, importance: np.ndarray) -> np.ndarray:
+        encoded = np.empty((len(rows), kind.row_nbytes(rows.shape[1])), np.uint8)
+
+        def encode(start: int) -> None:
+            part = slice(start, start + _ROWS)
+            blocks.encode(rows[part], kind, importance, encoded[part])
+
+        for _ in self._model.threads.map(encode, range(0, len(rows), _ROWS)):
+            pass
+        return encoded
+
+    def _rows(self, info: TensorInfo, start: int, stop: int) -> np.ndarray:
+        rows = blocks.decode(self.source.read(info.name, start, stop), info.type)
+        if info.type in FLOAT_TYPES and not self.allow_nonfinite and (at := blocks.first_nonfinite(rows)) >= 0:
+            row, column = divmod(at, info.n_per_row)
+            raise QuantkitError(
+                f"{self.source.label}: tensor {info.name!r} holds {rows[row, column]} at row {start + row}, column "
+                f"{column}; the checkpoint is damaged"
+            )
+        return rows
+
+    # -- progress and identity
+
+    def _tell(self, tensor: str) -> None:
+        if self._progress is not None:
+            n_layer = len(self._model.spec.layers)
+            self._progress(Step(self._layer, n_layer, tensor, min(self._done, self._total), self._total))
+
+    def _through(self, tokens: int) -> None:
+        self._done += tokens * self._per_token.get(self._layer, 0.0)
+        self._tell("")
+
+    def _work(self) -> float:
+        """Units of work in all, of about a multiplication and an addition each."""
+        spec, n_tokens = self._model.spec, self._text.tokens.size
+        self._per_token = {}
+        total = 0.0
+        for index, layer in enumerate(spec.layers):
+            cost = 0.0
+            for names in layer.inputs:
+                of = [self.infos[name] for name in names if name in self.infos]
+                cost += sum(info.n_elements for info in of)
+                if any(name in self.wanted for name in names):
+                    cost += of[0].n_per_row ** 2 / 2
+            self._per_token[index] = cost
+            total += n_tokens * cost
+        for name, kinds in self.wanted.items():
+            total += _ROUNDING * len(kinds) * self.infos[name].n_elements * self.infos[name].n_per_row
+        return total
+
+    def _identify(self) -> str:
+        """What the rounded tensors depend on, in one number."""
+        source, digest = self.source, hashlib.sha256()
+        infos = list(self.infos.values())
+        digest.update(encode_header(source.metadata, infos, source.metadata.alignment))
+        for info in infos:
+            if info.n_rows:
+                digest.update(np.ascontiguousarray(source.read(info.name, 0, 1)).tobytes())
+                digest.update(np.ascontiguousarray(source.read(info.name, info.n_rows - 1)).tobytes())
+        options = {
+            "version": _VERSION,
+            "text": self._text.sha256,
+            "chunks": [self._text.n_chunks, self._text.n_ctx],
+            "damping": self._damping,
+            "computed": [self._model.backend, self._model.precision],
+            "types": {name: [kind.name for kind in kinds] for name, kinds in self.wanted.items()},
+        }
+        digest.update(json.dumps(options).encode())
+        return digest.hexdigest()
