@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
@@ -97,6 +98,18 @@ class Model(ABC):
         """The logits at positions `first` to `stop` of each sequence of `tokens`, to be computed part by part."""
 
     @abstractmethod
+    def scores(self, hidden: np.ndarray) -> Logits:
+        """The logits of `hidden` [n_seq, positions, n_embd], as the method `hidden` or `normed` gave it."""
+
+    @abstractmethod
+    def replaced(self, tensors: Mapping[str, np.ndarray]) -> AbstractContextManager[None]:
+        """Compute with other values for `tensors`, float32 [n_rows, n_in] by name, within the context.
+
+        What a layer's matrices are is settled by `layer_pass`, and what the output matrix is by `scores`; both must be
+        called and used within it.
+        """
+
+    @abstractmethod
     def batch(self, n_ctx: int) -> int:
         """How many sequences of `n_ctx` tokens to run together."""
 
@@ -117,9 +130,12 @@ class Model(ABC):
         a position come in the order of the tokens.
         """
         opened = [model.open_logits(tokens, first, stop) for model in (self, *beside)]
-        n_rows, n_vocab = stop - first, self.spec.n_vocab
-        step = min(each.step for each in opened)
-        with self.threads.share(len(tokens)) as share:
+        self.visit_opened(opened, len(tokens), stop - first, visit)
+
+    def visit_opened(self, opened: Sequence[Logits], n_seq: int, n_rows: int, visit: Visit) -> None:
+        """Show logits of `n_rows` positions of each of `n_seq` sequences, as `visit_logits` does."""
+        n_vocab, step = self.spec.n_vocab, min(each.step for each in opened)
+        with self.threads.share(n_seq) as share:
             for start in range(0, n_vocab, step):
                 end = min(start + step, n_vocab)
                 for each in opened:
@@ -137,7 +153,7 @@ class Model(ABC):
                                 tiles.append(out)
                             visit(seq, rows, at, tiles)
 
-                share.outer(show, len(tokens))
+                share.outer(show, n_seq)
 
     def logits(self, tokens: np.ndarray, first: int = 0, stop: int | None = None) -> np.ndarray:
         """Logits at positions `first` to `stop` of each sequence.

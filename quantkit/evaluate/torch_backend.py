@@ -6,7 +6,7 @@ embeddings, the residual stream and the log-softmax are float32 in either. float
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
@@ -120,6 +120,7 @@ class TorchTransformer(Model):
         if self._kind == "cpu":
             torch.set_num_threads(self.threads.count)
         self._tensors: dict[str, Any] = {}
+        self._others: dict[str, Any] = {}
         self._tables: dict[tuple[Rope, str | None, int], tuple[Any, Any]] = {}
         with self._running():
             self._load()
@@ -181,6 +182,28 @@ class TorchTransformer(Model):
         self.observer = sums.observe
         return sums
 
+    @contextmanager
+    def replaced(self, tensors: Mapping[str, np.ndarray]) -> Iterator[None]:
+        """See `Model`."""
+        shapes = {name: self.source.tensors[name].shape for name in tensors}
+        self._others = {
+            # Experts are stacked.
+            name: torch.from_numpy(np.ascontiguousarray(rows))
+            .to(self._dtype)
+            .to(self._device)
+            .view(*reversed(shapes[name]))
+            for name, rows in tensors.items()
+        }
+        try:
+            yield
+        finally:
+            self._others = {}
+
+    def scores(self, hidden: np.ndarray) -> _Logits:
+        """See `Model`."""
+        rows = torch.from_numpy(np.ascontiguousarray(hidden)).to(self._device)
+        return _Logits(self, rows.to(self._dtype).reshape(-1, self.spec.n_embd), hidden.shape[:2])
+
     def peak_memory(self) -> int | None:
         """The most memory, in bytes, taken until now: of the GPU, elsewhere of this process."""
         return int(torch.cuda.max_memory_allocated(self._device)) if self._kind == "cuda" else peak_memory()
@@ -194,7 +217,9 @@ class TorchTransformer(Model):
 
     def open_logits(self, tokens: np.ndarray, first: int, stop: int) -> _Logits:
         """See `Model`."""
-        return _Logits(self, tokens, first, stop)
+        with self._running():
+            rows = self._scored_rows(tokens, first, stop)
+        return _Logits(self, rows, (len(tokens), stop - first))
 
     # -- weights
 
@@ -280,10 +305,15 @@ class TorchTransformer(Model):
         """What the output matrix is multiplied with at positions `first` to `stop`: [all positions, n_embd]."""
         return self._hidden(tokens, first, stop).to(self._dtype).reshape(-1, self.spec.n_embd)
 
-    def _scores(self, x: Any, start: int, stop: int) -> Any:
+    def _weight(self, name: str) -> Any:
+        """A matrix on the device, or what replaces it."""
+        return self._others[name] if name in self._others else self._tensors[name]
+
+    def _scores(self, x: Any, start: int, stop: int, matrix: Any = None) -> Any:
         """Logits of rows of normalised `x` for the tokens `start` to `stop`: float32 [rows, tokens]."""
         spec = self.spec
-        scores = self._product_float32(x, self._tensors[spec.output.weight][start:stop])
+        matrix = self._weight(spec.output.weight) if matrix is None else matrix
+        scores = self._product_float32(x, matrix[start:stop])
         if spec.output.bias is not None:
             scores += self._tensors[spec.output.bias][start:stop]
         if spec.logit_scale != 1.0:
@@ -317,7 +347,7 @@ class TorchTransformer(Model):
         """What the first layer reads for `tokens` [n_seq, n_ctx]: float32 [n_seq, n_ctx, n_embd]."""
         spec, label = self.spec, self.source.label
         n_ctx = tokens.shape[1]
-        table = self._tensors[spec.embedding]
+        table = self._weight(spec.embedding)
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < len(table):
             wrong = tokens.max() if tokens.min() >= 0 else tokens.min()
             raise QuantkitError(f"{label}: token {wrong} is not one of the {len(table)} of {spec.embedding}")
@@ -440,7 +470,7 @@ class TorchTransformer(Model):
         for e in range(ff.n_expert):
             some, rank = torch.nonzero(chosen == e, as_tuple=True)
             y = rows[some]
-            gate, up, down = (self._tensors[name][e] for name in (ff.gate, ff.up, ff.down))
+            gate, up, down = (self._weight(name)[e] for name in (ff.gate, ff.up, ff.down))
             self._observe((ff.gate, ff.up), y, e)
             y = _activate(ff.activation, functional.linear(y, gate)) * functional.linear(y, up)
             self._observe((ff.down,), y, e)
@@ -454,7 +484,7 @@ class TorchTransformer(Model):
         return [
             functional.linear(
                 x,
-                self._tensors[linear.weight],
+                self._weight(linear.weight),
                 None if linear.bias is None else self._tensors[linear.bias].to(x.dtype),
             )
             for linear in present
@@ -497,18 +527,20 @@ class TorchTransformer(Model):
 
 
 class _Logits:
-    """The logits at positions `first` to `stop` of `tokens`, brought to the CPU: see `model.Logits`."""
+    """Logits brought to the CPU: see `model.Logits`.
 
-    def __init__(self, model: TorchTransformer, tokens: np.ndarray, first: int, stop: int) -> None:
-        self._model, self._shape = model, (len(tokens), stop - first)
-        with model._running():
-            self._rows = model._scored_rows(tokens, first, stop)
+    `rows` are what the output matrix is multiplied with, at `shape`, the numbers of sequences and of positions.
+    """
+
+    def __init__(self, model: TorchTransformer, rows: Any, shape: tuple[int, ...]) -> None:
+        self._model, self._rows, self._shape = model, rows, shape
+        self._matrix = model._weight(model.spec.output.weight)
         self.step = max(1, _LOGITS[model._kind] // max(1, len(self._rows)))
 
     def prepare(self, start: int, stop: int) -> None:
         """See `model.Logits`."""
         with self._model._running():
-            scores = self._model._scores(self._rows, start, stop).cpu().numpy()
+            scores = self._model._scores(self._rows, start, stop, self._matrix).cpu().numpy()
         self._start, self._scores = start, scores.reshape(*self._shape, stop - start)
 
     def compute(self, seq: int, rows: slice, start: int, stop: int, out: np.ndarray) -> None:

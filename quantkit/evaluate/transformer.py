@@ -9,7 +9,8 @@ depend on the batch or on the number of threads, and neither do the results.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from quantkit.evaluate.layers import ROWS, Expert, LayerRunner, Product, Routed,
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.threads import Share, blas_name
-from quantkit.evaluate.weights import Weights
+from quantkit.evaluate.weights import Replaced, Weights
 from quantkit.sources.source import TensorSource
 
 # The output matrix is decoded in slabs of this many weights when it is not kept.
@@ -107,7 +108,7 @@ class Transformer(Model):
         refuse_unsupported(self.spec, source.label)
         n_weights = sum(info.n_elements for info in source.tensors.values())
         self._keep = n_weights * 4 <= self.memory // 2 if keep is None else keep
-        self._weights = Weights(source, self.threads.run, self._keep)
+        self._weights: Weights = Weights(source, self.threads.run, self._keep)
         self._tables: dict[tuple[Rope, str | None], tuple[np.ndarray, np.ndarray]] = {}
 
     def batch(self, n_ctx: int) -> int:
@@ -164,6 +165,20 @@ class Transformer(Model):
         sums = InputSums(full, self.threads, wanted)
         self.observer = sums.observe
         return sums
+
+    @contextmanager
+    def replaced(self, tensors: Mapping[str, np.ndarray]) -> Iterator[None]:
+        """See `Model`."""
+        base = self._weights
+        self._weights = Replaced(base, tensors)
+        try:
+            yield
+        finally:
+            self._weights = base
+
+    def scores(self, hidden: np.ndarray) -> _Logits:
+        """See `Model`."""
+        return _Logits(self, hidden)
 
     @staticmethod
     def _units(n_seq: int, n_ctx: int) -> list[slice]:
@@ -276,11 +291,11 @@ class Transformer(Model):
                 share.outer(run_expert, len(units))
             share.outer(lambda u: runner.close(rows[slice(*cuts[u])], shares[u]), len(units))
 
-    def _output(self, start: int, stop: int) -> Product:
-        """The output product of tokens `start` to `stop`."""
-        spec = self.spec
-        bias = None if spec.output.bias is None else self._weights.vector(spec.output.bias, spec.n_vocab)[start:stop]
-        slab = self._weights.slab("output", spec.output.weight, spec.n_vocab, spec.n_embd, start, stop)
+    def _output(self, start: int, stop: int, weights: Weights | None = None) -> Product:
+        """The output product of tokens `start` to `stop`, from `weights` if given."""
+        spec, weights = self.spec, weights or self._weights
+        bias = None if spec.output.bias is None else weights.vector(spec.output.bias, spec.n_vocab)[start:stop]
+        slab = weights.slab("output", spec.output.weight, spec.n_vocab, spec.n_embd, start, stop)
         return Product(slab, bias, (spec.output.weight,))
 
     def open_logits(self, tokens: np.ndarray, first: int, stop: int) -> _Logits:
@@ -328,12 +343,12 @@ class _Logits:
     """The logits of the last layer's output `hidden` [n_seq, positions, n_embd]: see `model.Logits`."""
 
     def __init__(self, model: Transformer, hidden: np.ndarray) -> None:
-        self._model, self._hidden = model, hidden
+        self._model, self._hidden, self._weights = model, hidden, model._weights
         self.step = model.spec.n_vocab if model._keep else max(1, _SLAB_WEIGHTS // model.spec.n_embd)
 
     def prepare(self, start: int, stop: int) -> None:
         """See `model.Logits`."""
-        self._start, self._product = start, self._model._output(start, stop)
+        self._start, self._product = start, self._model._output(start, stop, self._weights)
 
     def compute(self, seq: int, rows: slice, start: int, stop: int, out: np.ndarray) -> None:
         """See `model.Logits`."""

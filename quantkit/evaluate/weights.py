@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -133,3 +133,42 @@ class Weights:
         )
         for name, *_ in pieces:
             self._source.release(name)
+
+
+class Replaced(Weights):
+    """The weights `base`, with other values for some tensors: `tensors` are float32 [n_rows, n_in] by name."""
+
+    def __init__(self, base: Weights, tensors: Mapping[str, np.ndarray]) -> None:
+        self.keep = base.keep
+        self._base, self._tensors = base, tensors
+
+    def vector(self, name: str, size: int) -> np.ndarray:
+        """See `Weights`: those of `base`."""
+        return self._base.vector(name, size)
+
+    def matrix(self, role: str, parts: Sequence[tuple[str, int]], n_in: int) -> np.ndarray:
+        """See `Weights`; a new matrix where a part is replaced."""
+        whole: np.ndarray = self._base.matrix(role, parts, n_in)
+        if not any(name in self._tensors for name, _ in parts):
+            return whole
+        whole = np.array(whole)
+        at = 0
+        for name, n_rows in parts:
+            if name in self._tensors:
+                whole[at : at + n_rows] = self._tensors[name]
+            at += n_rows
+        return whole
+
+    def slab(self, role: str, name: str, n_rows: int, n_in: int, start: int, stop: int) -> np.ndarray:
+        """See `Weights`."""
+        if name in self._tensors:
+            part: np.ndarray = self._tensors[name][start:stop]
+            return part
+        return self._base.slab(role, name, n_rows, n_in, start, stop)
+
+    def lookup(self, name: str, rows: np.ndarray, n_in: int) -> np.ndarray:
+        """See `Weights`."""
+        if name in self._tensors:
+            found: np.ndarray = self._tensors[name][rows]
+            return found
+        return self._base.lookup(name, rows, n_in)

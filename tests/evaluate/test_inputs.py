@@ -122,3 +122,38 @@ def test_mirror(n: int) -> None:
     expected = np.tril(whole) + np.tril(whole, -1).T
     mirror(whole)
     np.testing.assert_array_equal(whole, expected)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gemma2", "gpt2", "phi3"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keep", [True, False])
+def test_other_values_for_some_tensors(tmp_path: Path, name: str, backend: str, keep: bool) -> None:
+    """A model computes with replaced tensors what a file that holds them does."""
+    family = FAMILIES[name]
+    weights = family.weights(3)
+    source = GGUFSource(write_gguf(tmp_path / "m.gguf", family.metadata(), weights))
+    changed = dict(weights)
+    rng = np.random.default_rng(4)
+    spec = load(source).spec
+    for each in [*spec.layers[1].inputs[0][:1], *spec.layers[1].inputs[-1], spec.output.weight]:
+        changed[each] = (changed[each] * (1 + 0.3 * rng.standard_normal(changed[each].shape))).astype(np.float32)
+    other = GGUFSource(write_gguf(tmp_path / "o.gguf", family.metadata(), changed))
+    tokens = some_tokens(2)
+    expected = load(other).logits(tokens)
+    model = load(source, Compute(backend=backend), keep)
+    before = layer_by_layer(model, tokens, 2)
+    replaced = {each: rows.reshape(-1, rows.shape[-1]) for each, rows in changed.items() if rows is not weights[each]}
+    with model.replaced(replaced):
+        opened = [model.scores(layer_by_layer(model, tokens, 2))]
+    opened.append(model.scores(before))
+    logits = np.empty((2, *expected.shape), np.float32)
+
+    def keep_tiles(seq: int, rows: slice, at: int, tiles: list[np.ndarray]) -> None:
+        for i, tile in enumerate(tiles):
+            logits[i, seq, rows, at : at + tile.shape[1]] = tile
+
+    model.visit_opened(opened, *tokens.shape, keep_tiles)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(logits[0], expected, atol=2e-4 * scale)
+    np.testing.assert_allclose(logits[1], load(source).logits(tokens), atol=2e-4 * scale)
+    np.testing.assert_allclose(layer_by_layer(model, tokens, 2), before, rtol=1e-5, atol=1e-5)
