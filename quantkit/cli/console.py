@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -136,7 +135,12 @@ def _say(text: str) -> None:
 
 def emit(text: str, data: Any, as_json: bool) -> None:
     """Print a result on stdout: `text`, or `data` with --json."""
-    print(json.dumps(data, indent=2, allow_nan=False, default=str) if as_json else printable(text))
+    if as_json:
+        from quantkit.report.json_data import json_text
+
+        print(json_text(data))
+    else:
+        print(printable(text))
 
 
 @contextmanager

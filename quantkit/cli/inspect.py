@@ -1,25 +1,34 @@
-"""`quantkit inspect`: what a GGUF file holds."""
+"""`quantkit inspect`: what a model holds."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import shutil
+import sys
 from typing import Annotated
 
 import typer
 
-from quantkit.cli.console import Json, Quiet, Verbose, emit, setup
+from quantkit.cli.console import Json, Model, Pre, Quiet, Revision, Verbose, emit, setup
 
 
 def command(
-    file: Annotated[Path, typer.Argument(metavar="MODEL", help="GGUF file; any shard of a split model.")],
+    source: Model,
+    full: Annotated[bool, typer.Option("--full", help="Show values and arrays whole.")] = False,
+    pre: Pre = None,
+    revision: Revision = None,
     as_json: Json = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Show a GGUF file's metadata, tensors, types and bits per weight."""
+    """Show a model's metadata, tensors, types and bits per weight.
+
+    A checkpoint is shown as the GGUF file that it converts to.
+    """
     setup(verbose, quiet)
     from quantkit.report.contents import describe
-    from quantkit.sources.source import GGUFSource
+    from quantkit.sources.source import open_source
 
-    contents = describe(GGUFSource(file))
-    emit(str(contents), contents.as_dict(), as_json)
+    contents = describe(open_source(source, revision=revision, pre=pre))
+    # Elsewhere than on a terminal, COLUMNS says nothing about who will read it.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
+    emit("" if as_json else contents.text(width, full), contents.as_dict(full) if as_json else None, as_json)

@@ -36,8 +36,8 @@ def measuring_kernels(source: TensorSource, others: Iterable[GGMLType], comparin
         KernelJob(forward_kernels.split_heads, (matrix, _INT, matrix, matrix, _INT, types.boolean, _FLOAT, heads), 0.6),
     ]
     if source.metadata.string("tokenizer.ggml.model", "") in ("gpt2", "llama"):
-        found.append(KernelJob(merges._fill, (ints, entries, ints, small, small), 0.3))
-        found.append(KernelJob(merges._merge, (ints, entries, small, ints, small, small, _INT), 1.2))
+        found.append(KernelJob(merges._fill, (ints, entries, types.uint64, ints, small, small), 0.3))
+        found.append(KernelJob(merges._merge, (ints, entries, types.uint64, small, ints, small, small, _INT), 1.2))
     if comparing:
         found.append(KernelJob(logit_kernels.compare_tile, (matrix, matrix, _INT, small, state, cube, ids), 1.4))
     else:

@@ -15,6 +15,7 @@ from support.tiny import FAMILIES, tiny_metadata, tiny_weights, write_gguf
 
 from quantkit.architectures import forward_spec
 from quantkit.errors import QuantkitError
+from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import Metadata, Value, ValueType
 from quantkit.formats.imatrix import ImportanceMatrix
@@ -97,7 +98,7 @@ def model(family: str, home: Path) -> GGUFSource:
 def _forward(source: GGUFSource) -> None:
     forward_spec(source.metadata, source.tensors)
     tokens = np.arange(8, dtype=np.int32)[None]
-    Transformer(source, 1).logits(tokens)
+    Transformer(source, Compute(threads=1)).logits(tokens)
 
 
 def _plans(source: GGUFSource) -> None:

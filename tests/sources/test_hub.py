@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from support.local_hub import COMMIT, NOWHERE, Hub, endpoint_of, output_of, serve
+from support.local_hub import COMMIT, NOWHERE, TinyHub, endpoint_of, output_of, serve
 
 from quantkit.errors import QuantkitError
 from quantkit.sources.hub import repo_id_of, resolve
@@ -27,39 +25,9 @@ FILES = {
 }
 
 
-class TinyHub(Hub):
-    """As much of the hub's HTTP interface as a download uses."""
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        if "/gated/" in path:
-            return self.answer(b"{}", 403, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
-        if "/absent/" in path:
-            return self.answer(b"{}", 404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-        if path.startswith("/api/models/org/tiny"):
-            if "no-such" in path:
-                return self.answer(b"{}", 404, X_Error_Code="RevisionNotFound", X_Error_Message="Invalid rev id")
-            if "/tree/" in path:
-                tree = [
-                    {"type": "file", "path": f, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
-                    for f, b in FILES.items()
-                ]
-                return self.answer(json.dumps(tree).encode(), Content_Type="application/json")
-            info = {"id": "org/tiny", "sha": COMMIT, "siblings": [{"rfilename": f} for f in FILES]}
-            return self.answer(json.dumps(info).encode(), Content_Type="application/json")
-        file = path.removeprefix(f"/org/tiny/resolve/{COMMIT}/")
-        if file in FILES:
-            tag = '"' + hashlib.sha1(FILES[file]).hexdigest() + '"'
-            self.server.asked.add(file)  # type: ignore[attr-defined]
-            return self.answer(FILES[file], ETag=tag, X_Repo_Commit=COMMIT)
-        return self.answer(b"{}", 404, X_Error_Code="EntryNotFound")
-
-    do_HEAD = do_GET
-
-
 @pytest.fixture
 def hub() -> Iterator[ThreadingHTTPServer]:
-    with serve(TinyHub, asked=set()) as server:
+    with serve(TinyHub, files=FILES, asked=set()) as server:
         yield server
 
 
