@@ -22,7 +22,8 @@ QUANTIZE = ("quantize", TINYLM, "--type", "Q4_K_M")
 COMMAND = """
 import sys
 started, lost, compiled = [], [], []
-sys.addaudithook(lambda name, args: name == "subprocess.Popen" and started.append(args[0]))
+def helper(name, args): name == "subprocess.Popen" and "serve()" in str(args[1]) and started.append(args[0])
+sys.addaudithook(helper)
 {before}
 from quantkit.cli.main import main
 try:
@@ -103,7 +104,7 @@ def test_jobs_are_what_the_commands_compile(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
     subprocess.run([sys.executable, "-c", ONE_BY_ONE, str(TINYLM)], env=environment, cwd=ROOT, check=True)
-    for command in ((*REPORT, "-o", tmp_path / "out"), PERPLEXITY):
+    for command in ((*REPORT, "-o", f"{tmp_path}/out/"), PERPLEXITY):
         said = run(cache, *command, before=COUNT)
         assert "0 started" in said and "compiled:\n" in said, said
 
@@ -141,7 +142,7 @@ def test_ctrl_c_leaves_no_helper(tmp_path: Path) -> None:
     # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
     before = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     before += WHEN_AT_WORK.format(then="print('pid', helpers._processes[0].pid, file=sys.stderr, flush=True)")
-    process = start(tmp_path / "cache", *REPORT, "-o", tmp_path / "out", before=before)
+    process = start(tmp_path / "cache", *REPORT, "-o", f"{tmp_path}/out/", before=before)
     assert process.stderr is not None
     line = next(line for line in process.stderr if line.startswith("pid "))
     helper = int(line.split()[1])
@@ -162,7 +163,7 @@ class Lost:
     def __del__(self): raise KeyboardInterrupt
 sys.addaudithook(lambda name, args: name == "open" and str(args[0]).endswith(".safetensors") and bool(Lost()))
 """
-    process = start(tmp_path / "cache", *REPORT, "-o", tmp_path / "out", before=before)
+    process = start(tmp_path / "cache", *REPORT, "-o", f"{tmp_path}/out/", before=before)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "KeyboardInterrupt" not in said
