@@ -11,7 +11,7 @@ from conftest import ROOT
 LAYERS = [
     {"cli"},
     {"report"},
-    {"calibration"},
+    {"calibration", "trust"},
     {"evaluate"},
     {"pipeline"},
     {"sources"},

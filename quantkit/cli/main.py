@@ -37,6 +37,8 @@ COMMANDS = {
     "dequantize": ("dequantize", "Write a GGUF model's weights as F32, F16 or BF16."),
     "compare": ("compare", "Show where two models differ: metadata, tensors, errors."),
     "inspect": ("inspect", "Show a model's metadata and tensors."),
+    "verify": ("verify", "Check that a GGUF file is sound."),
+    "hash": ("hash", "Print digests of a model's tensors."),
     "architectures": ("architectures", "List the models that can be converted and evaluated."),
 }
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,11 +80,6 @@ def execute(
         # A piece costs its decoded bites and its encoded bytes, at most 4 bytes a weight and output.
         piece = max(1, min(PIECE, max_buffer_size // (4 * (len(plans) + 1) * 3 * threads)))
 
-    given_up = threading.Event()
-
-    def work(p: Piece) -> list[np.ndarray]:
-        return _encode_piece(source, [plan.tensors[p.index] for plan in plans], p, allow_nonfinite, given_up.is_set)
-
     if all(tensor.is_copy for plan in plans for tensor in plan):
         piece *= COPIED_PIECES
 
@@ -98,19 +93,42 @@ def execute(
         ]
         group.check_space()
         files = [_Shards([stack.enter_context(shard) for shard in each]) for each in shards]
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="quantkit")
-        # Only this thread writes: pieces under way need not be waited for, and one may be compiling for seconds.
-        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        stack.callback(given_up.set)
         writer = _Writer(files, plans[0], source, min(MAPPED, max_buffer_size or MAPPED), progress)
-        waiting: deque[tuple[Piece, Future[list[np.ndarray]]]] = deque()
-        for p in _pieces(plans[0], piece):
+        encoded = encode_pieces(source, plans, pieces(plans[0], piece), threads, allow_nonfinite)
+        stack.enter_context(closing(encoded))
+        for p, results in encoded:
+            writer.take(p, results)
+    return [path for plan, target in zip(plans, paths, strict=True) for path, _, _ in plan.files(target)]
+
+
+def encode_pieces(
+    source: TensorSource, plans: Sequence[Plan], wanted: Iterable[Piece], threads: int, allow_nonfinite: bool = False
+) -> Generator[tuple[Piece, list[np.ndarray]]]:
+    """Each piece in order, with its bytes for every plan: uint8 of shape (rows, bytes of a row).
+
+    `threads` work ahead, a few pieces each. Close the generator to end them early; they are not waited for.
+    Raises QuantkitError as `execute` does.
+    """
+    given_up = threading.Event()
+
+    def work(p: Piece) -> list[np.ndarray]:
+        return _encode_piece(source, [plan.tensors[p.index] for plan in plans], p, allow_nonfinite, given_up.is_set)
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="quantkit")
+    waiting: deque[tuple[Piece, Future[list[np.ndarray]]]] = deque()
+    try:
+        for p in wanted:
             waiting.append((p, pool.submit(work, p)))
             if len(waiting) >= 3 * threads:
-                writer.take(*waiting.popleft())
+                first, future = waiting.popleft()
+                yield first, future.result()
         while waiting:
-            writer.take(*waiting.popleft())
-    return [path for plan, target in zip(plans, paths, strict=True) for path, _, _ in plan.files(target)]
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        # Nobody wants what is under way any more, and a piece may be compiling for seconds.
+        given_up.set()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def quantizing_kernels(plans: Iterable[Plan]) -> list[KernelJob]:
@@ -145,7 +163,8 @@ def _check_plans(plans: Sequence[Plan]) -> None:
         blocks.block(kind)
 
 
-def _pieces(plan: Plan, size: int) -> Iterator[Piece]:
+def pieces(plan: Plan, size: int = PIECE) -> Iterator[Piece]:
+    """The tensors of `plan` cut into pieces of about `size` weights, in order."""
     for index, tensor in enumerate(plan):
         info = tensor.info
         step = max(1, size // max(1, info.n_per_row))
@@ -167,9 +186,9 @@ class _Writer:
         self._files, self._plan, self._source = files, plan, source
         self._release_after, self._progress, self._mapped = release_after, progress, 0
 
-    def take(self, piece: Piece, future: Future[list[np.ndarray]]) -> None:
-        """Wait for a piece and write it. Raises what its thread raised."""
-        for file, data in zip(self._files, future.result(), strict=True):
+    def take(self, piece: Piece, results: Sequence[np.ndarray]) -> None:
+        """Write a piece."""
+        for file, data in zip(self._files, results, strict=True):
             file.write(data)
         tensor = self._plan.tensors[piece.index]
         nbytes = (piece.stop - piece.start) * tensor.source_type.row_nbytes(tensor.info.n_per_row)

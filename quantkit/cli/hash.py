@@ -1,0 +1,33 @@
+"""`quantkit hash`: digests of a model's tensors."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.console import Json, Model, Quiet, Revision, Threads, Verbose, byte_progress, emit, setup
+
+
+def command(
+    model: Model,
+    whole: Annotated[bool, typer.Option("--model-only", help="Print the digest of the whole model alone.")] = False,
+    revision: Revision = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Print SHA-256 digests of a model: of each tensor's bytes, and of all tensors together.
+
+    They depend on neither metadata nor the order of tensors nor a split, so they tell whether two files hold the same
+    weights.
+    """
+    setup(verbose, quiet)
+    from quantkit.sources.source import open_source
+    from quantkit.trust.digest import model_digests
+
+    source = open_source(model, revision=revision)
+    with byte_progress(sum(info.nbytes for info in source.tensors.values()), "hash") as progress:
+        digests = model_digests(source, threads, progress)
+    emit(f"{digests.model}  {digests.label}" if whole else str(digests), digests.as_dict(), as_json)
