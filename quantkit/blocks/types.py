@@ -83,6 +83,11 @@ class GGMLType(IntEnum):
         """Average storage for one weight, in bits, block scales included."""
         return self.type_size * 8 / self.block_size
 
+    @property
+    def has_codec(self) -> bool:
+        """Whether weights can be encoded in it and decoded from it: not for integers, float64, and ggml's scratch."""
+        return self not in _WITHOUT_CODEC
+
     def row_nbytes(self, n_per_row: int) -> int:
         """Bytes of a row of `n_per_row` weights. Raises QuantkitError when blocks do not divide the row."""
         blocks, rest = divmod(n_per_row, self.block_size)
@@ -107,3 +112,6 @@ class GGMLType(IntEnum):
         except KeyError:
             hint = did_you_mean(name, cls.__members__) or f"known: {', '.join(cls.__members__)}"
             raise QuantkitError(f"unknown tensor type {name!r}; {hint}") from None
+
+
+_WITHOUT_CODEC = frozenset(GGMLType[name] for name in ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from quantkit.formats.atomic import OutputGroup
 from quantkit.pipeline import run as pipeline
 from quantkit.pipeline.mixtures import file_type
 from quantkit.pipeline.naming import Destination, home_of, output_paths
+from quantkit.pipeline.options import QuantizeOptions
+from quantkit.pipeline.plan import plan_all
 from quantkit.sources.source import TensorSource, open_source
 
 if TYPE_CHECKING:
@@ -38,20 +41,22 @@ def quantize(
     max_buffer_size: int | None = None,
     progress: Callable[..., None] | None = None,
     force: bool = False,
-    **options: Any,
+    options: QuantizeOptions | None = None,
+    **changes: Any,
 ) -> list[Path]:
     """Quantize a GGUF file, a checkpoint directory or a hub id to one file type or several, in one reading.
 
-    `out` is the file, or the directory for several types; left out, files are named after the model and the type.
+    `out` is as for `pipeline.run.quantize`: a file, or a directory, in which files are named by model and type.
     `rounding` is nearest, as llama-quantize rounds, or gptq: error feedback by the second moments of `calibration`.
     That is a text, token ids or the path of a text file, of which `chunks` chunks are taken (a good number if None);
     `calibration_name` is what the files call it. With nearest rounding it takes the place of an importance matrix.
     `resume` goes on after a stop of a run with error feedback. `progress` is called as by `pipeline.execute`, with
-    error feedback with a `rounding.Step`. `options` are those of `plan`, the others those of `pipeline.execute`.
-    Returns the files written. Raises QuantkitError.
+    error feedback with a `rounding.Step`. `options` and `changes` are as for `plan`, the others as for
+    `pipeline.execute`. Returns the files written. Raises QuantkitError.
     """
     if rounding not in ROUNDINGS:
         raise QuantkitError(f"there is no rounding {rounding!r}: use {' or '.join(ROUNDINGS)}")
+    options = replace(options or QuantizeOptions(), **changes)
     model = source
     if isinstance(model, (str, os.PathLike)):
         model = open_source(model, allow_nonfinite=allow_nonfinite)
@@ -61,7 +66,7 @@ def quantize(
     if calibration is None:
         if rounding != "nearest":
             raise QuantkitError(f"{model.label}: rounding {rounding} needs a calibration text")
-        return pipeline.quantize(model, out, type=type, force=force, **common, **options)
+        return pipeline.quantize(model, out, type=type, force=force, options=options, **common)
     if isinstance(calibration, os.PathLike):
         calibration_name = calibration_name or Path(calibration).name
         calibration = Path(calibration).read_text("utf-8")
@@ -71,7 +76,8 @@ def quantize(
         matrix = importance_matrix(
             model, calibration, chunking=chunking or Chunking(), compute=compute, dataset=calibration_name
         )
-        return pipeline.quantize(model, out, type=type, imatrix=matrix, force=force, **common, **options)
+        options = replace(options, imatrix=matrix)
+        return pipeline.quantize(model, out, type=type, force=force, options=options, **common)
     from quantkit.calibration.rounding import describe, execute_with_feedback
     from quantkit.calibration.text import CHUNKING, CalibrationText
     from quantkit.evaluate.backends import load
@@ -81,7 +87,7 @@ def quantize(
     destination = Destination.of(out, home_of(named))
     paths = output_paths(destination, model, names, rounding)
     text = CalibrationText.of(model, calibration, chunking or CHUNKING, name=calibration_name)
-    plans = [pipeline.plan(model, name, calibrated=True, **options) for name in names]
+    plans = plan_all(model, names, replace(options, calibrated=True))
     for plan in plans:
         describe(plan, text)
     outputs = list(zip(plans, paths, strict=True))

@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 import quantkit
 from quantkit.cli import streams
 from quantkit.cli.console import COMMON
+from quantkit.cli.hints import hinted, running
 from quantkit.errors import QuantkitError
 from quantkit.formats.atomic import remove_temporaries
 from quantkit.wording import did_you_mean, printable
@@ -49,12 +50,6 @@ INTERRUPTED = 128 + signal.SIGINT
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 1000}
 
 
-# How an error's message ends when an option of the command would help: QuantkitError.option -> what it does.
-HINTS = {
-    "force": "{option} replaces it",
-}
-
-
 class Command(TyperCommand):
     """A command whose help names arguments by their metavar, and lists options in the sections that they name.
 
@@ -63,13 +58,11 @@ class Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
+        running(self.params)
         try:
             return super().invoke(ctx)
         except QuantkitError as problem:
-            params = [param for param in self.params if param.name == problem.option]
-            if not params or problem.option not in HINTS:
-                raise
-            raise QuantkitError(f"{problem}; {HINTS[problem.option].format(option=params[0].opts[0])}") from None
+            raise QuantkitError(hinted(problem)) from None
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """What the usage line shows after the command's name."""

@@ -34,6 +34,7 @@ from quantkit.cli.console import (
     setup,
     work_progress,
 )
+from quantkit.cli.hints import hinted
 from quantkit.cli.type_options import FileTypes, complete_file_type, complete_tensor_type, positional
 from quantkit.errors import QuantkitError
 
@@ -191,6 +192,7 @@ def command(
     local source, or into the current directory for a checkpoint from the hub.
     """
     setup(verbose, quiet)
+    from quantkit.cli.parsing import parse_layers, parse_override, parse_size, parse_tensor_types
     from quantkit.compile.ahead import compiled_ahead
     from quantkit.evaluate.settings import Chunking, Compute
     from quantkit.formats.atomic import OutputGroup
@@ -198,7 +200,8 @@ def command(
     from quantkit.pipeline.execute import execute, quantizing_kernels
     from quantkit.pipeline.mixtures import file_type
     from quantkit.pipeline.naming import Destination, home_of, output_paths
-    from quantkit.pipeline.run import parse_layers, parse_size, parse_tensor_types, plan
+    from quantkit.pipeline.options import QuantizeOptions
+    from quantkit.pipeline.plan import plan_all
     from quantkit.sources.source import open_source
 
     given = positional(rest or [], types)
@@ -209,45 +212,39 @@ def command(
     output, threads = given.output if output is None else output, threads or given.threads
     names = [file_type(name).name for name in given.types]
     listed = read_text(str(tensor_type_file)).split() if tensor_type_file else []
-    tensor_types = parse_tensor_types([*tensor_type, *listed])
+    options = QuantizeOptions(
+        imatrix=imatrix,
+        include_weights=include_weights,
+        exclude_weights=exclude_weights,
+        calibrated=calibration is not None,
+        tensor_types=parse_tensor_types([*tensor_type, *listed]),
+        output_tensor_type=output_tensor_type,
+        token_embedding_type=token_embedding_type,
+        leave_output_tensor=leave_output_tensor,
+        pure=pure,
+        allow_requantize=allow_requantize,
+        override_kv=[parse_override(each) for each in override_kv],
+        prune_layers=[] if prune_layers is None else parse_layers(prune_layers),
+        keep_split=keep_split,
+        split_max_size=None if split_max_size is None else parse_size(split_max_size),
+        split_max_tensors=split_max_tensors,
+    )
     model = open_source(source, revision=revision, pre=pre, allow_nonfinite=allow_nonfinite)
     destination = Destination.of(output, home_of(source))
     paths = output_paths(destination, model, names, "" if rounding == "nearest" else rounding)
     compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
     chunking = Chunking(n_ctx=n_ctx, chunks=chunks)
-    matrix: ImportanceMatrix | Path | None = imatrix
     if rounding != "nearest" or calibration is not None:
         _check_calibration(calibration, rounding, imatrix, prune_layers)
     if rounding == "nearest" and calibration is not None and not dry_run:
-        matrix = _importance(model, calibration, chunking, compute)
-    plans = [
-        plan(
-            model,
-            name,
-            imatrix=matrix,
-            calibrated=calibration is not None,
-            include_weights=include_weights,
-            exclude_weights=exclude_weights,
-            tensor_types=tensor_types,
-            output_tensor_type=output_tensor_type,
-            token_embedding_type=token_embedding_type,
-            leave_output_tensor=leave_output_tensor,
-            pure=pure,
-            allow_requantize=allow_requantize,
-            override_kv=override_kv,
-            prune_layers=parse_layers(prune_layers or ""),
-            keep_split=keep_split,
-            split_max_size=parse_size(split_max_size) if split_max_size else None,
-            split_max_tensors=split_max_tensors,
-        )
-        for name in names
-    ]
+        options = replace(options, imatrix=_importance(model, calibration, chunking, compute))
+    plans = plan_all(model, names, options)
     if dry_run:
         for each in plans if calibration is None else []:
             try:
                 each.check()
             except QuantkitError as problem:
-                note(f"warning: {problem}")
+                note(f"warning: {hinted(problem)}")
         emit("\n\n".join(map(str, plans)), [each.as_dict() for each in plans], as_json)
         return
     outputs = list(zip(plans, paths, strict=True))

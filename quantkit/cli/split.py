@@ -29,11 +29,11 @@ def command(
     Without a limit, shards hold at most 128 tensors.
     """
     setup(verbose, quiet)
+    from quantkit.cli.parsing import parse_size
     from quantkit.formats.atomic import OutputGroup
     from quantkit.pipeline.execute import execute
     from quantkit.pipeline.naming import Destination, full_stem
     from quantkit.pipeline.plan import plan_copy
-    from quantkit.pipeline.run import parse_size
     from quantkit.sources.source import GGUFSource
 
     source = GGUFSource(file)

@@ -248,7 +248,8 @@ def _nonfinite(
     row, column = divmod(at, tensor.info.n_per_row)
     return QuantkitError(
         f"{source.label}: tensor {tensor.source_name!r} holds {values[row, column]} at row {first_row + row}, "
-        f"column {column}; the checkpoint is damaged (--allow-nonfinite goes on regardless)"
+        f"column {column}; the checkpoint is damaged",
+        option="allow_nonfinite",
     )
 
 
@@ -256,6 +257,6 @@ def _check_range(source: TensorSource, tensor: PlannedTensor, encoded: np.ndarra
     """A block's float16 scale cannot hold what weights beyond its range would need: it becomes infinite."""
     if blocks.first_nonfinite(blocks.decode(encoded, tensor.info.type)) >= 0:
         raise QuantkitError(
-            f"{source.label}: tensor {tensor.source_name!r} holds weights too large for {tensor.info.type.name} "
-            "(--allow-nonfinite goes on regardless)"
+            f"{source.label}: tensor {tensor.source_name!r} holds weights too large for {tensor.info.type.name}",
+            option="allow_nonfinite",
         )

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo, ValueType, encode_header, padded
-from quantkit.pipeline.mixtures import FILE_TYPES, FileType, ModelFacts
-from quantkit.pipeline.recipe import Options, Recipe, needs_imatrix
+from quantkit.pipeline.mixtures import FILE_TYPES, FileType, ModelFacts, file_type
+from quantkit.pipeline.options import Override, QuantizeOptions, encodable
+from quantkit.pipeline.recipe import Recipe, needs_imatrix
 from quantkit.sources.source import MAX_SHARDS, GGUFSource, TensorSource, split_name
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+MAX_TEXT = 127  # bytes of a metadata string that llama-quantize can set
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Plan:
         kind = kind if isinstance(kind, GGMLType) else GGMLType.parse(kind)
         for tensor in self.tensors:
             if tensor.info.name == name:
-                _check_blocks(tensor.info, kind)
+                _check_types(tensor.info, kind)
                 tensor.info, tensor.reason = replace(tensor.info, type=kind), "edited"
                 return
         raise QuantkitError(f"the plan has no tensor {name!r}")
@@ -97,8 +99,9 @@ class Plan:
         for tensor in self.tensors:
             if tensor.needs_weights and tensor.weights is None:
                 raise QuantkitError(
-                    f"{self.name} needs an importance matrix: without one, {tensor.info.name!r} as "
-                    f"{tensor.info.type.name} would be noise; make one with `quantkit imatrix`, pass it with --imatrix"
+                    f"{self.name} needs an importance matrix: {tensor.info.name!r} as {tensor.info.type.name} would be "
+                    "unusable without one",
+                    option="imatrix",
                 )
 
     @property
@@ -205,62 +208,139 @@ def plan_dequantize(source: TensorSource, kind: GGMLType) -> Plan:
     return Plan(kind.name, metadata, lines)
 
 
-def plan_quantize(
-    source: TensorSource,
-    file: FileType,
-    options: Options | None = None,
-    imatrix: Mapping[str, np.ndarray] | None = None,
-    overrides: Sequence[tuple[str, ValueType, object]] = (),
-    allow_requantize: bool = False,
-    prune_layers: Sequence[int] = (),
-    keep_split: bool = False,
-) -> Plan:
-    """What llama-quantize would write from `source` as `file`.
+def plan_quantize(source: TensorSource, type: FileType | str, options: QuantizeOptions | None = None) -> Plan:
+    """What llama-quantize would write from `source` as the file type `type`. See `plan_all`."""
+    return plan_all(source, [type], options)[0]
 
-    `imatrix` are importance weights by tensor name, empty where a calibration will bring them; `overrides` are metadata
-    values (key, type, value) to set. `prune_layers` are left out, the layers after them renumbered; `keep_split` writes
-    the shards of a split source. Raises QuantkitError when a tensor is quantized already (unless `allow_requantize`),
-    or when importance weights do not fit their tensor. A type that needs an importance matrix is planned without one,
-    but `execute` refuses it.
+
+def plan_all(
+    source: TensorSource, types: Sequence[FileType | str], options: QuantizeOptions | None = None
+) -> list[Plan]:
+    """What llama-quantize would write from `source` as each of `types`, file types or their names.
+
+    Raises QuantkitError for a request that cannot be met or asks for what would do nothing: a tensor is quantized
+    already, importance weights do not fit their tensor, a pattern decides no tensor's type, a layer to leave out is not
+    there. A type that needs an importance matrix is planned without one, but `execute` refuses it.
     """
+    options = options or QuantizeOptions()
+    files = [file_type(each) if isinstance(each, str) else each for each in types]
+    importance = _Importance.of(options)
+    decisive: set[str] = set()
+    plans = [_plan(source, file, options, importance, decisive) for file in files]
+    for pattern, _ in options.patterns:
+        if pattern.pattern not in decisive:
+            raise _idle(source, files, pattern)
+    if options.split_max_size or options.split_max_tensors:
+        for plan in plans:
+            plan.split_by(options.split_max_size, options.split_max_tensors)
+    return plans
+
+
+@dataclass(frozen=True)
+class _Importance:
+    """Importance weights by tensor name, none yet where a calibration will bring them; and keys for the file."""
+
+    weights: Mapping[str, np.ndarray]
+    keys: Sequence[Override]
+
+    @classmethod
+    def of(cls, options: QuantizeOptions) -> _Importance | None:
+        """The weights that `options` choose, read once for all types; None without an importance matrix."""
+        if options.imatrix is None:
+            return cls({}, ()) if options.calibrated else None
+        from quantkit.formats.imatrix import ImportanceMatrix
+
+        given, name = options.imatrix, ""
+        if not isinstance(given, ImportanceMatrix):
+            name = os.fspath(given)
+            given = ImportanceMatrix.load(given)
+        for part in (*options.include_weights, *options.exclude_weights):
+            if not any(part in entry for entry in given.entries):
+                raise QuantkitError(f"the importance matrix has no tensor with {part!r} in its name")
+        matrix = given.select(list(options.include_weights), list(options.exclude_weights))
+        if not matrix.entries:
+            return None
+        keys: list[Override] = []
+        if name:
+            keys.append(("quantize.imatrix.file", ValueType.STRING, _cut(name)))
+        if matrix.datasets:
+            keys.append(("quantize.imatrix.dataset", ValueType.STRING, _cut(matrix.datasets[0])))
+        keys.append(("quantize.imatrix.entries_count", ValueType.UINT32, len(matrix.entries)))
+        if matrix.chunk_count > 0:
+            keys.append(("quantize.imatrix.chunks_count", ValueType.UINT32, matrix.chunk_count))
+        return cls(matrix.weights(), keys)
+
+
+def _cut(text: str) -> str:
+    """`text` as long as llama-quantize can set it."""
+    return text.encode("utf-8", "surrogateescape")[:MAX_TEXT].decode("utf-8", "surrogateescape")
+
+
+def _plan(
+    source: TensorSource, file: FileType, options: QuantizeOptions, importance: _Importance | None, decisive: set[str]
+) -> Plan:
     metadata = Metadata(source.metadata)
     metadata.set("general.quantization_version", ValueType.UINT32, QUANTIZATION_VERSION)
     metadata.set("general.file_type", ValueType.UINT32, _number(file, source.metadata))
-    for key, kind, value in overrides:
+    for key, kind, value in (*options.override_kv, *(importance.keys if importance is not None else ())):
         metadata.set(key, kind, value)
     _ = metadata.alignment  # an override may have made it impossible
     facts = ModelFacts.of(metadata)
-    tensors, names, n_layers = _prune(sorted(source.tensors.values(), key=_file_order), sorted(set(prune_layers)))
-    if prune_layers:
+    layers = sorted(set(options.prune_layers))
+    tensors, names, n_layers = _prune(sorted(source.tensors.values(), key=_file_order), layers, source.label)
+    if layers:
         metadata.set(f"{metadata.architecture}.block_count", ValueType.UINT32, n_layers)
     split = None
-    if keep_split and isinstance(source, GGUFSource) and len(source.shards) > 1:
+    if options.keep_split and isinstance(source, GGUFSource) and len(source.shards) > 1:
         shard = {info.name: source.shard_of[names[info.name]] for info in tensors}
         place = {name: at for at, name in enumerate(source.tensors)}
         tensors.sort(key=lambda info: (shard[info.name], place[names[info.name]]))
         counts = [sum(1 for s in shard.values() if s == index) for index in range(len(source.shards))]
         split = Split(counts, keys=("split.no", "split.count", "split.tensors.count"))
-    recipe = Recipe(file, facts, options or Options(), has_imatrix=imatrix is not None)
+    recipe = Recipe(file, facts, options, has_imatrix=importance is not None)
     lines = []
     for info, choice in zip(tensors, recipe.choose(tensors), strict=True):
-        if choice.type != info.type:
-            _check_blocks(info, choice.type)
-            if info.type.is_quantized and not allow_requantize:
+        changes = choice.type != info.type
+        if changes:
+            _check_types(info, choice.type)
+            if info.type.is_quantized and not options.allow_requantize:
                 raise QuantkitError(
                     f"{source.label}: tensor {info.name!r} is {info.type.name} already, and quantizing twice adds the "
-                    "errors of both; start from the F16, BF16 or F32 model, or pass --allow-requantize"
+                    "errors of both; start from the F16, BF16 or F32 model",
+                    option="allow_requantize",
                 )
         becomes = replace(info, type=choice.type)
         original, weights = names[info.name], None
-        if imatrix and choice.type != info.type:
-            weights = _weights_for(info, original, imatrix, source.label)
-        needs = choice.type != info.type and needs_imatrix(info.name, choice.type, file)
+        if importance is not None and importance.weights and changes:
+            weights = _weights_for(info, original, importance.weights, source.label)
+        needs = changes and needs_imatrix(info.name, choice.type, file)
         lines.append(PlannedTensor(original, info.type, becomes, choice.reason, weights, needs))
+    decisive |= recipe.decisive
     return Plan(file.name, metadata, lines, split)
 
 
-def _prune(tensors: Sequence[TensorInfo], layers: Sequence[int]) -> tuple[list[TensorInfo], dict[str, str], int]:
+def _idle(source: TensorSource, files: Sequence[FileType], pattern: re.Pattern[str]) -> QuantkitError:
+    """Why the type that was asked for by `pattern` would change nothing."""
+    what = f"{source.label}: the tensor type for {pattern.pattern!r} changes nothing: "
+    matched = [name for name in source.tensors if pattern.search(name)]
+    if not matched:
+        return QuantkitError(f"{what}no tensor's name matches")
+    if not any(file.default.is_quantized for file in files):
+        return QuantkitError(f"{what}{', '.join(file.name for file in files)} has one type for all tensors")
+    return QuantkitError(
+        f"{what}{matched[0]!r} and what else matches is never quantized, or is decided by another pattern or option"
+    )
+
+
+def _prune(
+    tensors: Sequence[TensorInfo], layers: Sequence[int], label: str
+) -> tuple[list[TensorInfo], dict[str, str], int]:
     """Leave out `layers`; returns the tensors, renumbered, their names in the source, and the number of layers left."""
+    present = {int(match[1]) for info in tensors if (match := re.search(r"blk\.(\d+)\.", info.name))}
+    if missing := sorted(set(layers) - present):
+        raise QuantkitError(f"{label}: there is no layer {missing[0]} to leave out; it has {len(present)}, from 0")
+    if layers and present == set(layers):
+        raise QuantkitError(f"{label}: no layer would be left")
     kept: list[TensorInfo] = []
     names: dict[str, str] = {}
     numbers: dict[int, int] = {}
@@ -289,7 +369,11 @@ def _number(file: FileType, metadata: Metadata) -> int:
     return metadata.integer("general.file_type", default=FILE_TYPES["F32"].number)
 
 
-def _check_blocks(info: TensorInfo, kind: GGMLType) -> None:
+def _check_types(info: TensorInfo, kind: GGMLType) -> None:
+    """Raise QuantkitError when the tensor `info` cannot become a `kind`."""
+    encodable(kind)
+    if not info.type.has_codec:
+        raise QuantkitError(f"tensor {info.name!r} is {info.type.name}, which cannot be decoded to weights")
     if info.n_per_row % kind.block_size:
         raise QuantkitError(
             f"tensor {info.name!r} has rows of {info.n_per_row} weights, not a multiple of {kind.name}'s "

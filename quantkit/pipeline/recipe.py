@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from quantkit.blocks.types import GGMLType as T
@@ -26,21 +26,7 @@ from quantkit.pipeline.mixtures import (
     Situation,
     category,
 )
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user can change in a recipe. Types are None where the mixture decides.
-
-    `tensor_types` are (regular expression, type) pairs, the first that is found in a name counts; they apply, as in
-    llama-quantize, to file types with blocks only.
-    """
-
-    pure: bool = False
-    output_tensor_type: T | None = None
-    token_embedding_type: T | None = None
-    leave_output_tensor: bool = False
-    tensor_types: Sequence[tuple[str, T]] = ()
+from quantkit.pipeline.options import QuantizeOptions
 
 
 @dataclass(frozen=True)
@@ -53,12 +39,16 @@ class Choice:
 
 @dataclass
 class Recipe:
-    """Decides the type of each tensor of one model, called in file order: some rules count the tensors before."""
+    """Decides the type of each tensor of one model, called in file order: some rules count the tensors before.
+
+    `decisive` are the patterns among the options' tensor types that have decided some tensor's.
+    """
 
     file: FileType
     model: ModelFacts
-    options: Options = field(default_factory=Options)
+    options: QuantizeOptions = field(default_factory=QuantizeOptions)
     has_imatrix: bool = False
+    decisive: set[str] = field(default_factory=set, init=False)
 
     def choose(self, tensors: Iterable[TensorInfo]) -> list[Choice]:
         """The type of each of `tensors`, which come in the order in which they will be written.
@@ -70,7 +60,7 @@ class Recipe:
         tied = Category.OUTPUT not in categories
         n_values = sum(c.is_value for c in categories)
         seen: Counter[str] = Counter()
-        patterns = [(re.compile(pattern), kind) for pattern, kind in self.options.tensor_types]
+        patterns = self.options.patterns
         lines = zip(infos, categories, strict=True)
         return [self._choose(info, kind, tied, n_values, seen, patterns) for info, kind in lines]
 
@@ -86,15 +76,16 @@ class Recipe:
         if not self._may_quantize(info):
             return Choice(info.type, "kept")
         options, default = self.options, self.file.default
-        named = next((t for pattern, t in patterns if pattern.search(info.name)), None)
+        pattern, named = next((each for each in patterns if each[0].search(info.name)), (None, None))
         named_table = info.name == "per_layer_token_embd.weight" and named is not None
-        if options.token_embedding_type is not None and kind is Category.TOKEN_EMBD and not named_table:
-            return Choice(options.token_embedding_type, "token embedding type")
-        if options.output_tensor_type is not None and kind is Category.OUTPUT:
-            return Choice(options.output_tensor_type, "output tensor type")
+        if options.embedding_type is not None and kind is Category.TOKEN_EMBD and not named_table:
+            return Choice(options.embedding_type, "token embedding type")
+        if options.output_type is not None and kind is Category.OUTPUT:
+            return Choice(options.output_type, "output tensor type")
         if not default.is_quantized:
             return Choice(default, "")
-        if named is not None:
+        if pattern is not None and named is not None:
+            self.decisive.add(pattern.pattern)
             chosen = Choice(named, "tensor type")
         elif options.pure:
             chosen = Choice(default, "")
@@ -147,8 +138,8 @@ class Recipe:
     def _output_type(self, info: TensorInfo) -> T:
         """The type of the output matrix, and of the token embeddings where these are tied to it."""
         default = self.file.default
-        if self.options.output_tensor_type is not None:
-            return self.options.output_tensor_type
+        if self.options.output_type is not None:
+            return self.options.output_type
         odd = info.n_per_row % default.block_size != 0
         if self.file.name == "MXFP4_MOE" or self.model.architecture == "falcon" or odd:
             return T.Q8_0

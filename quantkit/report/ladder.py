@@ -18,7 +18,7 @@ from quantkit.formats.atomic import OutputGroup, write_whole
 from quantkit.pipeline.execute import Progress, execute, quantizing_kernels
 from quantkit.pipeline.mixtures import FileType
 from quantkit.pipeline.naming import Destination, output_paths
-from quantkit.pipeline.plan import Plan, plan_copy, plan_quantize
+from quantkit.pipeline.plan import Plan, plan_all, plan_copy
 from quantkit.report.tables import table
 from quantkit.sources.source import GGUFSource, TensorSource
 
@@ -127,7 +127,7 @@ def _costs(divergence: DivergenceResult) -> dict[str, Any]:
 
 def ladder_kernels(source: TensorSource, files: Sequence[FileType], backend: str = "numpy") -> list[KernelJob]:
     """The kernels that `build` and `measure` will need, to be compiled ahead."""
-    plans = [plan_quantize(source, file) for file in files]
+    plans = plan_all(source, files)
     outputs = [t.info.type for plan in plans for t in plan]
     measuring = measuring_kernels(source, outputs, comparing=True) if backend == "numpy" else []
     return [*quantizing_kernels(plans), *measuring]
@@ -146,7 +146,7 @@ def build(
 
     The files belong to `group`, and appear when it does.
     """
-    plans = [plan_quantize(source, file) for file in files]
+    plans = plan_all(source, files)
     paths = output_paths(Destination(directory, True), source, [file.name for file in files])
     outputs = list(zip(plans, paths, strict=True))
     execute(source, outputs, threads=threads, progress=progress, group=group)

@@ -12,6 +12,7 @@ from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo, ValueType
 from quantkit.pipeline.mixtures import ALIASES, COPY, FILE_TYPES, FileType
+from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import plan_quantize
 from quantkit.sources.source import TensorSource
 from quantkit.wording import size_text
@@ -153,7 +154,7 @@ def type_guide(source: TensorSource | None = None) -> TypeGuide:
 
 def _row(model: TensorSource, file: FileType) -> TypeRow:
     try:
-        plan = plan_quantize(model, file, allow_requantize=True)
+        plan = plan_quantize(model, file, QuantizeOptions(allow_requantize=True))
     except QuantkitError:  # blocks that do not divide the rows
         return TypeRow(file.name, None, None, False, USES[file.name])
     return TypeRow(file.name, plan.bits_per_weight, plan.file_size, any(t.needs_weights for t in plan), USES[file.name])

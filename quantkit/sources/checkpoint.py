@@ -270,7 +270,8 @@ class CheckpointSource:
             row, column = divmod(at, values.shape[1])
             raise QuantkitError(
                 f"{self.directory}: tensor {name!r} holds {values[row, column]} at row {first_row + row}, "
-                f"column {column}; the checkpoint is damaged (--allow-nonfinite goes on regardless)"
+                f"column {column}; the checkpoint is damaged",
+                option="allow_nonfinite",
             )
 
     def _refuse_overflow(self, name: str, encoded: np.ndarray, rows: np.ndarray, first_row: int) -> None:

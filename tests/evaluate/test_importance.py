@@ -240,8 +240,8 @@ def test_quantizing_with_it_diverges_less(tmp_path: Path) -> None:
     text = (ROOT / "fixtures" / "tinylm-test.txt").read_text(encoding="utf-8")
     importance_matrix(source, calibration, chunking=Chunking(n_ctx=128, chunks=40)).save(tmp_path / "imatrix.gguf")
     for kind in ("Q4_K_M", "Q2_K"):
-        quantize(source, tmp_path / "without.gguf", type=kind)
-        quantize(source, tmp_path / "with.gguf", type=kind, imatrix=tmp_path / "imatrix.gguf")
+        quantize(source, tmp_path / "without.gguf", type=kind, force=True)
+        quantize(source, tmp_path / "with.gguf", type=kind, force=True, imatrix=tmp_path / "imatrix.gguf")
         without, with_it = (
             divergence(tmp_path / name, source, text, chunking=Chunking(n_ctx=128, chunks=16)).kld.value
             for name in ("without.gguf", "with.gguf")

@@ -14,11 +14,12 @@ from support.llama_reference import llama_quantize
 
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
+from quantkit.cli.parsing import parse_override
 from quantkit.formats.imatrix import Importance, ImportanceMatrix
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import FILE_TYPES
 from quantkit.pipeline.plan import plan_copy
-from quantkit.pipeline.run import parse_override, plan
+from quantkit.pipeline.run import plan
 from quantkit.sources.source import GGUFSource, TensorSource
 
 pytestmark = requires_reference
@@ -41,7 +42,7 @@ def make_matrix(source: TensorSource, seed: int = 0) -> ImportanceMatrix:
 
 def assert_same(source: GGUFSource, name: str, directory: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     mine, other = directory / "ours.gguf", directory / "theirs.gguf"
-    written = execute(source, [(plan(source, name, **ours), mine)])
+    written = execute(source, [(plan(source, name, **ours), mine)], force=True)
     target = other if len(written) == 1 else directory / "theirs"
     assert llama_quantize(source.path, target, name, **theirs) == 0
     for path in written:
@@ -115,8 +116,9 @@ def test_overrides(tinylm: GGUFSource, tmp_path: Path) -> None:
         ("my.flag", 2, True),
         ("general.name", 3, b"renamed"),
     ]
-    assert [parse_override(text)[0] for text in texts] == [key for key, _, _ in theirs]
-    assert_same(tinylm, "Q4_0", tmp_path, {"override_kv": texts}, {"kv_overrides": theirs})
+    overrides = [parse_override(text) for text in texts]
+    assert [key for key, _, _ in overrides] == [key for key, _, _ in theirs]
+    assert_same(tinylm, "Q4_0", tmp_path, {"override_kv": overrides}, {"kv_overrides": theirs})
 
 
 def test_pruned_layers(tmp_path: Path) -> None:

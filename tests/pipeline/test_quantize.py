@@ -17,8 +17,8 @@ from quantkit.formats.output import GGUFOutput
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import FILE_TYPES, file_type
 from quantkit.pipeline.naming import Destination, home_of, output_paths
+from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import plan_quantize
-from quantkit.pipeline.recipe import Options
 from quantkit.sources.checkpoint import CheckpointSource
 from quantkit.sources.source import GGUFSource
 
@@ -87,9 +87,10 @@ def test_nonfinite_weights_are_named(tmp_path: Path, value: float, word: str, ki
     values[611, 37] = value
     source = GGUFSource(write_model(tmp_path / "bad.gguf", values))
     out = tmp_path / "out.gguf"
-    message = rf"bad.gguf: tensor 'blk.0.ffn_down.weight' holds {word} at row 611, column 37; .*--allow-nonfinite"
-    with pytest.raises(QuantkitError, match=message):
+    message = rf"bad.gguf: tensor 'blk.0.ffn_down.weight' holds {word} at row 611, column 37; the checkpoint is damaged"
+    with pytest.raises(QuantkitError, match=message) as problem:
         execute(source, [(plan_quantize(source, file_type(kind)), out)])
+    assert problem.value.option == "allow_nonfinite"
     assert [p.name for p in tmp_path.iterdir()] == ["bad.gguf"]
     execute(source, [(plan_quantize(source, file_type(kind)), out)], allow_nonfinite=True)
     assert out.exists()
@@ -108,10 +109,11 @@ def test_requantizing_is_refused_with_the_reason(converted: Path, tmp_path: Path
     source, q8 = GGUFSource(converted), tmp_path / "q8.gguf"
     execute(source, [(plan_quantize(source, file_type("Q8_0")), q8)])
     again = GGUFSource(q8)
-    with pytest.raises(QuantkitError, match=r"is Q8_0 already.*--allow-requantize"):
+    with pytest.raises(QuantkitError, match="is Q8_0 already") as problem:
         plan_quantize(again, file_type("Q4_K_M"))
+    assert problem.value.option == "allow_requantize"
     assert plan_quantize(again, file_type("Q8_0")).nbytes  # nothing to do is no error
-    assert plan_quantize(again, file_type("Q4_K_M"), allow_requantize=True).nbytes
+    assert plan_quantize(again, file_type("Q4_K_M"), QuantizeOptions(allow_requantize=True)).nbytes
 
 
 def test_the_input_is_never_the_output(converted: Path) -> None:
@@ -136,7 +138,7 @@ def test_plans_can_be_edited_and_printed(converted: Path, tmp_path: Path) -> Non
 
 def test_pure_and_names(converted: Path) -> None:
     source = GGUFSource(converted)
-    kinds = {t.info.type for t in plan_quantize(source, file_type("Q4_K_M"), Options(pure=True))}
+    kinds = {t.info.type for t in plan_quantize(source, file_type("Q4_K_M"), QuantizeOptions(pure=True))}
     assert kinds == {GGMLType.F32, GGMLType.Q4_K}
     with pytest.raises(QuantkitError, match=r"unknown file type 'Q9'.*Q4_K_M"):
         file_type("Q9")

@@ -13,8 +13,8 @@ from support.llama_reference import llama_logits, llama_quantize
 
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import file_type
+from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import plan_quantize
-from quantkit.pipeline.recipe import Options
 from quantkit.sources.source import GGUFSource
 
 pytestmark = requires_reference
@@ -25,7 +25,7 @@ MAIN_TYPES += ["Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M"]
 
 def assert_same_file(source: GGUFSource, name: str, directory: Path, **options: bool) -> None:
     ours, theirs = directory / "ours.gguf", directory / "theirs.gguf"
-    execute(source, [(plan_quantize(source, file_type(name), Options(**options)), ours)])
+    execute(source, [(plan_quantize(source, file_type(name), QuantizeOptions(**options)), ours)], force=True)
     assert llama_quantize(source.path, theirs, name, **options) == 0
     assert ours.read_bytes() == theirs.read_bytes(), f"{source.path.name} as {name}"
 

@@ -211,4 +211,5 @@ def test_any_value_of_the_keys_of_an_importance_matrix(home: Path, key: str, val
         metadata[key] = value
     sums = {"a.in_sum2": np.ones((1, 4), np.float32), "a.counts": np.ones((1, 1), np.float32)}
     path = write_gguf(home / "imatrix.gguf", metadata, sums)
+    (home / "again.gguf").unlink(missing_ok=True)
     one_line(lambda _: ImportanceMatrix.load(path).save(home / "again.gguf"), None)  # type: ignore[arg-type, return-value]

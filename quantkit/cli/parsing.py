@@ -1,0 +1,66 @@
+"""Values of options as users write them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from quantkit.blocks.types import GGMLType
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf import Value, ValueType
+from quantkit.pipeline.options import Override
+from quantkit.pipeline.plan import MAX_TEXT
+
+
+def parse_override(text: str) -> Override:
+    """A metadata override "KEY=TYPE:VALUE", TYPE one of int, float, bool, str, as llama-quantize stores it."""
+    key, _, value = text.partition("=")
+    kind, colon, value = value.partition(":")
+    if not key or not colon:
+        raise QuantkitError(f"malformed override {text!r}: write KEY=TYPE:VALUE, TYPE one of int, float, bool, str")
+    try:
+        if kind == "int":
+            return key, ValueType.UINT32, abs(int(value)) & 0xFFFFFFFF
+        if kind == "float":
+            number = float(value)
+            Value.of(ValueType.FLOAT32, number)
+            return key, ValueType.FLOAT32, number
+        if kind == "bool":
+            return key, ValueType.BOOL, {"true": True, "false": False}[value]
+    except (ValueError, KeyError):
+        raise QuantkitError(f"override {text!r}: {value!r} is no {kind}") from None
+    if kind != "str":
+        raise QuantkitError(f"override {text!r}: unknown type {kind!r}; use int, float, bool or str")
+    if len(value.encode()) > MAX_TEXT:
+        raise QuantkitError(f"override {key!r}: a string may have {MAX_TEXT} bytes at most")
+    return key, ValueType.STRING, value
+
+
+def parse_tensor_types(items: Iterable[str]) -> list[tuple[str, GGMLType]]:
+    """Per-tensor types "REGEX=TYPE", as --tensor-type takes them; expressions are made lower case."""
+    pairs = []
+    for item in items:
+        pattern, equals, kind = item.partition("=")
+        if not pattern or not equals or not kind:
+            raise QuantkitError(f"malformed tensor type {item!r}: write REGEX=TYPE, such as attn_v=q6_k")
+        pairs.append((pattern.lower(), GGMLType.parse(kind)))
+    return pairs
+
+
+def parse_size(text: str) -> int:
+    """A size such as 500M or 2G (powers of 1000, as gguf-split counts), or plain bytes."""
+    match = re.fullmatch(r"(\d+)([KMG]?)", text.strip().upper())
+    if match is None or int(match[1]) == 0:
+        raise QuantkitError(f"not a size: {text!r}; write 500M or 2G")
+    return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]]
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layer numbers, as --prune-layers takes them: "3,4,7"."""
+    try:
+        layers = [int(item) for item in text.split(",") if item.strip()]
+    except ValueError:
+        layers = [-1]
+    if not layers or any(layer < 0 for layer in layers):
+        raise QuantkitError(f"not a list of layers: {text!r}; write numbers with commas")
+    return layers
