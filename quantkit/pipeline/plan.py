@@ -312,7 +312,7 @@ def _plan(
         becomes = replace(info, type=choice.type)
         original, weights = names[info.name], None
         if importance is not None and importance.weights and changes:
-            weights = _weights_for(info, original, importance.weights, source.label)
+            weights = weights_for(info, original, importance.weights, source.label)
         needs = changes and needs_imatrix(info.name, choice.type, file)
         lines.append(PlannedTensor(original, info.type, becomes, choice.reason, weights, needs))
     decisive |= recipe.decisive
@@ -381,7 +381,11 @@ def _check_types(info: TensorInfo, kind: GGMLType) -> None:
         )
 
 
-def _weights_for(info: TensorInfo, original: str, imatrix: Mapping[str, np.ndarray], label: str) -> np.ndarray | None:
+def weights_for(info: TensorInfo, original: str, imatrix: Mapping[str, np.ndarray], label: str) -> np.ndarray | None:
+    """The importance weights of tensor `info`, called `original` in the model: float32 (matrices, n_per_row), or None.
+
+    Raises QuantkitError when `imatrix` has another number of them; `label` is the model's, for the message.
+    """
     weights = imatrix.get(original)
     n_matrices = info.shape[2] if len(info.shape) > 2 else 1
     if weights is None:

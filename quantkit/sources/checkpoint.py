@@ -88,6 +88,10 @@ class CheckpointSource:
                 raise QuantkitError(f"{self.directory}: {assembly.name} has the impossible shape {list(shape)}")
             self._tensors[assembly.name] = TensorInfo(assembly.name, shape[::-1], self._type_of(assembly.name, shape))
 
+    def seen_as(self, outtype: OutType) -> CheckpointSource:
+        """The same checkpoint with matrices of another type."""
+        return CheckpointSource(self.directory, outtype, self._pre, self._name, self._allow_nonfinite)
+
     def _refuse_quantized(self) -> None:
         quantization = self.architecture.config.find("quantization_config")
         if quantization:

@@ -49,6 +49,11 @@ class Verdict:
     seconds: float = 0.0
 
     @property
+    def readable(self) -> bool:
+        """Whether it could be opened as a GGUF model at all."""
+        return self.n_tensors > 0
+
+    @property
     def sound(self) -> bool:
         """Whether nothing is wrong."""
         return not self.problems
