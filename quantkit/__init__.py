@@ -20,30 +20,43 @@ if TYPE_CHECKING:
     from quantkit.evaluate.perplexity import PerplexityResult, perplexity
     from quantkit.evaluate.settings import Chunking, Compute, Estimate
     from quantkit.evaluate.tasks import TasksResult, read_tasks, tasks
+    from quantkit.formats.imatrix import ImportanceMatrix
     from quantkit.pipeline.execute import execute
     from quantkit.pipeline.options import QuantizeOptions
-    from quantkit.pipeline.run import plan
-    from quantkit.sources.source import open_source
+    from quantkit.pipeline.plan import Plan
+    from quantkit.pipeline.run import convert, plan
+    from quantkit.report.comparison import Comparison, compare
+    from quantkit.sources.dequantized import dequantize
+    from quantkit.sources.source import TensorSource, open_model
+    from quantkit.sources.source import open_source as open_source
 
 __version__ = "0.1.0"
+# What `help(quantkit)` shows. The old name open_source is not among it.
 __all__ = [
     "Chunking",
+    "Comparison",
     "Compute",
     "DivergenceResult",
     "Estimate",
     "GGMLType",
     "Generation",
+    "ImportanceMatrix",
     "PerplexityResult",
+    "Plan",
     "QuantizeOptions",
     "QuantkitError",
     "TasksResult",
+    "TensorSource",
+    "compare",
+    "convert",
+    "dequantize",
     "dequantize_rows",
     "divergence",
     "divergences",
     "execute",
     "generate",
     "importance_matrix",
-    "open_source",
+    "open_model",
     "perplexity",
     "plan",
     "quantize",
@@ -57,34 +70,35 @@ choose_openblas_kernels(Processor.here(), os.environ, "numpy" in sys.modules)
 
 # Loaded when first asked for, so that `import quantkit` is quick.
 _ELSEWHERE = {
-    "Chunking": "quantkit.evaluate.settings",
-    "Compute": "quantkit.evaluate.settings",
-    "DivergenceResult": "quantkit.evaluate.divergence",
-    "Estimate": "quantkit.evaluate.settings",
-    "Generation": "quantkit.evaluate.generate",
-    "PerplexityResult": "quantkit.evaluate.perplexity",
-    "QuantizeOptions": "quantkit.pipeline.options",
-    "TasksResult": "quantkit.evaluate.tasks",
-    "divergence": "quantkit.evaluate.divergence",
-    "divergences": "quantkit.evaluate.divergence",
-    "generate": "quantkit.evaluate.generate",
-    "read_tasks": "quantkit.evaluate.tasks",
-    "tasks": "quantkit.evaluate.tasks",
-    "execute": "quantkit.pipeline.execute",
-    "importance_matrix": "quantkit.evaluate.importance",
-    "open_source": "quantkit.sources.source",
-    "perplexity": "quantkit.evaluate.perplexity",
-    "plan": "quantkit.pipeline.run",
-    "quantize": "quantkit.calibration.run",
+    "calibration.run": ("quantize",),
+    "evaluate.divergence": ("DivergenceResult", "divergence", "divergences"),
+    "evaluate.generate": ("Generation", "generate"),
+    "evaluate.importance": ("importance_matrix",),
+    "evaluate.perplexity": ("PerplexityResult", "perplexity"),
+    "evaluate.settings": ("Chunking", "Compute", "Estimate"),
+    "evaluate.tasks": ("TasksResult", "read_tasks", "tasks"),
+    "formats.imatrix": ("ImportanceMatrix",),
+    "pipeline.execute": ("execute",),
+    "pipeline.options": ("QuantizeOptions",),
+    "pipeline.plan": ("Plan",),
+    "pipeline.run": ("convert", "plan"),
+    "report.comparison": ("Comparison", "compare"),
+    "sources.dequantized": ("dequantize",),
+    "sources.source": ("TensorSource", "open_model", "open_source"),
 }
+_MODULE_OF = {name: module for module, names in _ELSEWHERE.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ELSEWHERE:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_ELSEWHERE[name]), name)
+    return getattr(import_module(f"quantkit.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__", "__version__"})
 
 
 def quantize_rows(array: Any, type: str | GGMLType, weights: Any = None) -> np.ndarray:

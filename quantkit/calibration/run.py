@@ -16,7 +16,7 @@ from quantkit.pipeline.mixtures import file_type
 from quantkit.pipeline.naming import Destination, home_of, output_paths
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import plan_all
-from quantkit.sources.source import TensorSource, open_source
+from quantkit.sources.source import TensorSource, open_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +59,7 @@ def quantize(
     options = replace(options or QuantizeOptions(), **changes)
     model = source
     if isinstance(model, (str, os.PathLike)):
-        model = open_source(model, allow_nonfinite=allow_nonfinite)
+        model = open_model(model, allow_nonfinite=allow_nonfinite)
     compute = Compute(threads=threads) if compute is None else compute
     common: dict[str, Any] = {"threads": threads, "allow_nonfinite": allow_nonfinite}
     common |= {"max_buffer_size": max_buffer_size, "progress": progress}

@@ -25,9 +25,9 @@ def command(
     """
     setup(verbose, quiet)
     from quantkit.report.comparison import compare
-    from quantkit.sources.source import open_source
+    from quantkit.sources.source import open_model
 
-    first, second = open_source(a, revision=revision), open_source(b, revision=revision)
+    first, second = open_model(a, revision=revision), open_model(b, revision=revision)
     with byte_progress(sum(info.nbytes for info in second.tensors.values()), "compare") as progress:
         result = compare(first, second, progress)
     emit(str(result), result.as_dict(), as_json)

@@ -56,11 +56,11 @@ def command(
     setup(verbose, quiet)
     from quantkit.evaluate.generate import generate
     from quantkit.evaluate.settings import Compute
-    from quantkit.sources.source import open_source
+    from quantkit.sources.source import open_model
 
-    models = [open_source(source, revision=revision, pre=pre)]
+    models = [open_model(source, revision=revision, pre=pre)]
     if model2 is not None:
-        models.append(open_source(model2, pre=pre))
+        models.append(open_model(model2, pre=pre))
     results = []
     for model in models:
         with measured_ahead(model, threads), chunk_progress("generate", "token") as bar:

@@ -24,10 +24,10 @@ def command(
     weights.
     """
     setup(verbose, quiet)
-    from quantkit.sources.source import open_source
+    from quantkit.sources.source import open_model
     from quantkit.trust.digest import model_digests
 
-    source = open_source(model, revision=revision)
+    source = open_model(model, revision=revision)
     with byte_progress(sum(info.nbytes for info in source.tensors.values()), "hash") as progress:
         digests = model_digests(source, threads, progress)
     emit(f"{digests.model}  {digests.label}" if whole else str(digests), digests.as_dict(), as_json)

@@ -129,9 +129,9 @@ def command(
     if source is not None and (chunks is None or chunks > 0):
         words = read_text(text)
         from quantkit.evaluate.importance import importance_matrix
-        from quantkit.sources.source import open_source
+        from quantkit.sources.source import open_model
 
-        model = open_source(source, revision=revision, pre=pre)
+        model = open_model(source, revision=revision, pre=pre)
 
         if saver is not None:
             saver.inputs += model.files

@@ -26,9 +26,9 @@ def command(
     """
     setup(verbose, quiet)
     from quantkit.report.contents import describe
-    from quantkit.sources.source import open_source
+    from quantkit.sources.source import open_model
 
-    contents = describe(open_source(source, revision=revision, pre=pre))
+    contents = describe(open_model(source, revision=revision, pre=pre))
     # Elsewhere than on a terminal, COLUMNS says nothing about who will read it.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
     emit("" if as_json else contents.text(width, full), contents.as_dict(full) if as_json else None, as_json)

@@ -75,13 +75,13 @@ def command(
     words = None if base_logits is not None else read_text(text)
     from quantkit.formats.atomic import OutputGroup
     from quantkit.formats.logits import LogitsFile
-    from quantkit.sources.source import open_source
+    from quantkit.sources.source import open_model
 
-    model = open_source(source, revision=revision, pre=pre)
+    model = open_model(source, revision=revision, pre=pre)
     group = OutputGroup(force=force, inputs=[*model.files, text])
     against: Any = None
     if base is not None:
-        against = open_source(base, pre=pre)
+        against = open_model(base, pre=pre)
         group.protect(against.files)
     elif base_logits is not None:
         against = LogitsFile(base_logits)

@@ -202,7 +202,7 @@ def command(
     from quantkit.pipeline.naming import Destination, home_of, output_paths
     from quantkit.pipeline.options import QuantizeOptions
     from quantkit.pipeline.plan import plan_all
-    from quantkit.sources.source import open_source
+    from quantkit.sources.source import open_model
 
     given = positional(rest or [], types)
     if not given.types:
@@ -229,7 +229,7 @@ def command(
         split_max_size=None if split_max_size is None else parse_size(split_max_size),
         split_max_tensors=split_max_tensors,
     )
-    model = open_source(source, revision=revision, pre=pre, allow_nonfinite=allow_nonfinite)
+    model = open_model(source, revision=revision, pre=pre, allow_nonfinite=allow_nonfinite)
     destination = Destination.of(output, home_of(source))
     paths = output_paths(destination, model, names, "" if rounding == "nearest" else rounding)
     compute = Compute(backend=backend, device=device, precision=precision, threads=threads)

@@ -71,13 +71,13 @@ def command(
     from quantkit.pipeline.mixtures import file_type
     from quantkit.pipeline.naming import Destination, stem
     from quantkit.report.ladder import build, ladder_kernels, measure
-    from quantkit.sources.source import open_source
+    from quantkit.sources.source import open_model
 
     given = None if output is None else Destination.of(output)
     if given is not None and not given.is_directory:
         raise QuantkitError(f"{output}: a report is several files; name a directory: {output}/")
     words = read_text(text)
-    model = open_source(checkpoint, revision=revision, pre=pre)
+    model = open_model(checkpoint, revision=revision, pre=pre)
     files = [file_type(name) for name in split_list(types)]
     directory = given.path if given is not None else Path(f"{stem(model)}-GGUF")
     total = sum(info.nbytes for info in model.tensors.values())

@@ -64,11 +64,11 @@ def command(
     from quantkit.evaluate.settings import Compute
     from quantkit.evaluate.tasks import read_tasks, tasks
     from quantkit.report.measurements import computed_by
-    from quantkit.sources.source import open_source
+    from quantkit.sources.source import open_model
 
     compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
     items = {kind: read_tasks(kind, path, n_tasks) for kind, path in wanted.items()}
-    model = open_source(source, revision=revision, pre=pre)
+    model = open_model(source, revision=revision, pre=pre)
     lines, data = [], []
     for kind, own in items.items():
         with measured_ahead(model, threads, backend), chunk_progress(kind, "task") as bar:

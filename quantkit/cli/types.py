@@ -26,7 +26,7 @@ def command(
     """
     setup(verbose, quiet)
     from quantkit.report.type_guide import type_guide
-    from quantkit.sources.source import open_source
+    from quantkit.sources.source import open_model
 
-    guide = type_guide(None if source is None else open_source(source, revision=revision))
+    guide = type_guide(None if source is None else open_model(source, revision=revision))
     emit(str(guide), asdict(guide), as_json)

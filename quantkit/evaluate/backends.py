@@ -10,7 +10,7 @@ from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.machine import CORE_TYPE, Processor
-from quantkit.sources.source import TensorSource, open_source
+from quantkit.sources.source import TensorSource, open_model
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def load(model: AnyModel, compute: Compute | None = None, keep: bool | None = No
         if compute is not None:
             raise QuantkitError(f"{model.source.label}: is loaded already and cannot be told again how to compute")
         return model
-    source = open_source(model) if isinstance(model, (str, os.PathLike)) else model
+    source = open_model(model) if isinstance(model, (str, os.PathLike)) else model
     compute = compute or Compute()
     loaded: Model
     if compute.backend == "torch":

@@ -24,7 +24,7 @@ from quantkit.formats.atomic import OutputGroup
 from quantkit.formats.output import GGUFOutput
 from quantkit.machine import default_threads
 from quantkit.pipeline.plan import Plan, PlannedTensor
-from quantkit.sources.source import TensorSource
+from quantkit.sources.source import TensorSource, open_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +52,7 @@ class Piece:
 
 
 def execute(
-    source: TensorSource,
+    source: TensorSource | str | os.PathLike[str],
     outputs: Sequence[tuple[Plan, str | os.PathLike[str]]],
     *,
     threads: int | None = None,
@@ -71,6 +71,7 @@ def execute(
     Raises QuantkitError for NaN or infinity in a weight (unless `allow_nonfinite`), for weights that a type cannot
     hold, and when a file cannot be written; no output is left behind then.
     """
+    source = open_model(source)
     plans = [plan for plan, _ in outputs]
     paths = [Path(path) for _, path in outputs]
     _check_plans(plans)

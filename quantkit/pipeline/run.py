@@ -6,15 +6,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantkit.formats.atomic import OutputGroup
 from quantkit.pipeline.execute import Progress, execute
 from quantkit.pipeline.mixtures import file_type
 from quantkit.pipeline.naming import Destination, home_of, output_paths
 from quantkit.pipeline.options import QuantizeOptions
-from quantkit.pipeline.plan import Plan, plan_all
-from quantkit.sources.source import TensorSource, open_source
+from quantkit.pipeline.plan import Plan, plan_all, plan_copy
+from quantkit.sources.source import TensorSource, open_model
+
+if TYPE_CHECKING:
+    from quantkit.sources.checkpoint import OutType
 
 
 def plan(
@@ -25,8 +28,47 @@ def plan(
     `changes` are fields of `QuantizeOptions` by name: `plan(source, "Q4_K_M", tensor_types=[("attn_v", "Q8_0")])`.
     Raises QuantkitError for a request that cannot be met.
     """
-    model = open_source(source) if isinstance(source, (str, os.PathLike)) else source
-    return plan_all(model, [type], replace(options or QuantizeOptions(), **changes))[0]
+    return plan_all(open_model(source), [type], replace(options or QuantizeOptions(), **changes))[0]
+
+
+def convert(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    outtype: OutType = "auto",
+    pre: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    allow_nonfinite: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> Path:
+    """Write a checkpoint, a directory or a hub id, as a GGUF file: what convert_hf_to_gguf.py writes.
+
+    `out` is the file, or a directory: one that exists, or a name that ends in a slash; left out, it is the
+    checkpoint's, or the current one for a hub id, and the file is named by the GGUF naming convention. `outtype` is the
+    type of its matrices (f32, f16, bf16, q8_0, or auto: 16-bit weights stay as they are stored), `pre` its
+    pre-tokenizer where that is not recognised, `name` the model's name. `force` replaces a file. Returns the file
+    written. Raises QuantkitError.
+    """
+    from quantkit.sources.checkpoint import CheckpointSource, output_name
+    from quantkit.sources.hub import resolve
+
+    named = os.fspath(checkpoint)
+    source = CheckpointSource(resolve(named, revision), outtype, pre, name, allow_nonfinite)
+    destination = Destination.of(out, home_of(named))
+    path = destination.file(output_name(source.metadata, source.type.name))
+    with OutputGroup(force=force, directory=destination.directory) as group:
+        execute(
+            source,
+            [(plan_copy(source), path)],
+            threads=threads,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+            group=group,
+        )
+    return path
 
 
 def quantize(
@@ -50,9 +92,7 @@ def quantize(
     QuantkitError.
     """
     options = replace(options or QuantizeOptions(), **changes)
-    model = source
-    if isinstance(model, (str, os.PathLike)):
-        model = open_source(model, allow_nonfinite=allow_nonfinite)
+    model = open_model(source, allow_nonfinite=allow_nonfinite)
     names = [file_type(name).name for name in ([type] if isinstance(type, str) else type)]
     destination = Destination.of(out, home_of(source if isinstance(source, (str, os.PathLike)) else model.label))
     paths = output_paths(destination, model, names)

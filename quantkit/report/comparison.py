@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from quantkit import blocks
 from quantkit.pipeline.execute import BITE, Progress
 from quantkit.report.contents import brief
 from quantkit.report.tables import table
-from quantkit.sources.source import TensorSource
+from quantkit.sources.source import TensorSource, open_model
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,16 @@ class Comparison:
         return data
 
 
-def compare(first: TensorSource, second: TensorSource, progress: Progress | None = None) -> Comparison:
-    """Compare two models, the weights decoded to float32 piece by piece. Progress counts bytes of the second."""
+def compare(
+    first: TensorSource | str | os.PathLike[str],
+    second: TensorSource | str | os.PathLike[str],
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare two models, sources or what `open_model` takes: metadata, tensors, and the error of each.
+
+    Weights are decoded to float32 piece by piece. `progress(tensor, nbytes)` counts bytes of the second model.
+    """
+    first, second = open_model(first), open_model(second)
     result = Comparison((first.label, second.label))
     for key in dict.fromkeys([*first.metadata, *second.metadata]):
         a, b = first.metadata.get(key), second.metadata.get(key)

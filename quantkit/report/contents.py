@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,7 +12,7 @@ from quantkit.blocks.types import GGMLType
 from quantkit.formats.gguf import Metadata, TensorInfo, Value, ValueType
 from quantkit.pipeline.mixtures import FILE_TYPES
 from quantkit.pipeline.plan import plan_copy
-from quantkit.sources.source import GGUFSource, TensorSource
+from quantkit.sources.source import GGUFSource, TensorSource, open_model
 from quantkit.wording import count_text, printable, size_text
 
 SHOWN = 6  # items of an array
@@ -127,9 +128,9 @@ class Contents:
         }
 
 
-def describe(source: TensorSource) -> Contents:
-    """The contents of a model."""
-    return Contents(source)
+def describe(model: TensorSource | str | os.PathLike[str]) -> Contents:
+    """The contents of a model: a source, or what `open_model` takes."""
+    return Contents(open_model(model))
 
 
 def _metadata_table(metadata: Metadata, width: int, full: bool) -> str:

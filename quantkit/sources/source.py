@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import GGUFFile, Metadata, TensorInfo
@@ -123,20 +124,23 @@ def split_name(prefix: str, index: int, count: int) -> str:
     return f"{prefix}-{index + 1:05d}-of-{count:05d}.gguf"
 
 
-def open_source(
-    model: str | os.PathLike[str],
+def open_model(
+    model: TensorSource | str | os.PathLike[str],
     *,
     revision: str | None = None,
     outtype: OutType = "auto",
     pre: str | None = None,
     allow_nonfinite: bool = False,
 ) -> TensorSource:
-    """A model as the user names it: a GGUF file (any shard), a checkpoint directory, or a hub id `org/name`.
+    """Open a model: a GGUF file (any shard), a checkpoint directory, or a hub id `org/name`.
 
-    `outtype` is the type that a checkpoint is seen in ("auto": as it is stored), `pre` overrides its pre-tokenizer,
-    `allow_nonfinite` takes weights that are NaN or infinite.
+    For a checkpoint, `outtype` is the type that its matrices are seen in ("auto": as they are stored), `pre` names its
+    pre-tokenizer where that is not recognised, and `allow_nonfinite` accepts weights that are NaN or infinite;
+    `revision` is a branch, tag or commit on the hub. A model that is open already is returned as it is.
     Raises QuantkitError when there is no such model.
     """
+    if not isinstance(model, (str, os.PathLike)):
+        return model
     path = Path(model)
     if path.is_file():
         return GGUFSource(path)
@@ -146,3 +150,9 @@ def open_source(
     from quantkit.sources.hub import resolve
 
     return CheckpointSource(resolve(str(model), revision), outtype=outtype, pre=pre, allow_nonfinite=allow_nonfinite)
+
+
+def open_source(model: TensorSource | str | os.PathLike[str], **options: Any) -> TensorSource:
+    """The old name of `open_model`."""
+    warnings.warn("open_source is called open_model now; this name goes with the next release", DeprecationWarning, 2)
+    return open_model(model, **options)

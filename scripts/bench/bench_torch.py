@@ -24,7 +24,7 @@ from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.evaluate.torch_backend import TorchTransformer
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import Metadata, TensorInfo, ValueType
-from quantkit.sources.source import open_source
+from quantkit.sources.source import open_model
 from quantkit.vocabulary import Vocabulary
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
     print(json.dumps({"device": name, "torch": torch.__version__}), flush=True)
-    source = open_source(args.model)
+    source = open_model(args.model)
     ids, bos = tokenize(Vocabulary.from_metadata(source.metadata), args.text.read_text(encoding="utf-8"))
     judged = chunked(ids, Chunking(chunks=args.judge_chunks), bos, source.label)
     judge = Transformer(source).log_likelihoods(judged, 256)

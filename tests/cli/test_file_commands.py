@@ -84,7 +84,7 @@ def test_python_does_the_same(model: Path, tmp_path: Path) -> None:
     run("quantize", model, "--type", "Q4_K_M", "-o", tmp_path / "cli.gguf")
     assert quantkit.quantize(model, tmp_path / "api.gguf", type="q4_k_m") == [tmp_path / "api.gguf"]
     assert (tmp_path / "api.gguf").read_bytes() == (tmp_path / "cli.gguf").read_bytes()
-    source = quantkit.open_source(TINYLM)
+    source = quantkit.open_model(TINYLM)
     plan = quantkit.plan(source, "Q4_K_M", tensor_types=[("attn_v", "Q8_0")])
     plan.set_type("blk.0.ffn_down.weight", "Q6_K")
     quantkit.execute(source, [(plan, tmp_path / "edited.gguf")])

@@ -37,10 +37,10 @@ ONE_BY_ONE = """
 import sys
 from pathlib import Path
 from quantkit.pipeline.mixtures import file_type
-from quantkit.sources.source import open_source
+from quantkit.sources.source import open_model
 from quantkit.evaluate import needed_kernels
 from quantkit.report import ladder
-source = open_source(sys.argv[1])
+source = open_model(sys.argv[1])
 wanted = ladder.ladder_kernels(source, [file_type("Q4_K_M"), file_type("Q4_0")])
 for job in [*wanted, *needed_kernels.measuring_kernels(source, (), False)]:
     job.kernel.compile(job.signature)

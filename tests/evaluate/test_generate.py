@@ -22,7 +22,7 @@ from quantkit.evaluate.kv_cache import KVCache
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
-from quantkit.sources.source import GGUFSource, open_source
+from quantkit.sources.source import GGUFSource, open_model
 from quantkit.vocabulary import Vocabulary, chat
 
 
@@ -74,7 +74,7 @@ def test_drawing():
 
 
 def test_the_same_seed_draws_the_same_text():
-    source = open_source(TINYLM)
+    source = open_model(TINYLM)
     texts = [generate(source, "The", n_tokens=12, temperature=0.8, seed=seed).text for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
 
@@ -101,7 +101,7 @@ CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "co
 
 
 def test_chat_templates():
-    assert chat.render(open_source(TINYLM).metadata, CONVERSATION) == "system: Be brief.\nuser: Hi <b>!\nassistant:"
+    assert chat.render(open_model(TINYLM).metadata, CONVERSATION) == "system: Be brief.\nuser: Hi <b>!\nassistant:"
     chatml = (
         "{%- for m in messages %}\n    {%- if m.role == 'system' %}{% continue %}{% endif %}\n"
         "<|im_start|>{{ m['role'] + '\\n' + m['content'] | tojson }}<|im_end|>\n{% endfor %}\n"

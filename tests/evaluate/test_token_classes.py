@@ -6,12 +6,12 @@ import numpy as np
 from conftest import TINYLM
 
 from quantkit.evaluate.token_classes import CLASSES, token_classes
-from quantkit.sources.source import open_source
+from quantkit.sources.source import open_model
 from quantkit.vocabulary import Vocabulary
 
 
 def test_tokens_of_a_text_by_their_kind():
-    vocabulary = Vocabulary.from_metadata(open_source(TINYLM).metadata)
+    vocabulary = Vocabulary.from_metadata(open_model(TINYLM).metadata)
     ids = vocabulary.encode("The returned values,  1984\n\n  of \u4e16", add_special=False)
     names = [CLASSES[i] for i in token_classes(vocabulary, ids)]
     pieces = [vocabulary.piece(token) for token in ids.tolist()]
@@ -35,7 +35,7 @@ def test_tokens_of_a_text_by_their_kind():
 
 
 def test_control_tokens():
-    vocabulary = Vocabulary.from_metadata(open_source(TINYLM).metadata)
+    vocabulary = Vocabulary.from_metadata(open_model(TINYLM).metadata)
     control = [i for i in range(vocabulary.n_tokens) if vocabulary.is_control(i)]
     assert control
     assert {CLASSES[i] for i in token_classes(vocabulary, np.array(control))} == {"control"}

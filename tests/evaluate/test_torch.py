@@ -22,7 +22,7 @@ from quantkit.evaluate.perplexity import perplexity
 from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
-from quantkit.sources.source import GGUFSource, open_source
+from quantkit.sources.source import GGUFSource, open_model
 
 pytestmark = requires_torch
 
@@ -31,7 +31,7 @@ TORCH = Compute(backend="torch", threads=2)
 
 @pytest.fixture(scope="module")
 def tinylm():
-    return open_source(TINYLM)
+    return open_model(TINYLM)
 
 
 @pytest.fixture(scope="module")

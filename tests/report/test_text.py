@@ -12,7 +12,7 @@ from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.evaluate.threads import blas_name
 from quantkit.report.measurements import divergence_text, perplexity_text
 from quantkit.report.tables import table
-from quantkit.sources.source import open_source
+from quantkit.sources.source import open_model
 
 TEXT = (ROOT / "fixtures" / "tinylm-test.txt").read_text(encoding="utf-8")
 
@@ -42,7 +42,7 @@ def test_a_perplexity_and_what_it_took():
 
 
 def test_a_divergence_tells_every_statistic():
-    model = open_source(TINYLM)
+    model = open_model(TINYLM)
     result = divergence(model, model, TEXT, chunking=Chunking(n_ctx=128, chunks=2), compute=Compute(threads=1))
     text = divergence_text(result)
     assert "PPL(model) / PPL(base)" in text and "1.000000 ± 0.000000" in text

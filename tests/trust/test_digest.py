@@ -12,7 +12,7 @@ from support.tiny import tiny_metadata, tiny_weights, write_gguf
 
 from quantkit.blocks.types import GGMLType
 from quantkit.formats.gguf import ValueType
-from quantkit.sources.source import GGUFSource, open_source
+from quantkit.sources.source import GGUFSource, open_model
 from quantkit.trust.digest import file_digests, model_digests
 
 
@@ -53,4 +53,4 @@ def test_a_tensors_digest_is_that_of_its_bytes(tmp_path: Path) -> None:
 
 def test_a_checkpoint_has_the_digests_of_its_conversion(tmp_path: Path) -> None:
     converted = GGUFSource(convert(TINYLM, tmp_path / "tinylm.gguf", "auto"))
-    assert model_digests(open_source(TINYLM)).model == model_digests(converted).model
+    assert model_digests(open_model(TINYLM)).model == model_digests(converted).model
