@@ -40,6 +40,7 @@ COMMANDS = {
     "inspect": ("inspect", "Show a model's metadata and tensors."),
     "verify": ("verify", "Check that a GGUF file is sound."),
     "hash": ("hash", "Print digests of a model's tensors."),
+    "attest": ("attest", "State what a GGUF file was quantized from, or check it."),
     "architectures": ("architectures", "List the models that can be converted and evaluated."),
 }
 

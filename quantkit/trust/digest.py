@@ -66,8 +66,8 @@ def model_digests(source: TensorSource, threads: int | None = None, progress: Pr
     return ModelDigests(source.label, whole.hexdigest(), tensors)
 
 
-def file_digests(paths: Sequence[Path]) -> dict[str, str]:
-    """The SHA-256 of each file, as hexadecimal text, by name."""
+def file_digests(paths: Sequence[Path]) -> dict[Path, str]:
+    """The SHA-256 of each file, as hexadecimal text."""
 
     def one(path: Path) -> str:
         file, digest = InputFile(path), hashlib.sha256()
@@ -77,4 +77,4 @@ def file_digests(paths: Sequence[Path]) -> dict[str, str]:
         return digest.hexdigest()
 
     with ThreadPoolExecutor(default_threads()) as pool:
-        return dict(zip((path.name for path in paths), pool.map(one, paths), strict=True))
+        return dict(zip(paths, pool.map(one, paths), strict=True))

@@ -45,7 +45,7 @@ def test_a_tensors_digest_is_that_of_its_bytes(tmp_path: Path) -> None:
     digests = json.loads(call("hash", path, "--json").stdout)
     for name, array in weights.items():
         assert digests["tensors"][name] == hashlib.sha256(array.tobytes()).hexdigest()
-    assert file_digests([path]) == {"a.gguf": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert file_digests([path]) == {path: hashlib.sha256(path.read_bytes()).hexdigest()}
     lines = call("hash", path).stdout.splitlines()
     assert lines[-1] == f"{digests['model']}  (model)" and len(lines) == len(weights) + 1
     assert call("hash", path, "--model-only").stdout == f"{digests['model']}  {path}\n"
