@@ -143,6 +143,11 @@ def emit(text: str, data: Any, as_json: bool) -> None:
         print(printable(text))
 
 
+def emit_piece(text: str) -> None:
+    """Print a piece of a result on stdout at once; `emit` prints what follows."""
+    print(printable(text), end="", flush=True)
+
+
 @contextmanager
 def byte_progress(total: int, title: str) -> Iterator[Callable[[str, int], None]]:
     """Progress over `total` bytes: call it with the tensor under way and the bytes done with."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,9 +18,14 @@ from quantkit.cli.console import (
     Verbose,
     chunk_progress,
     emit,
+    emit_piece,
     measured_ahead,
     setup,
 )
+
+if TYPE_CHECKING:
+    from quantkit.evaluate.generate import Generation
+    from quantkit.sources.source import TensorSource
 
 
 def command(
@@ -54,50 +60,69 @@ def command(
     By default each token is the likeliest one, so that differences between models are the models' own.
     """
     setup(verbose, quiet)
-    from quantkit.evaluate.generate import generate
-    from quantkit.evaluate.settings import Compute
     from quantkit.sources.source import open_model
 
     models = [open_model(source, revision=revision, pre=pre)]
     if model2 is not None:
         models.append(open_model(model2, pre=pre))
-    results = []
-    for model in models:
-        with measured_ahead(model, threads), chunk_progress("generate", "token") as bar:
-            results.append(
-                generate(
-                    model,
-                    prompt,
-                    n_tokens=n_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    seed=seed,
-                    chat=chat,
-                    system=system,
-                    compute=Compute(threads=threads),
-                    progress=lambda done, total, speed: bar(done, total, f"{speed:.1f} tokens/s"),
-                )
-            )
+    streamed = len(models) == 1 and not as_json
+    results = [
+        _generate(
+            model,
+            threads,
+            streamed,
+            prompt=prompt,
+            n_tokens=n_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            chat=chat,
+            system=system,
+        )
+        for model in models
+    ]
     names = [model.label for model in models]
     data = [{"model": name, **asdict(result)} for name, result in zip(names, results, strict=True)]
-    shown = results[0].text if len(results) == 1 else _beside(names, [result.text for result in results])
+    shown = "" if streamed or as_json else _beside(names, [result.text for result in results])
     emit(shown, {"prompt": prompt, "results": data}, as_json)
+
+
+def _generate(model: TensorSource, threads: int | None, streamed: bool, **settings: Any) -> Generation:
+    """Generate with a bar, which makes room for the text once there is some if that is `streamed`."""
+    from quantkit.evaluate.generate import generate
+    from quantkit.evaluate.settings import Compute
+
+    with measured_ahead(model, threads), ExitStack() as until_text:
+        bar = until_text.enter_context(chunk_progress("generate", "token"))
+
+        def stream(piece: str) -> None:
+            until_text.close()
+            emit_piece(piece)
+
+        return generate(
+            model,
+            compute=Compute(threads=threads),
+            progress=lambda done, total, speed: bar(done, total, f"{speed:.1f} tokens/s"),
+            stream=stream if streamed else None,
+            **settings,
+        )
 
 
 def _beside(names: list[str], texts: list[str]) -> str:
     """Texts in columns as wide as the terminal allows, under their names, and where they diverge."""
     from io import StringIO
 
+    from rich.box import MARKDOWN
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
     same = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
-    table = Table(*map(escape, names), expand=True)
+    table = Table(*map(escape, names), expand=True, box=MARKDOWN)
     table.add_row(*(Text(text) for text in texts))
     out = Console(file=StringIO(), width=Console().width, color_system=None)
     out.print(table)
     parted = "The outputs are the same." if texts[0] == texts[1] else f"The outputs diverge after {same} characters."
     assert isinstance(out.file, StringIO)
-    return out.file.getvalue() + parted
+    return f"{out.file.getvalue().strip()}\n\n{parted}"

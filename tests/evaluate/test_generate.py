@@ -24,6 +24,7 @@ from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
 from quantkit.sources.source import GGUFSource, open_model
 from quantkit.vocabulary import Vocabulary, chat
+from quantkit.wording import printable
 
 
 @pytest.mark.parametrize("name", [*VARIANTS, None])
@@ -162,3 +163,26 @@ def test_the_command_line():
     done = subprocess.run([*command, "--model2", str(TINYLM)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("The outputs are the same.")
+
+
+@pytest.mark.parametrize(("pre", "cleans"), [("qwen2", False), ("llama-bpe", True)])
+def test_streamed_pieces_are_the_text(tmp_path, monkeypatch, pre, cleans):
+    """Whatever the tokens, and where a vocabulary drops spaces before punctuation: nothing that was shown changes."""
+    metadata = tiny_metadata()
+    metadata.set("tokenizer.ggml.pre", ValueType.STRING, pre)
+    model = write_gguf(tmp_path / "m.gguf", metadata, tiny_weights())
+    script = list("a . b 's é模型 ' 're, ok ! 😀".encode())
+    monkeypatch.setattr("quantkit.evaluate.generate.pick", lambda *_: script.pop(0))
+    pieces: list[str] = []
+    result = generate(model, "x", n_tokens=len(script), stream=pieces.append)
+    assert "".join(pieces) == result.text and len(pieces) > 10
+    assert "é模型" in result.text and result.text.endswith("😀") and "\ufffd" not in "".join(pieces)
+    assert ("a." in result.text) == cleans
+
+
+def test_streaming_prints_the_text(tmp_path):
+    model = write_gguf(tmp_path / "m.gguf", tiny_metadata(), tiny_weights())
+    command = [sys.executable, "-m", "quantkit", "generate", model, "-p", "abc", "-n", "12"]
+    shown = subprocess.run(command, capture_output=True, check=True).stdout.decode()
+    data = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)
+    assert shown == printable(data["results"][0]["text"]) + "\n"
