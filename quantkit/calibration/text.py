@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.settings import Chunking
+from quantkit.evaluate.texts import text_sha256
 from quantkit.sources.source import TensorSource
 from quantkit.vocabulary import Vocabulary
 
@@ -35,12 +35,7 @@ class CalibrationText:
         """
         n_ctx, chunks = chunking.n_ctx, chunking.chunks
         vocabulary = Vocabulary.from_metadata(source.metadata)
-        if isinstance(text, str):
-            ids = np.asarray(vocabulary.encode(text), np.int32)
-            digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
-        else:
-            ids = np.asarray(text, np.int32)
-            digest = hashlib.sha256(ids.astype("<i4").tobytes())
+        ids = np.asarray(vocabulary.encode(text) if isinstance(text, str) else text, np.int32)
         n_chunks = min(len(ids) // n_ctx, len(ids) if chunks is None else chunks)
         if n_chunks == 0:
             raise QuantkitError(
@@ -49,7 +44,7 @@ class CalibrationText:
         tokens = np.array(ids[: n_chunks * n_ctx], np.int32).reshape(n_chunks, n_ctx)
         if vocabulary.add_bos and vocabulary.bos is not None:
             tokens[:, 0] = vocabulary.bos
-        return cls(name, digest.hexdigest(), tokens)
+        return cls(name, text_sha256(text), tokens)
 
     @property
     def n_chunks(self) -> int:

@@ -121,6 +121,12 @@ class _Formatter(logging.Formatter):
         return f"{record.levelname.lower()}:{origin} {text}"
 
 
+def given(context: typer.Context, name: str) -> bool:
+    """Whether the user gave the option that a command calls `name`, rather than leaving its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def note(text: str) -> None:
     """A line for the reader, on stderr, unless --quiet."""
     if not _quiet:

@@ -113,20 +113,13 @@ def command(
     if saver is not None:
         saver.inputs = [*in_file, Path(text)]
         saver.check()
-    loaded = [ImportanceMatrix.load(path) for path in in_file]
-    if resuming and target is not None:
-        stored = ImportanceMatrix.load(target)
-        if stored.chunk_size not in (0, n_ctx):
-            raise QuantkitError(f"{target}: was made with --n-ctx {stored.chunk_size}: resume with the same")
-        from_chunk += stored.chunk_count
-        if chunks is not None:
-            chunks -= stored.chunk_count
-        loaded.append(stored)
+    for path in in_file:
+        before.merge(ImportanceMatrix.load(path).counted_in_tokens(n_ctx))
+    stored = ImportanceMatrix.load(target) if resuming and target is not None else None
+    if stored is not None:
         note(f"{target}: going on after {stored.chunk_count} chunks")
-    for one in loaded:
-        before.merge(one.counted_in_tokens(n_ctx))
     matrix = before
-    if source is not None and (chunks is None or chunks > 0):
+    if source is not None:
         words = read_text(text)
         from quantkit.evaluate.importance import importance_matrix
         from quantkit.sources.source import open_model
@@ -139,7 +132,7 @@ def command(
 
         def save_so_far(so_far: ImportanceMatrix) -> None:
             if saver is not None:
-                saver.save(_merged(before, so_far))
+                saver.save(_merged(before, so_far) if in_file else so_far)
 
         with measured_ahead(model, threads, backend), chunk_progress("imatrix") as bar:
             new = importance_matrix(
@@ -150,11 +143,12 @@ def command(
                 process_output=process_output,
                 from_chunk=from_chunk,
                 dataset=text,
+                resume=stored,
                 snapshot=save_so_far,
                 snapshot_every=output_frequency,
                 progress=lambda done, total: bar(done, total, ""),
             )
-        matrix = _merged(before, new)
+        matrix = _merged(before, new) if in_file else new
     if saver is not None:
         saver.save(matrix)
         made = "" if source is None else f" ({'numpy' if backend == 'numpy' else f'torch {device}'}, {precision})"

@@ -26,6 +26,7 @@ from quantkit.cli.console import (
     Verbose,
     chunk_progress,
     emit,
+    given,
     measured_ahead,
     note,
     read_text,
@@ -36,6 +37,7 @@ from quantkit.evaluate.texts import DEFAULT
 
 
 def command(
+    context: typer.Context,
     source: Model,
     text: Text = DEFAULT,
     base: Annotated[str | None, typer.Option(metavar="MODEL", help="Model to compare with.")] = None,
@@ -72,7 +74,8 @@ def command(
 
     compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
     chunking = Chunking(n_ctx=n_ctx, chunks=chunks, batch=batch)
-    words = None if base_logits is not None else read_text(text)
+    # A file of log-probabilities brings its own text: one that is named beside it must be the same.
+    words = read_text(text) if base_logits is None or given(context, "text") else None
     from quantkit.formats.atomic import OutputGroup
     from quantkit.formats.logits import LogitsFile
     from quantkit.sources.source import open_model
@@ -85,6 +88,8 @@ def command(
         group.protect(against.files)
     elif base_logits is not None:
         against = LogitsFile(base_logits)
+        if given(context, "n_ctx") and n_ctx != against.n_ctx:
+            raise QuantkitError(f"{base_logits}: its text is cut into chunks of {against.n_ctx} tokens, not {n_ctx}")
     logits = None if save_logits is None else group.add(save_logits)
     ahead = measured_ahead(model, threads, backend, base is not None or base_logits is not None)
     if base is None and base_logits is None:

@@ -18,7 +18,7 @@ from quantkit.evaluate import logit_kernels
 from quantkit.evaluate.backends import AnyModel, load
 from quantkit.evaluate.logit_kernels import BASE_CHOSEN, BASE_MAX, BASE_SUM, CHOSEN, MAX, N_STATE, SUM, TOP, WEIGHTED
 from quantkit.evaluate.model import Model
-from quantkit.evaluate.perplexity import chunked, pack_chunks, tokenize
+from quantkit.evaluate.perplexity import chunked, pack_chunks, tokenize, warn_of_context
 from quantkit.evaluate.settings import Chunking, Compute, Estimate
 from quantkit.evaluate.token_classes import CLASSES, token_classes
 from quantkit.formats.atomic import OutputFile
@@ -181,6 +181,7 @@ def divergences(
             raise QuantkitError(f"{base_label}: the base's log-probabilities are in this file already: copy it instead")
         raw, bos = _stored_tokens(label, vocabulary, base, text, chunking.chunks)
         n_ctx, n_vocab = base.n_ctx, base.n_vocab
+        warn_of_context(leads[0].source, n_ctx)
     else:
         if text is None:
             raise QuantkitError(f"{label}: a text to compare over is missing")
@@ -189,7 +190,7 @@ def divergences(
         for lead in leads:
             _same_vocabulary(lead.source, other.source)
         ids, bos = tokenize(vocabulary, text)
-        raw = chunked(ids, chunking, None, label)
+        raw = chunked(ids, chunking, None, leads[0].source)
     for lead in leads:
         if lead.spec.n_vocab != n_vocab:
             raise QuantkitError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,9 +15,12 @@ from quantkit.evaluate.backends import AnyModel, load
 from quantkit.evaluate.inputs import InputSum, Key
 from quantkit.evaluate.perplexity import chunked, tokenize
 from quantkit.evaluate.settings import Chunking, Compute
+from quantkit.evaluate.texts import text_sha256
 from quantkit.formats.imatrix import Importance, ImportanceMatrix
 from quantkit.sources.source import TensorSource
 from quantkit.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 # A mean square up to this counts as no activity.
@@ -59,6 +63,7 @@ def importance_matrix(
     process_output: bool = False,
     from_chunk: int = 0,
     dataset: str | None = None,
+    resume: ImportanceMatrix | None = None,
     snapshot: Callable[[ImportanceMatrix], None] | None = None,
     snapshot_every: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -69,24 +74,42 @@ def importance_matrix(
     the first token of each chunk replaced by BOS where the vocabulary adds one, and every position counts. For each
     matrix of the layers (each expert apart), and for output.weight with `process_output`, the squares of what it is
     multiplied with are summed by column. `from_chunk` leaves out the first chunks of the text; `dataset` is the text's
-    name, for the record. Every `snapshot_every` chunks, `snapshot` gets the matrix so far. After each batch
-    `progress(chunks done, chunks)` is called.
+    name, for the record. `resume` is what an earlier run over the same text, which was stopped, came to: its chunks are
+    not computed again, and count among `chunking.chunks`. Every `snapshot_every` chunks, `snapshot` gets the matrix so
+    far. After each batch `progress(chunks done, chunks)` is called.
 
     Sums are kept in float64 and returned in float32; llama-imatrix adds in float32, so its sums differ by its rounding.
-    Raises QuantkitError for a text that is too short and for activations that are not finite.
+    Raises QuantkitError for a text that is too short or not the resumed run's, and for activations that are not finite.
     """
     if from_chunk < 0:
         raise QuantkitError(f"cannot begin at chunk {from_chunk}: use 0 or more")
     model = load(model, compute)
     source, n_ctx = model.source, chunking.n_ctx
     ids, bos = tokenize(Vocabulary.from_metadata(source.metadata), text)
-    tokens = chunked(ids[from_chunk * n_ctx :], chunking, bos, source.label)
+    digest, before = text_sha256(text), ImportanceMatrix()
+    skipped = from_chunk
+    if resume is not None:
+        before = resume.counted_in_tokens(n_ctx)
+        _check_resumed(before, digest, dataset, from_chunk, n_ctx)
+        skipped += before.chunk_count
+        left = len(ids) // n_ctx - skipped
+        if chunking.chunks is not None:
+            left = min(left, chunking.chunks - before.chunk_count)
+        if left <= 0:
+            return before
+        chunking = replace(chunking, chunks=left)
+    tokens = chunked(ids[skipped * n_ctx :], chunking, bos, source, least=1 if resume is not None else 2)
     step = chunking.batch or model.batch(n_ctx)
     sums = model.input_sums(full=False)
     so_far = _Entries(source)
 
     def matrix(n_chunks: int) -> ImportanceMatrix:
-        return ImportanceMatrix(so_far.entries(), [] if dataset is None else [dataset], n_chunks, n_ctx)
+        new = ImportanceMatrix(so_far.entries(), [] if dataset is None else [dataset], n_chunks, n_ctx)
+        both = ImportanceMatrix()
+        for part in (before, new):
+            both.merge(part)
+        both.text_sha256, both.first_chunk = digest, from_chunk
+        return both
 
     done = saved = 0
     while done < len(tokens):
@@ -106,6 +129,26 @@ def importance_matrix(
             snapshot(matrix(done))
             saved = done
     return matrix(done)
+
+
+def _check_resumed(matrix: ImportanceMatrix, digest: str, dataset: str | None, from_chunk: int, n_ctx: int) -> None:
+    """Raise QuantkitError when `matrix` was not made from this text, cut in this way."""
+    if matrix.chunk_size != n_ctx:
+        raise QuantkitError(
+            f"the importance matrix to go on from was made with a context of {matrix.chunk_size}, not {n_ctx}"
+        )
+    if not matrix.text_sha256:
+        if dataset is not None and matrix.datasets and matrix.datasets[-1] != dataset:
+            raise QuantkitError(
+                f"the importance matrix to go on from was made from {matrix.datasets[-1]!r}, not {dataset!r}"
+            )
+        log.warning("the importance matrix to go on from does not say what text it was made from")
+    elif matrix.text_sha256 != digest:
+        raise QuantkitError("the importance matrix to go on from was made from another text")
+    elif matrix.first_chunk != from_chunk:
+        raise QuantkitError(
+            f"the importance matrix to go on from begins at chunk {matrix.first_chunk}, not at {from_chunk}"
+        )
 
 
 @dataclass(frozen=True)

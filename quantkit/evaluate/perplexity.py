@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -18,7 +19,10 @@ from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Chunking, Compute, Estimate
 from quantkit.formats.atomic import OutputFile
 from quantkit.formats.logits import LogitsWriter, empty_rows, first_scored, parts
+from quantkit.sources.source import TensorSource
 from quantkit.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,26 @@ class PerplexityResult:
     running: list[float] = field(repr=False)
 
 
-def chunked(tokens: np.ndarray, chunking: Chunking, bos: int | None, label: str) -> np.ndarray:
-    """Cut token ids into int32 [n_chunks, n_ctx] as llama-perplexity does.
+def warn_of_context(source: TensorSource, n_ctx: int) -> None:
+    """Log a warning when a context of `n_ctx` tokens is longer than the model's own."""
+    own = source.metadata.integer(f"{source.metadata.architecture}.context_length", default=n_ctx)
+    if n_ctx > own:
+        log.warning("%s: a context of %d tokens is longer than the model's, which is %d", source.label, n_ctx, own)
 
-    What does not fill a chunk is dropped; each chunk's first token becomes `bos` unless that is None. Raises
-    QuantkitError for a text of fewer than two chunks.
+
+def chunked(
+    tokens: np.ndarray, chunking: Chunking, bos: int | None, source: TensorSource, least: int = 2
+) -> np.ndarray:
+    """Cut token ids into int32 [n_chunks, n_ctx] as llama-perplexity does, for the model `source`.
+
+    What does not fill a chunk is dropped; each chunk's first token becomes `bos` unless that is None. A context that
+    is longer than the model's is logged as a warning. Raises QuantkitError for a text of fewer than `least` chunks.
     """
-    n_ctx = chunking.n_ctx
-    if len(tokens) < 2 * n_ctx:
+    n_ctx, label = chunking.n_ctx, source.label
+    warn_of_context(source, n_ctx)
+    if len(tokens) < least * n_ctx:
         raise QuantkitError(
-            f"{label}: the text has {len(tokens)} tokens, but {2 * n_ctx} are needed with a context of "
+            f"{label}: the text has {len(tokens)} tokens, but {least * n_ctx} are needed with a context of "
             f"{n_ctx}: use a longer text or a smaller context"
         )
     n_chunks = len(tokens) // n_ctx
@@ -96,9 +110,9 @@ def perplexity(
     Raises QuantkitError for a text that is too short, and when the model's logits are NaN.
     """
     model = load(model, compute)
-    n_ctx, label = chunking.n_ctx, model.source.label
+    n_ctx = chunking.n_ctx
     ids, bos = tokenize(Vocabulary.from_metadata(model.source.metadata), text)
-    raw = chunked(ids, chunking, None, label)
+    raw = chunked(ids, chunking, None, model.source)
     tokens = raw.copy()
     if bos is not None:
         tokens[:, 0] = bos

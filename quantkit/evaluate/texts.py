@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from logging import ERROR
 from pathlib import Path
+
+import numpy as np
 
 from quantkit.errors import QuantkitError
 
@@ -37,6 +40,13 @@ def read_named(name: str) -> str | None:
             return file.read(member).decode("utf-8")
     except (zipfile.BadZipFile, KeyError, UnicodeDecodeError, EOFError):
         raise QuantkitError(f"{archive}: damaged: no readable {member}; remove it, to download it again") from None
+
+
+def text_sha256(text: str | np.ndarray) -> str:
+    """What identifies `text`, a string or token ids: the digest of its UTF-8, or of int32 ids, in hexadecimal."""
+    if isinstance(text, str):
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(np.asarray(text, "<i4").tobytes()).hexdigest()
 
 
 def _download() -> Path:

@@ -20,6 +20,7 @@ from quantkit.formats.gguf import MAGIC, MAX_NAME, GGUFFile, Metadata, TensorInf
 from quantkit.formats.output import GGUFOutput
 from quantkit.formats.reading import InputFile
 
+_DIGEST, _FIRST_CHUNK = "quantkit.calibration.sha256", "quantkit.calibration.first_chunk"
 SUMS, COUNTS = ".in_sum2", ".counts"
 
 
@@ -48,13 +49,17 @@ class Importance:
 class ImportanceMatrix:
     """The importance of a model's columns: entries by tensor name, and where they come from.
 
-    `chunk_count` and `chunk_size` (in tokens) are those of the calibration run, `datasets` its texts.
+    `chunk_count` and `chunk_size` (in tokens) are those of the calibration run, `datasets` its texts. `text_sha256` is
+    the digest of its only text, of which `first_chunk` chunks were left out; "" where it is not known, or there were
+    several.
     """
 
     entries: dict[str, Importance] = field(default_factory=dict)
     datasets: list[str] = field(default_factory=list)
     chunk_count: int = 0
     chunk_size: int = 0
+    text_sha256: str = ""
+    first_chunk: int = 0
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ImportanceMatrix:
@@ -80,6 +85,9 @@ class ImportanceMatrix:
         metadata.set("imatrix.datasets", ValueType.ARRAY, self.datasets, ValueType.STRING)
         metadata.set("imatrix.chunk_count", ValueType.UINT32, self.chunk_count)
         metadata.set("imatrix.chunk_size", ValueType.UINT32, self.chunk_size)
+        if self.text_sha256:
+            metadata.set(_DIGEST, ValueType.STRING, self.text_sha256)
+            metadata.set(_FIRST_CHUNK, ValueType.UINT32, self.first_chunk)
         infos, arrays = [], []
         for name, entry in sorted(self.entries.items(), key=lambda item: _bytes(item[0])):
             n_matrices, n_per_row = entry.sums.shape
@@ -145,6 +153,7 @@ class ImportanceMatrix:
             mine.sums = mine.sums + entry.sums
             mine.counts = mine.counts + entry.counts
         self.datasets += [name for name in other.datasets if name not in self.datasets]
+        self.text_sha256, self.first_chunk = "", 0
         self.chunk_count += other.chunk_count
         self.chunk_size = self.chunk_size or other.chunk_size
 
@@ -180,7 +189,9 @@ def _load_gguf(path: Path) -> ImportanceMatrix:
         entries[stem] = Importance(sums, tokens.astype(np.int64))
     ordered = dict(sorted(entries.items(), key=lambda item: _bytes(item[0])))
     chunk_count, chunk_size = (file.metadata.integer(f"imatrix.chunk_{what}") for what in ("count", "size"))
-    return ImportanceMatrix(ordered, file.metadata.strings("imatrix.datasets"), chunk_count, chunk_size)
+    digest, first = file.metadata.string(_DIGEST, ""), file.metadata.integer(_FIRST_CHUNK, default=0)
+    datasets = file.metadata.strings("imatrix.datasets")
+    return ImportanceMatrix(ordered, datasets, chunk_count, chunk_size, digest, first)
 
 
 def _load_legacy(path: Path) -> ImportanceMatrix:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINYLM
 from support.program import call, refusal
+
+from quantkit.formats.gguf import GGUFFile
+from quantkit.formats.imatrix import ImportanceMatrix
 
 TEXT = ROOT / "fixtures" / "tinylm-test.txt"
 
@@ -65,3 +69,54 @@ def test_errors_name_the_options_of_the_command(model: Path, tmp_path: Path) -> 
     assert line.endswith("make one with `quantkit imatrix` and pass it with --imatrix")
     warned = call("quantize", model, "--type", "IQ1_S", "--dry-run").stderr
     assert warned.startswith("warning: IQ1_S needs") and warned.rstrip().endswith("pass it with --imatrix")
+
+
+def test_logits_beside_another_text(model: Path, tmp_path: Path) -> None:
+    """They bring their own: another would be ignored."""
+    logits, other = tmp_path / "base.logits", tmp_path / "other.txt"
+    other.write_text(TEXT.read_text("utf-8")[1000:], "utf-8")
+    cut = ("--n-ctx", 64, "--chunks", 3)
+    call("perplexity", TINYLM, "--text", TEXT, *cut, "--save-logits", logits)
+    assert "another text" in refusal("perplexity", model, "--base-logits", logits, "--text", other)
+    assert "chunks of 64 tokens, not 128" in refusal("perplexity", model, "--base-logits", logits, "--n-ctx", 128)
+    alone = call("perplexity", model, "--base-logits", logits, "--json").stdout
+    named = call("perplexity", model, "--base-logits", logits, "--text", TEXT, "--n-ctx", 64, "--json").stdout
+    assert json.loads(alone)["kld"] == json.loads(named)["kld"]
+
+
+def test_going_on_with_another_text(model: Path, tmp_path: Path) -> None:
+    """An importance matrix remembers its text, and where in it it began."""
+    other, matrix, whole = tmp_path / "other.txt", tmp_path / "m.gguf", tmp_path / "whole.gguf"
+    other.write_text(TEXT.read_text("utf-8")[1000:], "utf-8")
+    cut = ("--n-ctx", 64, "--from-chunk", 2)
+    call("imatrix", model, "--text", TEXT, *cut, "--chunks", 2, "-o", matrix)
+    before = matrix.read_bytes()
+    for options, message in (
+        (("--text", other, *cut), "was made from another text"),
+        (("--text", TEXT, "--n-ctx", 64), "begins at chunk 2, not at 0"),
+        (("--text", TEXT, "--n-ctx", 128, "--from-chunk", 2), "with a context of 64, not 128"),
+    ):
+        assert message in refusal("imatrix", model, *options, "--chunks", 4, "--resume", "-o", matrix)
+        assert matrix.read_bytes() == before
+    call("imatrix", model, "--text", TEXT, *cut, "--chunks", 5, "--resume", "-o", matrix)
+    call("imatrix", model, "--text", TEXT, *cut, "--chunks", 5, "-o", whole)
+    one, two = ImportanceMatrix.load(matrix), ImportanceMatrix.load(whole)
+    assert (one.text_sha256, one.first_chunk, one.chunk_count) == (two.text_sha256, 2, 5)
+    # All of it is there already.
+    call("imatrix", model, "--text", TEXT, *cut, "--chunks", 4, "--resume", "-o", matrix)
+    assert ImportanceMatrix.load(matrix).chunk_count == 5
+    # The older format, and other tools, remember no more than its name.
+    old = tmp_path / "m.dat"
+    call("imatrix", model, "--text", TEXT, "--n-ctx", 64, "--chunks", 2, "-o", old)
+    assert "was made from" in refusal("imatrix", model, "--text", other, "--n-ctx", 64, "--resume", "-o", old)
+    warned = call("imatrix", model, "--text", TEXT, "--n-ctx", 64, "--chunks", 3, "--resume", "-o", old).stderr
+    assert "does not say what text" in warned and ImportanceMatrix.load(old).chunk_count == 3
+    call("imatrix", "--in-file", matrix, "--in-file", whole, "-o", tmp_path / "both.gguf")
+    assert ImportanceMatrix.load(tmp_path / "both.gguf").text_sha256 == ""
+
+
+def test_a_context_longer_than_the_models_warns(model: Path) -> None:
+    own = GGUFFile(model).metadata.integer("llama.context_length")
+    for n_ctx, warns in ((own, False), (own + 1, True)):
+        told = call("perplexity", model, "--text", TEXT, "--n-ctx", n_ctx, "--chunks", 1).stderr
+        assert (f"a context of {n_ctx} tokens is longer than the model's, which is {own}" in told) == warns
