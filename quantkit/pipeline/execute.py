@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from quantkit.compile.ahead import KernelJob
 
 PIECE = 1 << 20  # weights handed to a thread at a time
-COPIED_PIECES = 8  # pieces handed over at a time where nothing is computed, so that handing over costs less
 BITE = 1 << 16  # weights decoded at a time: their float32 fit the second-level cache
 MAPPED = 64 << 20  # bytes of a tensor that may stay mapped after they were read
 FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
@@ -78,11 +77,8 @@ def execute(
     threads = threads or default_threads()
     piece = PIECE
     if max_buffer_size is not None:
-        # A piece costs its decoded bites and its encoded bytes, at most 4 bytes a weight and output.
+        # A piece costs the bytes read and those encoded, at most 4 a weight and output.
         piece = max(1, min(PIECE, max_buffer_size // (4 * (len(plans) + 1) * 3 * threads)))
-
-    if all(tensor.is_copy for plan in plans for tensor in plan):
-        piece *= COPIED_PIECES
 
     with ExitStack() as stack:
         if group is None:

@@ -51,6 +51,26 @@ def test_one_reading_writes_what_single_runs_write(converted: Path, tmp_path: Pa
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.parametrize("name", ["COPY", "Q8_0"])
+def test_buffers_are_bounded_for_copies_too(converted: Path, tmp_path: Path, name: str) -> None:
+    """Pieces under way, three for each thread, take no more than what was asked for."""
+
+    class Watched(GGUFSource):
+        largest = 0
+
+        def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+            rows = super().read(name, start, stop)
+            self.largest = max(self.largest, rows.nbytes)
+            return rows
+
+    threads, bound = 2, 1 << 18
+    for size in (None, bound):
+        source = Watched(converted)
+        execute(source, [(plan_quantize(source, name), tmp_path / str(size))], threads=threads, max_buffer_size=size)
+        assert (3 * threads * source.largest <= bound) == (size == bound)
+    assert (tmp_path / "None").read_bytes() == (tmp_path / str(bound)).read_bytes()
+
+
 def test_every_tensor_is_within_half_a_step(converted: Path, tmp_path: Path) -> None:
     source = GGUFSource(converted)
     path = tmp_path / "q8.gguf"
