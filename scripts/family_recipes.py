@@ -106,6 +106,20 @@ _MIXTRAL_EXPERTS = {"block_sparse_moe.gate.weight": "X E"} | {
 }
 
 
+_INTERNLM2 = {
+    "model.tok_embeddings.weight": "V E",
+    "model.layers.#.attention.wqkv.weight": "Q+2K E",
+    "model.layers.#.attention.wo.weight": "E Q",
+    "model.layers.#.feed_forward.w1.weight": "F E",
+    "model.layers.#.feed_forward.w3.weight": "F E",
+    "model.layers.#.feed_forward.w2.weight": "E F",
+    "model.layers.#.attention_norm.weight": "E",
+    "model.layers.#.ffn_norm.weight": "E",
+    "model.norm.weight": "E",
+    "output.weight": "V E",
+}
+
+
 def shapes(config: Config, letters: dict[str, str]) -> dict[str, tuple[int, ...]]:
     """The stored tensors of a checkpoint with this (text) config and these shapes in letters."""
     hidden = config.get("hidden_size", config.get("n_embd"))
@@ -179,6 +193,12 @@ _MISTRAL_TEXT = {
     "sliding_window": None,
 }
 _WRAPPER = {"transformers_version": "5.23.0", "vision_config": {"hidden_size": 1024, "num_attention_heads": 16}}
+
+# Those that bring their own code, so that transformers has no class for them.
+OWN_CODE = ("tiny-internlm2", "tiny-internlm3", "tiny-minicpm", "tiny-minicpm4")
+_SPM_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+_MINICPM = {**_without(_SILU, "tie_word_embeddings"), **_SPM_IDS, "scale_emb": 12, "scale_depth": 1.4,
+            "dim_model_base": 64}  # fmt: skip
 
 # By directory name: config.json, shapes, and what of the recipe differs from its defaults.
 FAMILIES: dict[str, tuple[Config, dict[str, str], Config]] = {
@@ -363,5 +383,37 @@ FAMILIES: dict[str, tuple[Config, dict[str, str], Config]] = {
         },
         {f"language_model.{name}": shape for name, shape in _LLAMA.items()} | _VISION,
         {},
+    ),
+    "tiny-internlm2": (
+        _config(
+            "InternLM2ForCausalLM", "internlm2", **{**_SILU, **_SPM_IDS}, bias=False, vocab_size=309,
+            rope_theta=1000000.0, rope_scaling={"type": "dynamic", "factor": 2.0},
+        ),
+        _INTERNLM2,
+        {"vocabulary": "internlm2"},
+    ),
+    "tiny-internlm3": (
+        _config(
+            "InternLM3ForCausalLM", "internlm3", **_SILU, **_SPM_IDS, qkv_bias=False, head_dim=64,
+            rope_theta=50000000.0, rope_scaling={"rope_type": "dynamic", "factor": 6.0},
+        ),
+        _LLAMA,
+        {"vocabulary": "internlm3"},
+    ),
+    "tiny-minicpm": (
+        _config("MiniCPMForCausalLM", "minicpm", **_MINICPM, rope_theta=10000.0),
+        _decoder(_ATTENTION, _MLP, _PRE_NORMS, tied=True),
+        {"vocabulary": "spm"},
+    ),
+    "tiny-minicpm4": (
+        _config(
+            "MiniCPMForCausalLM", "minicpm", **_MINICPM, rope_theta=10000.0,
+            rope_scaling={
+                "rope_type": "longrope", "long_factor": _LONG, "short_factor": _SHORT,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+        _LLAMA,
+        {"vocabulary": "spm"},
     ),
 }  # fmt: skip

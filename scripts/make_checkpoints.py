@@ -9,6 +9,7 @@ depends on the version of a library.
 from __future__ import annotations
 
 import json
+import re
 import struct
 import sys
 import zlib
@@ -59,8 +60,9 @@ datasets:
 class Recipe:
     """One checkpoint: its config.json, how its weights are stored, and the files beside them.
 
-    `letters` are the shapes of its tensors as family_recipes.py writes them (a Llama's without), `norm_at` is what
-    its norms are near, and `vocabulary` says which tokenizer it has.
+    `letters` are the shapes of its tensors as family_recipes.py writes them, `tensors` those that record_recipes.py
+    recorded (a Llama's without either), `norm_at` is what its norms are near, `vocabulary` says which tokenizer it
+    has, and `added` which tokens more.
     """
 
     config: dict[str, Any]
@@ -72,8 +74,10 @@ class Recipe:
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     letters: dict[str, str] | None = None
+    tensors: dict[str, str] | None = None
     norm_at: float = 1
     vocabulary: str = "bpe"
+    added: tuple[str, ...] = ()
 
 
 def _config(**changes: Any) -> dict[str, Any]:
@@ -191,6 +195,9 @@ RECIPES = {
 FAMILIES = {
     name: Recipe(config, letters=letters, **changes)
     for name, (config, letters, changes) in family_recipes.FAMILIES.items()
+} | {
+    path.stem: Recipe(**json.loads(path.read_text(encoding="utf-8")))
+    for path in sorted((Path(__file__).resolve().parent / "recipes").glob("*.json"))
 }
 ADDED = (
     ("<|begin|>", True),
@@ -286,7 +293,8 @@ def sentencepiece(gemma: bool) -> bytes:
 def _write_vocabulary(recipe: Recipe, directory: Path, write: Callable[[str, object], None]) -> None:
     if recipe.vocabulary in ("bpe", "gpt2"):
         # transformers' classes for some families add this token where it is missing.
-        write("tokenizer.json", tokenizer((("<|endoftext|>", True),) if recipe.vocabulary == "gpt2" else ()))
+        more = ("<|endoftext|>",) if recipe.vocabulary == "gpt2" else recipe.added
+        write("tokenizer.json", tokenizer(tuple((text, True) for text in more)))
         special = {"bos_token": ADDED[0][0], "eos_token": ADDED[1][0], "pad_token": ADDED[1][0]}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special, **recipe.tokenizer_config}
         write("tokenizer_config.json", settings)
@@ -303,13 +311,45 @@ def _write_vocabulary(recipe: Recipe, directory: Path, write: Callable[[str, obj
         "add_eos_token": False,
         "chat_template": TEMPLATE,
     }
-    if recipe.vocabulary == "phi3":
+    if recipe.vocabulary in ("phi3", "internlm2", "internlm3"):
         added = {"<|endoftext|>": 314, "<|user|>": 315, "<|tool|>": 316}
+        if recipe.vocabulary != "phi3":
+            # What ends a turn of a chat, in the place of a token that is not used.
+            added = {"<|im_start|>": 307, "<|im_end|>": 308}
+            settings["add_prefix_space"] = False
         settings["added_tokens_decoder"] = {
             str(token): {"content": text, "special": text != "<|tool|>", **flags} for text, token in added.items()
         }
-        write("added_tokens.json", added)
+        if recipe.vocabulary == "phi3":
+            write("added_tokens.json", added)
     write("tokenizer_config.json", settings)
+
+
+def unfold(name: str) -> list[str]:
+    """All names that a name with `{0-3}` or `{0,2}` in it stands for."""
+    if (found := re.search(r"\{([^}]*)\}", name)) is None:
+        return [name]
+    first, _, last = found[1].partition("-")
+    numbers = [str(n) for n in range(int(first), int(last) + 1)] if last else first.split(",")
+    return [whole for n in numbers for whole in unfold(f"{name[: found.start()]}{n}{name[found.end() :]}")]
+
+
+def _stored(recipe: Recipe) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The type and shape of each tensor, in the order of the file."""
+    if recipe.tensors is not None:
+        listed = {name: said.split() for folded, said in recipe.tensors.items() for name in unfold(folded)}
+        return {
+            name: (
+                next((word for word in listed[name] if not word.isdecimal()), recipe.dtype),
+                tuple(int(word) for word in listed[name] if word.isdecimal()),
+            )
+            for name in sorted(listed)
+        }
+    stored = {}
+    for name, shape in _shapes(recipe).items():
+        dtype = recipe.dtype if len(shape) > 1 or recipe.norm_dtype is None else recipe.norm_dtype
+        stored[name] = ("F32" if name.endswith("inv_freq") else dtype, shape)
+    return stored
 
 
 def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
@@ -351,7 +391,7 @@ def _weights(name: str, shape: tuple[int, ...], dtype: str, norm_at: float) -> n
     values = (raw >> np.uint64(40)).astype(np.int64) - (1 << 23)
     weights = np.ldexp(values.astype(np.float32), -27)  # exact: 24 bits, within 1/16
     weights.view(np.uint32)[::7] = weights.view(np.uint32)[::7] & 0xFFFF8000 | 0x8000
-    if name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")):
+    if name.lower().endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")):
         weights += np.float32(norm_at)
     if dtype == "BF16":
         return (weights.view(np.uint32) >> 16).astype(np.uint16).reshape(shape)
@@ -382,12 +422,9 @@ def make_checkpoint(name: str, parent: Path) -> Path:
     _write_vocabulary(recipe, directory, write)
     for file, text in recipe.files.items():
         write(file, text)
-    shapes = _shapes(recipe)
-    tensors = {}
-    for key, shape in shapes.items():
-        dtype = recipe.dtype if len(shape) > 1 or recipe.norm_dtype is None else recipe.norm_dtype
-        dtype = "F32" if key.endswith("inv_freq") else dtype
-        tensors[key] = (dtype, _weights(key, shape, dtype, recipe.norm_at))
+    tensors = {
+        key: (dtype, _weights(key, shape, dtype, recipe.norm_at)) for key, (dtype, shape) in _stored(recipe).items()
+    }
     if recipe.shards == 1:
         (directory / "model.safetensors").write_bytes(_safetensors(tensors))
         return directory

@@ -6,23 +6,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.architectures.apertus import Apertus
 from quantkit.architectures.base import Architecture, Assembly, Transform
+from quantkit.architectures.command_r import Cohere2, CommandR
 from quantkit.architectures.config import Config
+from quantkit.architectures.dots1 import Dots1
+from quantkit.architectures.ernie4_5 import Ernie, ErnieMoe
+from quantkit.architectures.exaone4 import Exaone4
+from quantkit.architectures.falcon import Falcon
 from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.gemma import Gemma
 from quantkit.architectures.gemma2 import Gemma2
 from quantkit.architectures.gemma3 import Gemma3
+from quantkit.architectures.glm4 import Glm4
 from quantkit.architectures.gpt2 import GPT2
 from quantkit.architectures.gpt_neox import GPTNeoX
-from quantkit.architectures.granite import Granite
+from quantkit.architectures.granite import Granite, GraniteMoe
+from quantkit.architectures.hunyuan import HunyuanDense
+from quantkit.architectures.internlm2 import InternLM2, InternLM3
 from quantkit.architectures.llama import Llama
+from quantkit.architectures.minicpm import MiniCPM
 from quantkit.architectures.mistral3 import Mistral3
 from quantkit.architectures.mixtral import Mixtral
+from quantkit.architectures.nemotron import Nemotron
+from quantkit.architectures.olmo import Olmo
 from quantkit.architectures.olmo2 import Olmo2
+from quantkit.architectures.olmoe import Olmoe
+from quantkit.architectures.phi2 import Phi2
 from quantkit.architectures.phi3 import Phi3
+from quantkit.architectures.phimoe import PhiMoe
 from quantkit.architectures.qwen2 import Qwen2
+from quantkit.architectures.qwen2_moe import Qwen2Moe
 from quantkit.architectures.qwen3 import Qwen3
 from quantkit.architectures.qwen3_moe import Qwen3Moe
+from quantkit.architectures.seed_oss import SeedOss
 from quantkit.architectures.smollm3 import SmolLM3
+from quantkit.architectures.stablelm import StableLm
+from quantkit.architectures.starcoder2 import StarCoder2
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo
 
@@ -42,6 +62,30 @@ FAMILIES: tuple[type[Architecture], ...] = (
     Olmo2,
     Granite,
     SmolLM3,
+    Qwen2Moe,
+    SeedOss,
+    Gemma,
+    Phi2,
+    PhiMoe,
+    Glm4,
+    CommandR,
+    Cohere2,
+    Olmo,
+    Olmoe,
+    Exaone4,
+    GraniteMoe,
+    StableLm,
+    StarCoder2,
+    Falcon,
+    Apertus,
+    Nemotron,
+    Ernie,
+    ErnieMoe,
+    Dots1,
+    HunyuanDense,
+    MiniCPM,
+    InternLM2,
+    InternLM3,
 )
 
 BY_CLASS: dict[str, type[Architecture]] = {

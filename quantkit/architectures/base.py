@@ -5,8 +5,7 @@ A family states what it does differently as class attributes; the roads that all
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from quantkit.architectures.config import Config
+from quantkit.architectures.experts import Stack
 from quantkit.architectures.forward import MAX_HEAD, MAX_LAYERS, ForwardSpec
 from quantkit.architectures.parameters import SHARED, Parameter
 from quantkit.architectures.rotary_config import RotaryConfig
@@ -34,9 +34,12 @@ Arithmetic = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Transform:
-    """What happens to a stored tensor on its way: first its values move, then they may change."""
+    """What happens to a stored tensor on its way: first its values move, then they may change.
 
-    rearrange: Rearrange | None = None
+    Several rearrangements give rows that stand below each other.
+    """
+
+    rearrange: Rearrange | tuple[Rearrange, ...] | None = None
     arithmetic: Arithmetic | None = None
 
 
@@ -55,26 +58,13 @@ class Assembly:
     values: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class StackedExperts:
-    """StackedExperts that a checkpoint keeps one by one, and GGUF stacked.
+# What a stored tensor is cut into: by the end that takes the place of its name's, what happens to it on the way.
+Pieces = Mapping[str, Transform]
 
-    `count` names the config field with their number. `part` is the name of one expert's tensor, `merged` the name
-    that the stack of a projection is looked up under; `{layer}`, `{expert}` and `{projection}` are filled in. The
-    stacks come in the order of `projections`, where the last part of a layer stands.
-    """
 
-    count: tuple[str, ...]
-    part: str
-    merged: str
-    projections: tuple[str, ...]
-
-    @cached_property
-    def pattern(self) -> re.Pattern[str]:
-        """What the names of their tensors match."""
-        projections = "|".join(map(re.escape, self.projections))
-        pattern = re.escape(self.part).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"\d+")
-        return re.compile(pattern.replace(r"\{projection\}", f"(?:{projections})"))
+def natural_order(name: str) -> list[int | str]:
+    """A key that sorts the numbers in names by their size."""
+    return [int(part) if part.isdecimal() else part for part in name.split(".")]
 
 
 # Parts and beginnings of the names of tensors that a multimodal checkpoint holds beside its text model.
@@ -97,10 +87,15 @@ class Architecture:
     - `derived`: fields that the configuration class computes from others where they are missing or null.
     - `parameters`: its metadata, in the reference converter's order.
     - `transforms`: by the end of a stored tensor's name, what happens to it.
-    - `experts`: how experts are stored, for a family that has them.
-    - `skipped`: the ends of names of stored tensors that GGUF does without.
-    - `wrapping`: parts of names that a wrapper adds.
+    - `pieces`: by the end of a stored tensor's name, the ends of the names of the tensors that are cut from it, and
+      what happens to each. A piece that is the whole is a tensor of another name.
+    - `stacks`: which tensors are stored one by one and stacked in GGUF: experts, mostly.
+    - `numbers`: by the end of a stored tensor's name, the method of gguf.GGUFWriter that takes its value of each layer:
+      they become metadata.
+    - `skipped`, `skipped_beginnings`: the ends and beginnings of names of stored tensors that GGUF does without.
+    - `renames`: parts of names, and what takes their place before all else; what a wrapper adds goes.
     - `vocabulary`: how the tokenizer is looked for (see `quantkit.vocabulary.write_vocabulary`).
+    - `special_tokens`: by role, the texts of special tokens that the family knows better than the tokenizer's files.
     - `usual_pre`: the pre-tokenizer that the reference names for this family, where several names mean the same.
     - `notes`: what is worth knowing in the list of families.
     """
@@ -111,11 +106,18 @@ class Architecture:
     derived: ClassVar[Mapping[str, Callable[[Config], int]]] = {}
     parameters: ClassVar[tuple[Parameter, ...]] = SHARED
     transforms: ClassVar[Mapping[str, Transform]] = {}
-    experts: ClassVar[StackedExperts | None] = None
+    pieces: ClassVar[Mapping[str, Pieces]] = {}
+    stacks: ClassVar[tuple[Stack, ...]] = ()
+    numbers: ClassVar[Mapping[str, str]] = {}
     # Buffers that old checkpoints carry and no runtime reads.
     skipped: ClassVar[tuple[str, ...]] = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
-    wrapping: ClassVar[tuple[str, ...]] = ("language_model.",)
+    skipped_beginnings: ClassVar[tuple[str, ...]] = ()
+    renames: ClassVar[Mapping[str, str]] = {
+        "language_model.": "",
+        "e_score_correction_bias": "e_score_correction.bias",
+    }
     vocabulary: ClassVar[str] = "bpe"
+    special_tokens: ClassVar[Mapping[str, str]] = {}
     usual_pre: ClassVar[str | None] = None
     notes: ClassVar[str] = ""
 
@@ -171,6 +173,13 @@ class Architecture:
     def write_first(self, writer: GGUFWriter) -> None:
         """Add the keys that the reference converter adds while it converts tensors, before all others."""
 
+    def write_numbers(self, writer: GGUFWriter, stored: Iterable[str], value: Callable[[str], float]) -> None:
+        """Add the stored tensors that are metadata in GGUF; `value` gives the one number that is in a tensor."""
+        names = sorted(stored, key=natural_order)
+        for ending, add in self.numbers.items():
+            if found := [value(name) for name in names if name.endswith(ending)]:
+                getattr(writer, add)(found)
+
     # Tensors
 
     def computed_tensors(self) -> Iterator[Assembly]:
@@ -179,8 +188,8 @@ class Architecture:
 
     def canonical_name(self, name: str) -> str | None:
         """The name of a stored tensor without what a multimodal wrapper adds, or None for one of its other parts."""
-        for part in self.wrapping:
-            name = name.replace(part, "")
+        for part, instead in self.renames.items():
+            name = name.replace(part, instead)
         if any(part in name for part in _NOT_TEXT) or name.startswith(_NOT_TEXT_BEGINNINGS):
             return None
         return name
@@ -195,39 +204,50 @@ class Architecture:
                 f"{self.config.path}: it announces {self.n_layers} layers, but there are only {len(stored)} tensors"
             )
         yield from self.computed_tensors()
-        waiting: dict[str, dict[str, str]] = {}
+        waiting: dict[tuple[Stack, str], dict[str, str]] = {}
         for stored_name in stored:
             name = self.canonical_name(stored_name)
-            if name is None or name.endswith(self.skipped):
+            if name is None or name.endswith(self.skipped) or name.startswith(self.skipped_beginnings):
                 continue
-            if self.experts is not None and (match := self.experts.pattern.fullmatch(name)):
-                yield from self._stack(self.experts, match["layer"], name, stored_name, waiting)
+            if name.endswith(tuple(self.numbers)):
+                continue
+            for stack in self.stacks:
+                if match := stack.pattern.fullmatch(name):
+                    yield from self._stack(stack, match["layer"], name, stored_name, waiting)
+                    break
             else:
                 yield from self.assemble(name, stored_name)
-        for layer, parts in waiting.items():
+        for (stack, layer), parts in waiting.items():
             raise QuantkitError(
-                f"{self.config.path.parent}: layer {layer} lacks experts: only {len(parts)} of their tensors are there"
+                f"{self.config.path.parent}: layer {layer} lacks parts of {stack.merged_name(layer)}: "
+                f"only {len(parts)} of their tensors are there"
             )
 
     def assemble(self, name: str, stored_name: str) -> Iterator[Assembly]:
         """What the stored tensor `stored_name`, called `name` without wrappers, becomes."""
+        for ending, pieces in self.pieces.items():
+            if name.endswith(ending):
+                for other, transform in pieces.items():
+                    whole = self.gguf_tensor_name(name.removesuffix(ending) + other)
+                    yield Assembly(whole, (stored_name,), transform)
+                return
         transform = next((t for ending, t in self.transforms.items() if name.endswith(ending)), Transform())
         yield Assembly(self.gguf_tensor_name(name), (stored_name,), transform)
 
     def _stack(
-        self, experts: StackedExperts, layer: str, name: str, stored_name: str, waiting: dict[str, dict[str, str]]
+        self, stack: Stack, layer: str, name: str, stored_name: str, waiting: dict[tuple[Stack, str], dict[str, str]]
     ) -> Iterator[Assembly]:
-        count = self.config.require(*experts.count)
-        parts = waiting.setdefault(layer, {})
+        count = self.config.require(*stack.count)
+        parts = waiting.setdefault((stack, layer), {})
         parts[name] = stored_name
-        if len(parts) < count * len(experts.projections):
+        if len(parts) < count * len(stack.projections):
             return
-        del waiting[layer]
-        for projection in experts.projections:
-            names = [experts.part.format(layer=layer, expert=i, projection=projection) for i in range(count)]
+        del waiting[stack, layer]
+        for projection in stack.projections:
+            names = [stack.part.format(layer=layer, item=i, projection=projection) for i in range(count)]
             if missing := [n for n in names if n not in parts]:
                 raise QuantkitError(f"{self.config.path}: the checkpoint lacks {missing[0]}")
-            merged = experts.merged.format(layer=layer, projection=projection)
+            merged = stack.merged_name(layer, projection)
             yield Assembly(self.gguf_tensor_name(merged), tuple(parts[n] for n in names), stacked=True)
 
     @cached_property

@@ -88,6 +88,13 @@ class Config:
         value = self.find(*names)
         return None if value is None else self.finite(value, names)
 
+    def required_number(self, *names: str) -> float:
+        """A finite number. Raises QuantkitError when there is none."""
+        value = self.number(*names)
+        if value is None:
+            raise QuantkitError(f"{self.path}: it lacks {names[0]}")
+        return value
+
     def require(self, *names: str) -> int:
         """A whole number from 1 on. Raises QuantkitError when there is none."""
         value = self.integer(*names)

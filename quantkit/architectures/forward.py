@@ -35,6 +35,29 @@ class Activation(Enum):
 
     SILU = "silu"
     GELU = "gelu"  # the tanh approximation, as llama.cpp computes it
+    RELU_SQUARED = "squared relu"
+
+
+@dataclass(frozen=True)
+class XIELU:
+    """A learned nonlinearity (Huang and Schlag 2024), with the numbers as the model stores them.
+
+    With p = softplus(alpha_p) and n = beta + softplus(alpha_n), x becomes p x^2 + beta x above 0, and
+    n (e^min(x, eps) - 1 - x) + beta x below.
+    """
+
+    alpha_n: float
+    alpha_p: float
+    beta: float
+    eps: float
+
+
+class Gating(Enum):
+    """How a router's logits become the shares of experts."""
+
+    SOFTMAX = "softmax"  # over all experts
+    SIGMOID = "sigmoid"  # of each by itself
+    CHOSEN = "chosen"  # the softmax over the chosen alone
 
 
 @dataclass(frozen=True)
@@ -47,9 +70,9 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation, scaled by `weight` and shifted by `bias`, by the names of these tensors."""
+    """A normalisation, scaled by `weight` and shifted by `bias`, by the names of these tensors, if there are any."""
 
-    weight: str
+    weight: str | None
     eps: float
     kind: NormKind = NormKind.RMS
     bias: str | None = None
@@ -99,8 +122,8 @@ class Attention:
 
     Either `q`, `k` and `v` are given, or `qkv`, one product whose rows are q's, then k's, then v's. `scale` multiplies
     q . k. `window` counts the positions that a query sees, itself included. `softcap` c turns a score s into
-    c * tanh(s / c). `q_norm` and `k_norm` run over each head before it is rotated, with `norm_whole` over all heads
-    together.
+    c * tanh(s / c). `q_norm` and `k_norm` run over each head before it is rotated, or after it with `norm_rotated`, and
+    with `norm_whole` over all heads together. What is over `clamp` in size in queries, keys and values becomes it.
     """
 
     n_head: int
@@ -119,6 +142,8 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     norm_whole: bool = False
+    norm_rotated: bool = False
+    clamp: float | None = None
     temperature: Temperature | None = None
 
 
@@ -131,7 +156,7 @@ class FeedForward:
 
     n_ff: int
     down: Linear
-    activation: Activation = Activation.SILU
+    activation: Activation | XIELU = Activation.SILU
     up: Linear | None = None
     gate: Linear | None = None
     gate_up: Linear | None = None
@@ -139,19 +164,34 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of gated experts. `gate`, `up` and `down` name tensors with one matrix for each expert.
+    """A mixture of experts. `gate`, `up` and `down` name tensors with one matrix for each; without a gate, as
+    `FeedForward`. Their biases, where they have any, are named `.bias` instead of `.weight`.
 
-    The softmax of `router` picks `n_used` of `n_expert`, and their weights are made to sum to one.
+    `gating` makes shares of the logits of `router`. Of `n_expert`, those `n_used` with the largest shares are chosen;
+    `selection_bias` names what is added to shares for that comparison only. Where there are `n_groups` of experts, the
+    choice is among the `n_groups_used` groups whose two largest sum highest. The shares of the chosen are made to sum
+    to one if `normalised`, then multiplied by `scale`; they multiply what an expert makes, with `weigh_input` what it
+    reads. `shared` is a block that all tokens go through beside, times the sigmoid of `shared_gate` where there is one.
     """
 
     n_ff: int
     n_expert: int
     n_used: int
     router: Linear
-    gate: str
+    gate: str | None
     up: str
     down: str
     activation: Activation = Activation.SILU
+    gating: Gating = Gating.SOFTMAX
+    selection_bias: str | None = None
+    n_groups: int = 1
+    n_groups_used: int = 1
+    normalised: bool = True
+    scale: float = 1.0
+    weigh_input: bool = False
+    biases: bool = False
+    shared: FeedForward | None = None
+    shared_gate: Linear | None = None
 
 
 @dataclass(frozen=True)

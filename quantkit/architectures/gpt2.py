@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from quantkit.architectures.base import Architecture, Transform
-from quantkit.architectures.config import Config
 from quantkit.architectures.forward import Activation, ForwardSpec, NormKind
 from quantkit.architectures.parameters import EMBEDDING, HEADS, LAYER_NORM_EPSILON, Field, block_count, file_type
 from quantkit.architectures.reader import ModelReader
+from quantkit.architectures.rearrangements import transpose
 from quantkit.formats.gguf import Metadata, TensorInfo
-
-
-def _transpose(_config: Config, stored: np.ndarray) -> np.ndarray:
-    return np.swapaxes(stored, 0, 1)
 
 
 class GPT2(Architecture):
@@ -46,7 +40,7 @@ class GPT2(Architecture):
         file_type,
     )
     transforms = {  # noqa: RUF012
-        f".{layer}.weight": Transform(rearrange=_transpose) for layer in ("c_attn", "c_proj", "c_fc")
+        f".{layer}.weight": Transform(rearrange=transpose) for layer in ("c_attn", "c_proj", "c_fc")
     }
     skipped = (*Architecture.skipped, ".attn.bias", ".attn.masked_bias")
     notes = "learned positions, matrices stored transposed"

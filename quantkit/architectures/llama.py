@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
-
-from quantkit.architectures.base import Architecture, Assembly, Rearrange, Transform
-from quantkit.architectures.config import Config
+from quantkit.architectures.base import Architecture, Assembly, Transform
 from quantkit.architectures.forward import ForwardSpec, RopeStyle
 from quantkit.architectures.parameters import SHARED, VOCABULARY_SIZE, rope_dimensions
 from quantkit.architectures.reader import ModelReader
+from quantkit.architectures.rearrangements import interleave_rotary
 from quantkit.formats.gguf import Metadata, TensorInfo
 
 _LLAMA = {
@@ -36,18 +34,12 @@ _MISTRAL = {
 }
 
 
-def interleave_rotary(heads: str) -> Rearrange:
-    """Rows of each head from two halves (transformers' rotary layout) to adjacent pairs (GGUF's).
-
-    `heads` is the config field with the number of heads.
-    """
-
-    def rearrange(config: Config, stored: np.ndarray) -> np.ndarray:
-        n_heads = config.require(heads)
-        halves = stored.reshape(n_heads, 2, stored.shape[0] // n_heads // 2, *stored.shape[1:])
-        return np.swapaxes(halves, 1, 2)
-
-    return rearrange
+# Queries and keys whose rotary halves become pairs.
+INTERLEAVED = {
+    f"{projection}.{kind}": Transform(rearrange=interleave_rotary(heads))
+    for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads"))
+    for kind in ("weight", "bias")
+}
 
 
 class Llama(Architecture):
@@ -64,12 +56,8 @@ class Llama(Architecture):
         "head_dim": lambda config: config.require("hidden_size") // config.require("num_attention_heads"),
     }
     parameters = (*SHARED, VOCABULARY_SIZE, rope_dimensions)
-    transforms = {  # noqa: RUF012
-        f"{projection}.{kind}": Transform(rearrange=interleave_rotary(heads))
-        for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads"))
-        for kind in ("weight", "bias")
-    }
-    wrapping = ("language_model.", "text_model.")
+    transforms = INTERLEAVED
+    renames = {**Architecture.renames, "text_model.": ""}  # noqa: RUF012
     vocabulary = "auto"
     notes = "dense Mistral too"
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from quantkit.architectures.base import StackedExperts
+from quantkit.architectures.experts import Stack
 from quantkit.architectures.llama import Llama
+
+MIXTRAL_EXPERTS = Stack(
+    count=("num_local_experts", "num_experts"),
+    part="model.layers.{layer}.block_sparse_moe.experts.{item}.{projection}.weight",
+    merged="layers.{layer}.feed_forward.experts.{projection}.weight",
+    projections=("w1", "w2", "w3"),
+)
 
 
 class Mixtral(Llama):
@@ -26,10 +33,5 @@ class Mixtral(Llama):
     }
     wrappers = {}  # noqa: RUF012
     derived = {"num_key_value_heads": Llama.derived["num_key_value_heads"]}  # noqa: RUF012
-    experts = StackedExperts(
-        count=("num_local_experts",),
-        part="model.layers.{layer}.block_sparse_moe.experts.{expert}.{projection}.weight",
-        merged="layers.{layer}.feed_forward.experts.{projection}.weight",
-        projections=("w1", "w2", "w3"),
-    )
+    stacks = (MIXTRAL_EXPERTS,)
     notes = "experts in 3-D tensors"

@@ -36,6 +36,36 @@ class Field:
             getattr(writer, self.add)(value)
 
 
+@dataclass(frozen=True)
+class Flag:
+    """A hyper-parameter that is true or false: `add` is the method of gguf.GGUFWriter, `names` as for `Field`."""
+
+    add: str
+    names: tuple[str, ...]
+
+    def __call__(self, architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
+        """Add it. Raises QuantkitError for what is neither."""
+        config = architecture.config
+        value = config.find(*self.names)
+        if value is None:
+            return
+        if not isinstance(value, bool):
+            raise config.wrong(self.names, value, "true or false")
+        getattr(writer, self.add)(value)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """What a family writes whatever its config says: `add` is the method of gguf.GGUFWriter."""
+
+    add: str
+    value: Any
+
+    def __call__(self, architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
+        """Add it."""
+        getattr(writer, self.add)(self.value)
+
+
 def block_count(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
     """The number of blocks."""
     writer.add_block_count(architecture.n_layers)
@@ -57,14 +87,54 @@ def rope_dimensions(architecture: Architecture, writer: GGUFWriter, file_type: i
     writer.add_rope_dimension_count(architecture.rope_dimensions)
 
 
+def gating(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
+    """How scores of experts become their weights, where the config names it."""
+    from gguf import ExpertGatingFuncType
+
+    names = (
+        "score_function", "scoring_func", "score_func", "moe_router_activation", "moe_router_activation_func",
+        "expert_selection_fn",
+    )  # fmt: skip
+    function = architecture.config.find(*names)
+    if function is None:
+        return
+    kinds = {"sigmoid": ExpertGatingFuncType.SIGMOID, "softmax": ExpertGatingFuncType.SOFTMAX}
+    if not isinstance(function, str) or function not in kinds:
+        raise architecture.config.wrong(names, function, f"one of {', '.join(kinds)}")
+    writer.add_expert_gating_func(kinds[function])
+
+
+def rope_unscaled(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
+    """That rotary embedding is not scaled."""
+    from gguf import RopeScalingType
+
+    writer.add_rope_scaling_type(RopeScalingType.NONE)
+
+
+def sliding_layers(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
+    """Which layers see a window only, as `layer_types` lists them."""
+    kinds = architecture.config.find("layer_types")
+    if kinds is None:
+        return
+    if not isinstance(kinds, list) or len(kinds) != architecture.n_layers:
+        raise architecture.config.wrong(("layer_types",), kinds, f"a list for {architecture.n_layers} layers")
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
+
+
 def file_type(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
     """The type of most tensors."""
     writer.add_file_type(file_type)
 
 
-CONTEXT = Field("add_context_length", ("max_position_embeddings", "n_ctx", "n_positions", "max_length"))
+CONTEXT = Field(
+    "add_context_length",
+    ("max_position_embeddings", "n_ctx", "n_positions", "max_length", "max_sequence_length", "model_max_length"),
+)
 EMBEDDING = Field("add_embedding_length", ("hidden_size", "n_embd", "dim"))
-FEED_FORWARD = Field("add_feed_forward_length", ("intermediate_size", "n_inner", "hidden_dim"))
+FEED_FORWARD = Field(
+    "add_feed_forward_length",
+    ("prefix_dense_intermediate_size", "dense_intermediate_size", "intermediate_size", "n_inner", "hidden_dim"),
+)
 HEADS = Field("add_head_count", ("num_attention_heads", "n_head", "n_heads"))
 KEY_VALUE_HEADS = Field("add_head_count_kv", ("num_key_value_heads", "n_kv_heads"))
 RMS_EPSILON = Field("add_layer_norm_rms_eps", ("rms_norm_eps", "norm_eps"), number=True)
@@ -75,6 +145,14 @@ VOCABULARY_SIZE = Field("add_vocab_size", ("vocab_size",))
 SLIDING_WINDOW = Field("add_sliding_window", ("sliding_window",))
 ATTENTION_SOFT_CAP = Field("add_attn_logit_softcapping", ("attn_logit_softcapping",), number=True, truthy=True)
 FINAL_SOFT_CAP = Field("add_final_logit_softcapping", ("final_logit_softcapping",), number=True, truthy=True)
+LOGIT_SCALE = Field("add_logit_scale", ("logit_scale",), number=True)
+EXPERTS = Field("add_expert_count", ("num_local_experts", "num_experts", "n_routed_experts"))
+EXPERTS_USED = Field("add_expert_used_count", ("num_experts_per_tok", "num_experts_per_token", "top_k_experts"))
+EXPERT_FEED_FORWARD = Field("add_expert_feed_forward_length", ("moe_intermediate_size",))
+SHARED_EXPERTS = Field("add_expert_shared_count", ("n_shared_experts", "num_shared_experts"))
+EXPERT_SCALE = Field("add_expert_weights_scale", ("routed_scaling_factor",), number=True)
+EXPERT_NORM = Flag("add_expert_weights_norm", ("norm_topk_prob",))
+LEADING_DENSE = Field("add_leading_dense_block_count", ("first_k_dense_replace",))
 
 # What most families write, in the reference converter's order.
 SHARED: tuple[Parameter, ...] = (
@@ -88,10 +166,11 @@ SHARED: tuple[Parameter, ...] = (
     rope,
     RMS_EPSILON,
     LAYER_NORM_EPSILON,
-    Field("add_expert_count", ("num_local_experts", "num_experts", "n_routed_experts")),
-    Field("add_expert_used_count", ("num_experts_per_tok", "num_experts_per_token", "top_k_experts")),
+    EXPERTS,
+    EXPERTS_USED,
     Field("add_expert_group_count", ("n_group",)),
     Field("add_expert_group_used_count", ("topk_group",)),
+    gating,
     KEY_LENGTH,
     VALUE_LENGTH,
     file_type,

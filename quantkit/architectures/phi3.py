@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar
 
 from quantkit.architectures.base import Architecture, Assembly
 from quantkit.architectures.forward import FeedForward, ForwardSpec, RopeStyle
@@ -19,6 +17,7 @@ from quantkit.architectures.parameters import (
     RMS_EPSILON,
     SLIDING_WINDOW,
     Field,
+    Parameter,
     block_count,
     file_type,
     rope_dimensions,
@@ -62,7 +61,7 @@ class Phi3(Architecture):
         "num_key_value_heads": lambda config: config.require("num_attention_heads"),
         "sliding_window": lambda config: 0,  # llama.cpp tells Phi-4 by this
     }
-    parameters = (
+    parameters: ClassVar[tuple[Parameter, ...]] = (
         _CONTEXT,
         _original_context,
         EMBEDDING,
@@ -85,18 +84,9 @@ class Phi3(Architecture):
         part = self.rope.number("partial_rotary_factor", default=1.0) or 0.0
         return int(part * self.config.require("hidden_size")) // self.config.require("num_attention_heads")
 
-    def _factors(self, name: str) -> np.ndarray | None:
-        values = self.rope.full.get(name)
-        if not values:
-            return None
-        problem = f"{self.config.path}: {name} must be a list of {self.rope_dimensions // 2} numbers"
-        if not isinstance(values, list) or len(values) != self.rope_dimensions / 2:
-            raise QuantkitError(problem)
-        return np.array([self.config.finite(value, (name,)) for value in values], np.float32)
-
     def write_first(self, writer: GGUFWriter) -> None:
         """How much LongRoPE enlarges the scores. Source: LongRoPE, and YaRN's for the type that bears its name."""
-        if self._factors("long_factor") is None:
+        if self.rope.divisors("long_factor", self.rope_dimensions) is None:
             return
         original = self.rope.required("original_max_position_embeddings")
         if original <= 1:
@@ -114,13 +104,8 @@ class Phi3(Architecture):
 
     def computed_tensors(self) -> Iterator[Assembly]:
         """LongRoPE's divisors, for long texts and for short ones."""
-        long, short = self._factors("long_factor"), self._factors("short_factor")
-        if long is None:
-            return
-        if short is None:
-            raise QuantkitError(f"{self.config.path}: rope scaling has a long_factor and no short_factor")
-        yield Assembly("rope_factors_long.weight", values=long)
-        yield Assembly("rope_factors_short.weight", values=short)
+        for name, divisors in self.rope.longrope_divisors(self.rope_dimensions).items():
+            yield Assembly(name, values=divisors)
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
@@ -128,11 +113,9 @@ class Phi3(Architecture):
         model = ModelReader(metadata, tensors)
         model.refuse_keys("expert_count")
         rope = model.rope(RopeStyle.NEOX)
-        n_ffs = model.per_layer("feed_forward_length")
 
         def feed_forward(i: int) -> FeedForward:
-            return FeedForward(
-                n_ffs[i], gate_up=model.linear(f"blk.{i}.ffn_up"), down=model.linear(f"blk.{i}.ffn_down")
-            )
+            gate_up, down = model.linear(f"blk.{i}.ffn_up"), model.linear(f"blk.{i}.ffn_down")
+            return FeedForward(model.feed_forward_sizes[i], gate_up=gate_up, down=down)
 
         return model.spec(model.layer(i, model.attention(i, rope), feed_forward(i)) for i in range(model.n_layer))

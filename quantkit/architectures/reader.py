@@ -9,11 +9,13 @@ from typing import Any
 
 from quantkit.architectures.forward import (
     MAX_LAYERS,
+    XIELU,
     Activation,
     Attention,
     Experts,
     FeedForward,
     ForwardSpec,
+    Gating,
     Layer,
     Linear,
     Norm,
@@ -27,6 +29,7 @@ from quantkit.formats.gguf import INTEGERS, Metadata, TensorInfo, ValueType
 
 # A bound on sizes that no model comes near.
 MAX_SIZE = 1 << 28
+_GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.CHOSEN}
 _SCALINGS = ("none", "linear", "yarn", "longrope")
 
 
@@ -83,6 +86,16 @@ class ModelReader:
             return self.metadata.integers(full, self.n_layer, low, MAX_SIZE)
         return [self.integer(key, default, low)] * self.n_layer
 
+    def per_layer_numbers(self, key: str, prefixed: bool = True) -> list[float]:
+        """A number that stands once for all layers, or in an array with one for each; required.
+
+        The key has the architecture's prefix unless `prefixed` is False.
+        """
+        key = f"{self.arch}.{key}" if prefixed else key
+        if self.metadata.is_array(key):
+            return self.metadata.numbers(key, self.n_layer)
+        return [self.metadata.number(key)] * self.n_layer
+
     def _refuse(self, present: bool, what: str) -> None:
         if present:
             raise QuantkitError(f"evaluating {self.arch} models with {what} is not supported")
@@ -101,8 +114,9 @@ class ModelReader:
         return Linear(f"{stem}.weight", f"{stem}.bias" if f"{stem}.bias" in self.tensors else None)
 
     def norm(self, stem: str) -> Norm:
-        """The norm `stem`, with a bias where it is a LayerNorm."""
-        bias = f"{stem}.bias" if self.norm_kind is NormKind.LAYER else None
+        """The norm `stem`, with a bias where it is a LayerNorm that has one."""
+        has_bias = self.norm_kind is NormKind.LAYER and f"{stem}.bias" in self.tensors
+        bias = f"{stem}.bias" if has_bias else None
         return Norm(f"{stem}.weight", self.eps, self.norm_kind, bias)
 
     def rope(self, style: RopeStyle, **changes: Any) -> Rope:
@@ -197,34 +211,66 @@ class ModelReader:
         return {"q_norm": self.norm(f"blk.{i}.attn_q_norm"), "k_norm": self.norm(f"blk.{i}.attn_k_norm")}
 
     @cached_property
-    def _n_ffs(self) -> list[int]:
+    def feed_forward_sizes(self) -> list[int]:
+        """How wide each layer's dense block is."""
         return self.per_layer("feed_forward_length")
 
-    def feed_forward(self, i: int, activation: Activation = Activation.SILU, gated: bool = True) -> FeedForward:
+    def expert_sizes(self) -> list[int]:
+        """How wide each layer's experts are: what the dense block's size comes to for each, where nothing says it."""
+        sizes = self.per_layer("expert_feed_forward_length", 0)
+        if min(sizes) >= 1:
+            return sizes
+        used = self.per_layer("expert_used_count", low=1)
+        return [n_ff // n_used for n_ff, n_used in zip(self.feed_forward_sizes, used, strict=True)]
+
+    def feed_forward(self, i: int, activation: Activation | XIELU = Activation.SILU, gated: bool = True) -> FeedForward:
         """The dense feed-forward block of layer `i`."""
         return FeedForward(
-            n_ff=self._n_ffs[i],
+            n_ff=self.feed_forward_sizes[i],
             activation=activation,
             gate=self.linear(f"blk.{i}.ffn_gate") if gated else None,
             up=self.linear(f"blk.{i}.ffn_up"),
             down=self.linear(f"blk.{i}.ffn_down"),
         )
 
-    def experts(self, i: int, n_ff: int | None = None) -> Experts:
+    def experts(self, i: int, n_ff: int | None = None, **changes: Any) -> Experts:
         """The experts of layer `i`; `n_ff` is their size where it is not the dense blocks'."""
-        if self.integer("expert_group_count", 0) > 1:
-            self._refuse(True, "experts in groups")
         n_expert, n_used = self.integer("expert_count"), self.per_layer("expert_used_count", low=1)[i]
         if not 0 < n_used <= n_expert:
             raise QuantkitError(f"the metadata says that {n_used} of {n_expert} experts are used")
-        return Experts(
-            n_ff=n_ff or self._n_ffs[i],
-            n_expert=n_expert,
-            n_used=n_used,
-            router=self.linear(f"blk.{i}.ffn_gate_inp"),
-            gate=f"blk.{i}.ffn_gate_exps.weight",
-            up=f"blk.{i}.ffn_up_exps.weight",
-            down=f"blk.{i}.ffn_down_exps.weight",
+        at = f"blk.{i}."
+        n_groups = max(1, self.integer("expert_group_count", 0))
+        fields: dict[str, Any] = {
+            "n_ff": n_ff or self.feed_forward_sizes[i],
+            "n_expert": n_expert,
+            "n_used": n_used,
+            "router": self.linear(f"{at}ffn_gate_inp"),
+            "gate": f"{at}ffn_gate_exps.weight",
+            "up": f"{at}ffn_up_exps.weight",
+            "down": f"{at}ffn_down_exps.weight",
+            "selection_bias": f"{at}exp_probs_b.bias" if f"{at}exp_probs_b.bias" in self.tensors else None,
+            "n_groups": n_groups,
+            "n_groups_used": self.integer("expert_group_used_count", 0) if n_groups > 1 else 1,
+        }
+        return Experts(**{**fields, **changes})
+
+    def gating(self, assumed: Gating | None = None) -> Gating:
+        """How the experts' shares are made, `assumed` where the metadata is silent."""
+        number = self.integer("expert_gating_func", 0)
+        kind = _GATINGS.get(number, assumed if number == 0 else None)
+        if kind is None:
+            raise QuantkitError(
+                f"evaluating {self.arch} models with {self.arch}.expert_gating_func {number} is not supported"
+            )
+        return kind
+
+    def shared_experts(self, i: int, n_ff: int) -> FeedForward:
+        """The block that all tokens go through beside the experts of layer `i`, `n_ff` wide."""
+        return FeedForward(
+            n_ff,
+            gate=self.linear(f"blk.{i}.ffn_gate_shexp"),
+            up=self.linear(f"blk.{i}.ffn_up_shexp"),
+            down=self.linear(f"blk.{i}.ffn_down_shexp"),
         )
 
     def layer(self, i: int, attention: Attention, feed_forward: FeedForward | Experts, **changes: Any) -> Layer:

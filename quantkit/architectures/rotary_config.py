@@ -108,8 +108,30 @@ class RotaryConfig:
         if (theta := self.local.get("rope_theta")) is not None:
             writer.add_rope_freq_base_swa(self.config.finite(theta, ("rope_theta",)))
 
-    def llama3_factors(self, dim: int) -> np.ndarray | None:
+    def divisors(self, name: str, dim: int) -> np.ndarray | None:
+        """The list `name` of what divides each frequency: float32 of shape (dim / 2,), or None without it."""
+        values = self.full.get(name)
+        if not values:
+            return None
+        problem = f"{self.config.path}: {name} must be a list of {dim // 2} numbers"
+        if not isinstance(values, list) or len(values) != dim / 2:
+            raise QuantkitError(problem)
+        return np.array([self.config.finite(value, (name,)) for value in values], np.float32)
+
+    def longrope_divisors(self, dim: int) -> dict[str, np.ndarray]:
+        """LongRoPE's divisors by the names of their tensors, for long texts and for short ones; none without it."""
+        long, short = self.divisors("long_factor", dim), self.divisors("short_factor", dim)
+        if long is None and short is None:
+            return {}
+        if long is None or short is None:
+            present, missing = ("long", "short") if short is None else ("short", "long")
+            raise QuantkitError(f"{self.config.path}: rope scaling has a {present}_factor and no {missing}_factor")
+        return {"rope_factors_long.weight": long, "rope_factors_short.weight": short}
+
+    def llama3_factors(self, dim: int, factor: float = 8.0) -> np.ndarray | None:
         """What divides each frequency under Llama 3's scaling: float32 of shape (dim / 2,), or None without it.
+
+        `factor` is by how much long wavelengths are stretched where the config does not say it.
 
         Source: Llama 3.1's rope scaling. Long wavelengths are stretched by `factor`, short ones are kept, and those
         between are blended. Every operation is in float32 and a quotient is a product with the reciprocal, as torch
@@ -122,7 +144,7 @@ class RotaryConfig:
         exponents = np.arange(0, dim, 2, dtype=f32) / f32(dim)
         # The correctly rounded power: numpy's float32 one differs between machines.
         powers = np.power(np.float64(f32(base)), exponents.astype(np.float64)).astype(f32)
-        factor = self._positive("factor", 8.0)
+        factor = self._positive("factor", factor)
         low, high = self._positive("low_freq_factor", 1.0), self._positive("high_freq_factor", 4.0)
         context = self._positive("original_max_position_embeddings", 8192)
         one = f32(1)

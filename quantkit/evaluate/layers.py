@@ -7,16 +7,19 @@ results.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from quantkit.architectures.forward import (
+    XIELU,
     Activation,
     Attention,
     Experts,
     FeedForward,
+    Gating,
     Layer,
     Linear,
     Norm,
@@ -33,7 +36,13 @@ ROWS = 512
 
 # What activations exist, with a gate and without: kernels from [rows, n_ff or twice that] to [rows, n_ff].
 _GATED = {Activation.SILU: forward_kernels.silu_gate, Activation.GELU: forward_kernels.gelu_gate}
-_PLAIN = {Activation.GELU: forward_kernels.gelu}
+_PLAIN = {Activation.GELU: forward_kernels.gelu, Activation.RELU_SQUARED: forward_kernels.relu_squared}
+_GATING = {
+    Gating.SOFTMAX: forward_kernels.SOFTMAX,
+    Gating.SIGMOID: forward_kernels.SIGMOID,
+    Gating.CHOSEN: forward_kernels.CHOSEN,
+}
+_NO_BIAS = np.empty(0, np.float32)
 
 
 class Product(NamedTuple):
@@ -57,14 +66,46 @@ def _temperatures(temperature: Temperature, positions: np.ndarray) -> np.ndarray
     return grown.astype(np.float32)[:, None]
 
 
+Activate = Callable[[np.ndarray, np.ndarray], None]
+
+
+def _activate(block: FeedForward | Experts) -> Activate | None:
+    """What `block` does between its products: from [rows, n_ff or twice that] to [rows, n_ff]; None if not known."""
+    if isinstance(block.activation, XIELU):
+        return None if _gated(block) else _xielu(block.activation)
+    return (_GATED if _gated(block) else _PLAIN).get(block.activation)
+
+
+def _xielu(learned: XIELU) -> Activate:
+    positive, negative = (math.log1p(math.exp(-abs(a))) + max(a, 0.0) for a in (learned.alpha_p, learned.alpha_n))
+    numbers = tuple(np.float32(n) for n in (positive, learned.beta + negative, learned.beta, learned.eps))
+
+    def activate(x: np.ndarray, out: np.ndarray) -> None:
+        forward_kernels.xielu(x, *numbers, out)
+
+    return activate
+
+
+def _gated(block: FeedForward | Experts) -> bool:
+    return bool(block.gate or (isinstance(block, FeedForward) and block.gate_up))
+
+
 def unsupported(layer: Layer) -> Iterable[str]:
     """What of `layer` cannot be computed, each in a few words."""
     attention, ff = layer.attention, layer.feed_forward
-    gated = isinstance(ff, Experts) or bool(ff.gate or ff.gate_up)
-    if ff.activation not in (_GATED if gated else _PLAIN):
-        yield f"{ff.activation.name} {'with' if gated else 'without'} a gate"
-    if isinstance(ff, FeedForward) and ff.gate is not None and ff.up is None:
-        yield "a gate alone"
+    for block in (ff, ff.shared) if isinstance(ff, Experts) else (ff,):
+        if block is None:
+            continue
+        if _activate(block) is None:
+            name = "xIELU" if isinstance(block.activation, XIELU) else block.activation.name
+            yield f"{name} {'with' if _gated(block) else 'without'} a gate"
+        if isinstance(block, FeedForward) and block.gate is not None and block.up is None:
+            yield "a gate alone"
+    if isinstance(ff, Experts) and (
+        ff.n_groups < 1 or ff.n_expert % ff.n_groups or not 0 < ff.n_groups_used <= ff.n_groups
+        or ff.n_used > ff.n_expert // ff.n_groups * ff.n_groups_used
+    ):  # fmt: skip
+        yield f"{ff.n_used} experts from {ff.n_groups_used} of {ff.n_groups} groups of {ff.n_expert} experts"
     if attention.window is not None and attention.window < 1:
         yield f"a window of {attention.window} positions"
     if attention.temperature is not None and not 0 < attention.temperature.step < 1 << 62:
@@ -74,13 +115,17 @@ def unsupported(layer: Layer) -> Iterable[str]:
     kinds = (attention.q_norm, attention.k_norm)
     if any(norm is not None and norm.kind is not NormKind.RMS for norm in kinds):
         yield "LayerNorms of queries and keys"
+    if attention.norm_rotated and attention.norm_whole:
+        yield "norms of whole queries and keys after rotation"
+    if attention.clamp is not None and not attention.clamp > 0:
+        yield f"queries, keys and values clamped at {attention.clamp}"
 
 
 class Expert(NamedTuple):
     """One expert of a layer: its number and its products."""
 
     number: int
-    gate: Product
+    gate: Product | None
     up: Product
     down: Product
 
@@ -142,7 +187,10 @@ class LayerRunner:
         n_q, n_k = attention.n_head * attention.head_k, attention.n_head_kv * attention.head_k
         n_v = attention.n_head_kv * attention.head_v
         self._norms = {
-            norm: (weights.vector(norm.weight, size), None if norm.bias is None else weights.vector(norm.bias, size))
+            norm: (
+                np.ones(size, np.float32) if norm.weight is None else weights.vector(norm.weight, size),
+                None if norm.bias is None else weights.vector(norm.bias, size),
+            )
             for norm, size in self._sizes(layer, n_q, n_k)
         }
         self._qkv = self._product(
@@ -151,13 +199,20 @@ class LayerRunner:
             n_embd,
         )
         self._out = self._product("out", [(attention.out, n_embd)], attention.n_head * attention.head_v)
-        if isinstance(ff, FeedForward):
-            self._up = self._product("up", [(ff.gate_up, 2 * ff.n_ff), (ff.gate, ff.n_ff), (ff.up, ff.n_ff)], n_embd)
-            self._down = self._product("down", [(ff.down, n_embd)], ff.n_ff)
-            self._activate = (_GATED if ff.gate_up or ff.gate else _PLAIN)[ff.activation]
-        else:
+        dense = ff if isinstance(ff, FeedForward) else ff.shared
+        if dense is not None:
+            n_ff = dense.n_ff
+            self._up = self._product("up", [(dense.gate_up, 2 * n_ff), (dense.gate, n_ff), (dense.up, n_ff)], n_embd)
+            self._down = self._product("down", [(dense.down, n_embd)], n_ff)
+            self._activate = _activate(dense)
+        if isinstance(ff, Experts):
             self._router = self._product("router", [(ff.router, ff.n_expert)], n_embd)
-            self._activate = _GATED[ff.activation]
+            self._activate_expert = _activate(ff)
+            self._selection_bias = (
+                _NO_BIAS if ff.selection_bias is None else weights.vector(ff.selection_bias, ff.n_expert)
+            )
+            if ff.shared_gate is not None:
+                self._shared_gate = self._product("shared gate", [(ff.shared_gate, 1)], n_embd)
 
     def _sizes(self, layer: Layer, n_q: int, n_k: int) -> Iterable[tuple[Norm, int]]:
         attention = layer.attention
@@ -267,8 +322,10 @@ class LayerRunner:
             block = rows[start : start + step]
             normed = self._normed(self.layer.attention_norm, block, take("normed", len(block), n_embd))
             qkv = self._multiply(normed, self._qkv, take("qkv", len(block), len(self._qkv.matrix)), at + start)
+            if attention.clamp is not None:
+                np.clip(qkv, -np.float32(attention.clamp), np.float32(attention.clamp), out=qkv)
             for norm, first, n in ((attention.q_norm, 0, n_q), (attention.k_norm, n_q, n_k)):
-                if norm is not None:
+                if norm is not None and not attention.norm_rotated:
                     weight, _ = self._norms[norm]
                     forward_kernels.rms_norm_columns(qkv, first, n // weight.size, weight, norm.eps)
             if attention.temperature is not None:
@@ -280,10 +337,16 @@ class LayerRunner:
                 seq, position = divmod(start + done, n_ctx)
                 n = min(len(block) - done, n_ctx - position)
                 part = qkv[done : done + n]
-                forward_kernels.split_heads(part, 0, *tables, position, neighbours, scale, q[seq])
+                factor = one if attention.norm_rotated and attention.q_norm else scale
+                forward_kernels.split_heads(part, 0, *tables, position, neighbours, factor, q[seq])
                 forward_kernels.split_heads(part, n_q, *tables, position, neighbours, one, k[seq])
                 forward_kernels.split_heads(part, n_q + n_k, still, still, position, neighbours, one, v[seq])
                 done += n
+        if attention.norm_rotated:
+            for norm, heads_of, factor in ((attention.q_norm, q, scale), (attention.k_norm, k, one)):
+                if norm is not None:
+                    head_rows, weight = heads_of.reshape(-1, head_k), self._norms[norm][0]
+                    forward_kernels.rms_norm(head_rows, weight * factor, norm.eps, head_rows)
         return q, k[..., 0, :], v[..., 0, :]
 
     # What comes after it
@@ -305,17 +368,20 @@ class LayerRunner:
                 normed = self._add_and_norm(block, branch, to.normed)
                 if normed is not to.normed:
                     to.normed[:] = normed
-                scores = take("router", n, len(self._router.matrix))
-                self._multiply(to.normed, self._router, scores, at + start)
-                forward_kernels.route(scores, to.chosen, to.shares)
+                self._route(to, branch, at + start)
                 continue
             normed = self._add_and_norm(block, branch, take("normed", n, n_embd))
-            wide = self._multiply(normed, self._up, take("wide", n, len(self._up.matrix)), at + start)
-            active = take("active", n, self._down.matrix.shape[1])
-            self._activate(wide, active)
-            self._multiply(active, self._down, branch, at + start)
+            self._dense(normed, branch, at + start)
             self._prepare(branch, layer.post_feed_forward_norm)
             forward_kernels.add(block, branch)
+
+    def _dense(self, x: np.ndarray, out: np.ndarray, at: int) -> np.ndarray:
+        """The dense block, or the one that experts share, of the rows of `x` from row `at` of the batch on."""
+        wide = self._multiply(x, self._up, self._take("wide", len(x), len(self._up.matrix)), at)
+        active = self._take("active", len(x), self._down.matrix.shape[1])
+        assert self._activate is not None
+        self._activate(wide, active)
+        return self._multiply(active, self._down, out, at)
 
     def _prepare(self, branch: np.ndarray, post: Norm | None) -> None:
         """Make `branch` ready to be added: normalise and scale it, in place."""
@@ -339,6 +405,23 @@ class LayerRunner:
 
     # Experts
 
+    def _route(self, routed: Routed, scratch: np.ndarray, at: int) -> None:
+        """Choose the experts of the rows of `routed`, and begin its branch with what they share."""
+        ff, take, n = self.layer.feed_forward, self._take, len(routed.normed)
+        assert isinstance(ff, Experts)
+        scores = self._multiply(routed.normed, self._router, take("router", n, len(self._router.matrix)), at)
+        forward_kernels.route(
+            scores, self._selection_bias, _GATING[ff.gating], (ff.n_groups, ff.n_groups_used), ff.normalised,
+            np.float32(ff.scale), routed.chosen, routed.shares,
+        )  # fmt: skip
+        if ff.shared is None:
+            return
+        if ff.shared_gate is None:
+            self._dense(routed.normed, routed.branch, at)
+            return
+        share = self._multiply(routed.normed, self._shared_gate, take("shared gate", n, 1), at)
+        forward_kernels.add_gated(self._dense(routed.normed, scratch, at), share, routed.branch)
+
     def experts(self) -> Iterable[Expert]:
         """The layer's experts, decoded one by one, none where it has a dense block; each is valid until the next."""
         ff = self.layer.feed_forward
@@ -347,12 +430,16 @@ class LayerRunner:
 
         def product(role: str, name: str, e: int, n_out: int, n_in: int) -> Product:
             matrix = self._weights.slab(role, name, ff.n_expert * n_out, n_in, e * n_out, (e + 1) * n_out)
-            return Product(matrix, None, (name,))
+            bias = None
+            if ff.biases:
+                biases = f"{name.removesuffix('weight')}bias"
+                bias = self._weights.slab(f"{role} bias", biases, ff.n_expert, n_out, e, e + 1)[0]
+            return Product(matrix, bias, (name,))
 
         for e in range(ff.n_expert):
             yield Expert(
                 e,
-                product("expert gate", ff.gate, e, ff.n_ff, self.n_embd),
+                None if ff.gate is None else product("expert gate", ff.gate, e, ff.n_ff, self.n_embd),
                 product("expert up", ff.up, e, ff.n_ff, self.n_embd),
                 product("expert down", ff.down, e, self.n_embd, ff.n_ff),
             )
@@ -363,21 +450,36 @@ class LayerRunner:
         The first row of `routed` is row `at` of the batch.
         """
         take, (e, gate, up, down) = self._take, expert
+        ff = self.layer.feed_forward
+        assert isinstance(ff, Experts)
         rows, ranks = np.nonzero(routed.chosen == e)
-        n_ff = len(gate.matrix)
+        n_ff = len(up.matrix)
+        read_by = (gate.names if gate else ()) + up.names
         for start in range(0, len(rows), ROWS):
             some = rows[start : start + ROWS]
             n = len(some)
+            shares = routed.shares[some, ranks[start : start + ROWS]]
             x = np.take(routed.normed, some, axis=0, out=take("chosen", n, self.n_embd), mode="clip")
-            self._observe(gate.names + up.names, x, at + start, e)
-            wide, active = take("wide", n, 2 * n_ff), take("active", n, n_ff)
-            np.matmul(x, gate.matrix.T, out=wide[:, :n_ff])
-            np.matmul(x, up.matrix.T, out=wide[:, n_ff:])
-            self._activate(wide, active)
+            if ff.weigh_input:
+                x *= shares[:, None]
+                shares = np.ones_like(shares)
+            self._observe(read_by, x, at + start, e)
+            wide = take("wide", n, n_ff * (2 if gate else 1))
+            if gate is not None:
+                self._expert_product(x, gate, wide[:, :n_ff])
+            self._expert_product(x, up, wide[:, -n_ff:])
+            active = take("active", n, n_ff)
+            assert self._activate_expert is not None
+            self._activate_expert(wide, active)
             self._observe(down.names, active, at + start, e)
-            branch = take("branch", n, self.n_embd)
-            np.matmul(active, down.matrix.T, out=branch)
-            forward_kernels.add_rows(branch, some, routed.shares[some, ranks[start : start + ROWS]], routed.branch)
+            branch = self._expert_product(active, down, take("branch", n, self.n_embd))
+            forward_kernels.add_rows(branch, some, shares, routed.branch)
+
+    def _expert_product(self, x: np.ndarray, product: Product, out: np.ndarray) -> np.ndarray:
+        np.matmul(x, product.matrix.T, out=out)
+        if product.bias is not None:
+            out += product.bias
+        return out
 
     def close(self, x: np.ndarray, routed: Routed) -> None:
         """Add the experts' branch to `x` [rows, n_embd]."""

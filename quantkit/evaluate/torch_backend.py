@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from quantkit.architectures.forward import (
+    XIELU,
     Activation,
     Attention,
     Experts,
     FeedForward,
     ForwardSpec,
+    Gating,
     Layer,
     Linear,
     Norm,
@@ -53,6 +55,9 @@ _LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}
 # Tokens that go through the layers together.
 _TOKENS = {"cpu": 4096, "cuda": 32768, "mps": 8192}
 
+# What a sum of shares is at least when they are divided by it, as in the kernels.
+_LEAST_SUM = 6.103515625e-5
+
 # The fields of the description that this backend carries out. One that is added to the description later is refused
 # by name where a model uses it.
 _KNOWN: dict[type, str] = {
@@ -61,10 +66,12 @@ _KNOWN: dict[type, str] = {
     Layer: "attention feed_forward attention_norm feed_forward_norm post_attention_norm post_feed_forward_norm "
     "parallel branch_scale",
     Attention: "n_head n_head_kv head_k head_v scale out q k v qkv rope window softcap q_norm k_norm norm_whole "
-    "temperature",
+    "temperature norm_rotated clamp",
+    XIELU: "alpha_n alpha_p beta eps",
     Temperature: "scale step",
     FeedForward: "n_ff down activation up gate gate_up",
-    Experts: "n_ff n_expert n_used router gate up down activation",
+    Experts: "n_ff n_expert n_used router gate up down activation gating selection_bias n_groups n_groups_used "
+    "normalised scale weigh_input biases shared shared_gate",
     Rope: "n_dims freq_base style freq_scale magnitude factors long_factors n_ctx_orig yarn",
     Yarn: "ext_factor beta_fast beta_slow",
     Norm: "weight eps kind bias",
@@ -87,12 +94,24 @@ def unknown_parts(value: object) -> Iterator[str]:
                 yield f"{type(value).__name__}.{field.name} = {own!r}"
 
 
-def _activate(activation: Activation, x: Any) -> Any:
+def _activate(activation: Activation | XIELU, x: Any) -> Any:
+    if isinstance(activation, XIELU):
+        positive, negative = (
+            functional.softplus(torch.tensor(a)).item() for a in (activation.alpha_p, activation.alpha_n)
+        )
+        below = torch.expm1(x.clamp(max=activation.eps)) - x
+        return torch.where(x > 0, positive * x * x, (activation.beta + negative) * below) + activation.beta * x
+    if activation is Activation.RELU_SQUARED:
+        return functional.relu(x).square()
     if activation is Activation.SILU:
         return functional.silu(x)
     if activation is Activation.GELU:
         return functional.gelu(x, approximate="tanh")
     raise QuantkitError(f"the torch backend does not know the activation {activation.name}")
+
+
+def _bias_of(name: str) -> str:
+    return f"{name.removesuffix('weight')}bias"
 
 
 class TorchTransformer(Model):
@@ -257,15 +276,21 @@ class TorchTransformer(Model):
         for linear, n_out in ((a.qkv, n_q + n_k + n_v), (a.q, n_q), (a.k, n_k), (a.v, n_v)):
             self._linear_weights(linear, n_out, n_embd)
         self._linear_weights(a.out, n_embd, a.n_head * a.head_v)
-        if isinstance(ff, FeedForward):
-            for linear, n_out in ((ff.gate_up, 2 * ff.n_ff), (ff.gate, ff.n_ff), (ff.up, ff.n_ff)):
+        dense = ff if isinstance(ff, FeedForward) else ff.shared
+        if dense is not None:
+            for linear, n_out in ((dense.gate_up, 2 * dense.n_ff), (dense.gate, dense.n_ff), (dense.up, dense.n_ff)):
                 self._linear_weights(linear, n_out, n_embd)
-            self._linear_weights(ff.down, n_embd, ff.n_ff)
-        else:
+            self._linear_weights(dense.down, n_embd, dense.n_ff)
+        if isinstance(ff, Experts):
             self._linear_weights(ff.router, ff.n_expert, n_embd)
+            self._linear_weights(ff.shared_gate, 1, n_embd)
+            if ff.selection_bias is not None:
+                self._vector(ff.selection_bias, ff.n_expert)
             for name, n_out, n_in in ((ff.gate, ff.n_ff, n_embd), (ff.up, ff.n_ff, n_embd), (ff.down, n_embd, ff.n_ff)):
-                self._matrix(name, ff.n_expert * n_out, n_in)
-                self._tensors[name] = self._tensors[name].view(ff.n_expert, n_out, n_in)
+                if name is not None:
+                    self._matrix(name, ff.n_expert * n_out, n_in)
+                    if ff.biases:
+                        self._matrix(_bias_of(name), ff.n_expert, n_out)
 
     def _matrix(self, name: str, n_rows: int, n_in: int) -> None:
         if name not in self._tensors:
@@ -288,7 +313,8 @@ class TorchTransformer(Model):
 
     def _norm_weights(self, norm: Norm | None, size: int) -> None:
         if norm is not None:
-            self._vector(norm.weight, size)
+            if norm.weight is not None:
+                self._vector(norm.weight, size)
             if norm.bias is not None:
                 self._vector(norm.bias, size)
 
@@ -385,14 +411,19 @@ class TorchTransformer(Model):
             q, k, v = whole.split([n_q, n_k, a.n_head_kv * a.head_v], dim=2)
         else:
             q, k, v = self._products(x, a.q, a.k, a.v)
+        if a.clamp is not None:
+            q, k, v = (y.clamp(-a.clamp, a.clamp) for y in (q, k, v))
 
         def heads(y: Any, n_head: int, norm: Norm | None) -> Any:
             if norm is not None and a.norm_whole:
                 y = self._normed(norm, y.float())
             y = y.reshape(n_seq, n_ctx, n_head, -1)
-            if norm is not None and not a.norm_whole:
+            if norm is not None and not a.norm_whole and not a.norm_rotated:
                 y = self._normed(norm, y.float())
-            return self._rotated(a.rope, y, n_ctx).to(self._dtype).transpose(1, 2)
+            y = self._rotated(a.rope, y, n_ctx)
+            if norm is not None and a.norm_rotated:
+                y = self._normed(norm, y.float())
+            return y.to(self._dtype).transpose(1, 2)
 
         if a.temperature is not None:
             steps = torch.arange(n_ctx, device=self._device) // a.temperature.step
@@ -462,20 +493,58 @@ class TorchTransformer(Model):
 
     def _experts(self, ff: Experts, x: Any) -> Any:
         rows = x.reshape(-1, x.shape[2])
-        # The softmax over all experts, made to sum to one over those chosen, is the softmax over these.
-        (scores,) = self._products(rows, ff.router)
-        scores, chosen = scores.float().topk(ff.n_used, dim=1)
-        shares = scores.softmax(1)
+        (logits,) = self._products(rows, ff.router)
+        chosen, shares = self._route(ff, logits.float())
         branch = torch.zeros(rows.shape, dtype=torch.float32, device=self._device)
+        if ff.shared is not None:
+            branch += self._dense(ff.shared, x).reshape(rows.shape)
+        if ff.shared_gate is not None:
+            (gate,) = self._products(rows, ff.shared_gate)
+            branch *= gate.float().sigmoid()
         for e in range(ff.n_expert):
             some, rank = torch.nonzero(chosen == e, as_tuple=True)
+            share = shares[some, rank, None]
             y = rows[some]
-            gate, up, down = (self._weight(name)[e] for name in (ff.gate, ff.up, ff.down))
-            self._observe((ff.gate, ff.up), y, e)
-            y = _activate(ff.activation, functional.linear(y, gate)) * functional.linear(y, up)
+            if ff.weigh_input:
+                y = y * share.to(y.dtype)
+            self._observe((ff.up,) if ff.gate is None else (ff.gate, ff.up), y, e)
+            up = self._expert(ff, ff.up, e, y)
+            if ff.gate is None:
+                y = _activate(ff.activation, up)
+            else:
+                y = _activate(ff.activation, self._expert(ff, ff.gate, e, y)) * up
             self._observe((ff.down,), y, e)
-            branch.index_add_(0, some, functional.linear(y, down).float() * shares[some, rank, None])
+            y = self._expert(ff, ff.down, e, y).float()
+            branch.index_add_(0, some, y if ff.weigh_input else y * share)
         return branch.reshape(x.shape)
+
+    def _expert(self, ff: Experts, name: str, e: int, x: Any) -> Any:
+        bias = self._weight(_bias_of(name))[e] if ff.biases else None
+        return functional.linear(x, self._weight(name).view(ff.n_expert, -1, x.shape[1])[e], bias)
+
+    def _route(self, ff: Experts, logits: Any) -> tuple[Any, Any]:
+        """The experts that each row of `logits` [rows, experts] chooses, and their shares: [rows, experts used]."""
+        if ff.gating is Gating.SIGMOID:
+            shares = logits.sigmoid()
+        else:
+            shares = logits if ff.gating is Gating.CHOSEN else logits.softmax(1)
+        # Where nothing is added to the shares, the logits are in their order, and do not become equal near 0 and 1.
+        plain = ff.selection_bias is None and ff.n_groups == 1
+        scores = logits if plain else shares
+        if ff.selection_bias is not None:
+            scores = scores + self._tensors[ff.selection_bias]
+        if ff.n_groups > 1:
+            groups = scores.view(len(scores), ff.n_groups, -1)
+            best = groups.topk(min(2, groups.shape[2]), dim=2)[0].sum(2).topk(ff.n_groups_used, dim=1)[1]
+            left_out = torch.ones(groups.shape[:2], dtype=torch.bool, device=self._device).scatter(1, best, False)
+            scores = groups.masked_fill(left_out[:, :, None], -torch.inf).view(scores.shape)
+        chosen = scores.topk(ff.n_used, dim=1)[1]
+        shares = shares.gather(1, chosen)
+        if ff.gating is Gating.CHOSEN:
+            shares = shares.softmax(1)
+        elif ff.normalised:
+            shares = shares / shares.sum(1, keepdim=True).clamp(min=_LEAST_SUM)
+        return chosen, shares * ff.scale
 
     def _products(self, x: Any, *linears: Linear | None) -> list[Any]:
         """`x` [..., n_in] through each of `linears`."""
@@ -498,11 +567,11 @@ class TorchTransformer(Model):
         """`x` normalised over its last axis, float32."""
         if norm is None:
             return x
-        weight = self._tensors[norm.weight]
+        weight = None if norm.weight is None else self._tensors[norm.weight]
         if norm.kind is NormKind.RMS:
-            return functional.rms_norm(x, weight.shape, weight, norm.eps)
+            return functional.rms_norm(x, x.shape[-1:], weight, norm.eps)
         bias = None if norm.bias is None else self._tensors[norm.bias]
-        return functional.layer_norm(x, weight.shape, weight, bias, norm.eps)
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
 
     @staticmethod
     def _width(layer: Layer) -> int:

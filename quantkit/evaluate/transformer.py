@@ -318,7 +318,8 @@ class Transformer(Model):
     def _normalise(self, norm: Norm, x: np.ndarray) -> None:
         """Normalise `x` [any, any, n_embd] in place."""
         rows = x.reshape(-1, self.spec.n_embd)
-        weight = self._weights.vector(norm.weight, self.spec.n_embd)
+        n_embd = self.spec.n_embd
+        weight = np.ones(n_embd, np.float32) if norm.weight is None else self._weights.vector(norm.weight, n_embd)
         if norm.kind is NormKind.RMS:
             forward_kernels.rms_norm(rows, weight, norm.eps, rows)
         else:

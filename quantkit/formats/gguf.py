@@ -270,6 +270,18 @@ class Metadata(dict[str, Value]):
             raise self.wrong(key, wanted)
         return numbers
 
+    def numbers(self, key: str, count: int) -> list[float]:
+        """The `count` finite numbers in the array `key`."""
+        value = self._found(key, None)
+        assert value is not None
+        kinds = (*INTEGERS, ValueType.FLOAT32, ValueType.FLOAT64)
+        if value.type != ValueType.ARRAY or value.item not in kinds or len(value) != count:
+            raise self.wrong(key, f"{count} numbers")
+        numbers = [float(n) for n in value.value]
+        if not all(map(math.isfinite, numbers)):
+            raise self.wrong(key, f"{count} numbers")
+        return numbers
+
     def is_array(self, key: str) -> bool:
         """Whether there is a `key`, and it holds an array."""
         return key in self and self[key].type == ValueType.ARRAY

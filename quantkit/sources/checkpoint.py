@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import gguf
 
 log = logging.getLogger(__name__)
+# Families write what they know better over what all write; the order stays that of the first time.
+logging.getLogger("gguf.gguf_writer").addFilter(lambda record: "Duplicated key" not in record.getMessage())
 
 OutType = Literal["f32", "f16", "bf16", "q8_0", "auto"]
 
@@ -115,34 +117,41 @@ class CheckpointSource:
         if assembly.values is not None:
             self._rows[assembly.name] = [_as_rows(assembly.values)]
             return assembly.values.shape
-        views: list[np.ndarray] = []
+        parts: list[list[np.ndarray]] = []
         for part in assembly.parts:
-            view = self._rearranged(assembly, part)
-            if views and (view.shape, view.dtype) != (views[0].shape, views[0].dtype):
-                first = assembly.parts[0]
-                raise QuantkitError(f"{self.directory}: tensor {part!r} has not the shape and type of {first!r}")
-            views.append(view)
-        self._rows[assembly.name] = [_as_rows(view) for view in views]
+            views = self._rearranged(assembly, part)
+            first = parts[0] if parts else views
+            if [(view.shape, view.dtype) for view in views] != [(view.shape, view.dtype) for view in first]:
+                raise QuantkitError(
+                    f"{self.directory}: tensor {part!r} has not the shape and type of {assembly.parts[0]!r}"
+                )
+            parts.append(views)
+        self._rows[assembly.name] = [_as_rows(view) for views in parts for view in views]
         # A rearrangement may split the rows' axis; in GGUF the tensor has as many axes as in the checkpoint.
-        shape, n_axes = views[0].shape, len(self._checkpoint.tensors[assembly.parts[0]].shape)
-        n_merged = len(shape) - n_axes + 1
-        if n_merged > 1:
-            shape = (math.prod(shape[:n_merged]), *shape[n_merged:])
-        return (len(views), *shape) if assembly.stacked else shape
+        n_axes = len(self._checkpoint.tensors[assembly.parts[0]].shape)
+        shapes = [_merged(view.shape, n_axes) for view in parts[0]]
+        if len(shapes) > 1 and (n_axes != 2 or len({shape[1:] for shape in shapes}) > 1):
+            raise QuantkitError(f"{self.directory}: the parts of {assembly.name} do not fit below each other")
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return (len(parts), *shape) if assembly.stacked else shape
 
-    def _rearranged(self, assembly: Assembly, part: str) -> np.ndarray:
+    def _rearranged(self, assembly: Assembly, part: str) -> list[np.ndarray]:
+        """The views of the stored tensor `part` whose rows stand below each other in `assembly`."""
         data = self._checkpoint.data(part)
         rearrange = assembly.transform.rearrange
         if rearrange is None:
-            return data
+            return [data]
         try:
-            view = rearrange(self.architecture.config, data)
+            views = [
+                step(self.architecture.config, data)
+                for step in (rearrange if isinstance(rearrange, tuple) else (rearrange,))
+            ]
         except (ValueError, IndexError):
             raise QuantkitError(
                 f"{self.directory}: tensor {part!r} of shape {data.shape} does not fit what config.json says of heads"
             ) from None
         # One axis: all of it is one row, so the order must be made now; it is small.
-        return view.reshape(-1) if data.ndim == 1 else view
+        return [np.concatenate([view.reshape(-1) for view in views])] if data.ndim == 1 else views
 
     def _type_of(self, name: str, shape: tuple[int, ...]) -> GGMLType:
         """The type of a tensor: float32 for vectors, norms and what is no weight, else the file's if its blocks fit."""
@@ -184,6 +193,7 @@ class CheckpointSource:
         writer = gguf.GGUFWriter(path=None, arch=arch.gguf_name)
         for info in self._tensors.values():
             writer.add_tensor_info(info.name, info.shape[::-1], np.dtype(np.float32), info.nbytes)
+        arch.write_numbers(writer, self._checkpoint.tensors, self._number)
         arch.write_first(writer)
         writer.add_type(gguf.GGUFType.MODEL)
         self._write_general(writer)
@@ -192,7 +202,7 @@ class CheckpointSource:
         self._check_vocabulary_size()
         write_vocabulary(
             self.directory, arch.config.values, writer,
-            style=arch.vocabulary, pre=self._pre, usual_pre=arch.usual_pre,
+            style=arch.vocabulary, pre=self._pre, usual_pre=arch.usual_pre, special=arch.special_tokens,
         )  # fmt: skip
         return Metadata((key, self._encode(key, value)) for key, value in writer.kv_data[0].items())
 
@@ -204,6 +214,16 @@ class CheckpointSource:
                 f"{self.architecture.config.path}: vocab_size is {stated}, but the embedding has {embedding.n_rows} "
                 "rows"
             )
+
+    def _number(self, name: str) -> float:
+        """The number that is all of the stored tensor `name`."""
+        data = self._checkpoint.data(name)
+        if data.size != 1:
+            raise QuantkitError(f"{self.directory}: tensor {name!r} has {data.size} numbers, not one")
+        value = float(_float32(data.reshape(1, 1))[0, 0])
+        if not math.isfinite(value):
+            raise QuantkitError(f"{self.directory}: tensor {name!r} is {value}")
+        return value
 
     def _write_general(self, writer: gguf.GGUFWriter) -> None:
         """Add general.*: from the model card, the configs, and the name of the model."""
@@ -297,14 +317,14 @@ class CheckpointSource:
 
     def _gather(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of a tensor as they are stored: float32, float16, or bfloat16 as uint16, of shape (rows, row length)."""
-        parts = self._rows[name]
-        n_each = math.prod(parts[0].shape[:-1])
         if start == stop:
-            return _take(parts[0], 0, 0)
-        pieces = [
-            _take(parts[i], max(start - i * n_each, 0), min(stop - i * n_each, n_each))
-            for i in range(start // n_each, -(-stop // n_each))
-        ]
+            return _take(self._rows[name][0], 0, 0)
+        pieces, at = [], 0
+        for view in self._rows[name]:
+            n = math.prod(view.shape[:-1])
+            if start < at + n and at < stop:
+                pieces.append(_take(view, max(start - at, 0), min(stop - at, n)))
+            at += n
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
@@ -355,6 +375,12 @@ def _item_type(item: Any) -> ValueType:
         if isinstance(item, python):
             return kind
     raise TypeError(f"no GGUF type for {type(item).__name__}")
+
+
+def _merged(shape: tuple[int, ...], n_axes: int) -> tuple[int, ...]:
+    """`shape` with its first axes merged, so that there are `n_axes`."""
+    n = len(shape) - n_axes + 1
+    return (math.prod(shape[:n]), *shape[n:]) if n > 1 else shape
 
 
 def _as_rows(view: np.ndarray) -> np.ndarray:

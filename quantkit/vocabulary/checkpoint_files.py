@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,8 +52,9 @@ class CheckpointFiles:
     they should be.
     """
 
-    def __init__(self, directory: Path, config: dict[str, Any]) -> None:
-        """Remember where the files are."""
+    def __init__(self, directory: Path, config: dict[str, Any], family_tokens: Mapping[str, str] | None = None) -> None:
+        """Remember where the files are, and the texts of the special tokens that the family knows, by their roles."""
+        self.family_tokens = family_tokens or {}
         self.directory = directory
         self.config = config
 

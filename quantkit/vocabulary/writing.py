@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 _CODE_LLAMA_VOCABULARY = 32016
 _SMALL_GRANITE_VOCABULARY = 49152
+# What ends a turn in Gemma 1, of which its files say nothing.
+_GEMMA1_END_OF_TURN = 107
 # Tokens that Gemma 4's chat parser has to see.
 _GEMMA4_VISIBLE = frozenset(
     ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
@@ -35,22 +37,25 @@ def write_vocabulary(
     style: str = "auto",
     pre: str | None = None,
     usual_pre: str | None = None,
+    special: Mapping[str, str] | None = None,
 ) -> None:
     """Add the `tokenizer.*` keys of the checkpoint in `directory` to `writer`.
 
     `config` holds the model's hyper-parameters, as config.json has them or with its text part merged in. `style` is
     "bpe" (byte-level BPE from tokenizer.json), "spm" (SentencePiece from tokenizer.model), "llama-hf" (SentencePiece
     from a tokenizer.json with byte fallback), "spm-or-bpe" (spm if there is a tokenizer.model), "gemma" (that, without
-    a space in front of text), "phi3" and "gemma4" (what those families do with spm and llama-hf), or "auto": the first
-    of spm, llama-hf and bpe whose files are there, with what the reference adds for Llama.
+    a space in front of text), "spm-prefix" (spm with what tokenizer_config.json says of that space), "gemma1", "phi3",
+    "gemma4", "nemotron", "hunyuan", "internlm2" and "internlm3" (what those families do with one of these), or "auto":
+    the first of spm, llama-hf and bpe whose files are there, with what the reference adds for Llama.
     `pre` overrides the name of the pre-tokenizer wherever byte-level BPE is written; `usual_pre`, the family's own
-    name, is taken where the name that was found cuts a text in the same way.
+    name, is taken where the name that was found cuts a text in the same way. `special` has the texts of special tokens
+    by their roles, for roles that the files of byte-level BPE give no token.
 
     Raises QuantkitError when files are missing or malformed, or the pre-tokenizer is not recognised.
     """
     if pre is not None:
         pretokenizers.lookup(pre)
-    files = CheckpointFiles(directory, config)
+    files = CheckpointFiles(directory, config, special or {})
     if style not in _STYLES:
         raise QuantkitError(f"the vocabulary style {style!r} is not one of {', '.join(_STYLES)}")
     try:
@@ -130,6 +135,8 @@ def _write_bpe(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None)
         raise QuantkitError(f"{files.directory / 'tokenizer.json'}: a {kind} tokenizer, only BPE is supported")
     tokens, types = _bpe_tokens(files)
     special = SpecialTokens(files, merges=True)
+    for role, text in files.family_tokens.items():
+        special.set(role, files.tokenizer().ids.get(text))
     if pre is None:
         cleans = (files.tokenizer_config or {}).get("clean_up_tokenization_spaces")
         pre = recognition.recognise(files.tokenizer_json, adds_bos=special.adds.get("bos"), cleans_spaces=cleans)
@@ -138,6 +145,17 @@ def _write_bpe(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special.write(writer)
+
+
+def _write_hunyuan(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    """Byte-level BPE; config.json and generation_config.json know better what ends a text and a turn."""
+    _write_bpe(files, writer, pre)
+    end = files.config.get("eod_token_id")
+    if isinstance(end, int) and end >= 0:
+        writer.add_uint32("tokenizer.ggml.eos_token_id", end)
+    ends = (files.read("generation_config.json") or {}).get("eos_token_id")
+    if isinstance(ends, list) and len(ends) > 1 and isinstance(ends[0], int) and ends[0] >= 0:
+        writer.add_uint32("tokenizer.ggml.eot_token_id", ends[0])
 
 
 def _bpe_tokens(files: CheckpointFiles) -> tuple[list[str], list[int]]:
@@ -189,15 +207,24 @@ class _Pieces:
 
     def write(self, files: CheckpointFiles, writer: gguf.GGUFWriter) -> None:
         """Add all keys of a SentencePiece vocabulary."""
+        self.write_tokens(writer)
+        SpecialTokens(files, n_vocab=len(self.tokens)).write(writer)
+
+    def write_tokens(self, writer: gguf.GGUFWriter) -> None:
+        """Add what is there for each token."""
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_list(self.tokens)
         writer.add_token_scores(self.scores)
         writer.add_token_types(self.types)
-        SpecialTokens(files, n_vocab=len(self.tokens)).write(writer)
 
 
 def _write_sentencepiece(files: CheckpointFiles, writer: gguf.GGUFWriter, _pre: str | None) -> None:
+    _sentencepiece_pieces(files).write(files, writer)
+
+
+def _sentencepiece_pieces(files: CheckpointFiles) -> _Pieces:
+    """tokenizer.model, with added_tokens.json and what tokenizer_config.json adds."""
     pieces = _read_sentencepiece(files)
     for token, entry in _added_tokens(files).items():
         text = entry["content"]
@@ -206,7 +233,63 @@ def _write_sentencepiece(files: CheckpointFiles, writer: gguf.GGUFWriter, _pre: 
         else:
             text, kind = text.replace("\u2581", " "), TokenType.USER_DEFINED
         pieces.put(token, text, -1000.0, kind)
-    pieces.write(files, writer)
+    return pieces
+
+
+def _write_spm_prefix(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    _write_sentencepiece(files, writer, pre)
+    prefix = (files.tokenizer_config or {}).get("add_prefix_space")
+    if prefix is not None:
+        writer.add_bool("tokenizer.ggml.add_space_prefix", bool(prefix))
+
+
+def _write_gemma1(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    _write_sentencepiece(files, writer, pre)
+    special = SpecialTokens(files, roles=("eot",))
+    special.chat_template = None
+    special.set("eot", _GEMMA1_END_OF_TURN)
+    special.write(writer)
+    writer.add_bool("tokenizer.ggml.add_space_prefix", False)
+
+
+def _write_nemotron(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    _write_sentencepiece(files, writer, pre)
+    writer.add_uint32("tokenizer.ggml.padding_token_id", 0)
+    writer.add_uint32("tokenizer.ggml.unknown_token_id", 1)
+
+
+def _write_internlm2(files: CheckpointFiles, writer: gguf.GGUFWriter, _pre: str | None) -> None:
+    """SentencePiece; what ends a turn of a chat ends a text."""
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = _read_sentencepiece(files, unused="[UNUSED", nul="\U0001f409")
+    declared = _added_tokens(files) | _listed_tokens(files)
+    ends = [token for token, entry in declared.items() if entry["content"] == "<|im_end|>"]
+    for token, entry in declared.items():
+        kind = TokenType.CONTROL if entry.get("special") else TokenType.USER_DEFINED
+        pieces.put(token, entry["content"], -1000.0, kind)
+    model = SentencePieceProcessor()
+    model.LoadFromFile(str(files.directory / "tokenizer.model"))
+    special = SpecialTokens(files, n_vocab=len(pieces.tokens))
+    if ends and "eos" in special.ids:
+        special.ids["eos"] = ends[-1]
+    pieces.write_tokens(writer)
+    writer.add_bool("tokenizer.ggml.add_space_prefix", str(model.Normalize("a")).startswith("\u2581"))
+    special.write(writer)
+
+
+def _write_internlm3(files: CheckpointFiles, writer: gguf.GGUFWriter, _pre: str | None) -> None:
+    """SentencePiece; what ends a turn of a chat ends a text."""
+    pieces = _sentencepiece_pieces(files)
+    pieces.write_tokens(writer)
+    special = SpecialTokens(files, n_vocab=len(pieces.tokens))
+    prefix = (files.tokenizer_config or {}).get("add_prefix_space")
+    if prefix is not None:
+        writer.add_bool("tokenizer.ggml.add_space_prefix", bool(prefix))
+    for token, entry in _added_tokens(files).items():
+        if entry.get("special") and entry["content"] == "<|im_end|>" and "eos" in special.ids:
+            special.ids["eos"] = token
+    special.write(writer)
 
 
 def _write_phi3(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
@@ -214,12 +297,7 @@ def _write_phi3(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None
         _write_bpe(files, writer, pre)
         return
     pieces = _read_sentencepiece(files)
-    listed = (files.tokenizer_json or {}).get("added_tokens") or []
-    try:
-        by_id = [(int(entry["id"]), entry) for entry in listed if isinstance(entry["content"], str)]
-    except (TypeError, KeyError, ValueError):
-        raise QuantkitError(f"{files.directory / 'tokenizer.json'}: added_tokens is malformed") from None
-    for token, entry in (*_added_tokens(files).items(), *by_id):
+    for token, entry in (*_added_tokens(files).items(), *_listed_tokens(files).items()):
         kind = TokenType.CONTROL if entry.get("special") else TokenType.USER_DEFINED
         pieces.put(token, entry["content"], -1000.0, kind)
     pieces.write(files, writer)
@@ -229,8 +307,20 @@ def _added_tokens(files: CheckpointFiles) -> dict[int, dict[str, Any]]:
     return files.added_tokens_decoder((files.tokenizer_config or {}).get("added_tokens_decoder") or {})
 
 
-def _read_sentencepiece(files: CheckpointFiles) -> _Pieces:
-    """tokenizer.model, with added_tokens.json."""
+def _listed_tokens(files: CheckpointFiles) -> dict[int, dict[str, Any]]:
+    """The added tokens that tokenizer.json lists, by their ids."""
+    listed = (files.tokenizer_json or {}).get("added_tokens") or []
+    try:
+        return {int(entry["id"]): entry for entry in listed if isinstance(entry["content"], str)}
+    except (TypeError, KeyError, ValueError):
+        raise QuantkitError(f"{files.directory / 'tokenizer.json'}: added_tokens is malformed") from None
+
+
+def _read_sentencepiece(files: CheckpointFiles, unused: str | None = None, nul: str | None = None) -> _Pieces:
+    """tokenizer.model, with added_tokens.json.
+
+    Tokens that begin with `unused` count as unused, and the one that is the character NUL gets the text `nul`.
+    """
     from sentencepiece import SentencePieceProcessor
 
     path = files.directory / "tokenizer.model"
@@ -254,7 +344,12 @@ def _read_sentencepiece(files: CheckpointFiles) -> _Pieces:
             if holds(token):
                 kind = other
                 break
-        pieces.put(token, model.IdToPiece(token), model.GetScore(token), kind)
+        text = model.IdToPiece(token)
+        if unused is not None and text.startswith(unused):
+            kind = TokenType.UNUSED
+        if nul is not None and text == "\0":
+            text = nul
+        pieces.put(token, text, model.GetScore(token), kind)
     for text, token in (files.read("added_tokens.json") or {}).items():
         if not isinstance(token, int):
             raise QuantkitError(f"{files.directory / 'added_tokens.json'}: the token {text!r} has no number")
@@ -328,6 +423,12 @@ _STYLES: dict[str, Callable[[CheckpointFiles, Any, str | None], None]] = {
     "llama-hf": _write_llama_hf,
     "spm-or-bpe": _write_sentencepiece_or_bpe,
     "gemma": _write_gemma,
+    "spm-prefix": _write_spm_prefix,
+    "gemma1": _write_gemma1,
+    "nemotron": _write_nemotron,
+    "hunyuan": _write_hunyuan,
+    "internlm2": _write_internlm2,
+    "internlm3": _write_internlm3,
     "phi3": _write_phi3,
     "gemma4": _write_gemma4,
 }

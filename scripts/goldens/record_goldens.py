@@ -1,12 +1,13 @@
 """Record what llama.cpp's converter makes of checkpoints: whole-file hashes, metadata and tensors.
 
-    python scripts/goldens/record_goldens.py LLAMA_CPP [CHECKPOINT ...]
+    python scripts/goldens/record_goldens.py LLAMA_CPP [NAME or CHECKPOINT ...]
 
-LLAMA_CPP is llama.cpp's source directory; needs what its convert_hf_to_gguf.py needs (torch, transformers). The tiny
-checkpoints of make_checkpoints.py are always recorded, and each CHECKPOINT directory beside them, into
+LLAMA_CPP is llama.cpp's source directory; needs what its convert_hf_to_gguf.py needs (torch, transformers). Records
+the tiny checkpoints of make_checkpoints.py called NAME, and each CHECKPOINT directory, or all the tiny ones, into
 tests/goldens/convert/NAME.json. The converter knows pre-tokenizers by a hash of their vocabulary; it is told
 llama-bpe, which all of these use, or the name that it knows the real vocabulary of the family by, which means the same.
-The files are read back with the reader of its own gguf package.
+The files are read back with the reader of its own gguf package. Records and tensors are told by the first 64 bits of
+their SHA-256, whole files by all.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from make_checkpoints import FAMILIES, RECIPES, make_checkpoint
 
 GOLDENS = Path(__file__).resolve().parents[2] / "tests" / "goldens" / "convert"
-PRE = {"SMOLLM3": "smaug-bpe"}
+PRE = {"SMOLLM3": "smaug-bpe", "GLM4": "glm4", "GLM4_MOE": "glm4"}
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 REFERENCE_LOAD_HPARAMS: Any = None
 
@@ -61,9 +62,9 @@ def describe(path: Path) -> dict[str, Any]:
             value = None if entry.types[0] == gguf.GGUFValueType.ARRAY else entry.contents()
             types = [kind.name for kind in entry.types]
             short = value if not isinstance(value, str) or len(value) < 60 else None
-            metadata.append([key, types, hashlib.sha256(record).hexdigest(), short])
+            metadata.append([key, types, hashlib.sha256(record).hexdigest()[:16], short])
     tensors = [
-        [t.name, t.tensor_type.name, [int(n) for n in t.shape], hashlib.sha256(t.data.tobytes()).hexdigest()]
+        [t.name, t.tensor_type.name, [int(n) for n in t.shape], hashlib.sha256(t.data.tobytes()).hexdigest()[:16]]
         for t in reader.tensors
     ]
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -97,8 +98,9 @@ def main() -> None:
     GOLDENS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        checkpoints = [make_checkpoint(recipe, scratch) for recipe in RECIPES | FAMILIES]
-        for checkpoint in checkpoints + [Path(argument).resolve() for argument in sys.argv[2:]]:
+        recipes = RECIPES | FAMILIES
+        for wanted in sys.argv[2:] or recipes:
+            checkpoint = make_checkpoint(wanted, scratch) if wanted in recipes else Path(wanted).resolve()
             made = scratch / "made" / checkpoint.name
             made.mkdir(parents=True)
             files = {outtype: describe(convert(checkpoint, outtype, made)) for outtype in OUTTYPES}

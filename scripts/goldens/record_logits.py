@@ -48,7 +48,9 @@ def runnable(checkpoint: Path, scratch: Path) -> Path:
     if config.get("tie_word_embeddings"):
         stored.pop("lm_head.weight", None)
     embedding = next(
-        t for name, t in stored.items() if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight"))
+        t
+        for name, t in stored.items()
+        if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight"))
     )
     config["vocab_size"] = embedding.shape[0]
     made = scratch / f"{checkpoint.name}-runnable"

@@ -178,18 +178,62 @@ def test_soft_cap_keeps_its_stated_bound(cap):
     assert np.abs(capped - expected).max() < 2e-7 * cap
 
 
-@settings(deadline=None, max_examples=40)
-@given(n_expert=st.integers(1, 20), data=st.data(), seed=st.integers(0, 99))
-def test_routing_takes_the_largest_and_their_softmax(n_expert, data, seed):
-    n_used = data.draw(st.integers(1, n_expert))
-    logits = (np.random.default_rng(seed).standard_normal((7, n_expert)) * 4).astype(np.float32)
-    logits[0] = 1.0
+def routed(logits, bias, gating, groups, normalised, scale, n_used):
+    """The definition, in float64: the experts of each row and their shares."""
+    wide = logits.astype(np.float64)
+    softmax = np.exp(wide - wide.max(1, keepdims=True))
+    softmax /= softmax.sum(1, keepdims=True)
+    shares = {
+        forward_kernels.SOFTMAX: softmax,
+        forward_kernels.SIGMOID: 1 / (1 + np.exp(-wide)),
+        forward_kernels.CHOSEN: wide,
+    }[gating]
+    scores = shares + (bias if bias.size else 0)
+    if groups[0] > 1:
+        parts = scores.reshape(len(scores), groups[0], -1)
+        sums = np.sort(parts, axis=2)[:, :, -2:].sum(2)
+        left_out = np.argsort(-sums, axis=1, kind="stable")[:, groups[1] :]
+        parts = parts.copy()
+        np.put_along_axis(parts, np.broadcast_to(left_out[..., None], (*left_out.shape, parts.shape[2])), -np.inf, 1)
+        scores = parts.reshape(scores.shape)
+    chosen = np.argsort(-scores, axis=1, kind="stable")[:, :n_used]
+    shares = np.take_along_axis(shares, chosen, 1)
+    if gating == forward_kernels.CHOSEN:
+        shares = np.exp(shares - shares.max(1, keepdims=True))
+    if normalised or gating == forward_kernels.CHOSEN:
+        shares = shares / np.maximum(shares.sum(1, keepdims=True), 2.0**-14)
+    return chosen, shares * scale
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    size=st.integers(1, 5), n_groups=st.integers(1, 4), biased=st.booleans(), data=st.data(),
+    gating=st.sampled_from([forward_kernels.SOFTMAX, forward_kernels.SIGMOID, forward_kernels.CHOSEN]),
+    normalised=st.booleans(), scale=st.sampled_from([1.0, 2.5]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_routing_follows_its_definition(size, n_groups, biased, data, gating, normalised, scale, seed):
+    n_expert = size * n_groups
+    groups = n_groups, data.draw(st.integers(1, n_groups))
+    n_used = data.draw(st.integers(1, size * groups[1]))
+    rng = np.random.default_rng(seed)
+    logits = (rng.standard_normal((7, n_expert)) * 4).astype(np.float32)
+    bias = rng.standard_normal(n_expert if biased else 0).astype(np.float32)
+    if not biased and n_groups == 1:
+        logits[0] = 1.0
     chosen, shares = np.empty((7, n_used), np.int32), np.empty((7, n_used), np.float32)
-    forward_kernels.route(logits, chosen, shares)
-    expected = np.argsort(-logits, axis=1, kind="stable")[:, :n_used]
+    forward_kernels.route(logits, bias, gating, groups, normalised, np.float32(scale), chosen, shares)
+    expected, wanted = routed(logits, bias, gating, groups, normalised, scale, n_used)
     np.testing.assert_array_equal(chosen, expected)
-    weights = np.exp(np.take_along_axis(logits, expected, 1).astype(np.float64))
-    np.testing.assert_allclose(shares, weights / weights.sum(1, keepdims=True), rtol=2e-6)
+    np.testing.assert_allclose(shares, wanted, rtol=4e-6)
+
+
+def test_routing_avoids_what_is_not_a_number():
+    logits = np.array([[np.nan, 1.0, np.nan, 2.0]], np.float32)
+    chosen, shares = np.empty((1, 2), np.int32), np.empty((1, 2), np.float32)
+    forward_kernels.route(
+        logits, np.empty(0, np.float32), forward_kernels.SOFTMAX, (1, 1), True, np.float32(1), chosen, shares
+    )
+    assert chosen.tolist() == [[3, 1]]
 
 
 def test_adding_rows_that_were_gathered():

@@ -5,39 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import TINYLM, requires_reference
 from make_shapes import make_shape
 from support.conversion import convert
+from support.importance import keys_of, make_matrix
 from support.llama_reference import llama_quantize
 
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
 from quantkit.cli.parsing import parse_override
-from quantkit.formats.imatrix import Importance, ImportanceMatrix
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import FILE_TYPES
 from quantkit.pipeline.plan import plan_copy
 from quantkit.pipeline.run import plan
-from quantkit.sources.source import GGUFSource, TensorSource
+from quantkit.sources.source import GGUFSource
 
 pytestmark = requires_reference
-
-
-def make_matrix(source: TensorSource, seed: int = 0) -> ImportanceMatrix:
-    """Uneven importance for every matrix of a model, with a column of zeros, and an expert that saw nothing."""
-    rng = np.random.default_rng(seed)
-    matrix = ImportanceMatrix(datasets=["calibration.txt"], chunk_count=7, chunk_size=512)
-    for name, info in source.tensors.items():
-        if len(info.shape) > 1 and "norm" not in name and "token_embd" not in name:
-            n_matrices = info.shape[2] if len(info.shape) > 2 else 1
-            sums = np.exp(rng.standard_normal((n_matrices, info.n_per_row)) * 2).astype(np.float32)
-            sums[:, 3] = 0
-            counts = rng.integers(1, 5000, n_matrices)
-            counts[-1] = 0 if n_matrices > 1 else counts[-1]
-            matrix.entries[name] = Importance(sums, counts)
-    return matrix
 
 
 def assert_same(source: GGUFSource, name: str, directory: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -48,14 +32,6 @@ def assert_same(source: GGUFSource, name: str, directory: Path, ours: dict[str, 
     for path in written:
         shard = path.with_name(path.name.replace("ours", "theirs"))
         assert path.read_bytes() == shard.read_bytes(), f"{source.path.name} as {name}: {path.name}"
-
-
-def keys_of(matrix: ImportanceMatrix) -> list[tuple[str, int, Any]]:
-    return [
-        ("quantize.imatrix.dataset", 3, b"calibration.txt"),
-        ("quantize.imatrix.entries_count", 0, len(matrix.entries)),
-        ("quantize.imatrix.chunks_count", 0, 7),
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from support.conversion import OUTTYPES, assert_recorded, changed_copy, golden, 
 from support.llama_reference import llama_computes
 
 from quantkit import architectures
-from quantkit.architectures.base import Architecture, StackedExperts, Transform
+from quantkit.architectures.base import Architecture, Transform
+from quantkit.architectures.experts import StackedExperts
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import GGUFFile, Metadata, Value, ValueType

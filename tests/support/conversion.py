@@ -51,11 +51,12 @@ def assert_recorded(source: CheckpointSource, wanted: dict[str, Any], path: Path
         for key, value in source.metadata.items():
             kind = int(value.type).to_bytes(4, "little")
             raw = len(key.encode()).to_bytes(8, "little") + key.encode() + kind + bytes(value.raw)
-            records.append((key, sha256(raw)))
+            records.append((key, sha256(raw)[:16]))
         assert [key for key, _ in records] == [key for key, *_ in wanted["metadata"]]
         assert records == [(key, digest) for key, _, digest, _ in wanted["metadata"]]
         tensors = [
-            [t.name, t.type.name, list(t.shape), sha256(source.read(t.name).tobytes())] for t in source.tensors.values()
+            [t.name, t.type.name, list(t.shape), sha256(source.read(t.name).tobytes())[:16]]
+            for t in source.tensors.values()
         ]
         assert tensors == wanted["tensors"]
     assert output_name(source.metadata, source.type.name) == wanted["file"]

@@ -1,0 +1,75 @@
+"""dots.llm1: Qwen3's attention; after the first layers experts with a biased choice, beside a shared block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from quantkit.architectures.base import Architecture
+from quantkit.architectures.experts import EXPERTS
+from quantkit.architectures.forward import Experts, FeedForward, ForwardSpec, RopeStyle
+from quantkit.architectures.parameters import (
+    EXPERT_FEED_FORWARD,
+    EXPERT_NORM,
+    EXPERT_SCALE,
+    LEADING_DENSE,
+    SHARED,
+    SHARED_EXPERTS,
+)
+from quantkit.architectures.reader import ModelReader
+from quantkit.architectures.rearrangements import STACKED_EXPERTS
+from quantkit.formats.gguf import Metadata, TensorInfo
+
+
+class Dots1(Architecture):
+    """Dots1ForCausalLM."""
+
+    gguf_name = "dots1"
+    checkpoints = {  # noqa: RUF012
+        "Dots1ForCausalLM": {
+            "vocab_size": 152064,
+            "hidden_size": 4608,
+            "intermediate_size": 10944,
+            "num_hidden_layers": 62,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-06,
+            "moe_intermediate_size": 1408,
+            "first_k_dense_replace": 0,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.0,
+            "norm_topk_prob": False,
+            "sliding_window": 4096,
+            "rope_theta": 10000.0,
+        },
+    }
+    derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
+    parameters = (*SHARED, EXPERT_FEED_FORWARD, LEADING_DENSE, SHARED_EXPERTS, EXPERT_SCALE, EXPERT_NORM)
+    stacks = (EXPERTS,)
+    pieces = STACKED_EXPERTS
+    notes = "experts beside a shared block"
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Norms of each head; dense blocks first, then experts beside a shared block."""
+        model = ModelReader(metadata, tensors)
+        rope = model.rope(RopeStyle.NEOX)
+        first = model.integer("leading_dense_block_count", 0)
+        n_ff, n_shared = model.per_layer("expert_feed_forward_length"), model.integer("expert_shared_count")
+
+        def feed_forward(i: int) -> FeedForward | Experts:
+            if i < first:
+                return model.feed_forward(i)
+            return model.experts(
+                i,
+                n_ff[i],
+                gating=model.gating(),
+                normalised=model.flag("expert_weights_norm", False),
+                scale=model.number("expert_weights_scale", 0.0) or 1.0,
+                shared=model.shared_experts(i, n_ff[i] * n_shared),
+            )
+
+        return model.spec(
+            model.layer(i, model.attention(i, rope, **model.qk_norms(i)), feed_forward(i)) for i in range(model.n_layer)
+        )

@@ -1,0 +1,303 @@
+"""Record how transformers stores a tiny model of each class: its config.json, and its tensors' names, shapes and types.
+
+    python scripts/goldens/record_recipes.py [NAME ...]
+
+Needs torch and transformers. Writes scripts/recipes/NAME.json, of which make_checkpoints.py makes checkpoints without
+either. In a tensor's name `{0-3}` stands for the numbers from 0 to 3. Classes that transformers does not have are in
+family_recipes.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+# What the models share: rows of 256 weights, so that every quantization has whole blocks.
+SIZES = {
+    "bos_token_id": 296,
+    "eos_token_id": 297,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": None,
+    "vocab_size": 320,
+}
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A class of transformers, what of its config is not `SIZES`, and the other fields of a recipe.
+
+    `called` is what published checkpoints call the class, where that is not the name that transformers gives it.
+    """
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    called: str | None = None
+
+
+def _rope(theta: float, **values: Any) -> dict[str, Any]:
+    return {"rope_type": "default", **values, "rope_theta": theta}
+
+
+LONG = [round(1 + i * i / 37, 6) for i in range(32)]
+SHORT = [round(1 + i / 53, 6) for i in range(32)]
+MODELS = {
+    "tiny-qwen2-moe": Model(
+        "Qwen2MoeForCausalLM",
+        {
+            "moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _rope(1e6),
+            "shared_expert_intermediate_size": 512,
+        },
+        {"added": ["<|endoftext|>"]},
+    ),
+    "tiny-seed-oss": Model(
+        "SeedOssForCausalLM", {"head_dim": 64, "rope_parameters": _rope(1e7), "tie_word_embeddings": False}
+    ),
+    "tiny-olmoe": Model(
+        "OlmoeForCausalLM",
+        {
+            "intermediate_size": 256,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_key_value_heads": 4,
+            "rope_parameters": _rope(1e4),
+        },
+    ),
+    "tiny-olmo": Model("OlmoForCausalLM", {"clip_qkv": 0.75, "rope_parameters": _rope(1e4)}, {"dtype": "F32"}),
+    "tiny-glm4": Model(
+        "Glm4ForCausalLM",
+        {"head_dim": 64, "attention_bias": True, "rope_parameters": _rope(1e4, partial_rotary_factor=0.5)},
+        {"added": ["<|endoftext|>", "[gMASK]", "<|user|>", "<|observation|>"]},
+    ),
+    "tiny-gemma": Model(
+        "GemmaForCausalLM",
+        {"head_dim": 96, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "rope_parameters": _rope(1e4)},
+        {"vocabulary": "gemma", "norm_at": 0},
+    ),
+    "tiny-phi2": Model(
+        "PhiForCausalLM",
+        {
+            "intermediate_size": 1024, "num_key_value_heads": 4, "hidden_act": "gelu_new",
+            "rope_parameters": _rope(1e4, partial_rotary_factor=0.5),
+        },
+        {"dtype": "F16", "vocabulary": "gpt2"},
+    ),
+    "tiny-phimoe": Model(
+        "PhimoeForCausalLM",
+        {
+            "intermediate_size": 256, "num_local_experts": 4, "bos_token_id": 1, "eos_token_id": 2,
+            "attention_bias": True, "lm_head_bias": True, "original_max_position_embeddings": 64,
+            "rope_parameters": _rope(
+                1e4, rope_type="longrope", original_max_position_embeddings=64, long_mscale=1.2, short_mscale=1.1,
+                long_factor=LONG, short_factor=SHORT,
+            ),
+        },
+        {"vocabulary": "phi3"},
+        "PhiMoEForCausalLM",
+    ),
+    "tiny-command-r": Model(
+        "CohereForCausalLM", {"rope_parameters": _rope(1e4), "model_max_length": 1024, "logit_scale": 0.25}
+    ),
+    "tiny-cohere2": Model(
+        "Cohere2ForCausalLM",
+        {
+            "num_hidden_layers": 4, "intermediate_size": 256, "head_dim": 64, "sliding_window": 32, "rotary_pct": 1.0,
+            "rope_parameters": _rope(1e4), "logit_scale": 0.25, "layer_types": [SLIDING] * 3 + [FULL],
+        },
+    ),
+    "tiny-exaone4": Model(
+        "Exaone4ForCausalLM",
+        {
+            "sliding_window": None, "layer_types": [FULL] * 2, "head_dim": 64,
+            "rope_parameters": _rope(
+                1e6, rope_type="llama3", factor=16.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=128,
+            ),
+        },
+    ),
+    "tiny-exaone4-window": Model(
+        "Exaone4ForCausalLM",
+        {
+            "num_hidden_layers": 4, "intermediate_size": 256, "sliding_window": 32, "sliding_window_pattern": 4,
+            "head_dim": 64, "rope_parameters": _rope(1e6),
+        },
+    ),
+    "tiny-granite-moe": Model(
+        "GraniteMoeForCausalLM",
+        {
+            "intermediate_size": 256, "num_local_experts": 4, "attention_multiplier": 0.015625,
+            "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+            "rope_parameters": _rope(1e4),
+        },
+    ),
+    "tiny-granite-moe-shared": Model(
+        "GraniteMoeSharedForCausalLM",
+        {
+            "intermediate_size": 256, "num_local_experts": 4, "shared_intermediate_size": 512,
+            "attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+            "logits_scaling": 8.0, "rope_parameters": _rope(1e4),
+        },
+    ),
+    "tiny-stablelm": Model(
+        "StableLmForCausalLM", {"use_qkv_bias": True, "rope_parameters": _rope(1e4, partial_rotary_factor=0.25)}
+    ),
+    "tiny-stablelm-2": Model(
+        "StableLmForCausalLM",
+        {
+            "use_parallel_residual": True,
+            "rope_parameters": _rope(1e4, partial_rotary_factor=0.25),
+        },
+    ),
+    "tiny-starcoder2": Model(
+        "Starcoder2ForCausalLM", {"rope_parameters": _rope(1e5), "sliding_window": None, "tie_word_embeddings": True}
+    ),
+    "tiny-falcon": Model(
+        "FalconForCausalLM",
+        {
+            "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "bias": False,
+            "num_kv_heads": 1, "ffn_hidden_size": 1024, "rope_parameters": _rope(1e4),
+        },
+    ),
+    "tiny-falcon-40b": Model(
+        "FalconForCausalLM",
+        {
+            "new_decoder_architecture": True, "bias": False, "num_kv_heads": 2, "ffn_hidden_size": 1024,
+            "rope_parameters": _rope(1e4),
+        },
+    ),
+    "tiny-apertus": Model(
+        "ApertusForCausalLM",
+        {
+            "bos_token_id": 296, "eos_token_id": 297,
+            "rope_parameters": _rope(
+                1e6, rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                original_max_position_embeddings=128,
+            ),
+        },
+    ),
+    "tiny-nemotron": Model(
+        "NemotronForCausalLM",
+        {
+            "bos_token_id": 1, "eos_token_id": 2, "head_dim": 64,
+            "rope_parameters": _rope(1e4, partial_rotary_factor=0.5),
+        },
+        {"vocabulary": "spm", "norm_at": 0},
+    ),
+    "tiny-ernie": Model(
+        "Ernie4_5ForCausalLM",
+        {"head_dim": 64, "bos_token_id": 1, "eos_token_id": 2, "rope_parameters": _rope(5e5)},
+        {"vocabulary": "spm"},
+    ),
+    "tiny-ernie-moe": Model(
+        "Ernie4_5_MoeForCausalLM",
+        {
+            "intermediate_size": 1024, "moe_intermediate_size": 256, "moe_num_experts": 4, "moe_k": 2,
+            "moe_layer_start_index": 1, "moe_layer_end_index": 1, "moe_num_shared_experts": 2, "bos_token_id": 1,
+            "eos_token_id": 2, "rope_parameters": _rope(5e5),
+        },
+        {"vocabulary": "spm"},
+    ),
+    "tiny-dots1": Model(
+        "Dots1ForCausalLM",
+        {
+            "moe_intermediate_size": 256, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 2,
+            "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True, "head_dim": 64,
+            "num_key_value_heads": 4, "rope_parameters": _rope(1e7), "scoring_func": "sigmoid",
+        },
+        {"added": ["<|endoftext|>"]},
+    ),
+    "tiny-hunyuan": Model(
+        "HunYuanDenseV1ForCausalLM",
+        {
+            "head_dim": 64, "rope_parameters": _rope(1e4, rope_type="dynamic", factor=1.0, alpha=50.0),
+            "max_position_embeddings": 32768, "tie_word_embeddings": True, "eod_token_id": 298,
+        },
+    ),
+    "tiny-hunyuan-moe": Model(
+        "HunYuanMoEV1ForCausalLM",
+        {
+            "head_dim": 64, "num_experts": 4, "moe_topk": [2, 2], "moe_intermediate_size": [512, 512],
+            "num_shared_expert": [1, 1], "use_mixed_mlp_moe": True, "rope_parameters": _rope(1e4),
+        },
+    ),
+}  # fmt: skip
+
+
+def _brace(numbers: list[int]) -> str:
+    first, last = numbers[0], numbers[-1]
+    if numbers == list(range(first, last + 1)):
+        return f"{{{first}-{last}}}" if last > first else str(first)
+    return "{" + ",".join(map(str, numbers)) + "}"
+
+
+def fold(tensors: dict[str, str]) -> dict[str, str]:
+    """Names that differ in one number and say the same as one name, for each place of a number from the last on."""
+    for place in (1, 0):
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for name, said in tensors.items():
+            parts = re.split(r"(?<=\.)(\d+)(?=\.)", name)
+            at = 2 * place + 1
+            if at < len(parts):
+                key = ("".join(parts[:at]), "".join(parts[at + 1 :]), said)
+                groups.setdefault(key, []).append(int(parts[at]))
+            else:
+                groups[name, "", said] = []
+        tensors = {
+            before + (_brace(sorted(numbers)) if numbers else "") + after: said
+            for (before, after, said), numbers in groups.items()
+        }
+    return tensors
+
+
+def record(model: Model) -> dict[str, Any]:
+    """Make the model, save it as transformers saves it, and read what it wrote."""
+    import torch
+    import transformers
+
+    cls = getattr(transformers, model.name)
+    values = {name: value for name, value in {**SIZES, **model.config}.items() if value != "absent"}
+    config = cls.config_class(**values)
+    dtype = {"F32": torch.float32, "F16": torch.float16}.get(model.recipe.get("dtype", ""), torch.bfloat16)
+    with tempfile.TemporaryDirectory() as name:
+        cls._from_config(config, dtype=dtype).save_pretrained(name)
+        saved = json.loads((Path(name) / "config.json").read_text())
+        tensors: dict[str, str] = {}
+        for path in sorted(Path(name).glob("*.safetensors")):
+            raw = path.read_bytes()
+            header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+            for tensor, entry in header.items():
+                if tensor != "__metadata__":
+                    kind = entry["dtype"]
+                    plain = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+                    tensors[tensor] = " ".join([kind] * (kind != plain) + [str(n) for n in entry["shape"]])
+    if model.called:
+        saved["architectures"] = [model.called]
+    return {"config": saved, **model.recipe, "tensors": fold(dict(sorted(tensors.items())))}
+
+
+def main() -> None:
+    """Record the models named, or all."""
+    RECIPES.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or MODELS:
+        text = json.dumps(record(MODELS[name]), indent=1, ensure_ascii=False)
+        # Lists of numbers and short texts on one line.
+        text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: "[" + re.sub(r"\s*\n\s*", " ", m[1]) + "]", text)
+        (RECIPES / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        print(name)
+
+
+if __name__ == "__main__":
+    main()
