@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from quantkit.architectures.stablelm import StableLm
 from quantkit.architectures.starcoder2 import StarCoder2
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo
+from quantkit.wording import did_you_mean
 
 # Every family, one line each.
 FAMILIES: tuple[type[Architecture], ...] = (
@@ -95,17 +97,24 @@ BY_CLASS: dict[str, type[Architecture]] = {
 
 @dataclass(frozen=True)
 class Supported:
-    """One line of the list of families: its name, the transformers classes, `general.architecture`, what is special."""
+    """One line of the list of families: its name, the transformers classes, `general.architecture`, what is special.
+
+    All can be converted; those that are `evaluated` can be run too.
+    """
 
     family: str
     classes: tuple[str, ...]
     gguf_name: str
+    evaluated: bool
     notes: str
 
 
 def supported() -> list[Supported]:
     """The families that can be converted, in the order of their names."""
-    rows = [Supported(f.__name__, (*f.checkpoints, *f.wrappers), f.gguf_name, f.notes) for f in FAMILIES]
+    rows = [
+        Supported(f.__name__, (*f.checkpoints, *f.wrappers), f.gguf_name, f.gguf_name in _evaluated(), f.notes)
+        for f in FAMILIES
+    ]
     return sorted(rows, key=lambda row: row.family.lower())
 
 
@@ -118,12 +127,32 @@ def load_architecture(directory: Path) -> Architecture:
     name = config.model_class
     family = BY_CLASS.get(name)
     if family is None:
-        known = ", ".join(row.family for row in supported())
+        near = _nearest(name)
         raise QuantkitError(
-            f"{config.path}: the architecture {name[:80]} is not supported; `quantkit architectures` lists what is: "
-            f"{known}"
+            f"{config.path}: the architecture {name[:80]} is not supported"
+            + (f"; the nearest that are: {', '.join(near)}" if near else "")
+            + "; `quantkit architectures` lists all, and quantkit/architectures/README.md shows how one is added"
         )
     return family(config)
+
+
+def _nearest(name: str) -> list[str]:
+    """The classes whose names are closest to `name`, the endings that all share aside."""
+    from difflib import get_close_matches
+
+    def stem(name: str) -> str:
+        return re.sub("(For[A-Z]|Model$|LMHead).*", "", name).lower()
+
+    classes = {stem(known): known for known in reversed(BY_CLASS)}
+    return [classes[near] for near in get_close_matches(stem(name[:80]), classes, n=3, cutoff=0.6)]
+
+
+def _evaluated() -> dict[str, type[Architecture]]:
+    """The families that say their forward pass, by `general.architecture`.
+
+    A family that inherits another's tensors has not thereby its forward pass: each says its own.
+    """
+    return {family.gguf_name: family for family in FAMILIES if "forward_spec" in vars(family)}
 
 
 def forward_spec(metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
@@ -131,12 +160,14 @@ def forward_spec(metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> Forwa
 
     Raises QuantkitError for an architecture that no family covers, and for metadata that contradicts itself.
     """
-    # A family that inherits another's tensors has not thereby its forward pass: each says its own.
-    families = {family.gguf_name: family for family in FAMILIES if "forward_spec" in vars(family)}
+    families = _evaluated()
     family = families.get(metadata.architecture)
     if family is None:
-        known = ", ".join(sorted(families))
-        raise QuantkitError(f"evaluating the architecture {metadata.architecture!r} is not supported, only {known}")
+        near = did_you_mean(metadata.architecture, families)
+        raise QuantkitError(
+            f"evaluating the architecture {metadata.architecture!r} is not supported"
+            + (f"; {near}" if near else "; `quantkit architectures` lists those that are")
+        )
     spec = family.forward_spec(metadata, tensors)
     if unread := [name for name in tensors if name not in spec.tensors]:
         raise QuantkitError(

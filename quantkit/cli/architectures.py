@@ -8,15 +8,18 @@ from quantkit.cli.console import Json, Quiet, Verbose, emit, setup
 
 
 def command(as_json: Json = False, verbose: Verbose = 0, quiet: Quiet = False) -> None:
-    """List the architectures that quantkit converts and evaluates, by their transformers classes."""
+    """List the architectures that quantkit converts, by their transformers classes, and which of them it evaluates."""
     setup(verbose, quiet)
     from quantkit.architectures import supported
     from quantkit.report.tables import table
 
     rows = supported()
     text = table(
-        ["family", "general.architecture", "transformers classes", "notes"],
-        [[row.family, row.gguf_name, ", ".join(row.classes), row.notes] for row in rows],
-        left=4,
+        ["family", "general.architecture", "transformers classes", "evaluated", "notes"],
+        [
+            [row.family, row.gguf_name, ", ".join(row.classes), "yes" if row.evaluated else "no", row.notes]
+            for row in rows
+        ],
+        left=5,
     )
     emit(text, [asdict(row) for row in rows], as_json)

@@ -309,7 +309,7 @@ def _plan(
                     "errors of both; start from the F16, BF16 or F32 model",
                     option="allow_requantize",
                 )
-        becomes = replace(info, type=choice.type)
+        becomes = replace(info, type=choice.type, shape=_trimmed(info.shape))
         original, weights = names[info.name], None
         if importance is not None and importance.weights and changes:
             weights = weights_for(info, original, importance.weights, source.label)
@@ -317,6 +317,12 @@ def _plan(
         lines.append(PlannedTensor(original, info.type, becomes, choice.reason, weights, needs))
     decisive |= recipe.decisive
     return Plan(file.name, metadata, lines, split)
+
+
+def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`shape` without ones at its end, which llama.cpp does not tell from axes that are not there."""
+    n_axes = max((i for i, n in enumerate(shape) if n > 1), default=0) + 1
+    return shape[:n_axes]
 
 
 def _idle(source: TensorSource, files: Sequence[FileType], pattern: re.Pattern[str]) -> QuantkitError:

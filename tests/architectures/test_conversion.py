@@ -188,7 +188,7 @@ BAD = {
         "a long_factor and no short_factor",
     ),
     "layer types": ("tiny-olmo3", {"layer_types": ["full_attention"]}, "not a list for 4 layers"),
-    "experts": ("tiny-mixtral", {"num_local_experts": 5}, "layer [01] lacks experts: only 12"),
+    "experts": ("tiny-mixtral", {"num_local_experts": 5}, "layer [01] lacks parts of .*: only 12"),
     "heads of fused attention": ("tiny-pythia", {"num_attention_heads": 7}, "does not fit what config.json says"),
 }  # fmt: skip
 

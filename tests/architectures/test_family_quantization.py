@@ -16,6 +16,7 @@ from support.importance import make_matrix
 from support.llama_reference import llama_quantize
 
 from quantkit.evaluate.importance import importance_matrix
+from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import file_type
 from quantkit.pipeline.plan import plan_quantize
@@ -31,7 +32,8 @@ def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     path = convert(make_checkpoint(request.param, directory), directory / "source.gguf")
     source = GGUFSource(path)
     if request.param in EVALUATED:
-        return path, importance_matrix(source, tokens(128).astype(np.int32), 64).weights()
+        ids, compute = tokens(128).astype(np.int32), Compute(threads=1)
+        return path, importance_matrix(source, ids, chunking=Chunking(n_ctx=64), compute=compute).weights()
     return path, make_matrix(source).weights()
 
 

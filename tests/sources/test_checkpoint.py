@@ -22,7 +22,7 @@ from support.llama_reference import llama_computes
 
 from quantkit import architectures
 from quantkit.architectures.base import Architecture, Transform
-from quantkit.architectures.experts import StackedExperts
+from quantkit.architectures.experts import Stack
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import GGUFFile, Metadata, Value, ValueType
@@ -200,11 +200,13 @@ class Odd(Architecture):
         "norm.weight": Transform(arithmetic=lambda rows: rows + rows.dtype.type(1)),
         "o_proj.weight": Transform(rearrange=lambda config, stored: stored.T),
     }
-    experts = StackedExperts(
-        count=("num_local_experts",),
-        part="model.layers.{layer}.block_sparse_moe.experts.{expert}.{projection}.weight",
-        merged="layers.{layer}.feed_forward.experts.{projection}.weight",
-        projections=("w1", "w2", "w3"),
+    stacks = (
+        Stack(
+            count=("num_local_experts",),
+            part="model.layers.{layer}.block_sparse_moe.experts.{item}.{projection}.weight",
+            merged="layers.{layer}.feed_forward.experts.{projection}.weight",
+            projections=("w1", "w2", "w3"),
+        ),
     )
 
 
@@ -254,7 +256,7 @@ def test_transposed_stacked_and_shifted_tensors(tmp_path: Path, monkeypatch: pyt
 def test_a_missing_expert_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(architectures.BY_CLASS, "OddForCausalLM", Odd)
     odd_checkpoint(tmp_path, np.float32, n_experts=2)
-    with pytest.raises(QuantkitError, match="layer 0 lacks experts: only 6 of their tensors are there"):
+    with pytest.raises(QuantkitError, match=r"layer 0 lacks parts of layers\.0\..*: only 6 of their tensors are there"):
         CheckpointSource(tmp_path)
 
 

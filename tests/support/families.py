@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from family_recipes import OWN_CODE
 from make_checkpoints import FAMILIES, RECIPES
 
-from quantkit.architectures import BY_CLASS
+from quantkit.architectures import supported
 
-
-def _evaluated(config: dict[str, Any]) -> bool:
-    return "forward_spec" in vars(BY_CLASS[config["architectures"][0]]) or any(
-        "forward_spec" in vars(family) and family.gguf_name == BY_CLASS[config["architectures"][0]].gguf_name
-        for family in BY_CLASS.values()
-    )
+_CLASSES = {name for row in supported() if row.evaluated for name in row.classes}
 
 
 # The checkpoints that have a forward pass here, and those of them that transformers has one for.
-EVALUATED = [name for name, recipe in (RECIPES | FAMILIES).items() if _evaluated(recipe.config)]
+EVALUATED = [name for name, recipe in (RECIPES | FAMILIES).items() if recipe.config["architectures"][0] in _CLASSES]
 IN_TRANSFORMERS = [name for name in EVALUATED if name not in OWN_CODE]
 # Those that llama.cpp runs otherwise than the model is meant to be run.
 LLAMA_CPP_DIFFERS = {"tiny-exaone4-window": "llama.cpp knows the models with a window by their 64 layers"}
