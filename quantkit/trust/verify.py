@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.architectures import FAMILIES, forward_spec
-from quantkit.architectures.forward import Attention, Experts, FeedForward, ForwardSpec
+from quantkit.architectures.forward import Attention, Experts, ForwardSpec
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import GGUFFile, Metadata, TensorInfo, ValueType, padded
 from quantkit.machine import default_threads
@@ -162,14 +162,17 @@ def expected_shapes(spec: ForwardSpec) -> Mapping[str, tuple[int, int]]:
     for layer in spec.layers:
         shapes |= _attention_shapes(layer.attention, spec.n_embd)
         ff = layer.feed_forward
-        if isinstance(ff, FeedForward):
-            shapes[ff.down.weight] = (ff.n_ff, spec.n_embd)
-            for product, parts in ((ff.up, 1), (ff.gate, 1), (ff.gate_up, 2)):
+        dense = ff.shared if isinstance(ff, Experts) else ff
+        if dense is not None:
+            shapes[dense.down.weight] = (dense.n_ff, spec.n_embd)
+            for product, parts in ((dense.up, 1), (dense.gate, 1), (dense.gate_up, 2)):
                 if product is not None:
-                    shapes[product.weight] = (spec.n_embd, parts * ff.n_ff)
-        elif isinstance(ff, Experts):
+                    shapes[product.weight] = (spec.n_embd, parts * dense.n_ff)
+        if isinstance(ff, Experts):
             shapes[ff.router.weight] = (spec.n_embd, ff.n_expert)
-            shapes[ff.gate] = shapes[ff.up] = (spec.n_embd, ff.n_ff * ff.n_expert)
+            shapes[ff.up] = (spec.n_embd, ff.n_ff * ff.n_expert)
+            if ff.gate is not None:
+                shapes[ff.gate] = shapes[ff.up]
             shapes[ff.down] = (ff.n_ff, spec.n_embd * ff.n_expert)
     return shapes
 
