@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from quantkit.cli.console import Json, Quiet, Verbose, emit, setup
 
 
@@ -22,4 +20,4 @@ def command(as_json: Json = False, verbose: Verbose = 0, quiet: Quiet = False) -
         ],
         left=5,
     )
-    emit(text, [asdict(row) for row in rows], as_json)
+    emit(text, {"architectures": rows}, as_json)

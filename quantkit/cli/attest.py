@@ -43,10 +43,10 @@ def command(
     setup(verbose, quiet)
     from quantkit.cli.verify import derived_again
     from quantkit.formats.atomic import OutputGroup, write_whole
-    from quantkit.sources.source import GGUFSource, open_source
+    from quantkit.sources.source import GGUFSource, open_model
     from quantkit.trust.attestation import attestation, check_statement
 
-    model, origin = GGUFSource(file), open_source(source, revision=revision, pre=pre, allow_nonfinite=True)
+    model, origin = GGUFSource(file), open_model(source, revision=revision, pre=pre, allow_nonfinite=True)
     if check is not None:
         replay = check_statement(check, model, origin, imatrix)
         replay.derivation = derived_again(file, source, imatrix, False, False, pre, revision, threads)

@@ -82,7 +82,10 @@ def command(
         for model in models
     ]
     names = [model.label for model in models]
-    data = [{"model": name, **asdict(result)} for name, result in zip(names, results, strict=True)]
+    data = []
+    for name, result in zip(names, results, strict=True):
+        fields = asdict(result)
+        data.append({"model": name, "output": fields.pop("text"), **fields})
     shown = "" if streamed or as_json else _beside(names, [result.text for result in results])
     emit(shown, {"prompt": prompt, "results": data}, as_json)
 

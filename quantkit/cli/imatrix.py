@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -153,16 +152,16 @@ def command(
         saver.save(matrix)
         made = "" if source is None else f" ({'numpy' if backend == 'numpy' else f'torch {device}'}, {precision})"
         note(f"{target}: {len(matrix.entries)} tensors, {matrix.chunk_count} chunks{made}")
+    written = {"path": target, "n_tensors": len(matrix.entries), "n_chunks": matrix.chunk_count}
     if show_statistics:
         from quantkit.evaluate.importance import layer_statistics, statistics
         from quantkit.report.measurements import importance_tables
 
         rows = statistics(matrix)
         layers = layer_statistics(rows)
-        data = {"tensors": [asdict(row) for row in rows], "layers": [asdict(layer) for layer in layers]}
-        emit(importance_tables(rows, layers), data, as_json)
+        emit(importance_tables(rows, layers), {**written, "tensors": rows, "layers": layers}, as_json)
     elif as_json:
-        emit("", {"path": str(target), "tensors": len(matrix.entries), "chunks": matrix.chunk_count}, True)
+        emit("", written, True)
 
 
 def _merged(before: ImportanceMatrix, new: ImportanceMatrix) -> ImportanceMatrix:

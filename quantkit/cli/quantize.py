@@ -245,7 +245,8 @@ def command(
                 each.check()
             except QuantkitError as problem:
                 note(f"warning: {hinted(problem)}")
-        emit("\n\n".join(map(str, plans)), [each.as_dict() for each in plans], as_json)
+        planned = [{"path": None, **each.as_dict()} for each in plans]
+        emit("\n\n".join(map(str, plans)), {"model": model.label, "files": planned}, as_json)
         return
     outputs = list(zip(plans, paths, strict=True))
     total = sum(info.nbytes for info in model.tensors.values())
@@ -278,7 +279,8 @@ def command(
         for line in _summary(report):
             note(f"{path}: {line}")
     if as_json:
-        emit("", [{**each.as_dict(), "path": str(path)} for each, path in outputs], True)
+        written = [{"path": path, **each.as_dict()} for each, path in outputs]
+        emit("", {"model": model.label, "files": written}, True)
 
 
 def _check_calibration(calibration: str | None, rounding: str, imatrix: Path | None, prune_layers: str | None) -> None:

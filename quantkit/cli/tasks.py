@@ -79,5 +79,5 @@ def command(
             f"({result.n_right} of {result.n_tasks} tasks; 95 %: {100 * result.low:.2f} "
             f"to {100 * result.high:.2f}; {computed_by(result)})"
         )
-        data.append({"file": str(wanted[kind]), **asdict(result)})
+        data.append({"path": wanted[kind], **asdict(result)})
     emit("\n".join(lines), {"model": model.label, "tasks": data}, as_json)

@@ -79,10 +79,10 @@ def derived_again(
     from quantkit.formats.imatrix import ImportanceMatrix
     from quantkit.machine import default_threads
     from quantkit.pipeline.execute import quantizing_kernels
-    from quantkit.sources.source import GGUFSource, open_source
+    from quantkit.sources.source import GGUFSource, open_model
     from quantkit.trust.derivation import derive, derived_plan
 
-    model, origin = GGUFSource(file), open_source(source, revision=revision, pre=pre, allow_nonfinite=True)
+    model, origin = GGUFSource(file), open_model(source, revision=revision, pre=pre, allow_nonfinite=True)
     matrix = None if imatrix is None else ImportanceMatrix.load(imatrix)
     plan = derived_plan(model, origin, None if matrix is None else matrix.weights(), [])
     total = sum(info.nbytes for info in origin.tensors.values())

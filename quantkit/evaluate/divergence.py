@@ -41,7 +41,7 @@ class PositionBand:
 
     first: int
     last: int
-    kld: float
+    mean_kld: float
     top_disagreement: float
 
 
@@ -51,7 +51,7 @@ class TokenClass:
 
     name: str
     n_tokens: int
-    kld: float
+    mean_kld: float
     top_disagreement: float
 
 

@@ -170,8 +170,8 @@ class Plan:
                 {
                     "name": t.info.name,
                     "shape": list(t.info.shape),
-                    "from": t.source_type.name,
-                    "to": t.info.type.name,
+                    "source_type": t.source_type.name,
+                    "type": t.info.type.name,
                     "size": t.info.nbytes,
                     "note": t.reason,
                 }

@@ -20,57 +20,68 @@ from quantkit.sources.source import TensorSource, open_model
 class TensorError:
     """How far a tensor of the second model is from the first's.
 
-    `rmse` is the root mean square difference, `relative` that over the root mean square of the first's weights, `max`
-    the largest difference, `cosine` the cosine of the angle between the two (nan where one is all zero).
+    `source_type` is its type in the first, `type` in the second. `rmse` is the root mean square difference,
+    `relative_rmse` that over the root mean square of the first's weights, `max_error` the largest difference, `cosine`
+    the cosine of the angle between the two (nan where one is all zero).
     """
 
     name: str
-    types: tuple[str, str]
+    source_type: str
+    type: str
     rmse: float
-    relative: float
-    max: float
+    relative_rmse: float
+    max_error: float
     cosine: float
 
 
 @dataclass
 class Comparison:
-    """What differs. `metadata` holds (key, first, second), with "" for what is missing."""
+    """What differs between two models.
 
-    names: tuple[str, str]
+    `metadata` holds (key, first, second), with "" for what is missing; `tensors` are those whose weights differ,
+    `n_equal` counts those whose weights are equal. The others are names.
+    """
+
+    models: tuple[str, str]
     metadata: list[tuple[str, str, str]] = field(default_factory=list)
     only_first: list[str] = field(default_factory=list)
     only_second: list[str] = field(default_factory=list)
     other_shapes: list[str] = field(default_factory=list)
-    errors: list[TensorError] = field(default_factory=list)
+    tensors: list[TensorError] = field(default_factory=list)
     n_equal: int = 0
 
     def __str__(self) -> str:
         """Tables of the metadata and the tensors that differ, and a summary."""
         parts = []
         if self.metadata:
-            parts.append(table(["key", *self.names], self.metadata, left=3))
+            parts.append(table(["key", *self.models], self.metadata, left=3))
         for title, names in (
-            (f"only in {self.names[0]}", self.only_first),
-            (f"only in {self.names[1]}", self.only_second),
+            (f"only in {self.models[0]}", self.only_first),
+            (f"only in {self.models[1]}", self.only_second),
             ("of another shape", self.other_shapes),
         ):
             if names:
                 parts.append(f"tensors {title}: {', '.join(names)}")
-        if self.errors:
+        if self.tensors:
             rows = [
-                [e.name, " → ".join(e.types), f"{e.rmse:.3e}", f"{e.relative:.4f}", f"{e.max:.3e}", f"{e.cosine:.6f}"]
-                for e in self.errors
+                [
+                    e.name,
+                    f"{e.source_type} → {e.type}",
+                    f"{e.rmse:.3e}",
+                    f"{e.relative_rmse:.4f}",
+                    f"{e.max_error:.3e}",
+                    f"{e.cosine:.6f}",
+                ]
+                for e in self.tensors
             ]
             parts.append(table(["tensor", "types", "RMSE", "relative RMSE", "max", "cosine"], rows, left=2))
-        parts.append(f"{self.n_equal} tensors with equal weights, {len(self.errors)} that differ")
+        parts.append(f"{self.n_equal} tensors with equal weights, {len(self.tensors)} that differ")
         return "\n\n".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
         """The same for programs."""
-        data = asdict(self)
-        for error in data["errors"]:
-            error["cosine"] = None if math.isnan(error["cosine"]) else error["cosine"]
-        return data
+        metadata = [{"key": key, "first": first, "second": second} for key, first, second in self.metadata]
+        return {**asdict(self), "metadata": metadata}
 
 
 def compare(
@@ -97,10 +108,10 @@ def compare(
             result.other_shapes.append(name)
         else:
             error = _tensor_error(first, second, name)
-            if error.max == 0:
+            if error.max_error == 0:
                 result.n_equal += 1
             else:
-                result.errors.append(error)
+                result.tensors.append(error)
         if progress is not None:
             progress(name, info.nbytes)
     return result
@@ -125,7 +136,8 @@ def _tensor_error(first: TensorSource, second: TensorSource, name: str) -> Tenso
     norm = math.sqrt(squares_a * squares_b)
     return TensorError(
         name,
-        (mine.type.name, other.type.name),
+        mine.type.name,
+        other.type.name,
         math.sqrt(square / max(1, mine.n_elements)),
         math.sqrt(square / squares_a) if squares_a else (0.0 if square == 0 else math.inf),
         largest,

@@ -119,7 +119,7 @@ class Contents:
             "size": self.size,
             "n_weights": self.n_weights,
             "bits_per_weight": self.bits_per_weight,
-            "types": self.types,
+            "by_type": self.types,
             "metadata": {key: plain(value, full) for key, value in self.source.metadata.items()},
             "tensors": [
                 {"name": t.name, "shape": list(t.shape), "type": t.type.name, "size": t.nbytes}

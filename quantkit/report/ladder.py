@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from quantkit.pipeline.execute import Progress, execute, quantizing_kernels
 from quantkit.pipeline.mixtures import FileType
 from quantkit.pipeline.naming import Destination, output_paths
 from quantkit.pipeline.plan import Plan, plan_all, plan_copy
+from quantkit.report.json_data import json_text
 from quantkit.report.tables import table
 from quantkit.sources.source import GGUFSource, TensorSource
 
@@ -96,13 +96,13 @@ class Ladder:
             "precision": first.precision,
             "blas": first.blas,
             "quantkit": quantkit.__version__,
-            "types": [
+            "files": [
                 {
+                    "path": rung.path.name if rung.path else None,
                     "type": rung.name,
-                    "file": rung.path.name if rung.path else None,
                     "size": rung.size,
                     "bits_per_weight": rung.bits_per_weight,
-                    "ppl": asdict(rung.ppl),
+                    "ppl": rung.ppl,
                     "retention": 1 / self.ratio(rung),
                     **({} if rung.divergence is None else _costs(rung.divergence)),
                 }
@@ -114,15 +114,14 @@ class Ladder:
         """Write report.md and report.json into `directory`, as files of `group`; returns their paths."""
         page, data = directory / "report.md", directory / "report.json"
         write_whole(group.add(page), self.markdown())
-        write_whole(group.add(data), json.dumps(self.as_dict(), indent=2) + "\n")
+        write_whole(group.add(data), json_text(self.as_dict()) + "\n")
         return [page, data]
 
 
 def _costs(divergence: DivergenceResult) -> dict[str, Any]:
     """The statistics of a rung, under the names that a divergence has everywhere."""
     names = ("ratio", "kld", "kld_percentiles", "delta_p", "delta_p_rms", "same_top", "same_top5")
-    data = asdict(divergence)
-    return {name: data[name] for name in names}
+    return {name: getattr(divergence, name) for name in names}
 
 
 def ladder_kernels(source: TensorSource, files: Sequence[FileType], backend: str = "numpy") -> list[KernelJob]:

@@ -64,10 +64,10 @@ def divergence_text(result: DivergenceResult) -> str:
     lines += ["", "Likeliest tokens"]
     for label, estimate in (("same first", r.same_top), ("same first five", r.same_top5)):
         lines.append(f"  {label:<27} {100 * estimate.value:10.3f}% ± {100 * estimate.stderr:.3f}%")
-    bands = [[f"{b.first}-{b.last}", f"{b.kld:.6f}", f"{100 * b.top_disagreement:.2f}%"] for b in r.by_position]
+    bands = [[f"{b.first}-{b.last}", f"{b.mean_kld:.6f}", f"{100 * b.top_disagreement:.2f}%"] for b in r.by_position]
     lines += ["", table(["positions", "mean KLD", "other top-1"], bands)]
     kinds = [
-        [c.name, f"{100 * c.n_tokens / r.n_tokens:.1f}%", f"{c.kld:.6f}", f"{100 * c.top_disagreement:.2f}%"]
+        [c.name, f"{100 * c.n_tokens / r.n_tokens:.1f}%", f"{c.mean_kld:.6f}", f"{100 * c.top_disagreement:.2f}%"]
         for c in r.by_class
     ]
     lines += ["", table(["tokens", "share", "mean KLD", "other top-1"], kinds)]

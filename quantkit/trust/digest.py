@@ -35,7 +35,7 @@ class ModelDigests:
 
     def as_dict(self) -> dict[str, Any]:
         """The same for programs."""
-        return {"path": self.label, "algorithm": "sha256", "model": self.model, "tensors": self.tensors}
+        return {"path": self.label, "algorithm": "sha256", "digest": self.model, "digests": self.tensors}
 
 
 def model_digests(source: TensorSource, threads: int | None = None, progress: Progress | None = None) -> ModelDigests:

@@ -88,7 +88,7 @@ def test_inspect(model: Path) -> None:
 
 
 def test_quantize_names_and_plan(model: Path, tmp_path: Path) -> None:
-    plan = json.loads(run("quantize", model, "--type", "q4_k_m,Q8_0", "--dry-run", "--json").stdout)
+    plan = json.loads(run("quantize", model, "--type", "q4_k_m,Q8_0", "--dry-run", "--json").stdout)["files"]
     assert [p["type"] for p in plan] == ["Q4_K_M", "Q8_0"]
     run("quantize", model, "--type", "q4_k_m", "--type", "Q8_0", "-o", tmp_path)
     for p in plan:
@@ -110,9 +110,9 @@ def test_perplexity_and_report(tmp_path: Path) -> None:
     args = ("--types", "Q8_0,Q4_0", "--text", TEXT, "--chunks", 4, "--n-ctx", 128, "-o", out)
     text = run("report", TINYLM, *args).stdout
     report = json.loads((out / "report.json").read_text())
-    assert [t["type"] for t in report["types"]] == ["BF16", "Q8_0", "Q4_0"]
-    assert report["types"][0]["perplexity"] == pytest.approx(result["ppl"], rel=1e-6)
-    assert all((out / t["file"]).stat().st_size == t["size"] for t in report["types"][1:])
+    assert [t["type"] for t in report["files"]] == ["BF16", "Q8_0", "Q4_0"]
+    assert report["files"][0]["ppl"] == pytest.approx(result["ppl"], rel=1e-6)
+    assert all((out / t["path"]).stat().st_size == t["size"] for t in report["files"][1:])
     assert text.splitlines()[0] in (out / "report.md").read_text()
 
 

@@ -67,17 +67,17 @@ def test_dequantize_and_compare(model: Path, tmp_path: Path) -> None:
         assert b.tensors[name].type == GGMLType.F32
         np.testing.assert_array_equal(blocks.decode(a.read(name), info.type), b.read(name).view(np.float32))
     same = json.loads(run("compare", quantized, wide, "--json").stdout)
-    assert same["errors"] == [] and same["n_equal"] == len(a.tensors)
+    assert same["tensors"] == [] and same["n_equal"] == len(a.tensors)
     result = json.loads(run("compare", model, quantized, "--json").stdout)
     before = GGUFFile(model)
-    for line in result["errors"]:
+    for line in result["tensors"]:
         name = line["name"]
         x = blocks.decode(before.read(name), before.tensors[name].type).astype(np.float64)
         y = blocks.decode(a.read(name), a.tensors[name].type).astype(np.float64)
         assert line["rmse"] == pytest.approx(np.sqrt(np.mean((x - y) ** 2)))
-        assert line["max"] == pytest.approx(np.abs(x - y).max())
+        assert line["max_error"] == pytest.approx(np.abs(x - y).max())
         assert line["cosine"] == pytest.approx((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y))
-    assert any(key == "general.file_type" for key, _, _ in result["metadata"])
+    assert any(row["key"] == "general.file_type" for row in result["metadata"])
 
 
 def test_python_does_the_same(model: Path, tmp_path: Path) -> None:

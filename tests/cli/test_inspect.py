@@ -38,12 +38,12 @@ def test_a_file_in_80_columns(model: Path) -> None:
 
 def test_sums_by_type(model: Path) -> None:
     data = json.loads(run("inspect", model, "--json").stdout)
-    for share in data["types"]:
+    for share in data["by_type"]:
         own = [tensor for tensor in data["tensors"] if tensor["type"] == share["type"]]
         assert share["n_tensors"] == len(own)
         assert share["size"] == sum(tensor["size"] for tensor in own)
         assert share["n_weights"] == sum(math.prod(tensor["shape"]) for tensor in own)
-    assert [share["type"] for share in data["types"]] == ["Q4_K", "Q6_K", "F32"]
+    assert [share["type"] for share in data["by_type"]] == ["Q4_K", "Q6_K", "F32"]
     assert data["size"] == model.stat().st_size
     line = next(line for line in run("inspect", model).stdout.splitlines() if line.startswith("Q4_K "))
     assert line.split() == ["Q4_K", "20", "2,654,208", "1.5", "MB", "70.5%"]

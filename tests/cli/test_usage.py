@@ -162,7 +162,7 @@ def test_types_are_listed(model: Path) -> None:
 def test_types_for_a_model_are_what_quantize_writes(model: Path) -> None:
     data = json.loads(run("types", model, "--json").stdout)
     rows = {row["type"]: row for row in data["types"]}
-    plans = json.loads(run("quantize", model, "Q4_K_M,Q8_0,IQ4_XS", "--dry-run", "--json").stdout)
+    plans = json.loads(run("quantize", model, "Q4_K_M,Q8_0,IQ4_XS", "--dry-run", "--json").stdout)["files"]
     assert data["model"] == str(model)
     for plan in plans:
         row = rows[plan["type"]]

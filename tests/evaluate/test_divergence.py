@@ -106,12 +106,12 @@ def check(result: DivergenceResult, q: np.ndarray, b: np.ndarray, chunks: np.nda
     assert (bands[0].first, bands[-1].last) == (first, chunks.shape[1] - 2)
     for one in bands:
         part = slice(one.first - first, one.last - first + 1)
-        assert one.kld == pytest.approx(kld[:, part].mean(), **close)
+        assert one.mean_kld == pytest.approx(kld[:, part].mean(), **close)
         assert one.top_disagreement == pytest.approx(1 - top[:, part].mean())
     assert [one.first for one in bands[1:]] == [one.last + 1 for one in bands[:-1]]
     kinds = result.by_class
     assert sum(one.n_tokens for one in kinds) == kld.size and len(kinds) > 1
-    assert sum(one.n_tokens * one.kld for one in kinds) / kld.size == pytest.approx(kld.mean(), **close)
+    assert sum(one.n_tokens * one.mean_kld for one in kinds) / kld.size == pytest.approx(kld.mean(), **close)
     assert sum(one.n_tokens * one.top_disagreement for one in kinds) / kld.size == pytest.approx(1 - top.mean())
     assert result.memory is not None and result.memory > 1 << 20
     assert 1 <= result.batch <= len(chunks)

@@ -18,7 +18,7 @@ from quantkit.formats.imatrix import Importance, ImportanceMatrix
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import FILE_TYPES, NEEDS_IMATRIX
 from quantkit.pipeline.run import plan
-from quantkit.sources.source import GGUFSource, open_source
+from quantkit.sources.source import GGUFSource, open_model
 from quantkit.trust.derivation import derive
 
 
@@ -68,11 +68,11 @@ def test_what_llama_quantize_makes_is_exact(f16: Path, tmp_path: Path, kind: str
 
 
 def test_from_the_checkpoint_whatever_it_was_converted_to(f16: Path, tmp_path: Path) -> None:
-    found = derive(GGUFSource(quantized(f16, tmp_path / "a.gguf", "Q8_0")), open_source(TINYLM))
+    found = derive(GGUFSource(quantized(f16, tmp_path / "a.gguf", "Q8_0")), open_model(TINYLM))
     assert found.exact, found
     direct = tmp_path / "b.gguf"
-    execute(open_source(TINYLM), [(plan(TINYLM, "Q8_0"), direct)])
-    assert derive(GGUFSource(direct), open_source(TINYLM)).exact
+    execute(open_model(TINYLM), [(plan(TINYLM, "Q8_0"), direct)])
+    assert derive(GGUFSource(direct), open_model(TINYLM)).exact
 
 
 def test_one_flipped_bit(f16: Path, q4: Path, tmp_path: Path) -> None:

@@ -44,11 +44,11 @@ def test_a_tensors_digest_is_that_of_its_bytes(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", tiny_metadata(), weights)
     digests = json.loads(call("hash", path, "--json").stdout)
     for name, array in weights.items():
-        assert digests["tensors"][name] == hashlib.sha256(array.tobytes()).hexdigest()
+        assert digests["digests"][name] == hashlib.sha256(array.tobytes()).hexdigest()
     assert file_digests([path]) == {path: hashlib.sha256(path.read_bytes()).hexdigest()}
     lines = call("hash", path).stdout.splitlines()
-    assert lines[-1] == f"{digests['model']}  (model)" and len(lines) == len(weights) + 1
-    assert call("hash", path, "--model-only").stdout == f"{digests['model']}  {path}\n"
+    assert lines[-1] == f"{digests['digest']}  (model)" and len(lines) == len(weights) + 1
+    assert call("hash", path, "--model-only").stdout == f"{digests['digest']}  {path}\n"
 
 
 def test_a_checkpoint_has_the_digests_of_its_conversion(tmp_path: Path) -> None:
