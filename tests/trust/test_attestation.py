@@ -131,8 +131,8 @@ def test_signed_with_a_local_key(made: tuple[Path, Path, Path], tmp_path: Path) 
         return done.returncode
 
     signature = tmp_path / "model.sig"
-    keys = ["--signature", signature, "--public-key", tmp_path / "key.pub"]
-    assert signing("sign", "key", folder, "--signature", signature, "--private-key", tmp_path / "key") == 0
+    keys = ["--signature", signature, "--public_key", tmp_path / "key.pub"]
+    assert signing("sign", "key", folder, "--signature", signature, "--private_key", tmp_path / "key") == 0
     assert signing("verify", "key", folder, *keys) == 0
     (folder / made[2].name).write_text("another statement")
     assert signing("verify", "key", folder, *keys) != 0
