@@ -517,9 +517,10 @@ class GGUFFile:
         """Where the data of tensor `name` begins, in bytes from the start of the file."""
         return self._offsets[name]
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def read(self, name: str, start: int = 0, stop: int | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
         """Rows `start` to `stop` of tensor `name`: uint8 of shape (rows, bytes of a row). Safe from several threads.
 
+        They are read into the beginning of `buffer`, flat uint8, if it is large enough, else into new memory.
         Raises QuantkitError when the file has become shorter.
         """
         import numpy as np
@@ -527,7 +528,11 @@ class GGUFFile:
         info = self.tensors[name]
         start, stop, _ = slice(start, stop).indices(info.n_rows)
         width = info.type.row_nbytes(info.n_per_row)
-        rows = np.empty((max(0, stop - start), width), np.uint8)
+        shape = max(0, stop - start), width
+        if buffer is not None and shape[0] * width <= buffer.size:
+            rows = buffer[: shape[0] * width].reshape(shape)
+        else:
+            rows = np.empty(shape, np.uint8)
         self._file.read_into(self._offsets[name] + start * width, rows)
         return rows
 

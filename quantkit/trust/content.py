@@ -61,8 +61,22 @@ def searches(kind: GGMLType) -> dict[str, Search]:
 
 
 def _dense(dtype: type[np.unsignedinteger[Any]], exponent: int) -> Search:
-    mask = dtype(exponent)
-    return lambda data: int(kernels.all_ones_dense(data.view(dtype), mask))
+    bits = 8 * np.dtype(dtype).itemsize
+    repeated = sum(1 << at for at in range(0, 64, bits))
+    mask, one = np.uint64(repeated * exponent), np.uint64(repeated * (exponent & -exponent))
+
+    def search(data: np.ndarray) -> int:
+        whole = data.size // 8 * 8
+        start = int(kernels.all_ones_dense(data[:whole].view(np.uint64), mask, one))
+        if start < 0 and whole == data.size:
+            return -1
+        # Where it is to be named, only the chunk, or the bytes that fill no word, are looked through again.
+        first = whole if start < 0 else 8 * start
+        words = data[first : first + 8 * kernels.CHUNK].view(dtype)
+        wrong = words & dtype(exponent) == exponent
+        return first // np.dtype(dtype).itemsize + int(np.argmax(wrong)) if wrong.any() else -1
+
+    return search
 
 
 def _beyond_float32(data: np.ndarray) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from quantkit.compile.kernel import kernel
 
-_CHUNK = 4096
+CHUNK = 4096
 
 
 @kernel
@@ -21,17 +21,19 @@ def all_ones(words: Any, stride: Any, offset: Any, mask: Any) -> Any:
 
 
 @kernel
-def all_ones_dense(words: Any, mask: Any) -> Any:
-    """The same where every word counts. A maximum over many words needs no branch for each."""
-    for start in range(0, words.size, _CHUNK):
-        stop = min(start + _CHUNK, words.size)
-        most = words[start] & mask
-        for i in range(start, stop):
-            most = max(most, words[i] & mask)
-        if most == mask:
-            for i in range(start, stop):
-                if words[i] & mask == mask:
-                    return i
+def all_ones_dense(words: Any, mask: Any, one: Any) -> Any:
+    """Where floats packed into 64-bit words begin to hold NaN or infinity: the first of a chunk of words that has one.
+
+    `mask` has the exponents' bits of all floats in a word, `one` the lowest bit of each exponent. Their sum reaches the
+    sign's bit, which the mask has cleared, where an exponent is all ones: three operations a word, and no branch.
+    """
+    signs = (mask + one) & ~mask
+    for start in range(0, words.size, CHUNK):
+        found = np.uint64(0)
+        for i in range(start, min(start + CHUNK, words.size)):
+            found |= (words[i] & mask) + one
+        if found & signs:
+            return start
     return -1
 
 
