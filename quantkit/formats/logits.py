@@ -17,6 +17,7 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.atomic import OutputFile
+from quantkit.formats.reading import InputFile
 
 _MAGIC = b"_logits_"
 _HEADER = struct.Struct("<8siii")
@@ -54,19 +55,16 @@ def is_logits_file(path: str | os.PathLike[str]) -> bool:
 
 
 class LogitsFile:
-    """A log-probability file, opened for reading and mapped into memory.
+    """A log-probability file, opened for reading; chunks are read when they are asked for.
 
     `tokens` is int32 [n_chunks, n_ctx]. Raises QuantkitError for a file that is none, or that is cut short.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        try:
-            with self.path.open("rb") as file:
-                header = file.read(_HEADER.size)
-                size = os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise QuantkitError(f"{self.path}: {error.strerror or error}") from None
+        self._file = InputFile(path)
+        size = self._file.nbytes
+        header = self._file.read(0, min(_HEADER.size, size))
         if len(header) < _HEADER.size or header[: len(_MAGIC)] != _MAGIC:
             raise QuantkitError(
                 f"{self.path}: not a file of log-probabilities, as --save-logits or llama-perplexity's "
@@ -86,19 +84,22 @@ class LogitsFile:
             raise QuantkitError(
                 f"{self.path}: cut short: {self.n_chunks} chunks need {needed} bytes, and it has {size}; make it again"
             )
-        self.tokens = np.fromfile(self.path, "<i4", n_tokens, offset=_HEADER.size).astype(np.int32)
+        self.tokens = np.frombuffer(self._file.read(_HEADER.size, 4 * n_tokens), "<i4").astype(np.int32)
         if self.tokens.min() < 0 or self.tokens.max() >= self.n_vocab:
             raise QuantkitError(f"{self.path}: damaged: it holds tokens outside its vocabulary of {self.n_vocab}")
         self.tokens = self.tokens.reshape(self.n_chunks, self.n_ctx)
-        shape = (self.n_chunks, self.n_scored, row_words(self.n_vocab))
-        self._rows = np.memmap(self.path, "<u2", "r", offset=at, shape=shape)
+        self._start = at
 
     def chunk(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The scored positions of a chunk: float32 [n_scored, 2] of scales and minima, uint16 [n_scored, n_vocab].
 
         Raises QuantkitError when they do not stand for probabilities.
         """
-        affine, codes = parts(np.asarray(self._rows[index]), self.n_vocab)
+        if not 0 <= index < self.n_chunks:
+            raise IndexError(f"chunk {index} of {self.n_chunks}")
+        rows = np.empty((self.n_scored, row_words(self.n_vocab)), "<u2")
+        self._file.read_into(self._start + index * rows.nbytes, rows)
+        affine, codes = parts(rows, self.n_vocab)
         # A hair above 0 is what rounding makes of a probability of 1.
         highest = affine[:, 0].astype(np.float64) * 65535 + affine[:, 1]
         if not (np.isfinite(affine).all() and (affine[:, 0] >= 0).all() and (highest < 1e-2).all()):

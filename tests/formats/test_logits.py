@@ -123,5 +123,5 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(QuantkitError, match="No such file"):
+    with pytest.raises(QuantkitError, match="no such file"):
         LogitsFile(tmp_path / "none")
