@@ -143,14 +143,16 @@ def test_texts_share_no_paragraph() -> None:
 def test_quantization_costs_something_and_q8_0_does_not(tmp_path: Path) -> None:
     """What the fixture is for. The bounds are loose: they hold its character, not its digits."""
     from quantkit.formats.atomic import OutputGroup
-    from quantkit.pipeline.mixtures import file_type
-    from quantkit.report.ladder import build, measure
+    from quantkit.pipeline.execute import execute
+    from quantkit.pipeline.plan import plan_quantize
+    from quantkit.report.ladder import measure
     from quantkit.sources.checkpoint import CheckpointSource
 
     source = CheckpointSource(TINYLM)
     text = (FIXTURES / "tinylm-test.txt").read_text(encoding="utf-8")
     with OutputGroup() as group:
-        built = build(source, [file_type("Q8_0"), file_type("Q4_0")], tmp_path, group)
+        built = [(plan_quantize(source, name), tmp_path / name) for name in ("Q8_0", "Q4_0")]
+        execute(source, built, group=group)
         ladder = measure(source, built, group, text, text_name="held out")
     base, q8, q4 = ladder.rungs
     assert base.ppl.value < 25

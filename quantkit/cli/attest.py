@@ -24,8 +24,10 @@ def command(
         Path | None, typer.Option(metavar="FILE", help="Check this statement instead of writing one.")
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", show_default="FILE.intoto.json", help="File to write."),
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE|DIR", show_default="FILE.intoto.json", help="File to write, or directory."
+        ),
     ] = None,
     force: Force = False,
     pre: Pre = None,
@@ -43,6 +45,7 @@ def command(
     setup(verbose, quiet)
     from quantkit.cli.verify import derived_again
     from quantkit.formats.atomic import OutputGroup, write_whole
+    from quantkit.pipeline.naming import Destination
     from quantkit.sources.source import GGUFSource, open_model
     from quantkit.trust.attestation import attestation, check_statement
 
@@ -55,8 +58,9 @@ def command(
             raise typer.Exit(1)
         return
     inputs = [*model.files, *origin.files, *([imatrix] if imatrix is not None else [])]
-    path = output or file.with_name(file.name + ".intoto.json")
-    with OutputGroup(force=force, inputs=inputs) as group:
+    destination = Destination.of(output, file.parent)
+    path = destination.file(file.name + ".intoto.json")
+    with OutputGroup(force=force, inputs=inputs, directory=destination.directory) as group:
         target = group.add(path)
         derivation = derived_again(file, source, imatrix, False, False, pre, revision, threads)
         statement = attestation(model, origin, derivation, imatrix, shlex.join(["quantkit", *sys.argv[1:]]))

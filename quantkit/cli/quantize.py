@@ -26,7 +26,7 @@ from quantkit.cli.console import (
     Threads,
     Verbose,
     byte_progress,
-    chunk_progress,
+    computed_imatrix,
     emit,
     measured_ahead,
     note,
@@ -41,7 +41,6 @@ from quantkit.errors import QuantkitError
 if TYPE_CHECKING:
     from quantkit.calibration.rounding import RoundedTensor
     from quantkit.evaluate.settings import Chunking, Compute
-    from quantkit.formats.imatrix import ImportanceMatrix
     from quantkit.pipeline.plan import Plan
     from quantkit.sources.source import TensorSource
 
@@ -115,7 +114,9 @@ def command(
     rounding: Annotated[
         Rounding,
         typer.Option(
-            rich_help_panel=CALIBRATION, help="Rounding: to the nearest, or gptq, error feedback by the calibration."
+            metavar="NAME",
+            rich_help_panel=CALIBRATION,
+            help="Rounding: to the nearest, or gptq, error feedback by the calibration.",
         ),
     ] = "nearest",
     n_ctx: Annotated[
@@ -237,7 +238,7 @@ def command(
     if rounding != "nearest" or calibration is not None:
         _check_calibration(calibration, rounding, imatrix, prune_layers)
     if rounding == "nearest" and calibration is not None and not dry_run:
-        options = replace(options, imatrix=_importance(model, calibration, chunking, compute))
+        options = replace(options, imatrix=computed_imatrix(model, calibration, chunking, compute))
     plans = plan_all(model, names, options)
     if dry_run:
         for each in plans if calibration is None else []:
@@ -291,21 +292,6 @@ def _check_calibration(calibration: str | None, rounding: str, imatrix: Path | N
         raise typer.BadParameter("--calibration takes the place of --imatrix: use one of them.")
     if prune_layers:
         raise typer.BadParameter("--calibration runs the whole model: prune layers first, then quantize the result.")
-
-
-def _importance(model: TensorSource, calibration: str, chunking: Chunking, compute: Compute) -> ImportanceMatrix:
-    from quantkit.evaluate.importance import importance_matrix
-
-    words = read_text(calibration)
-    with measured_ahead(model, compute.threads, compute.backend), chunk_progress("calibrate") as bar:
-        return importance_matrix(
-            model,
-            words,
-            chunking=chunking,
-            compute=compute,
-            dataset=calibration,
-            progress=lambda done, total: bar(done, total, ""),
-        )
 
 
 def _with_feedback(

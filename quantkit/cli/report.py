@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from quantkit.cli.console import (
     Verbose,
     byte_progress,
     chunk_progress,
+    computed_imatrix,
     emit,
     note,
     read_text,
@@ -32,6 +34,7 @@ from quantkit.cli.console import (
 from quantkit.cli.type_options import FileTypes
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.texts import DEFAULT
+from quantkit.wording import size_text
 
 
 def command(
@@ -45,6 +48,20 @@ def command(
         typer.Option("--output", "-o", metavar="DIR", show_default="NAME-GGUF/", help="Directory to write to."),
     ] = None,
     force: Force = False,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Importance matrix to quantize with, GGUF or .dat."),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Calibration text (UTF-8), or wikitext-2[:SPLIT]: compute one from its first 128 chunks.",
+        ),
+    ] = None,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Quantize tensors that are quantized already.")
+    ] = False,
     n_ctx: Context = 512,
     chunks: Chunks = None,
     backend: Backend = "numpy",
@@ -59,46 +76,67 @@ def command(
 ) -> None:
     """Convert, quantize and measure in one go: a table of what each type costs, and report.md and report.json.
 
-    The files, and the report beside them, go to the directory given with -o.
+    The files, and the report beside them, go to the directory given with -o; when something fails, nothing does.
     """
     setup(verbose, quiet)
-    from quantkit.evaluate.settings import Chunking, Compute
-
-    compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
+    if imatrix is not None and calibration is not None:
+        raise typer.BadParameter("--calibration takes the place of --imatrix: use one of them.")
+    from quantkit.calibration.text import CHUNKING
     from quantkit.compile.ahead import compiled_ahead
+    from quantkit.evaluate.settings import Chunking, Compute
     from quantkit.formats.atomic import OutputGroup
     from quantkit.machine import default_threads
+    from quantkit.pipeline.execute import execute
     from quantkit.pipeline.mixtures import file_type
-    from quantkit.pipeline.naming import Destination, stem
-    from quantkit.report.ladder import build, ladder_kernels, measure
+    from quantkit.pipeline.naming import Destination, output_paths, stem
+    from quantkit.pipeline.options import QuantizeOptions
+    from quantkit.pipeline.plan import plan_all
+    from quantkit.report.ladder import REPORT_FILES, ladder_kernels, measure, text_tokens
     from quantkit.sources.source import open_model
+    from quantkit.trust.digest import file_digests
 
     given = None if output is None else Destination.of(output)
     if given is not None and not given.is_directory:
         raise QuantkitError(f"{output}: a report is several files; name a directory: {output}/")
-    words = read_text(text)
+    compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
+    options = QuantizeOptions(imatrix=imatrix, calibrated=calibration is not None, allow_requantize=allow_requantize)
+    words, chunking = read_text(text), Chunking(n_ctx=n_ctx, chunks=chunks)
     model = open_model(checkpoint, revision=revision, pre=pre)
-    files = [file_type(name) for name in split_list(types)]
+    names = [file_type(name).name for name in split_list(types)]
     directory = given.path if given is not None else Path(f"{stem(model)}-GGUF")
-    total = sum(info.nbytes for info in model.tensors.values())
-    with (
-        OutputGroup(force=force, inputs=[*model.files, text], directory=directory) as group,
-        compiled_ahead(ladder_kernels(model, files, backend), threads or default_threads()),
-    ):
-        with byte_progress(total, "quantize") as progress:
-            built = build(model, files, directory, group, threads=threads, progress=progress)
-        with chunk_progress("measure") as bar:
-            ladder = measure(
-                model,
-                built,
-                group,
-                words,
-                text_name=Path(text).name,
-                chunking=Chunking(n_ctx=n_ctx, chunks=chunks),
-                compute=compute,
-                progress=lambda done, all_of_them, kld: bar(done, all_of_them, f"KLD = {kld:.6f}"),
-            )
-        written = ladder.write(directory, group)
+    paths = output_paths(Destination(directory, True), model, names)
+    inputs = [*model.files, text, *(each for each in (imatrix, calibration) if each is not None)]
+    with OutputGroup(force=force, inputs=inputs, directory=directory) as group:
+        matrix_file = directory / "imatrix.gguf" if calibration is not None else None
+        for path in (*paths, *(directory / name for name in REPORT_FILES), *([matrix_file] if matrix_file else [])):
+            group.check(path)
+        plans = plan_all(model, names, options)
+        tokens = text_tokens(model, words, chunking)
+        if calibration is not None and matrix_file is not None:
+            cut = Chunking(n_ctx=n_ctx, chunks=CHUNKING.chunks)
+            matrix = computed_imatrix(model, calibration, cut, compute)
+            matrix.save(group.add(matrix_file))
+            plans = plan_all(model, names, replace(options, imatrix=matrix))
+        built = list(zip(plans, paths, strict=True))
+        with compiled_ahead(ladder_kernels(model, plans, backend), threads or default_threads()):
+            total = sum(info.nbytes for info in model.tensors.values())
+            with byte_progress(total, "quantize") as progress:
+                execute(model, built, threads=threads, progress=progress, group=group)
+            with chunk_progress("measure") as bar:
+                ladder = measure(
+                    model,
+                    built,
+                    group,
+                    tokens,
+                    text_name=Path(text).name,
+                    imatrix=matrix_file or imatrix,
+                    chunking=chunking,
+                    compute=compute,
+                    progress=lambda done, all_of_them, kld: bar(done, all_of_them, f"KLD = {kld:.6f}"),
+                )
+        pages = ladder.write(directory, group)
     emit(str(ladder), ladder.as_dict(), as_json)
-    for path in written:
-        note(f"wrote {path}")
+    digests = {rung.path: rung.sha256 for rung in ladder.rungs if rung.path is not None}
+    digests |= file_digests([*([matrix_file] if matrix_file else []), *pages])
+    for path, digest in digests.items():
+        note(f"wrote {path}: {size_text(path.stat().st_size)}, sha256 {digest}")

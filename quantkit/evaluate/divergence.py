@@ -181,7 +181,6 @@ def divergences(
             raise QuantkitError(f"{base_label}: the base's log-probabilities are in this file already: copy it instead")
         raw, bos = _stored_tokens(label, vocabulary, base, text, chunking.chunks)
         n_ctx, n_vocab = base.n_ctx, base.n_vocab
-        warn_of_context(leads[0].source, n_ctx)
     else:
         if text is None:
             raise QuantkitError(f"{label}: a text to compare over is missing")
@@ -190,13 +189,14 @@ def divergences(
         for lead in leads:
             _same_vocabulary(lead.source, other.source)
         ids, bos = tokenize(vocabulary, text)
-        raw = chunked(ids, chunking, None, leads[0].source)
+        raw = chunked(ids, chunking, None, label)
     for lead in leads:
         if lead.spec.n_vocab != n_vocab:
             raise QuantkitError(
                 f"{lead.source.label}: a vocabulary of {lead.spec.n_vocab} tokens, but the base {base_label} has "
                 f"{n_vocab}: compare models of one vocabulary"
             )
+    warn_of_context(leads[0].source, n_ctx)
     tokens = raw.copy()
     if bos is not None:
         tokens[:, 0] = bos

@@ -13,7 +13,7 @@ import numpy as np
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import AnyModel, load
 from quantkit.evaluate.inputs import InputSum, Key
-from quantkit.evaluate.perplexity import chunked, tokenize
+from quantkit.evaluate.perplexity import chunked, tokenize, warn_of_context
 from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.evaluate.texts import text_sha256
 from quantkit.formats.imatrix import Importance, ImportanceMatrix
@@ -98,7 +98,8 @@ def importance_matrix(
         if left <= 0:
             return before
         chunking = replace(chunking, chunks=left)
-    tokens = chunked(ids[skipped * n_ctx :], chunking, bos, source, least=1 if resume is not None else 2)
+    warn_of_context(source, n_ctx)
+    tokens = chunked(ids[skipped * n_ctx :], chunking, bos, source.label, least=1 if resume is not None else 2)
     step = chunking.batch or model.batch(n_ctx)
     sums = model.input_sums(full=False)
     so_far = _Entries(source)

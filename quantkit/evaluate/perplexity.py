@@ -58,16 +58,13 @@ def warn_of_context(source: TensorSource, n_ctx: int) -> None:
         log.warning("%s: a context of %d tokens is longer than the model's, which is %d", source.label, n_ctx, own)
 
 
-def chunked(
-    tokens: np.ndarray, chunking: Chunking, bos: int | None, source: TensorSource, least: int = 2
-) -> np.ndarray:
-    """Cut token ids into int32 [n_chunks, n_ctx] as llama-perplexity does, for the model `source`.
+def chunked(tokens: np.ndarray, chunking: Chunking, bos: int | None, label: str, least: int = 2) -> np.ndarray:
+    """Cut token ids into int32 [n_chunks, n_ctx] as llama-perplexity does.
 
-    What does not fill a chunk is dropped; each chunk's first token becomes `bos` unless that is None. A context that
-    is longer than the model's is logged as a warning. Raises QuantkitError for a text of fewer than `least` chunks.
+    What does not fill a chunk is dropped; each chunk's first token becomes `bos` unless that is None. Raises
+    QuantkitError for a text of fewer than `least` chunks.
     """
-    n_ctx, label = chunking.n_ctx, source.label
-    warn_of_context(source, n_ctx)
+    n_ctx = chunking.n_ctx
     if len(tokens) < least * n_ctx:
         raise QuantkitError(
             f"{label}: the text has {len(tokens)} tokens, but {least * n_ctx} are needed with a context of "
@@ -112,7 +109,8 @@ def perplexity(
     model = load(model, compute)
     n_ctx = chunking.n_ctx
     ids, bos = tokenize(Vocabulary.from_metadata(model.source.metadata), text)
-    raw = chunked(ids, chunking, None, model.source)
+    warn_of_context(model.source, n_ctx)
+    raw = chunked(ids, chunking, None, model.source.label)
     tokens = raw.copy()
     if bos is not None:
         tokens[:, 0] = bos
