@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.errors import QuantkitError
+from quantkit.formats.reading import InputFile
 
 INDEX = "model.safetensors.index.json"
 MAX_JSON = 100 * 1024 * 1024  # the format's own bound on a header
@@ -96,20 +97,23 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.file = InputFile(path)
+        size = self.file.nbytes
+        if size < 10:
+            raise QuantkitError(f"{path}: truncated: only {size} bytes; download it again")
         try:
             with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < 10:
-                    raise QuantkitError(f"{path}: truncated: only {size} bytes; download it again")
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise QuantkitError(f"{path}: {error.strerror or error}") from None
-        length = int.from_bytes(self.map[:8], "little")
+        except (OSError, ValueError) as error:
+            raise QuantkitError(f"{path}: cannot be mapped: {getattr(error, 'strerror', error)}") from None
+        self.file.check()
+        self.address = int(np.frombuffer(self.map, np.uint8).__array_interface__["data"][0])
+        length = int.from_bytes(self.file.read(0, 8), "little")
         if length > MAX_JSON:
             raise QuantkitError(f"{path}: not a safetensors file: it announces a header of {length} bytes")
         if 8 + length > size:
             raise QuantkitError(f"{path}: truncated: its header ends at byte {8 + length} of {size}; download it again")
-        header = parse_json(self.map[8 : 8 + length], path)
+        header = parse_json(self.file.read(8, length), path)
         header.pop("__metadata__", None)
         self.tensors = {name: self._tensor(name, header[name], 8 + length, size) for name in sorted(header)}
         self._refuse_overlap()
@@ -157,6 +161,8 @@ class SafetensorsCheckpoint:
         index = directory / INDEX
         self._files: dict[Path, _File] = {}
         self.tensors: dict[str, StoredTensor] = {}
+        self._lock = threading.Lock()
+        self._whole: tuple[str, np.ndarray] | None = None
         weight_map = self._weight_map(index) if index.is_file() else None
         names = sorted(set(weight_map.values())) if weight_map is not None else self._unindexed()
         for name in names:
@@ -210,7 +216,8 @@ class SafetensorsCheckpoint:
     def data(self, name: str) -> np.ndarray:
         """Tensor `name` in its shape: float32, float16, or uint16 that holds bfloat16's bits.
 
-        Read-only and mapped, not copied. Raises QuantkitError for any other type of element.
+        Read-only and mapped, not copied: a view to rearrange, whose values `read` gets safely. Raises QuantkitError for
+        any other type of element.
         """
         tensor = self.tensors[name]
         dtype = NUMPY_TYPES.get(tensor.dtype)
@@ -225,9 +232,51 @@ class SafetensorsCheckpoint:
         )
         return flat.reshape(tensor.shape)
 
+    def read(self, name: str, view: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of `view`, counted through all axes but the last: contiguous, (rows, row length).
+
+        `view` is `data(name)`, rearranged; it only says where the values are, and they are read by position, so that a
+        file that has shrunk is an error and no SIGBUS. Where rows do not lie in one piece, as in a transposed matrix,
+        the whole tensor is held until another is read so. Raises QuantkitError when the file has changed.
+        """
+        tensor = self.tensors[name]
+        file, width = self._files[tensor.path], view.shape[-1] * view.itemsize
+        first = int(view.__array_interface__["data"][0]) - file.address
+        if not tensor.start <= first < tensor.start + tensor.nbytes:
+            return take_rows(view, start, stop)  # a small tensor whose order was made when it was opened
+        if view.shape[-1] > 1 and view.strides[-1] != view.itemsize:
+            whole = self._whole_tensor(name, file)
+            return take_rows(np.ndarray(view.shape, view.dtype, whole, first - tensor.start, view.strides), start, stop)
+        rows = np.empty((stop - start, view.shape[-1]), view.dtype)
+        places = np.unravel_index(np.arange(start, stop), view.shape[:-1])
+        offsets = sum((place * step for place, step in zip(places, view.strides, strict=False)), np.int64(first))
+        at = 0
+        for run in np.split(offsets, np.flatnonzero(np.diff(offsets) != width) + 1):
+            file.file.read_into(int(run[0]), rows[at : at + len(run)])
+            at += len(run)
+        return rows
+
+    def _whole_tensor(self, name: str, file: _File) -> np.ndarray:
+        with self._lock:
+            if self._whole is None or self._whole[0] != name:
+                self._whole = None  # before there is another
+                tensor = self.tensors[name]
+                data = np.empty(tensor.nbytes, np.uint8)
+                file.file.read_into(tensor.start, data)
+                self._whole = name, data
+            return self._whole[1]
+
     def release(self, name: str) -> None:
-        """Give back the memory that reading tensor `name` has mapped; it can be read again."""
-        tensor, page = self.tensors[name], mmap.ALLOCATIONGRANULARITY
-        start = tensor.start // page * page
-        if tensor.nbytes and hasattr(mmap, "MADV_DONTNEED"):
-            self._files[tensor.path].map.madvise(mmap.MADV_DONTNEED, start, tensor.start + tensor.nbytes - start)
+        """Give back what is held of tensor `name`; it can be read again. Raises QuantkitError if its file changed."""
+        with self._lock:
+            if self._whole is not None and self._whole[0] == name:
+                self._whole = None
+        self._files[self.tensors[name].path].file.check()
+
+
+def take_rows(view: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Rows `start` to `stop` of `view`, counted through all axes but the last, contiguous."""
+    if view.ndim == 2:
+        return np.ascontiguousarray(view[start:stop])
+    rows: np.ndarray = view[np.unravel_index(np.arange(start, stop), view.shape[:-1])]
+    return rows

@@ -21,7 +21,7 @@ from quantkit.architectures import Architecture, Assembly, load_architecture
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import MAX_DIMENSIONS, Metadata, TensorInfo, Value, ValueType
-from quantkit.formats.safetensors import NUMPY_TYPES, SafetensorsCheckpoint, StoredTensor
+from quantkit.formats.safetensors import NUMPY_TYPES, SafetensorsCheckpoint, StoredTensor, take_rows
 from quantkit.sources.gguf_gaps import complete_sampling
 from quantkit.sources.hub import FILES, repo_id_of
 
@@ -80,6 +80,7 @@ class CheckpointSource:
         self.type = self._guess(stored) if outtype == "auto" else GGMLType.parse(outtype)
         self._assemblies: dict[str, Assembly] = {}
         self._rows: dict[str, list[np.ndarray]] = {}
+        self._parts: dict[str, list[str]] = {}  # the stored tensor that each of these is a view of
         self._tensors: dict[str, TensorInfo] = {}
         for assembly in self.architecture.tensors(stored):
             if assembly.name in self._tensors:
@@ -127,6 +128,7 @@ class CheckpointSource:
                 )
             parts.append(views)
         self._rows[assembly.name] = [_as_rows(view) for views in parts for view in views]
+        self._parts[assembly.name] = [part for part, views in zip(assembly.parts, parts, strict=True) for _ in views]
         # A rearrangement may split the rows' axis; in GGUF the tensor has as many axes as in the checkpoint.
         n_axes = len(self._checkpoint.tensors[assembly.parts[0]].shape)
         shapes = [_merged(view.shape, n_axes) for view in parts[0]]
@@ -318,12 +320,13 @@ class CheckpointSource:
     def _gather(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows of a tensor as they are stored: float32, float16, or bfloat16 as uint16, of shape (rows, row length)."""
         if start == stop:
-            return _take(self._rows[name][0], 0, 0)
-        pieces, at = [], 0
-        for view in self._rows[name]:
+            return take_rows(self._rows[name][0], 0, 0)
+        pieces, at, parts = [], 0, self._parts.get(name)
+        for i, view in enumerate(self._rows[name]):
             n = math.prod(view.shape[:-1])
             if start < at + n and at < stop:
-                pieces.append(_take(view, max(start - at, 0), min(stop - at, n)))
+                rows = max(start - at, 0), min(stop - at, n)
+                pieces.append(self._checkpoint.read(parts[i], view, *rows) if parts else take_rows(view, *rows))
             at += n
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
@@ -388,14 +391,6 @@ def _as_rows(view: np.ndarray) -> np.ndarray:
     if view.ndim < 2:
         return view.reshape(1, -1)
     return view.reshape(-1, view.shape[-1]) if view.flags.c_contiguous and view.size else view
-
-
-def _take(view: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Rows `start` to `stop` of `view`, counted through all axes but the last, contiguous."""
-    if view.ndim == 2:
-        return np.ascontiguousarray(view[start:stop])
-    rows: np.ndarray = view[np.unravel_index(np.arange(start, stop), view.shape[:-1])]
-    return rows
 
 
 def _float32(rows: np.ndarray) -> np.ndarray:
