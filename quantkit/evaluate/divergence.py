@@ -29,6 +29,8 @@ from quantkit.vocabulary import Vocabulary
 
 KLD_PERCENTILES = (100.0, 99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0, 0.1, 0.0)
 DELTA_P_PERCENTILES = (100.0, 99.9, 99.0, 95.0, 90.0, 75.0, 50.0, 25.0, 10.0, 5.0, 1.0, 0.1, 0.0)
+# The bins of Δp's histogram: two and a half points wide.
+DELTA_P_EDGES = tuple((np.arange(-40, 41) / 40).tolist())
 _BANDS = 8
 
 
@@ -65,10 +67,11 @@ class DivergenceResult:
     the model gives the token of the text, less the base's: `delta_p` its mean, `delta_p_rms` its root mean square.
     `same_top` is the share of tokens whose likeliest prediction is the same, `same_top5` that of tokens whose five
     likeliest predictions are the same five. Percentiles have the per cent as key, 0 for the minimum and 100 for the
-    maximum. `chunk_kld` is each chunk's mean; `by_position` and `by_class` are the same tokens by their place in a
-    chunk and by what kind of text they stand for. `seconds` is the time of the forward passes of both models, and
-    `tokens_per_second` counts all tokens that went through the model, `batch` chunks together; `memory` is the most
-    that was taken, in bytes: of the GPU where one computed, else of the process, None where it is not known.
+    maximum. `delta_p_histogram` are the shares of tokens whose Δp is between the DELTA_P_EDGES. `chunk_kld` is each
+    chunk's mean; `by_position` and `by_class` are the same tokens by their place in a chunk and by what kind of text
+    they stand for. `seconds` is the time of the forward passes of both models, and `tokens_per_second` counts all
+    tokens that went through the model, `batch` chunks together; `memory` is the most that was taken, in bytes: of the
+    GPU where one computed, else of the process, None where it is not known.
     """
 
     base: str
@@ -95,6 +98,7 @@ class DivergenceResult:
     backend: str
     precision: str
     blas: str
+    delta_p_histogram: list[float] = field(repr=False)
     by_position: list[PositionBand] = field(repr=False)
     by_class: list[TokenClass] = field(repr=False)
     chunk_kld: list[float] = field(repr=False)
@@ -411,6 +415,7 @@ def _result(
         backend=lead.backend,
         precision=lead.precision,
         blas=lead.blas,
+        delta_p_histogram=(np.histogram(delta, DELTA_P_EDGES)[0] / n).tolist(),
         by_position=[
             PositionBand(
                 first + start,

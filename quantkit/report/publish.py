@@ -1,0 +1,130 @@
+"""Putting a directory of GGUF files on the Hugging Face hub, with huggingface_hub's own upload, and checking it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit.errors import QuantkitError
+
+# What belongs into a repository of GGUF files; anything else in the directory stays at home.
+_PATTERNS = ("*.gguf", "README.md", "report.html", "report.json", "report.md", "params", "system", "template",
+             "config.json", "generation_config.json", "tokenizer*", "Modelfile*", "*.intoto.json",
+             "LICENSE*")  # fmt: skip
+_READ = 1 << 20
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file to publish: where it is, what it is called in the repository, and its size in bytes."""
+
+    path: Path
+    name: str
+    size: int
+
+
+def contents(directory: Path) -> list[Item]:
+    """What of `directory` would be published, by name. Raises QuantkitError when there is no GGUF file in it."""
+    if not directory.is_dir():
+        raise QuantkitError(f"{directory}: is not a directory; name the one that holds the files to publish")
+    found = {}
+    for pattern in _PATTERNS:
+        for path in directory.rglob(pattern):
+            name = path.relative_to(directory)
+            hidden = any(part.startswith(".") for part in name.parts)
+            if path.is_file() and not path.is_symlink() and not hidden:
+                found[name.as_posix()] = Item(path, name.as_posix(), path.stat().st_size)
+    if not any(name.endswith(".gguf") for name in found):
+        raise QuantkitError(f"{directory}: holds no GGUF files to publish")
+    return [found[name] for name in sorted(found)]
+
+
+def publish(
+    directory: Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    collection: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Upload the contents of `directory` to the model repository `repo` (ORG/NAME), and compare what arrived.
+
+    The repository and the branch `revision` are made where they do not exist. Files that the hub has already are not
+    sent again, so a run that was interrupted continues. `collection` is the slug of a collection to add the model to.
+    Returns the address of the repository. Raises QuantkitError when the hub refuses, or holds something else after.
+    """
+    from huggingface_hub import HfApi, errors
+
+    items = contents(directory)
+    api = HfApi()
+    try:
+        address = str(api.create_repo(repo, repo_type="model", private=private, exist_ok=True))
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=directory,
+            revision=revision,
+            allow_patterns=[item.name for item in items],
+            commit_message=message or "Upload GGUF files with quantkit",
+        )
+        if collection is not None:
+            api.add_collection_item(collection, repo, "model", exists_ok=True)
+        problems = _differences(api, repo, revision, items)
+    except errors.HfHubHTTPError as error:
+        raise QuantkitError(f"{repo}: the hub refused: {_first_line(error)}") from None
+    except (errors.HFValidationError, ValueError) as error:
+        raise QuantkitError(f"{repo}: {_first_line(error)}") from None
+    except OSError as error:
+        raise QuantkitError(
+            f"{repo}: the hub cannot be reached: {_first_line(error)}; run it again to continue"
+        ) from None
+    if problems:
+        raise QuantkitError(f"{repo}: after the upload, {'; '.join(problems)}")
+    return address
+
+
+def _differences(api: object, repo: str, revision: str | None, items: Sequence[Item]) -> list[str]:
+    """Where the repository's sizes and hashes are not those of the files."""
+    remote = {
+        info.path: info
+        for at in range(0, len(items), 100)
+        for info in api.get_paths_info(repo, [item.name for item in items[at : at + 100]], revision=revision)  # type: ignore[attr-defined]
+    }
+    problems = []
+    for item in items:
+        info = remote.get(item.name)
+        if info is None:
+            problems.append(f"{item.name} is missing")
+        elif info.size != item.size:
+            problems.append(f"{item.name} has {info.size} bytes there, not {item.size}")
+        else:
+            ours = sha256(item.path) if info.lfs is not None else git_blob(item.path)
+            theirs = info.lfs.sha256 if info.lfs is not None else info.blob_id
+            if ours != theirs:
+                problems.append(f"{item.name} has another hash there")
+    return problems
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    return _digest(path, hashlib.sha256())
+
+
+def git_blob(path: Path) -> str:
+    """The name that git gives to a file's bytes: how the hub identifies small files."""
+    return _digest(path, hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False))
+
+
+def _digest(path: Path, digest: hashlib._Hash) -> str:
+    with open(path, "rb") as file:
+        while data := file.read(_READ):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
