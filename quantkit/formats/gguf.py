@@ -281,6 +281,13 @@ class Metadata(dict[str, Value]):
         if not all(map(math.isfinite, numbers)):
             raise self.wrong(key, f"{count} numbers")
         return numbers
+    def scalar(self, key: str) -> int | float | str | None:
+        """The number, truth value or text `key`, whatever its type; None where there is none, or an array."""
+        value = self.get(key)
+        if value is None or value.type == ValueType.ARRAY:
+            return None
+        found: int | float | str = value.value
+        return found
 
     def is_array(self, key: str) -> bool:
         """Whether there is a `key`, and it holds an array."""

@@ -35,7 +35,7 @@ def ollama_parameters(metadata: Metadata) -> dict[str, Any]:
     """Sampling settings and stop tokens of a model, under Ollama's names: what its `params` file holds."""
     settings: dict[str, Any] = {}
     for key, name in _PARAMETERS.items():
-        value = metadata.lookup(f"general.sampling.{key}")
+        value = metadata.scalar(f"general.sampling.{key}")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             settings[name] = value if isinstance(value, int) else round(value, 6)
     stops = _stops(metadata)
@@ -52,7 +52,7 @@ def _stops(metadata: Metadata) -> list[str]:
     texts = list(tokens.strings()) if hasattr(tokens, "strings") else list(tokens.value)
     found = []
     for name in ("eos", "eot", "eom"):
-        at = metadata.lookup(f"tokenizer.ggml.{name}_token_id")
+        at = metadata.scalar(f"tokenizer.ggml.{name}_token_id")
         if isinstance(at, int) and 0 <= at < len(texts) and texts[at] and texts[at] not in found:
             found.append(str(texts[at]))
     return found
@@ -72,9 +72,9 @@ def modelfile(file: str, metadata: Metadata, system: str | None = None, template
         lines.append(f"TEMPLATE {_quoted('template', template)}")
     if system is not None:
         lines.append(f"SYSTEM {_quoted('system message', system)}")
-    license_name = metadata.lookup("general.license.name") or metadata.lookup("general.license")
+    license_name = metadata.scalar("general.license.name") or metadata.scalar("general.license")
     if isinstance(license_name, str) and license_name:
-        link = metadata.lookup("general.license.link")
+        link = metadata.scalar("general.license.link")
         lines.append(f"LICENSE {_quoted('license', license_name + (f' {link}' if isinstance(link, str) else ''))}")
     return "\n".join(lines) + "\n"
 

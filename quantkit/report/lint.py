@@ -104,7 +104,7 @@ def _file(path: Path, model: GGUFSource, source: TensorSource | None) -> Iterato
 
 
 def _names(path: Path, metadata: Metadata) -> Iterator[tuple[str, str]]:
-    number = metadata.lookup("general.file_type")
+    number = metadata.scalar("general.file_type")
     kind = _BY_NUMBER.get(number) if isinstance(number, int) else None
     if kind is None:
         yield WARNING, "general.file_type is missing or unknown: no tool can tell what type it is"
@@ -146,7 +146,7 @@ def _special_tokens(metadata: Metadata) -> Iterator[tuple[str, str]]:
     count, ids = len(tokens), {}
     for name in _SPECIAL_TOKENS:
         key = f"tokenizer.ggml.{name}_token_id"
-        value = metadata.lookup(key)
+        value = metadata.scalar(key)
         if value is None:
             continue
         if not isinstance(value, int) or not 0 <= value < count:
@@ -157,29 +157,29 @@ def _special_tokens(metadata: Metadata) -> Iterator[tuple[str, str]]:
         yield WARNING, "no token ends an answer (eos_token_id, eot_token_id): engines will not know when to stop"
     if "bos" in ids and ids["bos"] == ids.get("eos"):
         yield NOTE, "BOS and EOS are the same token"
-    adds = metadata.lookup("tokenizer.ggml.add_bos_token")
+    adds = metadata.scalar("tokenizer.ggml.add_bos_token")
     if adds and "bos" not in ids:
         yield ERROR, "add_bos_token is set, but there is no bos_token_id"
 
 
 def _template(metadata: Metadata, source: TensorSource | None) -> Iterator[tuple[str, str]]:
-    template = metadata.lookup("tokenizer.chat_template")
+    template = metadata.scalar("tokenizer.chat_template")
     if not isinstance(template, str) or not template.strip():
         yield WARNING, "no chat template (tokenizer.chat_template): engines guess one, or treat it as a base model"
     if source is None:
         return
-    original = source.metadata.lookup("tokenizer.chat_template")
+    original = source.metadata.scalar("tokenizer.chat_template")
     if original != template:
         yield WARNING, f"its chat template differs from that of {source.label}"
     for name in _SPECIAL_TOKENS:
         key = f"tokenizer.ggml.{name}_token_id"
-        ours, theirs = metadata.lookup(key), source.metadata.lookup(key)
+        ours, theirs = metadata.scalar(key), source.metadata.scalar(key)
         if ours != theirs:
             yield WARNING, f"{key} is {ours}, but {theirs} in {source.label}"
 
 
 def _origin(metadata: Metadata) -> Iterator[tuple[str, str]]:
-    if metadata.lookup("general.base_model.0.repo_url") is None and metadata.lookup("general.repo_url") is None:
+    if metadata.scalar("general.base_model.0.repo_url") is None and metadata.scalar("general.repo_url") is None:
         yield (
             NOTE,
             (
@@ -188,7 +188,7 @@ def _origin(metadata: Metadata) -> Iterator[tuple[str, str]]:
             ),
         )
     for key in ("general.name", "general.license"):
-        if metadata.lookup(key) is None:
+        if metadata.scalar(key) is None:
             yield NOTE, f"{key} is missing"
 
 

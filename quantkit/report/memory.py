@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo
-from quantkit.pipeline.mixtures import FILE_TYPES, file_type
+from quantkit.pipeline.mixtures import file_type
 from quantkit.pipeline.plan import plan_quantize
 from quantkit.sources.source import TensorSource
 
@@ -26,12 +26,13 @@ CHOICES = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_
            "Q3_K_S", "IQ3_XXS", "Q2_K", "IQ2_M", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")  # fmt: skip
 _CELLS = 256  # llama.cpp rounds contexts up to a multiple of this
 _LARGEST_CONTEXT = 1 << 28
+_MOST_LAYERS, _MOST = 1 << 14, 1 << 26  # layers; heads, widths and windows
 # Where the metadata gives a window but no pattern: every n-th layer attends to everything. True: the first of the n.
 _PATTERNS = {
     "gemma2": (2, False), "gemma3": (6, False), "gemma3n": (5, False), "gemma-embedding": (6, False),
     "cohere2": (4, False), "cohere2moe": (4, True), "exaone4": (4, False), "exaone-moe": (4, False),
     "gpt-oss": (2, False), "llama4": (4, False), "olmo2": (4, False), "plamo3": (8, False), "afmoe": (4, False),
-    "smallthinker": (4, True), "modern-bert": (3, True), "phi3": (1, False),
+    "smallthinker": (4, True), "modern-bert": (3, True), "phi3": (1, False), "mellum": (4, False),
 }  # fmt: skip
 _RECURRENT = re.compile(r"\.(ssm_\w+|time_mix_\w+|shortconv\.\w+)\.")
 _ATTENTION = re.compile(r"\.(attn_k|attn_qkv|attn_kv_a_mqa|attn_k_b)\.weight$")
@@ -91,42 +92,36 @@ class _Reader:
     """The hyper-parameters that matter here, each checked when it is read."""
 
     def __init__(self, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> None:
-        self.arch, self._metadata = metadata.architecture, metadata
-        self.n_layer = self.integer("block_count", 0, 1 << 16) - self.integer("nextn_predict_layers", 0, 1 << 16)
-        self.tensors = tensors
+        self.arch, self._metadata, self.tensors = metadata.architecture, metadata, tensors
+        self.n_blocks = self.integer("block_count", high=_MOST_LAYERS)
+        # Blocks for predicting several tokens at once come last, and are not run.
+        self.n_layer = max(0, self.n_blocks - self.integer("nextn_predict_layers", high=_MOST_LAYERS))
 
-    def integer(self, key: str, default: int, high: int = 1 << 31) -> int:
-        value = self._metadata.lookup(f"{self.arch}.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= high:
-            raise QuantkitError(f"{self.arch}.{key} is {value!r}: not a whole number from 0 to {high}")
-        return value
+    def integer(self, key: str, default: int = 0, high: int = _MOST) -> int:
+        """The whole number `key` of this architecture."""
+        return self._metadata.integer(f"{self.arch}.{key}", 0, high, default)
 
     def per_layer(self, key: str, default: int) -> list[int]:
-        value = self._metadata.lookup(f"{self.arch}.{key}", default)
-        if not hasattr(value, "__len__") or isinstance(value, str):
-            return [self.integer(key, default)] * self.n_layer
-        values = [int(each) for each in value]
-        if len(values) < self.n_layer or min(values, default=0) < 0 or max(values, default=0) > 1 << 31:
-            raise QuantkitError(f"{self.arch}.{key} does not hold a whole number for each of {self.n_layer} layers")
-        return values[: self.n_layer]
+        """The whole number `key` of each layer, which may be one for all."""
+        full = f"{self.arch}.{key}"
+        if self._metadata.is_array(full):
+            return self._metadata.integers(full, self.n_blocks, 0, _MOST)[: self.n_layer]
+        return [self.integer(key, default)] * self.n_layer
 
     def windowed(self) -> list[bool]:
         """Which layers see a sliding window only."""
         if not self.integer("attention.sliding_window", 0):
             return [False] * self.n_layer
-        pattern = self._metadata.lookup(f"{self.arch}.attention.sliding_window_pattern")
-        if pattern is not None and hasattr(pattern, "__len__") and not isinstance(pattern, str):
-            flags = [bool(each) for each in pattern][: self.n_layer]
+        full = f"{self.arch}.attention.sliding_window_pattern"
+        if self._metadata.is_array(full):
+            flags = [bool(each) for each in self._metadata[full].value][: self.n_layer]
             return flags + [False] * (self.n_layer - len(flags))
-        if pattern is None and self.arch not in _PATTERNS:
-            return [False] * self.n_layer
         period, dense_first = _PATTERNS.get(self.arch, (0, False))
-        if pattern is not None:
-            period = self.integer("attention.sliding_window_pattern", period)
-        if self.arch == "phi3" or period == 0:
-            return [period == 0] * self.n_layer
-        full = 0 if dense_first else period - 1
-        return [i % period != full for i in range(self.n_layer)]
+        period = self.integer("attention.sliding_window_pattern", period, _MOST_LAYERS)
+        if period == 0:
+            return [False] * self.n_layer
+        attends_to_all = 0 if dense_first else period - 1
+        return [i % period != attends_to_all for i in range(self.n_layer)]
 
     def layers_with(self, pattern: re.Pattern[str]) -> set[int]:
         """The layers that hold a tensor whose name `pattern` finds."""
@@ -181,18 +176,26 @@ def memory_needed(
     unit = 4 * n_ubatch  # a column of a batch's activations, float32
     n_vocab = max((tensors[n].n_rows for n in ("output.weight", "token_embd.weight") if n in tensors), default=0)
     mask = n_ctx * n_ubatch * (2 if flash_attention else 4) if attending else 0
-    widest = max(r.per_layer("feed_forward_length", 0), default=0)
-    used = r.integer("expert_used_count", 0)
-    experts = used * r.integer("expert_feed_forward_length", widest) if used else 0
-    n_ff = max(widest, experts)
     mixed = n_head * head_k + n_head * head_v + max(kv_heads, default=0) * (head_k + head_v)
     scores = 0 if flash_attention or not attending else n_ctx * n_head
     compute = max(
         (n_vocab + 2 * n_embd) * unit,
-        mask + (3 * n_ff + 4 * n_embd) * unit,
+        mask + _feed_forward(r, n_embd) * unit,
         mask + (mixed + n_embd + scores) * unit,
     )
     return MemoryNeed(sum(info.nbytes for info in tensors.values()), cache, compute, n_ctx)
+
+
+def _feed_forward(r: _Reader, n_embd: int) -> int:
+    """Numbers a token that a feed-forward block holds at its widest moment, its input and output among them."""
+    widest, gated, mixed = max(r.per_layer("feed_forward_length", 0), default=0), False, 0
+    dense = any(re.search(r"\.ffn_up\.weight$", name) for name in r.tensors)
+    for name, info in r.tensors.items():
+        gated |= name.endswith(".ffn_gate.weight") or (name.endswith(".ffn_up.weight") and info.n_rows >= 2 * widest)
+    if used := r.integer("expert_used_count"):
+        mixed = used * (2 * r.integer("expert_feed_forward_length", widest) + n_embd) + 2 * n_embd
+    plain = (3 * widest + 4 * n_embd if gated else 2 * widest + 2 * n_embd) if dense else 0
+    return max(plain, mixed)
 
 
 def _row(kind: GGMLType, width: int) -> int:
@@ -244,6 +247,3 @@ def _ranked(memory: int, choices: Sequence[Choice]) -> Recommendation:
     if not choices:
         raise QuantkitError("there is nothing to choose from")
     return Recommendation(memory, sorted(choices, key=lambda choice: -choice.need.total))
-
-
-assert all(name in FILE_TYPES for name in CHOICES)
