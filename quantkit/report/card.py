@@ -136,7 +136,7 @@ def _files(report: Data, repo: str) -> str:
             [
                 link,
                 file["type"],
-                f"{file['size'] / 2**30:.2f} GiB",
+                f"{file['size'] / 2**30:.2f} GiB" if file["size"] >= 2**28 else f"{file['size'] / 2**20:.1f} MiB",
                 f"{file['bits_per_weight']:.2f}",
                 f"{measured['kld']['value']:.5f}",
                 f"{measured['ratio']['value']:.4f}",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Marker colour -> CSS variable of the page. Series are told apart by their marks too, not by colour alone.
-_FOREGROUND, _QUIET = "#010101", "#020202"
+_FOREGROUND, _QUIET = "#0a0a0a", "#0b0b0b"
 _SERIES = tuple(f"#0101{i:02x}" for i in range(1, 9))
 _VARIABLES = {_FOREGROUND: "--ink", _QUIET: "--line", **{c: f"--series-{i + 1}" for i, c in enumerate(_SERIES)}}
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")

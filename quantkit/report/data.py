@@ -1,0 +1,353 @@
+"""What a report holds, as data: report.json, from which the page and the card are drawn.
+
+`report.schema.json` beside this module says how it is built; `SCHEMA` is its version, raised when a field changes its
+meaning or goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import quantkit
+from quantkit.errors import QuantkitError
+from quantkit.evaluate.divergence import DELTA_P_EDGES, DivergenceResult
+from quantkit.evaluate.generate import Generation
+from quantkit.formats.gguf import Metadata
+from quantkit.pipeline.plan import Plan, plan_copy
+from quantkit.report.comparison import Comparison
+from quantkit.report.memory import memory_needed
+from quantkit.report.publish import sha256
+from quantkit.sources.source import TensorSource
+from quantkit.vocabulary import Vocabulary
+from quantkit.vocabulary.chat import render
+
+SCHEMA = 1
+# Words in a row that two texts hardly share by chance: what language-model papers use to find test text in training.
+_SHARED_WORDS = 13
+_GIB = 2**30
+_MEMORIES = tuple(n * _GIB for n in (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 512))
+_CONTEXT, _CACHE = 8192, "f16"
+
+
+@dataclass(frozen=True)
+class NamedText:
+    """A text and what it is called; `dataset` is its dataset's id on the hub, where it has one."""
+
+    name: str
+    text: str
+    dataset: str | None = None
+
+    def digest(self) -> dict[str, Any]:
+        """Name, size in bytes and SHA-256 of the text."""
+        data = self.text.encode("utf-8", "surrogatepass")
+        return {"name": self.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+@dataclass(frozen=True)
+class MadeFile:
+    """A file of a ladder: its plan, where its bytes are now and what it will be called, and the time that it took.
+
+    `errors` are those of its tensors against the source's.
+    """
+
+    plan: Plan
+    path: Path
+    name: str
+    seconds: float
+    errors: Comparison
+
+
+def shared_words(text: str, other: str) -> float:
+    """The share of `text`'s runs of 13 words that `other` has too: 0 where the two have nothing in common."""
+    runs = _runs(text)
+    return len(runs & _runs(other)) / len(runs) if runs else 0.0
+
+
+def _runs(text: str) -> set[int]:
+    words = re.findall(r"\w+", text.lower())
+    return {hash(tuple(words[at : at + _SHARED_WORDS])) for at in range(len(words) - _SHARED_WORDS + 1)}
+
+
+def prompts_of(text: str, count: int = 8, length: int = 160) -> list[str]:
+    """`count` prompts from all over `text`, each from the start of a word, about `length` characters long."""
+    words = [match.start() for match in re.finditer(r"(?<=\s)\S", text)]
+    if len(words) < 2 * count:
+        return []
+    found = []
+    for i in range(count):
+        start = words[i * len(words) // count]
+        end = next((at for at in words if at >= start + length), len(text))
+        found.append(text[start:end].rstrip())
+    return found
+
+
+def measurement(text: str, result: DivergenceResult) -> dict[str, Any]:
+    """A divergence as a report has it."""
+    data = asdict(result)
+    names = ("ppl", "ratio", "kld", "delta_p", "delta_p_rms", "delta_p_histogram", "same_top", "same_top5",
+             "correlation", "by_position", "by_class")  # fmt: skip
+    percentiles = {
+        name: {f"{per_cent:g}": value for per_cent, value in data[name].items()}
+        for name in ("kld_percentiles", "delta_p_percentiles")
+    }
+    top = 1.0 - result.same_top.value
+    return {"text": text, **{name: data[name] for name in names}, **percentiles, "top_disagreement": top}
+
+
+def continuation(vocabulary: Vocabulary, source: Generation, other: Generation) -> dict[str, Any]:
+    """Where `other` leaves what `source` said: what is the same, the first different token, and the rest."""
+    pairs = zip(source.tokens, other.tokens, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(source.tokens), len(other.tokens)))
+    whole = vocabulary.decode(other.tokens, special=False)
+    kept = vocabulary.decode(other.tokens[:same], special=False)
+    first = vocabulary.decode(other.tokens[: same + 1], special=False)
+    identical = same == len(source.tokens) == len(other.tokens)
+    return {
+        "n_same": same,
+        "identical": identical,
+        "same": kept,
+        "first": "" if identical else first[len(kept) :],
+        "rest": whole[len(first) :],
+    }
+
+
+def assemble(
+    source: TensorSource,
+    files: Sequence[MadeFile],
+    texts: Sequence[NamedText],
+    results: Sequence[Sequence[DivergenceResult]],
+    *,
+    command: str,
+    base_model: str | None = None,
+    rounding: str = "nearest",
+    calibration: NamedText | None = None,
+    calibration_chunks: tuple[int, int] | None = None,
+    imatrix: Path | None = None,
+    prompts: Sequence[str] = (),
+    generations: Sequence[Sequence[Generation]] = (),
+) -> dict[str, Any]:
+    """The whole report. `results[t][f]` is what file `f` lost on text `t`.
+
+    `calibration_chunks` are the number and the size in tokens of the chunks that were calibrated on. `generations[0]`
+    are the source's continuations of `prompts`, those after it each file's. Everything is finite: a number that is not
+    is null.
+    """
+    if not files or not texts:
+        raise QuantkitError("a report needs a file and a text")
+    copy, first = plan_copy(source), results[0][0]
+    kinds = {t.info.type.name: t.info.n_elements for t in copy if len(t.info.shape) > 1}
+    made = []
+    for f, file in enumerate(files):
+        made.append(
+            {
+                "type": file.plan.name,
+                "name": file.name,
+                "size": file.path.stat().st_size,
+                "sha256": sha256(file.path),
+                "bits_per_weight": file.plan.bits_per_weight,
+                "seconds": file.seconds,
+                "measurements": [measurement(text.name, results[t][f]) for t, text in enumerate(texts)],
+                "tensors": list(_tensors(file)),
+                "memory": _memory(file.plan),
+                "continuations": None,
+            }
+        )
+    report = {
+        "schema": SCHEMA,
+        "quantkit": quantkit.__version__,
+        "model": describe(source, base_model),
+        "source": {
+            "name": Path(source.label).name,
+            "type": max(kinds, key=lambda name: kinds[name]),
+            "size": copy.file_size,
+            "bits_per_weight": copy.bits_per_weight,
+            "files": [{"name": p.name, "size": p.stat().st_size, "sha256": sha256(p)} for p in source.files],
+        },
+        "rounding": rounding,
+        "calibration": _calibration(calibration, calibration_chunks),
+        "imatrix": None if imatrix is None else _file(imatrix),
+        "texts": [
+            {
+                **text.digest(),
+                "n_ctx": results[t][0].n_ctx,
+                "n_chunks": results[t][0].n_chunks,
+                "n_tokens": results[t][0].n_tokens,
+                "ppl": asdict(results[t][0].ppl_base),
+                "shared_with_calibration": shared_words(text.text, calibration.text) if calibration else None,
+            }
+            for t, text in enumerate(texts)
+        ],
+        "compute": {"backend": first.backend, "precision": first.precision},
+        "delta_p_edges": list(DELTA_P_EDGES),
+        "files": made,
+        "prompts": [],
+        "continuation_tokens": 0,
+        "recommendations": recommendations(made),
+        "reproduce": {
+            "command": command,
+            "versions": {"quantkit": quantkit.__version__, "python": platform.python_version(), **_versions()},
+        },
+    }
+    if generations:
+        _add_continuations(report, source, prompts, generations)
+    finite: dict[str, Any] = _finite(report)
+    return finite
+
+
+def describe(source: TensorSource, base_model: str | None) -> dict[str, Any]:
+    """What the hub and a reader want to know of a model, from its metadata, which hold what its card said."""
+    metadata = source.metadata
+
+    def text(key: str) -> str | None:
+        value = metadata.scalar(key)
+        return value if isinstance(value, str) and value else None
+
+    return {
+        "name": text("general.name") or Path(source.label).name,
+        "architecture": metadata.architecture,
+        "n_weights": sum(info.n_elements for info in source.tensors.values()),
+        "n_ctx_train": metadata.scalar(f"{metadata.architecture}.context_length"),
+        "base_model": base_model or _hub_id(text("general.source.huggingface.repository") or text("general.repo_url")),
+        "license": text("general.license"),
+        "license_name": text("general.license.name"),
+        "license_link": text("general.license.link"),
+        "languages": _strings(metadata, "general.languages"),
+        "tags": [tag for tag in _strings(metadata, "general.tags") if tag not in _TASKS],
+        "datasets": _strings(metadata, "general.datasets"),
+        "pipeline_tag": next((tag for tag in _strings(metadata, "general.tags") if tag in _TASKS), "text-generation"),
+        "prompt_format": _prompt_format(metadata),
+    }
+
+
+_TASKS = ("text-generation", "feature-extraction", "sentence-similarity", "text-ranking", "image-text-to-text")
+
+
+def _hub_id(address: str | None) -> str | None:
+    match = re.fullmatch(r"(?:https://huggingface\.co/)?([\w.-]+/[\w.-]+)/?", address or "")
+    return match[1] if match else None
+
+
+def _strings(metadata: Metadata, key: str) -> list[str]:
+    try:
+        return metadata.strings(key, ())
+    except QuantkitError:
+        return []
+
+
+def _prompt_format(metadata: Metadata) -> str | None:
+    """The chat template rendered with placeholders; None for a model without one, or one that does not render."""
+    for messages in (
+        [{"role": "system", "content": "{system_prompt}"}, {"role": "user", "content": "{prompt}"}],
+        [{"role": "user", "content": "{prompt}"}],
+    ):
+        try:
+            return render(metadata, messages)  # type: ignore[arg-type]
+        except QuantkitError:
+            continue
+    return None
+
+
+def _tensors(file: MadeFile) -> Iterable[dict[str, Any]]:
+    errors = {error.name: error for error in file.errors.errors}
+    for t in file.plan:
+        name, error = t.info.name, errors.get(t.info.name)
+        match = re.match(r"blk\.(\d+)\.(.+)", name)
+        changed = len(t.info.shape) > 1
+        yield {
+            "name": name,
+            "layer": int(match[1]) if match else None,
+            "kind": (match[2] if match else name).removesuffix(".weight"),
+            "from": t.source_type.name,
+            "to": t.info.type.name,
+            "size": t.info.nbytes,
+            "error": (error.relative if error else 0.0) if changed else None,
+        }
+
+
+def _memory(plan: Plan) -> dict[str, int] | None:
+    """What running a file takes at a usual context; None where its metadata do not say."""
+    tensors = {t.info.name: t.info for t in plan}
+    try:
+        need = memory_needed(plan.metadata, tensors, n_ctx=_CONTEXT, kv=_CACHE)
+    except QuantkitError:
+        return None
+    return {"weights": need.weights, "cache": need.cache, "compute": need.compute, "total": need.total}
+
+
+def recommendations(files: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Which file for how much memory, as sentences; None where what they need is not known."""
+    known = [file for file in files if file["memory"] is not None]
+    if len(known) < len(files):
+        return None
+    advice, last = [], None
+    smallest = min(file["memory"]["total"] for file in files)
+    largest = max(file["memory"]["total"] for file in files)
+    for memory in _MEMORIES:
+        fitting = [file for file in files if file["memory"]["total"] <= memory]
+        if not fitting or memory < smallest:
+            continue
+        best = min(fitting, key=lambda file: file["measurements"][0]["kld"]["value"])
+        if best["type"] != last:
+            used = best["memory"]["total"] / _GIB
+            advice.append(f"{memory // _GIB} GiB: {best['type']} ({used:.2f} GiB with {_CONTEXT} tokens of context)")
+            last = best["type"]
+        if memory >= largest:
+            break
+    return {"n_ctx": _CONTEXT, "kv": _CACHE, "advice": advice}
+
+
+def _calibration(text: NamedText | None, chunks: tuple[int, int] | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    n_chunks, n_ctx = chunks or (0, 0)
+    return {**text.digest(), "dataset": text.dataset, "n_chunks": n_chunks, "n_ctx": n_ctx}
+
+
+def _file(path: Path) -> dict[str, Any]:
+    return {"name": path.name, "size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("numpy", "numba", "gguf")}
+
+
+def _add_continuations(
+    report: dict[str, Any], source: TensorSource, prompts: Sequence[str], generations: Sequence[Sequence[Generation]]
+) -> None:
+    vocabulary = Vocabulary.from_metadata(source.metadata)
+    said: list[dict[str, Any]] = [
+        {"prompt": prompt, "source": vocabulary.decode(g.tokens, special=False), "files": {}}
+        for prompt, g in zip(prompts, generations[0], strict=True)
+    ]
+    for file, own in zip(report["files"], generations[1:], strict=True):
+        each = [continuation(vocabulary, a, b) for a, b in zip(generations[0], own, strict=True)]
+        for entry, found in zip(said, each, strict=True):
+            entry["files"][file["type"]] = found
+        file["continuations"] = {
+            "identical": sum(found["identical"] for found in each),
+            "mean_same": sum(found["n_same"] for found in each) / len(each),
+        }
+    report["prompts"] = said
+    report["continuation_tokens"] = max(len(g.tokens) for g in generations[0])
+
+
+def _finite(value: Any) -> Any:
+    """`value` for JSON, which has no infinity and no NaN."""
+    if isinstance(value, dict):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value
