@@ -85,6 +85,14 @@ def _quoted(what: str, text: str) -> str:
     return f'"""{text}"""'
 
 
+def only_file(directory: Path) -> Path:
+    """The GGUF file of a directory. Raises QuantkitError when there is none, or several."""
+    found = sorted(directory.glob("*.gguf"))
+    if len(found) != 1:
+        raise QuantkitError(f"{directory}: holds {len(found) or 'no'} GGUF files; name one of them")
+    return found[0]
+
+
 def hub_files(metadata: Metadata, system: str | None = None, template: str | None = None) -> dict[str, str]:
     """The files in a hub repository's root that Ollama reads when it pulls from there, by name."""
     result = {}

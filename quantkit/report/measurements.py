@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from quantkit.evaluate.importance import LayerStatistics, TensorStatistics
     from quantkit.evaluate.perplexity import PerplexityResult
     from quantkit.evaluate.tasks import TasksResult
+    from quantkit.report.memory import Recommendation
 
 _NAMES = {100.0: "maximum", 50.0: "median", 0.0: "minimum"}
 
@@ -103,3 +104,34 @@ def importance_tables(rows: Sequence[TensorStatistics], layers: Sequence[LayerSt
     )
     each = [[str(x.block), f"{x.total:.2f}", f"{x.zd:.4%}", f"{x.cosine:.4f}"] for x in layers]
     return f"{tensors}\n\n{table(['layer', 'μΣ(act²)', 'μZD', 'μcos sim'], each, left=0)}"
+
+
+def recommendation_text(result: Recommendation) -> str:
+    """The best choice in a sentence, and a table of all with what they need, in GiB."""
+    gib = 2**30
+    rows = [
+        [
+            c.name,
+            *(f"{n / gib:.2f}" for n in (c.need.weights, c.need.cache, c.need.compute, c.need.total)),
+            _mark(c.fits),
+        ]
+        for c in result.choices
+    ]
+    shown = table(["", "weights", "cache", "compute", "total GiB", "fits"], rows)
+    memory, n_ctx = f"{result.memory / gib:.2f} GiB", result.choices[0].need.n_ctx
+    if result.best is None:
+        smallest = result.choices[-1]
+        needed = f"the smallest, {smallest.name}, needs {smallest.need.total / gib:.2f} GiB"
+        return f"{shown}\n\nnothing fits into {memory} with {n_ctx} tokens of context: {needed}"
+    lines = [f"{result.best.name} is the largest that fits into {memory} with {n_ctx} tokens of context"]
+    if result.above is not None:
+        lines.append(f"next larger: {result.above.name}, needs {result.above.need.total / gib:.2f} GiB")
+    if result.below is not None:
+        lines.append(
+            f"next smaller: {result.below.name}, leaves {(result.memory - result.below.need.total) / gib:.2f} GiB"
+        )
+    return "\n".join([shown, "", *lines])
+
+
+def _mark(fits: bool) -> str:
+    return "yes" if fits else "no"

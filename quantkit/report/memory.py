@@ -12,13 +12,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo
 from quantkit.pipeline.mixtures import file_type
 from quantkit.pipeline.plan import plan_quantize
-from quantkit.sources.source import TensorSource
+from quantkit.sources.source import GGUFSource, TensorSource
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 # Types that one would publish, from large to small: what `recommend` chooses among.
@@ -46,6 +48,11 @@ class MemoryNeed:
     cache: int
     compute: int
     n_ctx: int
+
+    def as_dict(self) -> dict[str, int]:
+        """The parts and their sum, in bytes, for programs."""
+        parts = {"weights": self.weights, "cache": self.cache, "compute": self.compute}
+        return {**parts, "total": self.total, "n_ctx": self.n_ctx}
 
     @property
     def total(self) -> int:
@@ -86,6 +93,12 @@ class Recommendation:
         """The next smaller one."""
         fitting = [choice for choice in self.choices if choice.fits]
         return fitting[1] if len(fitting) > 1 else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The choices for programs, from large to small."""
+        each = [{"name": c.name, "size": c.size, "fits": c.fits, "memory": c.need.as_dict()} for c in self.choices]
+        best = None if self.best is None else self.best.name
+        return {"memory": self.memory, "best": best, "choices": each}
 
 
 class _Reader:
@@ -241,6 +254,14 @@ def recommend_files(
         need = memory_needed(model.metadata, model.tensors, n_ctx=n_ctx, kv=kv)
         choices.append(Choice(name, need.weights, need, need.total <= memory))
     return _ranked(memory, choices)
+
+
+def gguf_files(directory: Path) -> dict[str, TensorSource]:
+    """The GGUF models in a directory, by name; empty where it holds none, or is a checkpoint."""
+    if not directory.is_dir():
+        return {}
+    later = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
+    return {path.name: GGUFSource(path) for path in sorted(directory.rglob("*.gguf")) if not later.search(path.name)}
 
 
 def _ranked(memory: int, choices: Sequence[Choice]) -> Recommendation:
