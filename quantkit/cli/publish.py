@@ -29,8 +29,9 @@ def command(
     """
     setup(verbose, quiet)
     from quantkit.report.lint import ERROR, lint
-    from quantkit.report.publish import contents, publish, size_text
+    from quantkit.report.publish import contents, publish
     from quantkit.report.tables import table
+    from quantkit.wording import size_text
 
     items = contents(directory)
     problems = [each for each in lint(directory) if each.level == ERROR]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -19,12 +20,10 @@ from quantkit.cli.console import (
     Precision,
     Quiet,
     Revision,
-    Text,
     Threads,
     Verbose,
     byte_progress,
     chunk_progress,
-    computed_imatrix,
     emit,
     note,
     read_text,
@@ -34,34 +33,59 @@ from quantkit.cli.console import (
 from quantkit.cli.type_options import FileTypes
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.texts import DEFAULT
-from quantkit.wording import size_text
+
+Names = list[str]
+
+# Sections of the help.
+IMPORTANCE = "Importance matrix"
+PAGE = "Report and card"
+# What the command exits with when the files do not meet --require.
+REQUIREMENT_FAILED = 3
 
 
 def command(
     checkpoint: Annotated[
         str, typer.Argument(metavar="MODEL", help="Checkpoint directory, hub id ORG/NAME, or 16-bit GGUF file.")
     ],
-    text: Text = DEFAULT,
-    types: FileTypes = ["Q8_0", "Q4_K_M", "Q4_0"],  # noqa: B006
+    text: Annotated[
+        Names,
+        typer.Option("--text", "--file", "-f", metavar="FILE", help="Text to measure on; repeat it for several."),
+    ] = [DEFAULT],  # noqa: B006
+    types: FileTypes = [],  # noqa: B006
+    ladder: Annotated[
+        str | None, typer.Option("--ladder", metavar="NAME", help="Types by name: small, standard or full.")
+    ] = None,
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", metavar="DIR", show_default="NAME-GGUF/", help="Directory to write to."),
     ] = None,
     force: Force = False,
     imatrix: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Importance matrix to quantize with, GGUF or .dat."),
+        Path | None, typer.Option(metavar="FILE", rich_help_panel=IMPORTANCE, help="Importance matrix to use.")
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Calibration text (UTF-8), or wikitext-2[:SPLIT]: compute one from its first 128 chunks.",
-        ),
+        typer.Option(metavar="FILE", rich_help_panel=IMPORTANCE, help="Text to compute an importance matrix from."),
     ] = None,
+    calibration_chunks: Annotated[
+        int, typer.Option(min=1, metavar="N", rich_help_panel=IMPORTANCE, help="Chunks of it to use.")
+    ] = 128,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Quantize tensors that are quantized already.")
     ] = False,
+    require: Annotated[
+        Names,
+        typer.Option(metavar="NAME<=X", rich_help_panel=PAGE, help='Exit with 3 unless it holds: "kld<=0.05".'),
+    ] = [],  # noqa: B006
+    prompts: Annotated[
+        int, typer.Option(min=0, max=100, metavar="N", rich_help_panel=PAGE, help="Prompts to let the files continue.")
+    ] = 8,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", rich_help_panel=PAGE, help="Hub id of the original, for the card.")
+    ] = None,
+    repo: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", rich_help_panel=PAGE, help="Repository to be, for the card.")
+    ] = None,
     n_ctx: Context = 512,
     chunks: Chunks = None,
     backend: Backend = "numpy",
@@ -74,69 +98,78 @@ def command(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Convert, quantize and measure in one go: a table of what each type costs, and report.md and report.json.
+    """Convert, quantize and measure in one go: files, a page that shows what each costs, and a model card.
 
-    The files, and the report beside them, go to the directory given with -o; when something fails, nothing does.
+    All goes to the directory given with -o: the GGUF files, report.html, report.md, report.json, and README.md for the
+    hub. An interrupted run continues when it is started again.
     """
     setup(verbose, quiet)
-    if imatrix is not None and calibration is not None:
-        raise typer.BadParameter("--calibration takes the place of --imatrix: use one of them.")
-    from quantkit.calibration.text import CHUNKING
-    from quantkit.compile.ahead import compiled_ahead
     from quantkit.evaluate.settings import Chunking, Compute
-    from quantkit.formats.atomic import OutputGroup
+
+    compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
+    from quantkit.compile.ahead import compiled_ahead
     from quantkit.machine import default_threads
-    from quantkit.pipeline.execute import execute
     from quantkit.pipeline.mixtures import file_type
-    from quantkit.pipeline.naming import Destination, output_paths, stem
-    from quantkit.pipeline.options import QuantizeOptions
-    from quantkit.pipeline.plan import plan_all
-    from quantkit.report.ladder import REPORT_FILES, ladder_kernels, measure, text_tokens
-    from quantkit.sources.source import open_model
-    from quantkit.trust.digest import file_digests
+    from quantkit.pipeline.naming import Destination, stem
+    from quantkit.report.data import NamedText
+    from quantkit.report.ladder import Ladder, LadderOptions, ladder_kernels, ladder_types
+    from quantkit.report.summary import check_requirements, failures, short_table
+    from quantkit.sources.source import open_source
+    from quantkit.wording import size_text
 
     given = None if output is None else Destination.of(output)
     if given is not None and not given.is_directory:
         raise QuantkitError(f"{output}: a report is several files; name a directory: {output}/")
-    compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
-    options = QuantizeOptions(imatrix=imatrix, calibrated=calibration is not None, allow_requantize=allow_requantize)
-    words, chunking = read_text(text), Chunking(n_ctx=n_ctx, chunks=chunks)
-    model = open_model(checkpoint, revision=revision, pre=pre)
-    names = [file_type(name).name for name in split_list(types)]
+    if imatrix is not None and calibration is not None:
+        raise typer.BadParameter("--imatrix and --calibration cannot be used together.")
+    check_requirements(require)
+    names = ladder_types([*split_list(types), *([ladder] if ladder else [])] or ["Q8_0", "Q4_K_M", "Q4_0"])
+    texts = [NamedText(Path(name).name, read_text(name)) for name in text]
+    if len({each.name for each in texts}) < len(texts):
+        raise QuantkitError("two texts have the same name: the report could not tell them apart")
+    calibrated = None if calibration is None else NamedText(Path(calibration).name, read_text(calibration))
+    model = open_source(checkpoint, revision=revision, pre=pre)
+    if base_model is None and "/" in checkpoint and not Path(checkpoint).exists():
+        base_model = checkpoint
     directory = given.path if given is not None else Path(f"{stem(model)}-GGUF")
-    paths = output_paths(Destination(directory, True), model, names)
-    inputs = [*model.files, text, *(each for each in (imatrix, calibration) if each is not None)]
-    with OutputGroup(force=force, inputs=inputs, directory=directory) as group:
-        matrix_file = directory / "imatrix.gguf" if calibration is not None else None
-        for path in (*paths, *(directory / name for name in REPORT_FILES), *([matrix_file] if matrix_file else [])):
-            group.check(path)
-        plans = plan_all(model, names, options)
-        tokens = text_tokens(model, words, chunking)
-        if calibration is not None and matrix_file is not None:
-            cut = Chunking(n_ctx=n_ctx, chunks=CHUNKING.chunks)
-            matrix = computed_imatrix(model, calibration, cut, compute)
-            matrix.save(group.add(matrix_file))
-            plans = plan_all(model, names, replace(options, imatrix=matrix))
-        built = list(zip(plans, paths, strict=True))
-        with compiled_ahead(ladder_kernels(model, plans, backend), threads or default_threads()):
-            total = sum(info.nbytes for info in model.tensors.values())
+    options = LadderOptions(
+        types=names,
+        texts=texts,
+        imatrix=imatrix,
+        calibration=calibrated,
+        calibration_chunking=Chunking(n_ctx=n_ctx, chunks=calibration_chunks),
+        allow_requantize=allow_requantize,
+        chunking=Chunking(n_ctx=n_ctx, chunks=chunks),
+        compute=compute,
+        n_prompts=prompts,
+        base_model=base_model,
+        repo=repo,
+        command=shlex.join(["quantkit", *sys.argv[1:]]),
+    )
+    run = Ladder(model, directory, options, force)
+    total = sum(info.nbytes for info in model.tensors.values())
+    kernels = ladder_kernels(model, [file_type(name) for name in names], backend)
+    try:
+        with compiled_ahead(kernels, threads or default_threads()):
+            if calibrated is not None:
+                with chunk_progress("calibrate") as bar:
+                    run.calibrate(lambda done, of: bar(done, of, ""))
             with byte_progress(total, "quantize") as progress:
-                execute(model, built, threads=threads, progress=progress, group=group)
+                run.quantize(progress)
             with chunk_progress("measure") as bar:
-                ladder = measure(
-                    model,
-                    built,
-                    group,
-                    tokens,
-                    text_name=Path(text).name,
-                    imatrix=matrix_file or imatrix,
-                    chunking=chunking,
-                    compute=compute,
-                    progress=lambda done, all_of_them, kld: bar(done, all_of_them, f"KLD = {kld:.6f}"),
-                )
-        pages = ladder.write(directory, group)
-    emit(str(ladder), ladder.as_dict(), as_json)
-    digests = {rung.path: rung.sha256 for rung in ladder.rungs if rung.path is not None}
-    digests |= file_digests([*([matrix_file] if matrix_file else []), *pages])
-    for path, digest in digests.items():
-        note(f"wrote {path}: {size_text(path.stat().st_size)}, sha256 {digest}")
+                run.measure(lambda done, of, kld: bar(done, of, f"KLD = {kld:.6f}"))
+            if prompts:
+                with chunk_progress("continue", "model") as bar:
+                    run.say(lambda done, of: bar(done, of, ""))
+            report = run.write()
+    except (QuantkitError, OSError, MemoryError):
+        run.undo()
+        raise
+    emit(short_table(report), report, as_json)
+    for path in run.written:
+        note(f"wrote {path} ({size_text(path.stat().st_size)}, sha256 {run.digest(path)})")
+    failed = failures(report, require)
+    for line in failed:
+        note(f"failed: {line}")
+    if failed:
+        raise typer.Exit(REQUIREMENT_FAILED)

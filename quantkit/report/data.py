@@ -21,9 +21,9 @@ import quantkit
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.divergence import DELTA_P_EDGES, DivergenceResult
 from quantkit.evaluate.generate import Generation
+from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.formats.gguf import Metadata
 from quantkit.pipeline.plan import Plan, plan_copy
-from quantkit.report.comparison import Comparison
 from quantkit.report.memory import memory_needed
 from quantkit.report.publish import sha256
 from quantkit.sources.source import TensorSource
@@ -54,16 +54,21 @@ class NamedText:
 
 @dataclass(frozen=True)
 class MadeFile:
-    """A file of a ladder: its plan, where its bytes are now and what it will be called, and the time that it took.
+    """A file of a ladder: its plan, where it is (its first shard), what it is called, and the seconds that it took.
 
-    `errors` are those of its tensors against the source's.
+    `parts` are its shards, or itself: name, size in bytes and SHA-256 of each.
     """
 
     plan: Plan
     path: Path
     name: str
+    parts: Sequence[Mapping[str, Any]]
     seconds: float
-    errors: Comparison
+
+    @property
+    def digests(self) -> list[str]:
+        """The SHA-256 of its parts."""
+        return [part["sha256"] for part in self.parts]
 
 
 def shared_words(text: str, other: str) -> float:
@@ -91,16 +96,20 @@ def prompts_of(text: str, count: int = 8, length: int = 160) -> list[str]:
 
 
 def measurement(text: str, result: DivergenceResult) -> dict[str, Any]:
-    """A divergence as a report has it."""
-    data = asdict(result)
+    """A divergence as a report has it: `result`, what it says of the file, and `text`, what it says of the text."""
+    held = asdict(result)
     names = ("ppl", "ratio", "kld", "delta_p", "delta_p_rms", "delta_p_histogram", "same_top", "same_top5",
              "correlation", "by_position", "by_class")  # fmt: skip
     percentiles = {
-        name: {f"{per_cent:g}": value for per_cent, value in data[name].items()}
+        name: {f"{per_cent:g}": value for per_cent, value in held[name].items()}
         for name in ("kld_percentiles", "delta_p_percentiles")
     }
-    top = 1.0 - result.same_top.value
-    return {"text": text, **{name: data[name] for name in names}, **percentiles, "top_disagreement": top}
+    top = {"top_disagreement": 1.0 - result.same_top.value}
+    shared = {name: held[name] for name in ("n_ctx", "n_chunks", "n_tokens")}
+    return {
+        "result": {"text": text, **{name: held[name] for name in names}, **percentiles, **top},
+        "text": {**shared, "ppl": held["ppl_base"]},
+    }
 
 
 def continuation(vocabulary: Vocabulary, source: Generation, other: Generation) -> dict[str, Any]:
@@ -124,26 +133,29 @@ def assemble(
     source: TensorSource,
     files: Sequence[MadeFile],
     texts: Sequence[NamedText],
-    results: Sequence[Sequence[DivergenceResult]],
+    measurements: Sequence[Sequence[Mapping[str, Any]]],
+    errors: Sequence[Mapping[str, float]],
     *,
+    source_digests: Mapping[str, str],
+    compute: Compute,
+    chunking: Chunking,
     command: str,
     base_model: str | None = None,
     rounding: str = "nearest",
     calibration: NamedText | None = None,
-    calibration_chunks: tuple[int, int] | None = None,
+    calibration_chunking: Chunking | None = None,
     imatrix: Path | None = None,
     prompts: Sequence[str] = (),
     generations: Sequence[Sequence[Generation]] = (),
 ) -> dict[str, Any]:
-    """The whole report. `results[t][f]` is what file `f` lost on text `t`.
+    """The whole report. `measurements[t][f]` is what file `f` lost on text `t`, `errors[f]` what its tensors did.
 
-    `calibration_chunks` are the number and the size in tokens of the chunks that were calibrated on. `generations[0]`
-    are the source's continuations of `prompts`, those after it each file's. Everything is finite: a number that is not
-    is null.
+    `source_digests` are the SHA-256 of the source's files by name. `generations[0]` are the source's continuations of
+    `prompts`, those after it each file's. Everything is finite: a number that is not is null.
     """
     if not files or not texts:
         raise QuantkitError("a report needs a file and a text")
-    copy, first = plan_copy(source), results[0][0]
+    copy = plan_copy(source)
     kinds = {t.info.type.name: t.info.n_elements for t in copy if len(t.info.shape) > 1}
     made = []
     for f, file in enumerate(files):
@@ -151,12 +163,12 @@ def assemble(
             {
                 "type": file.plan.name,
                 "name": file.name,
-                "size": file.path.stat().st_size,
-                "sha256": sha256(file.path),
+                "size": sum(part["size"] for part in file.parts),
+                "parts": list(file.parts),
                 "bits_per_weight": file.plan.bits_per_weight,
                 "seconds": file.seconds,
-                "measurements": [measurement(text.name, results[t][f]) for t, text in enumerate(texts)],
-                "tensors": list(_tensors(file)),
+                "measurements": [measurements[t][f]["result"] for t in range(len(texts))],
+                "tensors": list(_tensors(file.plan, errors[f])),
                 "memory": _memory(file.plan),
                 "continuations": None,
             }
@@ -170,23 +182,23 @@ def assemble(
             "type": max(kinds, key=lambda name: kinds[name]),
             "size": copy.file_size,
             "bits_per_weight": copy.bits_per_weight,
-            "files": [{"name": p.name, "size": p.stat().st_size, "sha256": sha256(p)} for p in source.files],
+            "files": [
+                {"name": path.name, "size": path.stat().st_size, "sha256": source_digests[path.name]}
+                for path in source.files
+            ],
         },
         "rounding": rounding,
-        "calibration": _calibration(calibration, calibration_chunks),
+        "calibration": _calibration(calibration, calibration_chunking),
         "imatrix": None if imatrix is None else _file(imatrix),
         "texts": [
             {
                 **text.digest(),
-                "n_ctx": results[t][0].n_ctx,
-                "n_chunks": results[t][0].n_chunks,
-                "n_tokens": results[t][0].n_tokens,
-                "ppl": asdict(results[t][0].ppl_base),
+                **measurements[t][0]["text"],
                 "shared_with_calibration": shared_words(text.text, calibration.text) if calibration else None,
             }
             for t, text in enumerate(texts)
         ],
-        "compute": {"backend": first.backend, "precision": first.precision},
+        "compute": {"backend": compute.backend, "precision": compute.precision, "device": compute.device},
         "delta_p_edges": list(DELTA_P_EDGES),
         "files": made,
         "prompts": [],
@@ -199,8 +211,8 @@ def assemble(
     }
     if generations:
         _add_continuations(report, source, prompts, generations)
-    finite: dict[str, Any] = _finite(report)
-    return finite
+    whole: dict[str, Any] = finite(report)
+    return whole
 
 
 def describe(source: TensorSource, base_model: str | None) -> dict[str, Any]:
@@ -256,12 +268,10 @@ def _prompt_format(metadata: Metadata) -> str | None:
     return None
 
 
-def _tensors(file: MadeFile) -> Iterable[dict[str, Any]]:
-    errors = {error.name: error for error in file.errors.errors}
-    for t in file.plan:
-        name, error = t.info.name, errors.get(t.info.name)
+def _tensors(plan: Plan, errors: Mapping[str, float]) -> Iterable[dict[str, Any]]:
+    for t in plan:
+        name = t.info.name
         match = re.match(r"blk\.(\d+)\.(.+)", name)
-        changed = len(t.info.shape) > 1
         yield {
             "name": name,
             "layer": int(match[1]) if match else None,
@@ -269,7 +279,7 @@ def _tensors(file: MadeFile) -> Iterable[dict[str, Any]]:
             "from": t.source_type.name,
             "to": t.info.type.name,
             "size": t.info.nbytes,
-            "error": (error.relative if error else 0.0) if changed else None,
+            "error": errors.get(name, 0.0) if len(t.info.shape) > 1 else None,
         }
 
 
@@ -305,11 +315,11 @@ def recommendations(files: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None
     return {"n_ctx": _CONTEXT, "kv": _CACHE, "advice": advice}
 
 
-def _calibration(text: NamedText | None, chunks: tuple[int, int] | None) -> dict[str, Any] | None:
+def _calibration(text: NamedText | None, chunking: Chunking | None) -> dict[str, Any] | None:
     if text is None:
         return None
-    n_chunks, n_ctx = chunks or (0, 0)
-    return {**text.digest(), "dataset": text.dataset, "n_chunks": n_chunks, "n_ctx": n_ctx}
+    used = chunking or Chunking()
+    return {**text.digest(), "dataset": text.dataset, "n_chunks": used.chunks, "n_ctx": used.n_ctx}
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -342,12 +352,12 @@ def _add_continuations(
     report["continuation_tokens"] = max(len(g.tokens) for g in generations[0])
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` for JSON, which has no infinity and no NaN."""
     if isinstance(value, dict):
-        return {str(key): _finite(each) for key, each in value.items()}
+        return {str(key): finite(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     if isinstance(value, (float, np.floating)):
         return float(value) if math.isfinite(value) else None
     return value

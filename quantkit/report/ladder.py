@@ -1,197 +1,374 @@
-"""A ladder of types: one model quantized to several, and what each costs."""
+"""A ladder: one model quantized to several types, each measured against it, in one directory with its report.
+
+The work goes in steps (quantize, measure, say, write), and each leaves what it found in a state file in the directory.
+A run that was interrupted continues with what is there: files and measurements are told by hashes of everything that
+they were made from, so nothing stale is taken over.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import quantkit
 from quantkit.compile.ahead import KernelJob
 from quantkit.errors import QuantkitError
-from quantkit.evaluate.divergence import DivergenceResult, divergences
+from quantkit.evaluate.backends import load
+from quantkit.evaluate.divergence import divergences
+from quantkit.evaluate.generate import Generation, generate
+from quantkit.evaluate.importance import importance_matrix
 from quantkit.evaluate.needed_kernels import measuring_kernels
 from quantkit.evaluate.perplexity import chunked, tokenize
-from quantkit.evaluate.settings import Chunking, Compute, Estimate
+from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.formats.atomic import OutputGroup, write_whole
-from quantkit.pipeline.execute import quantizing_kernels
-from quantkit.pipeline.plan import Plan, plan_copy
-from quantkit.report.json_data import json_text
-from quantkit.report.tables import table
+from quantkit.formats.imatrix import ImportanceMatrix
+from quantkit.pipeline.execute import Progress, execute, quantizing_kernels
+from quantkit.pipeline.mixtures import FileType, file_type
+from quantkit.pipeline.naming import stem
+from quantkit.pipeline.plan import Plan
+from quantkit.pipeline.run import plan as plan_type
+from quantkit.report import card, data, page, summary
+from quantkit.report.comparison import compare
+from quantkit.report.data import MadeFile, NamedText
+from quantkit.report.publish import sha256
 from quantkit.sources.source import GGUFSource, TensorSource
-from quantkit.trust.digest import file_digests
 from quantkit.vocabulary import Vocabulary
 
-REPORT_FILES = ("report.md", "report.json")
+# Ladders by name, from large to small.
+LADDERS = {
+    "small": ("Q8_0", "Q5_K_M", "Q4_K_M"),
+    "standard": ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K"),
+    "full": ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_L", "Q3_K_M", "IQ3_M", "Q3_K_S",
+             "Q2_K"),
+}  # fmt: skip
+# The hub takes files up to this size; larger ones go as shards into a folder of their own.
+LARGEST_FILE = 50 * 10**9
+CONTINUED_TOKENS = 32
+_STATE = ".quantkit/report.json"
 
 
-@dataclass(frozen=True)
-class Rung:
-    """One type of a ladder: its file, its perplexity, and its divergence from the source.
+@dataclass(frozen=True, kw_only=True)
+class LadderOptions:
+    """What to make and how to measure it.
 
-    The source's own rung has no `path`, `sha256` (of the file, in hexadecimal) and `divergence`.
+    `types` are file types; `imatrix` is a file, `calibration` a text to compute an importance matrix from, in
+    `calibration_chunking`. `texts` are what the files are measured on, and `n_prompts` prompts from the first are
+    continued by all of them. `base_model` is the hub id of the original, `repo` that of the repository to be, for the
+    card. Files above `largest_file` bytes become shards. `command` is what the report says made it.
     """
 
-    name: str
-    path: Path | None
-    sha256: str | None
-    size: int
-    bits_per_weight: float
-    ppl: Estimate
-    divergence: DivergenceResult | None
+    types: Sequence[str]
+    texts: Sequence[NamedText]
+    imatrix: Path | None = None
+    calibration: NamedText | None = None
+    calibration_chunking: Chunking = field(default_factory=lambda: Chunking(chunks=128))
+    allow_requantize: bool = False
+    chunking: Chunking = field(default_factory=Chunking)
+    compute: Compute = field(default_factory=Compute)
+    n_prompts: int = 8
+    base_model: str | None = None
+    repo: str | None = None
+    largest_file: int = LARGEST_FILE
+    command: str = "quantkit report"
 
 
-@dataclass(frozen=True)
-class Ladder:
-    """What each type costs. The first rung is the source, which the others are compared with.
-
-    `imatrix` is the file of the importance matrix that they were made with, and its SHA-256; None without one.
-    """
-
-    model: str
-    text: str
-    rungs: list[Rung]
-    imatrix: tuple[Path, str] | None = None
-
-    def ratio(self, rung: Rung) -> float:
-        """Perplexity of `rung` over that of the source: 1 is no loss."""
-        return rung.ppl.value / self.rungs[0].ppl.value
-
-    @property
-    def measured(self) -> DivergenceResult:
-        """One of the measurements, for what all have in common."""
-        return next(rung.divergence for rung in self.rungs if rung.divergence is not None)
-
-    def __str__(self) -> str:
-        """The table, in Markdown."""
-        rows = [
-            [
-                rung.name + ("" if rung.path else " (source)"),
-                f"{rung.size / 1e6:.1f} MB" if rung.size < 1e9 else f"{rung.size / 1e9:.2f} GB",
-                f"{rung.bits_per_weight:.2f}",
-                f"{rung.ppl.value:.4f} ± {rung.ppl.stderr:.4f}",
-                f"{self.ratio(rung):.4f}",
-                f"{100 / self.ratio(rung):.2f}%",
-                "" if rung.divergence is None else f"{rung.divergence.kld.value:.6f}",
-                "" if rung.divergence is None else f"{rung.divergence.same_top.value:.2%}",
-            ]
-            for rung in self.rungs
-        ]
-        headers = ["type", "size", "bits/weight", "perplexity", "ratio", "retention", "mean KLD", "same top"]
-        return table(headers, rows)
-
-    def markdown(self) -> str:
-        """The report as a page: the table, and how it was measured."""
-        first = self.measured
-        return (
-            f"# {self.model}\n\n{self}\n\n"
-            f"Perplexity on {self.text}: {first.n_chunks} chunks of {first.n_ctx} tokens, the second half of each "
-            f"scored ({first.n_tokens} tokens), by llama-perplexity's method; ± is the standard error. "
-            "The ratio is the perplexity over the source's, retention its inverse; the mean KLD is Kullback and "
-            "Leibler's divergence of its predictions from the source's in nats, and same top the share of tokens whose "
-            "likeliest prediction is the source's. "
-            f"Measured with quantkit {quantkit.__version__} ({first.backend}, {first.precision}, {first.blas}).\n\n"
-            f"{table(['file', 'sha256'], self._digests(), left=2)}\n"
-        )
-
-    def _digests(self) -> list[tuple[str, str]]:
-        files = [(rung.path, rung.sha256) for rung in self.rungs if rung.path is not None]
-        if self.imatrix is not None:
-            files.append(self.imatrix)
-        return [(path.name, digest or "") for path, digest in files]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same for programs."""
-        first = self.measured
-        return {
-            "model": self.model,
-            "text": self.text,
-            "n_ctx": first.n_ctx,
-            "n_chunks": first.n_chunks,
-            "n_tokens": first.n_tokens,
-            "backend": first.backend,
-            "precision": first.precision,
-            "blas": first.blas,
-            "quantkit": quantkit.__version__,
-            "imatrix": self.imatrix and {"path": self.imatrix[0].name, "sha256": self.imatrix[1]},
-            "files": [
-                {
-                    "path": rung.path.name if rung.path else None,
-                    "type": rung.name,
-                    "sha256": rung.sha256,
-                    "size": rung.size,
-                    "bits_per_weight": rung.bits_per_weight,
-                    "ppl": rung.ppl,
-                    "retention": 1 / self.ratio(rung),
-                    **({} if rung.divergence is None else _costs(rung.divergence)),
-                }
-                for rung in self.rungs
-            ],
-        }
-
-    def write(self, directory: Path, group: OutputGroup) -> list[Path]:
-        """Write report.md and report.json into `directory`, as files of `group`; returns their paths."""
-        page, data = (directory / name for name in REPORT_FILES)
-        write_whole(group.add(page), self.markdown())
-        write_whole(group.add(data), json_text(self.as_dict()) + "\n")
-        return [page, data]
+def ladder_types(names: Sequence[str]) -> list[str]:
+    """File types by their names or the names of ladders (small, standard, full), each once."""
+    found: dict[str, None] = {}
+    for name in names:
+        for each in LADDERS.get(name.lower(), (name,)):
+            found[file_type(each).name] = None
+    if not found:
+        raise QuantkitError("name at least one file type")
+    return list(found)
 
 
-def _costs(divergence: DivergenceResult) -> dict[str, Any]:
-    """The statistics of a rung, under the names that a divergence has everywhere."""
-    names = ("ratio", "kld", "kld_percentiles", "delta_p", "delta_p_rms", "same_top", "same_top5")
-    return {name: getattr(divergence, name) for name in names}
-
-
-def ladder_kernels(source: TensorSource, plans: Sequence[Plan], backend: str = "numpy") -> list[KernelJob]:
-    """The kernels that carrying out `plans` and `measure` will need, to be compiled ahead."""
+def ladder_kernels(source: TensorSource, files: Sequence[FileType], backend: str = "numpy") -> list[KernelJob]:
+    """The kernels that a ladder will need, to be compiled ahead."""
+    plans = [plan_type(source, file.name, allow_requantize=True) for file in files]
     outputs = [t.info.type for plan in plans for t in plan]
     measuring = measuring_kernels(source, outputs, comparing=True) if backend == "numpy" else []
     return [*quantizing_kernels(plans), *measuring]
 
 
-def text_tokens(source: TensorSource, text: str, chunking: Chunking) -> np.ndarray:
-    """The token ids of `text`, int32. Raises QuantkitError, before anything is made, when they are too few."""
-    ids, bos = tokenize(Vocabulary.from_metadata(source.metadata), text)
-    chunked(ids, chunking, bos, source.label)
-    return ids
+class Ladder:
+    """The making of one ladder in `directory`, step by step. `force` replaces files that are there.
 
-
-def measure(
-    source: TensorSource,
-    built: Sequence[tuple[Plan, Path]],
-    group: OutputGroup,
-    text: str | np.ndarray,
-    *,
-    text_name: str,
-    imatrix: Path | None = None,
-    chunking: Chunking = Chunking(),  # noqa: B008
-    compute: Compute | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> Ladder:
-    """Measure each file built from `source` in `group` against it, all in one pass over the text, a string or ids.
-
-    `imatrix` is the file of the importance matrix that they were made with, of `group` or not. `progress` is told
-    chunks done, chunks, and a file's mean divergence so far: the first's, or each in turn through torch. Raises
-    QuantkitError when nothing was built, and as `divergences` does.
+    Raises QuantkitError for texts that are too short to measure and requests that cannot be met, before a file is
+    written, and for a file in the way that is not from an earlier run of the same.
     """
-    if not built:
-        raise QuantkitError("name at least one file type to measure")
-    plan = plan_copy(source)
-    kinds = {t.info.type.name: t.info.n_elements for t in plan if len(t.info.shape) > 1}
-    places = [group.place(path) for _, path in built]
-    files = [GGUFSource(place) for place in places]
-    results = divergences(files, source, text, chunking=chunking, compute=compute, progress=progress)
-    own = max(kinds, key=lambda name: kinds[name])
-    matrices = [] if imatrix is None else [imatrix]
-    digests = file_digests([*places, *map(group.place, matrices)])
-    rungs = [Rung(own, None, None, plan.file_size, plan.bits_per_weight, results[0].ppl_base, None)]
-    for (planned, path), place, result in zip(built, places, results, strict=True):
-        rungs.append(
-            Rung(planned.name, path, digests[place], planned.file_size, planned.bits_per_weight, result.ppl, result)
+
+    def __init__(self, source: TensorSource, directory: Path, options: LadderOptions, force: bool = False) -> None:
+        if not options.texts:
+            raise QuantkitError("name at least one text to measure on")
+        self.source, self.directory, self.options, self._force = source, directory, options, force
+        self._files: list[MadeFile] = []
+        self._reports: list[Path] = []
+        vocabulary = Vocabulary.from_metadata(source.metadata)
+        for text in options.texts:
+            ids, _ = tokenize(vocabulary, text.text)
+            chunked(ids, options.chunking, None, source.label)
+        self._inputs = {path.name: sha256(path) for path in source.files}
+        self._state = _State(directory / _STATE)
+        self._made: list[Path] = []
+        self.matrix: Path | None = options.imatrix
+
+    # -- the steps
+
+    def plans(self) -> list[Plan]:
+        """A plan for each type, cut into shards where its file would be too large for the hub."""
+        o, result = self.options, []
+        matrix = None if self.matrix is None else ImportanceMatrix.load(self.matrix)
+        for name in o.types:
+            plan = plan_type(self.source, name, imatrix=matrix, allow_requantize=o.allow_requantize)
+            plan.check()
+            if plan.file_size > o.largest_file:
+                plan.split_by(o.largest_file)
+            result.append(plan)
+        return result
+
+    def calibrate(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compute the importance matrix from the calibration text, and keep it beside the files."""
+        o = self.options
+        if o.calibration is None:
+            return
+        path = self.directory / f"{stem(self.source)}.imatrix.gguf"
+        key = self._key("imatrix", o.calibration.digest(), asdict(o.calibration_chunking))
+        self.matrix = path
+        if self._state.holds(path.name, key, [path]):
+            return
+        matrix = importance_matrix(
+            self.source,
+            o.calibration.text,
+            chunking=o.calibration_chunking,
+            compute=o.compute,
+            dataset=o.calibration.name,
+            progress=progress,
         )
-    matrix = None if imatrix is None else (imatrix, digests[group.place(imatrix)])
-    return Ladder(source.metadata.string("general.name", "") or source.label, text_name, rungs, matrix)
+        with self._group() as group:
+            matrix.save(group.add(path))
+        self._made.append(path)
+        self._state.put(path.name, key, [path])
+
+    def quantize(self, progress: Progress | None = None) -> None:
+        """Write every file that is not there yet, in one reading of the source."""
+        o = self.options
+        plans = self.plans()
+        targets = [self._target(plan) for plan in plans]
+        digest = sha256(o.imatrix) if o.imatrix is not None else None
+        calibrated = None if o.calibration is None else [o.calibration.digest(), asdict(o.calibration_chunking)]
+        keys = [self._key(plan.name, digest, calibrated, o.allow_requantize, o.largest_file) for plan in plans]
+        paths = [[path for path, _, _ in plan.files(target)] for plan, target in zip(plans, targets, strict=True)]
+        missing = [
+            i for i, (plan, key) in enumerate(zip(plans, keys, strict=True))
+            if not self._state.holds(plan.name, key, paths[i])
+        ]  # fmt: skip
+        if missing:
+            began = time.perf_counter()
+            with self._group() as group:
+                for i in missing:
+                    group.make_directory(targets[i].parent)
+                outputs = [(plans[i], targets[i]) for i in missing]
+                execute(self.source, outputs, threads=o.compute.threads, progress=progress, group=group)
+            seconds = (time.perf_counter() - began) / len(missing)
+            for i in missing:
+                self._made += paths[i]
+                self._state.put(plans[i].name, keys[i], paths[i], seconds=seconds)
+        self._files = []
+        for plan, own in zip(plans, paths, strict=True):
+            shown = own[0].relative_to(self.directory).as_posix()
+            parts = [
+                {"name": p.relative_to(self.directory).as_posix(), "size": p.stat().st_size, "sha256": digest}
+                for p, digest in zip(own, self._state.digests(plan.name), strict=True)
+            ]
+            self._files.append(MadeFile(plan, own[0], shown, parts, self._state.seconds(plan.name)))
+
+    def measure(self, progress: Callable[[int, int, float], None] | None = None) -> None:
+        """What each file lost on each text, and of each tensor, where it is not known yet."""
+        o = self.options
+        for text in o.texts:
+            missing = [file for file in self._files if self._measured(file, text) is None]
+            if not missing:
+                continue
+            models = [GGUFSource(file.path) for file in missing]
+            results = divergences(
+                models, self.source, text.text, chunking=o.chunking, compute=o.compute, progress=progress
+            )
+            for file, result in zip(missing, results, strict=True):
+                found = data.measurement(text.name, result)
+                self._state.note(self._measure_key(file, text), found)
+        for file in self._files:
+            key = self._key("errors", file.digests)
+            if self._state.noted(key) is None:
+                compared = compare(self.source, GGUFSource(file.path))
+                self._state.note(key, {error.name: error.relative for error in compared.errors})
+
+    def say(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """The continuations of prompts from the first text, by the source and by every file."""
+        o = self.options
+        prompts = data.prompts_of(o.texts[0].text, o.n_prompts) if o.n_prompts else []
+        compute = Compute(threads=o.compute.threads, memory=o.compute.memory)
+        todo: list[tuple[str, TensorSource | Path]] = [("source", self.source)]
+        todo += [(file.plan.name, file.path) for file in self._files]
+        for done, (name, model) in enumerate(todo):
+            key = self._said_key(name, prompts)
+            if prompts and self._state.noted(key) is None:
+                loaded = load(model, compute)
+                said = [generate(loaded, prompt, n_tokens=CONTINUED_TOKENS) for prompt in prompts]
+                self._state.note(key, [asdict(each) for each in said])
+            if progress is not None:
+                progress(done + 1, len(todo))
+
+    def write(self) -> dict[str, Any]:
+        """Write report.json, report.html, report.md and the card; returns what report.json holds."""
+        o = self.options
+        prompts = data.prompts_of(o.texts[0].text, o.n_prompts) if o.n_prompts else []
+        names = ["source", *(file.plan.name for file in self._files)]
+        generations = [
+            [Generation(**each) for each in self._state.noted(self._said_key(name, prompts)) or []] for name in names
+        ]
+        report = data.assemble(
+            self.source,
+            self._files,
+            o.texts,
+            [[self._measured(file, text) or {} for file in self._files] for text in o.texts],
+            [self._state.noted(self._key("errors", file.digests)) or {} for file in self._files],
+            source_digests=self._inputs,
+            compute=o.compute,
+            chunking=o.chunking,
+            command=o.command,
+            base_model=o.base_model,
+            calibration=o.calibration,
+            calibration_chunking=o.calibration_chunking,
+            imatrix=o.imatrix,
+            prompts=prompts,
+            generations=generations if prompts else [],
+        )
+        place = self.directory / "README.md"
+        existing = place.read_text(encoding="utf-8") if place.is_file() else ""
+        contents = {
+            "report.json": json.dumps(report, indent=2, allow_nan=False) + "\n",
+            "report.html": page.render(report),
+            "report.md": summary.markdown(report),
+            "README.md": card.render(report, o.repo, existing),
+        }
+        # These are made anew each time; what a person wrote into the card is in it.
+        with OutputGroup(force=True, inputs=self.source.files, directory=self.directory) as group:
+            for name, text in contents.items():
+                write_whole(group.add(self.directory / name), text)
+        self._reports = [self.directory / name for name in contents]
+        return report
+
+    def undo(self) -> None:
+        """Take back the files that this run made, after an error."""
+        for path in self._made:
+            path.unlink(missing_ok=True)
+        self._state.remove()
+        for home in {path.parent for path in self._made} | {self.directory}:
+            if home.is_dir() and not any(home.iterdir()):
+                home.rmdir()
+
+    @property
+    def written(self) -> list[Path]:
+        """Every file of the ladder, the report's last."""
+        matrix = [] if self.options.calibration is None or self.matrix is None else [self.matrix]
+        own = [self.directory / part["name"] for file in self._files for part in file.parts]
+        return [*matrix, *own, *self._reports]
+
+    def digest(self, path: Path) -> str:
+        """The SHA-256 of a file of the ladder."""
+        known = {self.directory / part["name"]: part["sha256"] for file in self._files for part in file.parts}
+        return known.get(path) or sha256(path)
+
+    # -- what they share
+
+    def _group(self) -> OutputGroup:
+        inputs = [*self.source.files, *([self.options.imatrix] if self.options.imatrix else [])]
+        return OutputGroup(force=self._force, inputs=inputs, directory=self.directory)
+
+    def _target(self, plan: Plan) -> Path:
+        name = f"{stem(self.source)}-{plan.name}"
+        home = self.directory if plan.split is None else self.directory / name
+        return home / f"{name}.gguf"
+
+    def _key(self, *parts: object) -> str:
+        told = json.dumps([quantkit.__version__, self._inputs, *parts], sort_keys=True, default=str)
+        return hashlib.sha256(told.encode()).hexdigest()
+
+    def _measure_key(self, file: MadeFile, text: NamedText) -> str:
+        o = self.options
+        how = [o.chunking.n_ctx, o.chunking.chunks, o.compute.backend, o.compute.device, o.compute.precision]
+        return self._key("measured", file.digests, text.digest(), how)
+
+    def _measured(self, file: MadeFile, text: NamedText) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self._state.noted(self._measure_key(file, text))
+        return found
+
+    def _said_key(self, name: str, prompts: Sequence[str]) -> str:
+        digests = next((file.digests for file in self._files if file.plan.name == name), [])
+        return self._key("said", name, digests, list(prompts), CONTINUED_TOKENS)
+
+
+class _State:
+    """What earlier runs in a directory made and found. A damaged state file counts as none."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files: dict[str, dict[str, Any]] = {}
+        self._notes: dict[str, Any] = {}
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+            self._files, self._notes = dict(held["files"]), dict(held["notes"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            pass
+
+    def holds(self, name: str, key: str, paths: Sequence[Path]) -> bool:
+        """Whether the files of `name` are there as the run that had `key` left them."""
+        entry = self._files.get(name)
+        try:
+            return (
+                entry is not None
+                and entry["key"] == key
+                and all(path.is_file() for path in paths)
+                and entry["sha256"] == [sha256(path) for path in paths]
+            )
+        except (KeyError, TypeError):
+            return False
+
+    def put(self, name: str, key: str, paths: Sequence[Path], seconds: float = 0.0) -> None:
+        """Remember files that were made."""
+        self._files[name] = {"key": key, "sha256": [sha256(path) for path in paths], "seconds": seconds}
+        self._save()
+
+    def digests(self, name: str) -> list[str]:
+        """The SHA-256 of the files of `name`."""
+        return list(self._files[name]["sha256"])
+
+    def seconds(self, name: str) -> float:
+        """How long making `name` took."""
+        return float(self._files[name]["seconds"])
+
+    def note(self, key: str, value: object) -> None:
+        """Remember something found, for JSON."""
+        self._notes[key] = data.finite(value)
+        self._save()
+
+    def noted(self, key: str) -> Any:
+        """What was remembered under `key`, or None."""
+        return self._notes.get(key)
+
+    def remove(self) -> None:
+        """Forget everything."""
+        self._path.unlink(missing_ok=True)
+        if self._path.parent.is_dir() and not any(self._path.parent.iterdir()):
+            self._path.parent.rmdir()
+
+    def _save(self) -> None:
+        with OutputGroup(force=True, directory=self._path.parent) as group:
+            text = json.dumps({"files": self._files, "notes": self._notes}, allow_nan=False)
+            write_whole(group.add(self._path), text)

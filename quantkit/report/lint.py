@@ -54,7 +54,9 @@ def lint(path: Path, source: TensorSource | None = None) -> list[Finding]:
 
     `source` is the model that they were made from, where it is at hand. Raises QuantkitError when there is no file.
     """
-    files = sorted(path.rglob("*.gguf")) if path.is_dir() else [path]
+    files = (
+        [p for p in sorted(path.rglob("*.gguf")) if not p.name.endswith(".imatrix.gguf")] if path.is_dir() else [path]
+    )
     if not files:
         raise QuantkitError(f"{path}: holds no GGUF files")
     root = path if path.is_dir() else path.parent

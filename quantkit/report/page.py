@@ -91,7 +91,8 @@ def digests(report: Data) -> Iterator[tuple[str, Data]]:
     for text in report["texts"]:
         yield "text", text
     for file in report["files"]:
-        yield "output", file
+        for part in file["parts"]:
+            yield "output", part
 
 
 def _frontiers(report: Data) -> Iterator[Figure]:

@@ -109,11 +109,6 @@ def _differences(api: object, repo: str, revision: str | None, items: Sequence[I
     return problems
 
 
-def size_text(nbytes: int) -> str:
-    """A size for a reader: in GB, or in MB below one."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
     return _digest(path, hashlib.sha256())
