@@ -142,22 +142,17 @@ def test_texts_share_no_paragraph() -> None:
 
 def test_quantization_costs_something_and_q8_0_does_not(tmp_path: Path) -> None:
     """What the fixture is for. The bounds are loose: they hold its character, not its digits."""
-    from quantkit.formats.atomic import OutputGroup
-    from quantkit.pipeline.execute import execute
-    from quantkit.pipeline.plan import plan_quantize
-    from quantkit.report.ladder import measure
+    from quantkit.report.data import NamedText
+    from quantkit.report.ladder import Ladder, LadderOptions
     from quantkit.sources.checkpoint import CheckpointSource
 
-    source = CheckpointSource(TINYLM)
-    text = (FIXTURES / "tinylm-test.txt").read_text(encoding="utf-8")
-    with OutputGroup() as group:
-        built = [(plan_quantize(source, name), tmp_path / name) for name in ("Q8_0", "Q4_0")]
-        execute(source, built, group=group)
-        ladder = measure(source, built, group, text, text_name="held out")
-    base, q8, q4 = ladder.rungs
-    assert base.ppl.value < 25
-    assert abs(ladder.ratio(q8) - 1) < 0.002
-    assert ladder.ratio(q4) > 1.005
-    assert q8.divergence and q4.divergence
-    assert 10 * q8.divergence.kld.value < q4.divergence.kld.value
-    assert q8.divergence.same_top.value > q4.divergence.same_top.value
+    text = NamedText("held out", (FIXTURES / "tinylm-test.txt").read_text(encoding="utf-8"))
+    ladder = Ladder(CheckpointSource(TINYLM), tmp_path, LadderOptions(types=["Q8_0", "Q4_0"], texts=[text]))
+    ladder.quantize()
+    ladder.measure()
+    report = ladder.write()
+    q8, q4 = (file["measurements"][0] for file in report["files"])
+    assert report["texts"][0]["ppl"]["value"] < 25
+    assert abs(q8["ratio"]["value"] - 1) < 0.002
+    assert q4["ratio"]["value"] > 1.005
+    assert 10 * q8["kld"]["value"] < q4["kld"]["value"]

@@ -1,6 +1,6 @@
 """What a report holds, as data: report.json, from which the page and the card are drawn.
 
-`report.schema.json` beside this module says how it is built; `SCHEMA` is its version, raised when a field changes its
+`assets/report.schema.json` says how it is built; `SCHEMA` is its version, raised when a field changes its
 meaning or goes.
 """
 
@@ -96,7 +96,7 @@ def prompts_of(text: str, count: int = 8, length: int = 160) -> list[str]:
 
 
 def measurement(text: str, result: DivergenceResult) -> dict[str, Any]:
-    """A divergence as a report has it: `result`, what it says of the file, and `text`, what it says of the text."""
+    """A divergence as a report has it: `result`, what it says of the file, `text`, of the text, and `compute`."""
     held = asdict(result)
     names = ("ppl", "ratio", "kld", "delta_p", "delta_p_rms", "delta_p_histogram", "same_top", "same_top5",
              "correlation", "by_position", "by_class")  # fmt: skip
@@ -109,6 +109,7 @@ def measurement(text: str, result: DivergenceResult) -> dict[str, Any]:
     return {
         "result": {"text": text, **{name: held[name] for name in names}, **percentiles, **top},
         "text": {**shared, "ppl": held["ppl_base"]},
+        "compute": {name: held[name] for name in ("backend", "precision", "blas")},
     }
 
 
@@ -198,7 +199,7 @@ def assemble(
             }
             for t, text in enumerate(texts)
         ],
-        "compute": {"backend": compute.backend, "precision": compute.precision, "device": compute.device},
+        "compute": {**measurements[0][0]["compute"], "device": compute.device},
         "delta_p_edges": list(DELTA_P_EDGES),
         "files": made,
         "prompts": [],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,8 +152,8 @@ class Ladder:
         )
         with self._group() as group:
             matrix.save(group.add(path))
+            self._state.put({path.name: (key, [sha256(group.place(path))])})
         self._made.append(path)
-        self._state.put(path.name, key, [path])
 
     def quantize(self, progress: Progress | None = None) -> None:
         """Write every file that is not there yet, in one reading of the source."""
@@ -175,10 +175,11 @@ class Ladder:
                     group.make_directory(targets[i].parent)
                 outputs = [(plans[i], targets[i]) for i in missing]
                 execute(self.source, outputs, threads=o.compute.threads, progress=progress, group=group)
-            seconds = (time.perf_counter() - began) / len(missing)
+                seconds = (time.perf_counter() - began) / len(missing)
+                digests = {plans[i].name: [sha256(group.place(path)) for path in paths[i]] for i in missing}
+                self._state.put({plans[i].name: (keys[i], digests[plans[i].name]) for i in missing}, seconds)
             for i in missing:
                 self._made += paths[i]
-                self._state.put(plans[i].name, keys[i], paths[i], seconds=seconds)
         self._files = []
         for plan, own in zip(plans, paths, strict=True):
             shown = own[0].relative_to(self.directory).as_posix()
@@ -340,9 +341,12 @@ class _State:
         except (KeyError, TypeError):
             return False
 
-    def put(self, name: str, key: str, paths: Sequence[Path], seconds: float = 0.0) -> None:
-        """Remember files that were made."""
-        self._files[name] = {"key": key, "sha256": [sha256(path) for path in paths], "seconds": seconds}
+    def put(self, made: Mapping[str, tuple[str, list[str]]], seconds: float = 0.0) -> None:
+        """Remember files that are about to appear: by name, the key of the run and the SHA-256 of each.
+
+        Before they appear, so that a run that is stopped in between finds them known, or makes them again.
+        """
+        self._files |= {n: {"key": key, "sha256": digests, "seconds": seconds} for n, (key, digests) in made.items()}
         self._save()
 
     def digests(self, name: str) -> list[str]:

@@ -70,7 +70,8 @@ def markdown(report: Data) -> str:
         "The ratio is the perplexity over the source's; KLD is Kullback and Leibler's divergence of its predictions "
         "from the source's in nats, as a mean and at the 99.9th percentile of tokens, and same top the share of tokens "
         "whose likeliest prediction is the source's. "
-        f"Measured with quantkit {report['quantkit']} ({compute['backend']}, {compute['precision']}).\n"
+        f"Measured with quantkit {report['quantkit']} "
+        f"({compute['backend']}, {compute['precision']}, {compute['blas']}).\n"
     )
 
 

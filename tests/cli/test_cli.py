@@ -88,7 +88,7 @@ def test_inspect(model: Path) -> None:
 
 
 def test_quantize_names_and_plan(model: Path, tmp_path: Path) -> None:
-    plan = json.loads(run("quantize", model, "--type", "q4_k_m,Q8_0", "--dry-run", "--json").stdout)["files"]
+    plan = json.loads(run("quantize", model, "--type", "q4_k_m,Q8_0", "--dry-run", "--json").stdout)
     assert [p["type"] for p in plan] == ["Q4_K_M", "Q8_0"]
     run("quantize", model, "--type", "q4_k_m", "--type", "Q8_0", "-o", tmp_path)
     for p in plan:
@@ -107,12 +107,12 @@ def test_perplexity_and_report(tmp_path: Path) -> None:
     result = json.loads(run("perplexity", TINYLM, "--text", TEXT, "--chunks", 4, "--n-ctx", 128, "--json").stdout)
     out = tmp_path / "out"
     out.mkdir()
-    args = ("--types", "Q8_0,Q4_0", "--text", TEXT, "--chunks", 4, "--n-ctx", 128, "-o", out)
+    args = ("--types", "Q8_0,Q4_0", "--text", TEXT, "--chunks", 4, "--n-ctx", 128, "--prompts", 0, "-o", out)
     text = run("report", TINYLM, *args).stdout
     report = json.loads((out / "report.json").read_text())
-    assert [t["type"] for t in report["files"]] == ["BF16", "Q8_0", "Q4_0"]
-    assert report["files"][0]["ppl"] == pytest.approx(result["ppl"], rel=1e-6)
-    assert all((out / t["path"]).stat().st_size == t["size"] for t in report["files"][1:])
+    assert [f["type"] for f in report["files"]] == ["Q8_0", "Q4_0"]
+    assert report["texts"][0]["ppl"]["value"] == pytest.approx(result["ppl"]["value"], rel=1e-6)
+    assert all((out / f["name"]).stat().st_size == f["size"] for f in report["files"])
     assert text.splitlines()[0] in (out / "report.md").read_text()
 
 
