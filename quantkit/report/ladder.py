@@ -248,7 +248,7 @@ class Ladder:
             calibration_chunking=o.calibration_chunking,
             imatrix=o.imatrix,
             prompts=prompts,
-            generations=generations if prompts else [],
+            generations=generations if prompts and all(generations) else [],
         )
         place = self.directory / "README.md"
         existing = place.read_text(encoding="utf-8") if place.is_file() else ""
