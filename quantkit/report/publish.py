@@ -74,14 +74,12 @@ def publish(
         if collection is not None:
             api.add_collection_item(collection, repo, "model", exists_ok=True)
         problems = _differences(api, repo, revision, items)
-    except errors.HfHubHTTPError as error:
-        raise QuantkitError(f"{repo}: the hub refused: {_first_line(error)}") from None
-    except (errors.HFValidationError, ValueError) as error:
+    except errors.HFValidationError as error:
         raise QuantkitError(f"{repo}: {_first_line(error)}") from None
-    except OSError as error:
-        raise QuantkitError(
-            f"{repo}: the hub cannot be reached: {_first_line(error)}; run it again to continue"
-        ) from None
+    except Exception as error:  # the client passes on what its HTTP library raises, or wraps it in a RuntimeError
+        refusal = error if error.__cause__ is None else error.__cause__
+        what = "the hub refused" if isinstance(refusal, errors.HfHubHTTPError) else "the upload failed"
+        raise QuantkitError(f"{repo}: {what}: {_first_line(refusal)}; run it again to continue") from None
     if problems:
         raise QuantkitError(f"{repo}: after the upload, {'; '.join(problems)}")
     return address
@@ -126,5 +124,5 @@ def _digest(path: Path, digest: hashlib._Hash) -> str:
     return digest.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
