@@ -38,7 +38,7 @@ def command(
     setup(verbose, quiet)
     from quantkit.formats.atomic import OutputGroup, write_whole
     from quantkit.report import export
-    from quantkit.sources.source import GGUFSource, open_source
+    from quantkit.sources.source import GGUFSource, open_model
 
     if engine not in ENGINES:
         raise QuantkitError(f"there is no engine {engine!r}: use {' or '.join(ENGINES)}")
@@ -47,7 +47,7 @@ def command(
     if engine == "vllm":
         if source is None:
             raise QuantkitError("vLLM wants the configuration of the original checkpoint: name it with --source")
-        found = export.vllm_files(open_source(source))
+        found = export.vllm_files(open_model(source))
         contents: dict[str, bytes] = {name: file.read_bytes() for name, file in found.items()}
         inputs = list(found.values())
     else:

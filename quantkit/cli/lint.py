@@ -26,9 +26,9 @@ def command(
     """
     setup(verbose, quiet)
     from quantkit.report.lint import ERROR, as_dict, lint
-    from quantkit.sources.source import open_source
+    from quantkit.sources.source import open_model
 
-    findings = lint(path, None if source is None else open_source(source, revision=revision))
+    findings = lint(path, None if source is None else open_model(source, revision=revision))
     shown = [str(each) for each in findings] or [f"{path}: nothing to complain about"]
     emit("\n".join(shown), as_dict(findings), as_json)
     if any(each.level == ERROR for each in findings):

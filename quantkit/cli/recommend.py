@@ -32,14 +32,14 @@ def command(
     from quantkit.pipeline.run import parse_size
     from quantkit.report.measurements import recommendation_text
     from quantkit.report.memory import gguf_files, recommend, recommend_files
-    from quantkit.sources.source import open_source
+    from quantkit.sources.source import open_model
 
     limit = parse_size(memory)
     found = gguf_files(Path(source))
     if found:
         result = recommend_files(found, limit, n_ctx=context, kv=kv)
     else:
-        result = recommend(open_source(source, revision=revision, pre=pre), limit, n_ctx=context, kv=kv)
+        result = recommend(open_model(source, revision=revision, pre=pre), limit, n_ctx=context, kv=kv)
     emit(recommendation_text(result), result.as_dict(), as_json)
     if result.best is None:
         raise typer.Exit(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,19 +22,20 @@ from quantkit.cli.console import (
     Revision,
     Threads,
     Verbose,
-    byte_progress,
     chunk_progress,
     emit,
     note,
     read_text,
     setup,
     split_list,
+    work_progress,
 )
 from quantkit.cli.type_options import FileTypes
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.texts import DEFAULT
 
 Names = list[str]
+Rounding = Literal["nearest", "gptq"]
 
 # Sections of the help.
 IMPORTANCE = "Importance matrix"
@@ -70,6 +71,10 @@ def command(
     calibration_chunks: Annotated[
         int, typer.Option(min=1, metavar="N", rich_help_panel=IMPORTANCE, help="Chunks of it to use.")
     ] = 128,
+    rounding: Annotated[
+        Rounding,
+        typer.Option(rich_help_panel=IMPORTANCE, help="Rounding: to the nearest, or gptq, by the calibration text."),
+    ] = "nearest",
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Quantize tensors that are quantized already.")
     ] = False,
@@ -114,7 +119,7 @@ def command(
     from quantkit.report.data import NamedText
     from quantkit.report.ladder import Ladder, LadderOptions, ladder_kernels, ladder_types
     from quantkit.report.summary import check_requirements, failures, short_table
-    from quantkit.sources.source import open_source
+    from quantkit.sources.source import open_model
     from quantkit.wording import size_text
 
     given = None if output is None else Destination.of(output)
@@ -128,7 +133,7 @@ def command(
     if len({each.name for each in texts}) < len(texts):
         raise QuantkitError("two texts have the same name: the report could not tell them apart")
     calibrated = None if calibration is None else NamedText(Path(calibration).name, read_text(calibration))
-    model = open_source(checkpoint, revision=revision, pre=pre)
+    model = open_model(checkpoint, revision=revision, pre=pre)
     if base_model is None and "/" in checkpoint and not Path(checkpoint).exists():
         base_model = checkpoint
     directory = given.path if given is not None else Path(f"{stem(model)}-GGUF")
@@ -138,6 +143,7 @@ def command(
         imatrix=imatrix,
         calibration=calibrated,
         calibration_chunking=Chunking(n_ctx=n_ctx, chunks=calibration_chunks),
+        rounding=rounding,
         allow_requantize=allow_requantize,
         chunking=Chunking(n_ctx=n_ctx, chunks=chunks),
         compute=compute,
@@ -147,15 +153,14 @@ def command(
         command=shlex.join(["quantkit", *sys.argv[1:]]),
     )
     run = Ladder(model, directory, options, force)
-    total = sum(info.nbytes for info in model.tensors.values())
     kernels = ladder_kernels(model, [file_type(name) for name in names], backend)
     try:
         with compiled_ahead(kernels, threads or default_threads()):
-            if calibrated is not None:
+            if calibrated is not None and rounding == "nearest":
                 with chunk_progress("calibrate") as bar:
                     run.calibrate(lambda done, of: bar(done, of, ""))
-            with byte_progress(total, "quantize") as progress:
-                run.quantize(progress)
+            with work_progress("quantize") as work:
+                run.quantize(work)
             with chunk_progress("measure") as bar:
                 run.measure(lambda done, of, kld: bar(done, of, f"KLD = {kld:.6f}"))
             if prompts:

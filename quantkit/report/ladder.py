@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import quantkit
+from quantkit.calibration.rounding import describe, execute_with_feedback
+from quantkit.calibration.run import ROUNDINGS
+from quantkit.calibration.text import CalibrationText
 from quantkit.compile.ahead import KernelJob
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import load
@@ -26,12 +29,11 @@ from quantkit.evaluate.needed_kernels import measuring_kernels
 from quantkit.evaluate.perplexity import chunked, tokenize
 from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.formats.atomic import OutputGroup, write_whole
-from quantkit.formats.imatrix import ImportanceMatrix
-from quantkit.pipeline.execute import Progress, execute, quantizing_kernels
+from quantkit.pipeline.execute import execute, quantizing_kernels
 from quantkit.pipeline.mixtures import FileType, file_type
 from quantkit.pipeline.naming import stem
-from quantkit.pipeline.plan import Plan
-from quantkit.pipeline.run import plan as plan_type
+from quantkit.pipeline.options import QuantizeOptions
+from quantkit.pipeline.plan import Plan, plan_all
 from quantkit.report import card, data, page, summary
 from quantkit.report.comparison import compare
 from quantkit.report.data import MadeFile, NamedText
@@ -57,7 +59,7 @@ class LadderOptions:
     """What to make and how to measure it.
 
     `types` are file types; `imatrix` is a file, `calibration` a text to compute an importance matrix from, in
-    `calibration_chunking`. `texts` are what the files are measured on, and `n_prompts` prompts from the first are
+    `calibration_chunking`, or to round with error feedback by, where `rounding` is gptq instead of nearest. `texts` are what the files are measured on, and `n_prompts` prompts from the first are
     continued by all of them. `base_model` is the hub id of the original, `repo` that of the repository to be, for the
     card. Files above `largest_file` bytes become shards. `command` is what the report says made it.
     """
@@ -67,6 +69,7 @@ class LadderOptions:
     imatrix: Path | None = None
     calibration: NamedText | None = None
     calibration_chunking: Chunking = field(default_factory=lambda: Chunking(chunks=128))
+    rounding: str = "nearest"
     allow_requantize: bool = False
     chunking: Chunking = field(default_factory=Chunking)
     compute: Compute = field(default_factory=Compute)
@@ -90,7 +93,7 @@ def ladder_types(names: Sequence[str]) -> list[str]:
 
 def ladder_kernels(source: TensorSource, files: Sequence[FileType], backend: str = "numpy") -> list[KernelJob]:
     """The kernels that a ladder will need, to be compiled ahead."""
-    plans = [plan_type(source, file.name, allow_requantize=True) for file in files]
+    plans = plan_all(source, files, QuantizeOptions(allow_requantize=True))
     outputs = [t.info.type for plan in plans for t in plan]
     measuring = measuring_kernels(source, outputs, comparing=True) if backend == "numpy" else []
     return [*quantizing_kernels(plans), *measuring]
@@ -106,6 +109,10 @@ class Ladder:
     def __init__(self, source: TensorSource, directory: Path, options: LadderOptions, force: bool = False) -> None:
         if not options.texts:
             raise QuantkitError("name at least one text to measure on")
+        if options.rounding not in ROUNDINGS:
+            raise QuantkitError(f"there is no rounding {options.rounding!r}: use {' or '.join(ROUNDINGS)}")
+        if options.rounding != "nearest" and options.calibration is None:
+            raise QuantkitError(f"rounding {options.rounding} needs a calibration text", option="calibration")
         self.source, self.directory, self.options, self._force = source, directory, options, force
         self._files: list[MadeFile] = []
         self._reports: list[Path] = []
@@ -122,20 +129,22 @@ class Ladder:
 
     def plans(self) -> list[Plan]:
         """A plan for each type, cut into shards where its file would be too large for the hub."""
-        o, result = self.options, []
-        matrix = None if self.matrix is None else ImportanceMatrix.load(self.matrix)
-        for name in o.types:
-            plan = plan_type(self.source, name, imatrix=matrix, allow_requantize=o.allow_requantize)
-            plan.check()
+        o = self.options
+        wanted = QuantizeOptions(
+            imatrix=self.matrix, calibrated=o.rounding != "nearest", allow_requantize=o.allow_requantize
+        )
+        plans = plan_all(self.source, o.types, wanted)
+        for plan in plans:
+            if o.rounding == "nearest":
+                plan.check()
             if plan.file_size > o.largest_file:
                 plan.split_by(o.largest_file)
-            result.append(plan)
-        return result
+        return plans
 
     def calibrate(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compute the importance matrix from the calibration text, and keep it beside the files."""
         o = self.options
-        if o.calibration is None:
+        if o.calibration is None or o.rounding != "nearest":
             return
         path = self.directory / f"{stem(self.source)}.imatrix.gguf"
         key = self._key("imatrix", o.calibration.digest(), asdict(o.calibration_chunking))
@@ -155,14 +164,18 @@ class Ladder:
             self._state.put({path.name: (key, [sha256(group.place(path))])})
         self._made.append(path)
 
-    def quantize(self, progress: Progress | None = None) -> None:
-        """Write every file that is not there yet, in one reading of the source."""
+    def quantize(self, progress: Callable[[float, str], None] | None = None) -> None:
+        """Write every file that is not there yet, in one reading of the source.
+
+        `progress(share done, what is under way)` is called as it goes on.
+        """
         o = self.options
         plans = self.plans()
         targets = [self._target(plan) for plan in plans]
         digest = sha256(o.imatrix) if o.imatrix is not None else None
         calibrated = None if o.calibration is None else [o.calibration.digest(), asdict(o.calibration_chunking)]
-        keys = [self._key(plan.name, digest, calibrated, o.allow_requantize, o.largest_file) for plan in plans]
+        how = [digest, calibrated, o.rounding, o.allow_requantize, o.largest_file]
+        keys = [self._key(plan.name, how) for plan in plans]
         paths = [[path for path, _, _ in plan.files(target)] for plan, target in zip(plans, targets, strict=True)]
         missing = [
             i for i, (plan, key) in enumerate(zip(plans, keys, strict=True))
@@ -174,7 +187,7 @@ class Ladder:
                 for i in missing:
                     group.make_directory(targets[i].parent)
                 outputs = [(plans[i], targets[i]) for i in missing]
-                execute(self.source, outputs, threads=o.compute.threads, progress=progress, group=group)
+                self._execute(outputs, group, progress)
                 seconds = (time.perf_counter() - began) / len(missing)
                 digests = {plans[i].name: [sha256(group.place(path)) for path in paths[i]] for i in missing}
                 self._state.put({plans[i].name: (keys[i], digests[plans[i].name]) for i in missing}, seconds)
@@ -188,6 +201,37 @@ class Ladder:
                 for p, digest in zip(own, self._state.digests(plan.name), strict=True)
             ]
             self._files.append(MadeFile(plan, own[0], shown, parts, self._state.seconds(plan.name)))
+
+    def _execute(
+        self, outputs: list[tuple[Plan, Path]], group: OutputGroup, progress: Callable[[float, str], None] | None
+    ) -> None:
+        """Write `outputs` into `group`, rounded as the options say."""
+        o = self.options
+        tell = progress or (lambda share, what: None)
+        if o.rounding != "nearest" and o.calibration is not None:
+            words = o.calibration
+            text = CalibrationText.of(self.source, words.text, o.calibration_chunking, words.name)
+            for plan, _ in outputs:
+                describe(plan, text)
+            model = load(self.source, o.compute, keep=False)
+            execute_with_feedback(
+                model,
+                outputs,
+                text,
+                resume=True,
+                threads=o.compute.threads,
+                progress=lambda step: tell(step.done / step.total, step.tensor),
+                group=group,
+            )
+            return
+        total, done = sum(info.nbytes for info in self.source.tensors.values()), 0
+
+        def advance(tensor: str, nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            tell(done / total, tensor)
+
+        execute(self.source, outputs, threads=o.compute.threads, progress=advance, group=group)
 
     def measure(self, progress: Callable[[int, int, float], None] | None = None) -> None:
         """What each file lost on each text, and of each tensor, where it is not known yet."""
@@ -244,6 +288,7 @@ class Ladder:
             chunking=o.chunking,
             command=o.command,
             base_model=o.base_model,
+            rounding=o.rounding,
             calibration=o.calibration,
             calibration_chunking=o.calibration_chunking,
             imatrix=o.imatrix,
@@ -277,7 +322,7 @@ class Ladder:
     @property
     def written(self) -> list[Path]:
         """Every file of the ladder, the report's last."""
-        matrix = [] if self.options.calibration is None or self.matrix is None else [self.matrix]
+        matrix = [self.matrix] if self.matrix is not None and self.options.imatrix is None else []
         own = [self.directory / part["name"] for file in self._files for part in file.parts]
         return [*matrix, *own, *self._reports]
 

@@ -19,7 +19,8 @@ from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo
 from quantkit.pipeline.mixtures import file_type
-from quantkit.pipeline.plan import plan_quantize
+from quantkit.pipeline.options import QuantizeOptions
+from quantkit.pipeline.plan import plan_all
 from quantkit.sources.source import GGUFSource, TensorSource
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
@@ -238,10 +239,9 @@ def recommend(
 ) -> Recommendation:
     """Which of `types` of `source` run in `memory` bytes with a context of `n_ctx` tokens: nothing is quantized."""
     choices = []
-    for name in types:
-        plan = plan_quantize(source, file_type(name), allow_requantize=True)
+    for plan in plan_all(source, [file_type(name) for name in types], QuantizeOptions(allow_requantize=True)):
         need = memory_needed(plan.metadata, {t.info.name: t.info for t in plan}, n_ctx=n_ctx, kv=kv)
-        choices.append(Choice(name, plan.file_size, need, need.total <= memory))
+        choices.append(Choice(plan.name, plan.file_size, need, need.total <= memory))
     return _ranked(memory, choices)
 
 

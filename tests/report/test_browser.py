@@ -13,7 +13,7 @@ from conftest import ROOT, TINYLM
 from quantkit.evaluate.settings import Chunking
 from quantkit.report.data import NamedText
 from quantkit.report.ladder import Ladder, LadderOptions
-from quantkit.sources.source import open_source
+from quantkit.sources.source import open_model
 
 _BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _DRIVER = shutil.which("chromedriver")
@@ -35,7 +35,7 @@ def page(tmp_path_factory) -> Path:
     options = LadderOptions(
         types=["Q8_0", "Q4_K_M", "Q2_K"], texts=texts, chunking=Chunking(n_ctx=128, chunks=4), n_prompts=2
     )
-    run = Ladder(open_source(TINYLM), directory, options)
+    run = Ladder(open_model(TINYLM), directory, options)
     run.quantize()
     run.measure()
     run.say()

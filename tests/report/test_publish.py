@@ -20,7 +20,7 @@ from quantkit.errors import QuantkitError
 from quantkit.report import export
 from quantkit.report.lint import hub_label, lint
 from quantkit.report.publish import contents, git_blob
-from quantkit.sources.source import GGUFSource, open_source
+from quantkit.sources.source import GGUFSource, open_model
 
 
 class Uploads(Hub):
@@ -209,7 +209,7 @@ def test_lint(directory, tmp_path):
     assert not any(each.startswith("error") for each in levels(directory))
     wrong = directory / "tinylm-F32-Q8_0.gguf"
     (directory / "tinylm-F32.gguf").rename(wrong)
-    found = levels(wrong, open_source(TINYLM))
+    found = levels(wrong, open_model(TINYLM))
     assert any("hub will show it as Q8_0" in each for each in found)
     elsewhere = wrong.rename(directory / "tinylm.f32.gguf")
     assert any("vLLM looks for *-F32.gguf" in each for each in levels(elsewhere))
@@ -235,7 +235,7 @@ def test_exports(directory):
     assert json.loads(files["params"])["stop"] == [eos] and set(files) == {"params", "template"}
     with pytest.raises(QuantkitError, match="three quotes"):
         export.modelfile("x.gguf", metadata, system='"""')
-    assert set(export.vllm_files(open_source(TINYLM))) >= {"config.json", "tokenizer.json"}
+    assert set(export.vllm_files(open_model(TINYLM))) >= {"config.json", "tokenizer.json"}
     with pytest.raises(QuantkitError, match="original checkpoint"):
         export.vllm_files(GGUFSource(directory / "tinylm-F32.gguf"))
 

@@ -24,7 +24,7 @@ from quantkit.report import card, page, summary
 from quantkit.report.data import NamedText, prompts_of, shared_words
 from quantkit.report.ladder import Ladder, LadderOptions, ladder_types
 from quantkit.report.plots import frontier
-from quantkit.sources.source import open_source
+from quantkit.sources.source import open_model
 
 TEST, CALIBRATION = (ROOT / "fixtures" / f"tinylm-{name}.txt" for name in ("test", "calib"))
 TYPES = ("Q8_0", "Q4_K_M", "Q2_K")
@@ -47,7 +47,7 @@ def options(**changes) -> LadderOptions:
 
 
 def make(directory: Path, given: LadderOptions) -> tuple[Ladder, dict]:
-    run = Ladder(open_source(TINYLM), directory, given)
+    run = Ladder(open_model(TINYLM), directory, given)
     run.calibrate()
     run.quantize()
     run.measure()
@@ -78,7 +78,7 @@ def test_numbers_computed_another_way(made):
     path = directory / first["name"]
     assert first["size"] == path.stat().st_size
     given = options()
-    source, model = open_source(TINYLM), open_source(path)
+    source, model = open_model(TINYLM), open_model(path)
     # Perplexity alone, divergence of this file alone, the error of a tensor from its weights.
     alone = quantkit.perplexity(model, given.texts[1].text, chunking=given.chunking)
     measured = first["measurements"][1]
@@ -211,7 +211,7 @@ def test_finished_does_nothing_and_what_changed_is_made_again(made, tmp_path):
     make(directory, options())
     assert {path: path.stat().st_mtime_ns for path in directory.glob("*.gguf")} == before
     assert {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()} == contents
-    other = Ladder(open_source(TINYLM), directory, options(calibration_chunking=Chunking(n_ctx=128, chunks=5)))
+    other = Ladder(open_model(TINYLM), directory, options(calibration_chunking=Chunking(n_ctx=128, chunks=5)))
     with pytest.raises(QuantkitError, match="exists"):
         other.calibrate()
 
