@@ -48,11 +48,12 @@ def parse_tensor_types(items: Iterable[str]) -> list[tuple[str, GGMLType]]:
 
 
 def parse_size(text: str) -> int:
-    """A size such as 500M or 2G (powers of 1000, as gguf-split counts), or plain bytes."""
-    match = re.fullmatch(r"(\d+)([KMG]?)", text.strip().upper())
-    if match is None or int(match[1]) == 0:
-        raise QuantkitError(f"not a size: {text!r}; write 500M or 2G")
-    return int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]]
+    """A size such as 500M, 2G or 5.2GB (powers of 1000), 8GiB (powers of 1024), or plain bytes."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)([KMGT]?)(I?B)?", text.strip().upper())
+    size = 0.0 if match is None else float(match[1])
+    if match is None or not size or (not match[2] and match[3] == "IB"):
+        raise QuantkitError(f"not a size: {text!r}; write 500M, 2G or 8GiB")
+    return int(size * (1024 if match[3] == "IB" else 1000) ** " KMGT".index(match[2] or " "))
 
 
 def parse_layers(text: str) -> list[int]:

@@ -29,7 +29,7 @@ def command(
     Counted are the weights, the key-value cache of the context, and llama.cpp's compute buffers. Nothing is quantized.
     """
     setup(verbose, quiet)
-    from quantkit.pipeline.run import parse_size
+    from quantkit.cli.parsing import parse_size
     from quantkit.report.measurements import recommendation_text
     from quantkit.report.memory import gguf_files, recommend, recommend_files
     from quantkit.sources.source import open_model

@@ -204,6 +204,19 @@ def test_large_files_become_shards(tmp_path):
     assert all((tmp_path / "out" / part["name"]).stat().st_size == part["size"] for part in parts)
 
 
+def test_error_feedback(made, tmp_path):
+    _, _, nearest = made
+    given = options(rounding="gptq", types=("Q4_K_M", "Q2_K"), n_prompts=0, calibration_chunking=Chunking(chunks=24))
+    _, report = make(tmp_path / "out", given)
+    assert report["rounding"] == "gptq" and report["imatrix"] is None
+    for file in report["files"]:
+        plain = next(each for each in nearest["files"] if each["type"] == file["type"])
+        assert file["size"] - plain["size"] < 1000  # metadata
+        assert file["measurements"][0]["kld"]["value"] < plain["measurements"][0]["kld"]["value"]
+    with pytest.raises(QuantkitError, match="calibration text"):
+        Ladder(open_model(TINYLM), tmp_path / "none", options(rounding="gptq", calibration=None))
+
+
 def test_finished_does_nothing_and_what_changed_is_made_again(made, tmp_path):
     directory, _, _ = made
     before = {path: path.stat().st_mtime_ns for path in directory.glob("*.gguf")}
