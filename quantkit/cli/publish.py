@@ -31,19 +31,21 @@ def command(
     from quantkit.report.lint import ERROR, lint
     from quantkit.report.publish import contents, publish
     from quantkit.report.tables import table
-    from quantkit.wording import size_text
+    from quantkit.wording import count_text, size_text
 
     items = contents(directory)
     problems = [each for each in lint(directory) if each.level == ERROR]
     if problems:
         raise QuantkitError(f"{problems[0].file}: {problems[0].problem}; see `quantkit lint {directory}`")
     total = size_text(sum(item.size for item in items))
+    sent = [{"path": item.name, "size": item.size} for item in items]
+    data = {"repository": repo, "revision": revision, "files": sent}
     if dry_run:
         place = f"https://huggingface.co/{repo}" + (f"/tree/{revision}" if revision else "")
         listed = table(["file", "size"], [[item.name, size_text(item.size)] for item in items])
-        data = {"repository": repo, "revision": revision, "files": [{"name": i.name, "size": i.size} for i in items]}
-        emit(f"{listed}\n{len(items)} files, {total}, would go to {place}", data, as_json)
+        shown = f"{listed}\n{count_text(len(items), 'file')}, {total}, would go to {place}"
+        emit(shown, {**data, "url": None}, as_json)
         return
-    note(f"uploading {len(items)} files, {total}, to {repo}")
+    note(f"uploading {count_text(len(items), 'file')}, {total}, to {repo}")
     address = publish(directory, repo, private=private, revision=revision, collection=collection, message=message)
-    emit(f"published {address}", {"repository": repo, "revision": revision, "url": address}, as_json)
+    emit(f"published {address}", {**data, "url": address}, as_json)

@@ -281,6 +281,7 @@ class Metadata(dict[str, Value]):
         if not all(map(math.isfinite, numbers)):
             raise self.wrong(key, f"{count} numbers")
         return numbers
+
     def scalar(self, key: str) -> int | float | str | None:
         """The number, truth value or text `key`, whatever its type; None where there is none, or an array."""
         value = self.get(key)

@@ -120,18 +120,18 @@ def _origin(report: Data) -> str:
     first = report["texts"][0]
     return (
         f"GGUF files of {what}, each measured against the original: KLD is the mean Kullback-Leibler divergence of its "
-        f"predictions on {first['name']} ({first['n_tokens']:,} tokens), in nats; 0 is no change. The whole report is "
+        f"predictions on {first['text']} ({first['n_tokens']:,} tokens), in nats; 0 is no change. The whole report is "
         "in [report.html](report.html)."
     )
 
 
 def _files(report: Data, repo: str) -> str:
-    text = report["texts"][0]["name"]
+    text = report["texts"][0]["text"]
     rows = []
     for file in report["files"]:
         measured = next(m for m in file["measurements"] if m["text"] == text)
-        address = f"https://huggingface.co/{repo}/resolve/main/{quote(file['name'])}?download=true"
-        link = file["name"] if repo == _PLACEHOLDER else f"[{file['name']}]({address})"
+        address = f"https://huggingface.co/{repo}/resolve/main/{quote(file['path'])}?download=true"
+        link = file["path"] if repo == _PLACEHOLDER else f"[{file['path']}]({address})"
         rows.append(
             [
                 link,
@@ -188,7 +188,7 @@ def _commands(report: Data, repo: str, default: Data) -> str:
             f"- Ollama: `ollama run hf.co/{repo}:{kind}`",
             f"- vLLM (with vllm-gguf-plugin): `vllm serve {repo}:{kind}{tokenizer}`",
             f"- LM Studio: search for `{repo}` and choose {kind}",
-            f'- transformers: `AutoModelForCausalLM.from_pretrained("{repo}", gguf_file="{default["name"]}")`',
+            f'- transformers: `AutoModelForCausalLM.from_pretrained("{repo}", gguf_file="{default["path"]}")`',
         ]
     )
 
@@ -201,8 +201,8 @@ def _method(report: Data) -> str:
     else:
         lines.append(f"Rounded with error feedback ({rounding}): ordinary GGUF types with smaller errors.")
     if calibration is not None:
-        lines.append(f"Calibration: {calibration['name']} (sha256 {calibration['sha256'][:16]}…).")
-    names = ", ".join(text["name"] for text in report["texts"])
+        lines.append(f"Calibration: {calibration['text']} (sha256 {calibration['sha256'][:16]}…).")
+    names = ", ".join(text["text"] for text in report["texts"])
     apart = ", which are not in the calibration text" if calibration is not None and is_disjoint(report) else ""
     lines.append(f"Measured on {names}{apart}.")
     return " ".join(lines) + f"\n\n```sh\n{report['reproduce']['command']}\n```"

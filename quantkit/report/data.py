@@ -1,21 +1,18 @@
 """What a report holds, as data: report.json, from which the page and the card are drawn.
 
-`assets/report.schema.json` says how it is built; `SCHEMA` is its version, raised when a field changes its
+`schema.json` says how it is built; `SCHEMA` is its version, raised when a field changes its
 meaning or goes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import quantkit
 from quantkit.errors import QuantkitError
@@ -24,6 +21,7 @@ from quantkit.evaluate.generate import Generation
 from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.formats.gguf import Metadata
 from quantkit.pipeline.plan import Plan, plan_copy
+from quantkit.report.json_data import json_data
 from quantkit.report.memory import memory_needed
 from quantkit.report.publish import sha256
 from quantkit.sources.source import TensorSource
@@ -47,16 +45,16 @@ class NamedText:
     dataset: str | None = None
 
     def digest(self) -> dict[str, Any]:
-        """Name, size in bytes and SHA-256 of the text."""
+        """What it is called, its size in bytes and SHA-256."""
         data = self.text.encode("utf-8", "surrogatepass")
-        return {"name": self.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return {"text": self.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 @dataclass(frozen=True)
 class MadeFile:
     """A file of a ladder: its plan, where it is (its first shard), what it is called, and the seconds that it took.
 
-    `parts` are its shards, or itself: name, size in bytes and SHA-256 of each.
+    `parts` are its shards, or itself: path, size in bytes and SHA-256 of each.
     """
 
     plan: Plan
@@ -101,7 +99,7 @@ def measurement(text: str, result: DivergenceResult) -> dict[str, Any]:
     names = ("ppl", "ratio", "kld", "delta_p", "delta_p_rms", "delta_p_histogram", "same_top", "same_top5",
              "correlation", "by_position", "by_class")  # fmt: skip
     percentiles = {
-        name: {f"{per_cent:g}": value for per_cent, value in held[name].items()}
+        name: {str(per_cent): value for per_cent, value in held[name].items()}
         for name in ("kld_percentiles", "delta_p_percentiles")
     }
     top = {"top_disagreement": 1.0 - result.same_top.value}
@@ -163,7 +161,7 @@ def assemble(
         made.append(
             {
                 "type": file.plan.name,
-                "name": file.name,
+                "path": file.name,
                 "size": sum(part["size"] for part in file.parts),
                 "parts": list(file.parts),
                 "bits_per_weight": file.plan.bits_per_weight,
@@ -184,7 +182,7 @@ def assemble(
             "size": copy.file_size,
             "bits_per_weight": copy.bits_per_weight,
             "files": [
-                {"name": path.name, "size": path.stat().st_size, "sha256": source_digests[path.name]}
+                {"path": path.name, "size": path.stat().st_size, "sha256": source_digests[path.name]}
                 for path in source.files
             ],
         },
@@ -212,7 +210,7 @@ def assemble(
     }
     if generations:
         _add_continuations(report, source, prompts, generations)
-    whole: dict[str, Any] = finite(report)
+    whole: dict[str, Any] = json_data(report)
     return whole
 
 
@@ -277,8 +275,8 @@ def _tensors(plan: Plan, errors: Mapping[str, float]) -> Iterable[dict[str, Any]
             "name": name,
             "layer": int(match[1]) if match else None,
             "kind": (match[2] if match else name).removesuffix(".weight"),
-            "from": t.source_type.name,
-            "to": t.info.type.name,
+            "source_type": t.source_type.name,
+            "type": t.info.type.name,
             "size": t.info.nbytes,
             "error": errors.get(name, 0.0) if len(t.info.shape) > 1 else None,
         }
@@ -324,7 +322,7 @@ def _calibration(text: NamedText | None, chunking: Chunking | None) -> dict[str,
 
 
 def _file(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "size": path.stat().st_size, "sha256": sha256(path)}
+    return {"path": path.name, "size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _versions() -> dict[str, str]:
@@ -351,14 +349,3 @@ def _add_continuations(
         }
     report["prompts"] = said
     report["continuation_tokens"] = max(len(g.tokens) for g in generations[0])
-
-
-def finite(value: Any) -> Any:
-    """`value` for JSON, which has no infinity and no NaN."""
-    if isinstance(value, dict):
-        return {str(key): finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return value

@@ -37,6 +37,7 @@ from quantkit.pipeline.plan import Plan, plan_all
 from quantkit.report import card, data, page, summary
 from quantkit.report.comparison import compare
 from quantkit.report.data import MadeFile, NamedText
+from quantkit.report.json_data import json_data, json_text
 from quantkit.report.publish import sha256
 from quantkit.sources.source import GGUFSource, TensorSource
 from quantkit.vocabulary import Vocabulary
@@ -120,7 +121,7 @@ class Ladder:
         vocabulary = Vocabulary.from_metadata(source.metadata)
         for text in options.texts:
             ids, _ = tokenize(vocabulary, text.text)
-            chunked(ids, options.chunking, None, source.label)
+            chunked(ids, options.chunking, None, source)
         self._inputs = {path.name: sha256(path) for path in source.files}
         self._state = _State(directory / _STATE)
         self._made: list[Path] = []
@@ -198,7 +199,7 @@ class Ladder:
         for plan, own in zip(plans, paths, strict=True):
             shown = own[0].relative_to(self.directory).as_posix()
             parts = [
-                {"name": p.relative_to(self.directory).as_posix(), "size": p.stat().st_size, "sha256": digest}
+                {"path": p.relative_to(self.directory).as_posix(), "size": p.stat().st_size, "sha256": digest}
                 for p, digest in zip(own, self._state.digests(plan.name), strict=True)
             ]
             self._files.append(MadeFile(plan, own[0], shown, parts, self._state.seconds(plan.name)))
@@ -252,7 +253,7 @@ class Ladder:
             key = self._key("errors", file.digests)
             if self._state.noted(key) is None:
                 compared = compare(self.source, GGUFSource(file.path))
-                self._state.note(key, {error.name: error.relative for error in compared.errors})
+                self._state.note(key, {error.name: error.relative_rmse for error in compared.tensors})
 
     def say(self, progress: Callable[[int, int], None] | None = None) -> None:
         """The continuations of prompts from the first text, by the source and by every file."""
@@ -299,7 +300,7 @@ class Ladder:
         place = self.directory / "README.md"
         existing = place.read_text(encoding="utf-8") if place.is_file() else ""
         contents = {
-            "report.json": json.dumps(report, indent=2, allow_nan=False) + "\n",
+            "report.json": json_text(report) + "\n",
             "report.html": page.render(report),
             "report.md": summary.markdown(report),
             "README.md": card.render(report, o.repo, existing),
@@ -324,12 +325,12 @@ class Ladder:
     def written(self) -> list[Path]:
         """Every file of the ladder, the report's last."""
         matrix = [self.matrix] if self.matrix is not None and self.options.imatrix is None else []
-        own = [self.directory / part["name"] for file in self._files for part in file.parts]
+        own = [self.directory / part["path"] for file in self._files for part in file.parts]
         return [*matrix, *own, *self._reports]
 
     def digest(self, path: Path) -> str:
         """The SHA-256 of a file of the ladder."""
-        known = {self.directory / part["name"]: part["sha256"] for file in self._files for part in file.parts}
+        known = {self.directory / part["path"]: part["sha256"] for file in self._files for part in file.parts}
         return known.get(path) or sha256(path)
 
     # -- what they share
@@ -405,7 +406,7 @@ class _State:
 
     def note(self, key: str, value: object) -> None:
         """Remember something found, for JSON."""
-        self._notes[key] = data.finite(value)
+        self._notes[key] = json_data(value)
         self._save()
 
     def noted(self, key: str) -> Any:

@@ -194,6 +194,6 @@ def _origin(metadata: Metadata) -> Iterator[tuple[str, str]]:
             yield NOTE, f"{key} is missing"
 
 
-def as_dict(findings: Sequence[Finding]) -> list[Mapping[str, Any]]:
+def as_dict(findings: Sequence[Finding]) -> Mapping[str, Any]:
     """The findings for programs."""
-    return [{"level": each.level, "file": each.file, "problem": each.problem} for each in findings]
+    return {"findings": [{"level": e.level, "path": e.file, "problem": e.problem} for e in findings]}

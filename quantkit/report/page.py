@@ -22,7 +22,7 @@ class Figure(NamedTuple):
 
 
 def render(report: Data) -> str:
-    """The page of `report`, which is what report.json holds (report.schema.json says how it is built)."""
+    """The page of `report`, which is what report.json holds (schema.json says how it is built)."""
     from jinja2 import Environment
     from markupsafe import Markup
 
@@ -70,7 +70,7 @@ def mixture(file: Data) -> str:
     """How many bytes of a file are of which type, the most first: "Q4_K 71%, Q6_K 29%"."""
     sizes: Counter[str] = Counter()
     for tensor in file["tensors"]:
-        sizes[tensor["to"]] += tensor["size"]
+        sizes[tensor["type"]] += tensor["size"]
     total = sum(sizes.values())
     return ", ".join(f"{kind} {size / total:.0%}" for kind, size in sizes.most_common() if size / total >= 0.005)
 
@@ -101,12 +101,12 @@ def _frontiers(report: Data) -> Iterator[Figure]:
         for what, label in (("mean", "mean KL divergence"), ("tail", "99.9% KL divergence")):
             points = {}
             for file in report["files"]:
-                m = measurement(file, text["name"])
+                m = measurement(file, text["text"])
                 loss = m["kld"]["value"] if what == "mean" else m["kld_percentiles"]["99.9"]
                 points[file["type"]] = (file["size"] / 2**30, loss)
             if not any(loss and loss > 0 for _, loss in points.values()):
                 continue
-            on = f" on {text['name']}" if many else ""
+            on = f" on {text['text']}" if many else ""
             caption = (
                 f"{label[0].upper()}{label[1:]}{on} against size. The line joins the files that no other beats in both."
             )
@@ -121,7 +121,7 @@ def _dumbbells(report: Data) -> Figure | None:
 
 
 def _distributions(report: Data) -> Figure:
-    first = report["texts"][0]["name"]
+    first = report["texts"][0]["text"]
     shares = {f["type"]: measurement(f, first)["delta_p_histogram"] for f in report["files"]}
     caption = f"How the probability of the text's own token changed, on {first}."
     return Figure(plots.distributions("delta-p", report["delta_p_edges"], shares), caption)
@@ -138,7 +138,7 @@ def _tensors(file: Data) -> Iterator[Figure]:
     types = [[""] * len(layers) for _ in kinds]
     for t in inside:
         row, column = kinds.index(t["kind"]), layers.index(t["layer"])
-        errors[row][column], types[row][column] = t["error"], t["to"]
+        errors[row][column], types[row][column] = t["error"], t["type"]
     names: Sequence[str] = [str(layer) for layer in layers]
     slug = file["type"].lower()
     yield Figure(

@@ -20,9 +20,9 @@ _REQUIREMENT = re.compile(
 )
 _VALUES = {
     "kld": lambda m: m["kld"]["value"],
-    "kld_99": lambda m: m["kld_percentiles"]["99"],
+    "kld_99": lambda m: m["kld_percentiles"]["99.0"],
     "kld_99.9": lambda m: m["kld_percentiles"]["99.9"],
-    "kld_max": lambda m: m["kld_percentiles"]["100"],
+    "kld_max": lambda m: m["kld_percentiles"]["100.0"],
     "ppl": lambda m: m["ppl"]["value"],
     "ppl_ratio": lambda m: m["ratio"]["value"],
     "same_top": lambda m: m["same_top"]["value"],
@@ -38,7 +38,7 @@ def short_table(report: Data) -> str:
     headers = ["type", "size", "bits/weight", "perplexity", "ratio", "mean KLD", "99.9% KLD", "same top"]
     rows = [_row(f"{source['type']} (source)", source, ppl, 1.0, None)]
     for file in report["files"]:
-        m = measurement(file, text["name"])
+        m = measurement(file, text["text"])
         rows.append(_row(file["type"], file, m["ppl"], m["ratio"]["value"], m))
     return table(headers, rows)
 
@@ -65,7 +65,7 @@ def markdown(report: Data) -> str:
     text, compute = report["texts"][0], report["compute"]
     return (
         f"# {report['model']['name']}\n\n{short_table(report)}\n\n"
-        f"Perplexity on {text['name']}: {text['n_chunks']} chunks of {text['n_ctx']} tokens, the second half of each "
+        f"Perplexity on {text['text']}: {text['n_chunks']} chunks of {text['n_ctx']} tokens, the second half of each "
         f"scored ({text['n_tokens']} tokens), by llama-perplexity's method; ± is the standard error. "
         "The ratio is the perplexity over the source's; KLD is Kullback and Leibler's divergence of its predictions "
         "from the source's in nats, as a mean and at the 99.9th percentile of tokens, and same top the share of tokens "

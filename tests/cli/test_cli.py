@@ -88,7 +88,7 @@ def test_inspect(model: Path) -> None:
 
 
 def test_quantize_names_and_plan(model: Path, tmp_path: Path) -> None:
-    plan = json.loads(run("quantize", model, "--type", "q4_k_m,Q8_0", "--dry-run", "--json").stdout)
+    plan = json.loads(run("quantize", model, "--type", "q4_k_m,Q8_0", "--dry-run", "--json").stdout)["files"]
     assert [p["type"] for p in plan] == ["Q4_K_M", "Q8_0"]
     run("quantize", model, "--type", "q4_k_m", "--type", "Q8_0", "-o", tmp_path)
     for p in plan:
@@ -111,8 +111,8 @@ def test_perplexity_and_report(tmp_path: Path) -> None:
     text = run("report", TINYLM, *args).stdout
     report = json.loads((out / "report.json").read_text())
     assert [f["type"] for f in report["files"]] == ["Q8_0", "Q4_0"]
-    assert report["texts"][0]["ppl"]["value"] == pytest.approx(result["ppl"]["value"], rel=1e-6)
-    assert all((out / f["name"]).stat().st_size == f["size"] for f in report["files"])
+    assert report["texts"][0]["ppl"] == pytest.approx(result["ppl"], rel=1e-6)
+    assert all((out / f["path"]).stat().st_size == f["size"] for f in report["files"])
     assert text.splitlines()[0] in (out / "report.md").read_text()
 
 

@@ -39,7 +39,7 @@ def valid(printed: str, name: str) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("json") / "q.gguf"
+    path = tmp_path_factory.mktemp("json") / "q-Q4_0.gguf"
     call("quantize", TINYLM, path, "Q4_0")
     return path
 
@@ -61,7 +61,9 @@ def tasks_file(path: Path) -> Path:
         ("quantize", ["quantize", TINYLM, "OUT/", "Q8_0,F16"]),
         ("perplexity", ["perplexity", "MODEL", *SOME]),
         ("divergence", ["perplexity", "MODEL", "--base", TINYLM, *SOME]),
-        ("report", ["report", TINYLM, "--types", "Q8_0", *SOME, "-o", "OUT/"]),
+        ("report", ["report", TINYLM, "--types", "Q8_0", "--prompts", 1, *SOME, "-o", "OUT/"]),
+        ("recommend", ["recommend", TINYLM, "--memory", "1GB"]),
+        ("lint", ["lint", "MODEL"]),
         ("tasks", ["tasks", "MODEL", "--hellaswag", "TASKS"]),
         ("generate", ["generate", "MODEL", "--model2", TINYLM, "-p", "a", "-n", "3"]),
         ("imatrix", ["imatrix", "MODEL", *SOME, "-o", "OUT.gguf"]),

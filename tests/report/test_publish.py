@@ -176,7 +176,7 @@ def test_refusals_are_one_line(directory):
 def test_dry_run_sends_nothing(directory):
     done = publish(directory, NOWHERE, "--dry-run", "--json")
     told = json.loads(done.stdout)
-    assert {each["name"] for each in told["files"]} == {"tinylm-F32.gguf", "README.md", "report.json"}
+    assert {each["path"] for each in told["files"]} == {"tinylm-F32.gguf", "README.md", "report.json"}
 
 
 def test_git_names_files_as_git_does(tmp_path):

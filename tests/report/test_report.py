@@ -64,10 +64,10 @@ def made(tmp_path_factory):
 
 def test_data_follows_its_schema(made):
     directory, _, report = made
-    schema = json.loads((files("quantkit.report") / "assets" / "report.schema.json").read_text("utf-8"))
+    schema = json.loads((files("quantkit.report") / "schema.json").read_text("utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
     written = json.loads((directory / "report.json").read_text("utf-8"))
-    jsonschema.validate(written, schema)
+    jsonschema.Draft202012Validator({**schema, "$ref": "#/$defs/report"}).validate(written)
     assert written == json.loads(json.dumps(report))
     assert [f["type"] for f in written["files"]] == list(TYPES)
 
@@ -75,7 +75,7 @@ def test_data_follows_its_schema(made):
 def test_numbers_computed_another_way(made):
     directory, _, report = made
     first = report["files"][1]
-    path = directory / first["name"]
+    path = directory / first["path"]
     assert first["size"] == path.stat().st_size
     given = options()
     source, model = open_model(TINYLM), open_model(path)
@@ -137,7 +137,7 @@ def test_page_stands_alone(made):
     for labels in seen.described:
         assert set(labels.split()) <= set(seen.ids)
     for file in report["files"]:
-        assert file["name"] in html and file["parts"][0]["sha256"] in html
+        assert file["path"] in html and file["parts"][0]["sha256"] in html
     assert page.render(report) == html  # drawn from the data alone, the same each time
 
 
@@ -154,7 +154,7 @@ def test_card(made):
     directory, _, report = made
     text = (directory / "README.md").read_text("utf-8")
     assert text.startswith("---\n") and "quantized_by: quantkit" in text
-    assert all(file["name"] in text for file in report["files"])
+    assert all(file["path"] in text for file in report["files"])
     mine = text.replace("---\n\n<!--", "---\n\nMy own words.\n\n<!--") + "\nMore of them.\n"
     mine = mine.replace("quantized_by: quantkit\n", "quantized_by: quantkit\nthumbnail: me.png\n")
     again = card.render(report, "me/tiny-GGUF", mine)
@@ -200,8 +200,8 @@ def test_large_files_become_shards(tmp_path):
     _, report = make(tmp_path / "out", given)
     parts = report["files"][0]["parts"]
     assert len(parts) == 3
-    assert all(re.fullmatch(r"(.+-Q8_0)/\1-0000[123]-of-00003\.gguf", part["name"]) for part in parts)
-    assert all((tmp_path / "out" / part["name"]).stat().st_size == part["size"] for part in parts)
+    assert all(re.fullmatch(r"(.+-Q8_0)/\1-0000[123]-of-00003\.gguf", part["path"]) for part in parts)
+    assert all((tmp_path / "out" / part["path"]).stat().st_size == part["size"] for part in parts)
 
 
 def test_error_feedback(made, tmp_path):
