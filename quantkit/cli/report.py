@@ -126,7 +126,7 @@ def command(
     if given is not None and not given.is_directory:
         raise QuantkitError(f"{output}: a report is several files; name a directory: {output}/")
     if imatrix is not None and calibration is not None:
-        raise typer.BadParameter("--imatrix and --calibration cannot be used together.")
+        raise typer.BadParameter("--calibration takes the place of --imatrix: use one of them.")
     check_requirements(require)
     names = ladder_types([*split_list(types), *([ladder] if ladder else [])] or ["Q8_0", "Q4_K_M", "Q4_0"])
     texts = [NamedText(Path(name).name, read_text(name)) for name in text]
@@ -172,7 +172,7 @@ def command(
         raise
     emit(short_table(report), report, as_json)
     for path in run.written:
-        note(f"wrote {path} ({size_text(path.stat().st_size)}, sha256 {run.digest(path)})")
+        note(f"wrote {path}: {size_text(path.stat().st_size)}, sha256 {run.digest(path)}")
     failed = failures(report, require)
     for line in failed:
         note(f"failed: {line}")

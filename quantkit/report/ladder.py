@@ -53,6 +53,8 @@ LADDERS = {
 LARGEST_FILE = 50 * 10**9
 CONTINUED_TOKENS = 32
 _STATE = ".quantkit/report.json"
+# Files of an earlier report that are written anew; a README.md is kept, but for the card in it.
+_REPORTS = ("report.json", "report.html", "report.md")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,9 @@ class LadderOptions:
 
 def ladder_types(names: Sequence[str]) -> list[str]:
     """File types by their names or the names of ladders (small, standard, full), each once."""
+    direct = [file_type(name).name for name in names if name.lower() not in LADDERS]
+    if len(set(direct)) < len(direct):
+        raise QuantkitError(f"a type is asked for twice: {', '.join(direct)}")
     found: dict[str, None] = {}
     for name in names:
         for each in LADDERS.get(name.lower(), (name,)):
@@ -121,11 +126,16 @@ class Ladder:
         vocabulary = Vocabulary.from_metadata(source.metadata)
         for text in options.texts:
             ids, _ = tokenize(vocabulary, text.text)
-            chunked(ids, options.chunking, None, source)
+            chunked(ids, options.chunking, None, source.label)
+        if options.calibration is not None:
+            ids, _ = tokenize(vocabulary, options.calibration.text)
+            chunked(ids, options.calibration_chunking, None, source.label, least=1)
         self._inputs = {path.name: sha256(path) for path in source.files}
         self._state = _State(directory / _STATE)
         self._made: list[Path] = []
+        self._new = [home for home in (directory, *directory.parents) if not home.exists()]
         self.matrix: Path | None = options.imatrix
+        self._refuse()
 
     # -- the steps
 
@@ -148,7 +158,7 @@ class Ladder:
         o = self.options
         if o.calibration is None or o.rounding != "nearest":
             return
-        path = self.directory / f"{stem(self.source)}.imatrix.gguf"
+        path = self._matrix_path
         key = self._key("imatrix", o.calibration.digest(), asdict(o.calibration_chunking))
         self.matrix = path
         if self._state.holds(path.name, key, [path]):
@@ -317,7 +327,7 @@ class Ladder:
         for path in self._made:
             path.unlink(missing_ok=True)
         self._state.remove()
-        for home in {path.parent for path in self._made} | {self.directory}:
+        for home in [*{path.parent for path in self._made} - {self.directory}, *self._new]:
             if home.is_dir() and not any(home.iterdir()):
                 home.rmdir()
 
@@ -334,6 +344,31 @@ class Ladder:
         return known.get(path) or sha256(path)
 
     # -- what they share
+
+    @property
+    def _matrix_path(self) -> Path:
+        return self.directory / f"{stem(self.source)}.imatrix.gguf"
+
+    def _refuse(self) -> None:
+        """Raise QuantkitError, before anything is computed, for plans that cannot be and files that are in the way."""
+        o = self.options
+        wanted = QuantizeOptions(
+            imatrix=o.imatrix, calibrated=o.calibration is not None, allow_requantize=o.allow_requantize
+        )
+        group, places = self._group(), []
+        for plan in plan_all(self.source, o.types, wanted):
+            if o.calibration is None:
+                plan.check()
+            if plan.file_size > o.largest_file:
+                plan.split_by(o.largest_file)
+            if not self._state.knows(plan.name):
+                places += [path for path, _, _ in plan.files(self._target(plan))]
+        if o.calibration is not None and not self._state.knows(self._matrix_path.name):
+            places.append(self._matrix_path)
+        if not self._state.exists:
+            places += [self.directory / name for name in _REPORTS]
+        for path in places:
+            group.check(path)
 
     def _group(self) -> OutputGroup:
         inputs = [*self.source.files, *([self.options.imatrix] if self.options.imatrix else [])]
@@ -366,7 +401,7 @@ class _State:
     """What earlier runs in a directory made and found. A damaged state file counts as none."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self.exists = path, path.is_file()
         self._files: dict[str, dict[str, Any]] = {}
         self._notes: dict[str, Any] = {}
         try:
@@ -374,6 +409,10 @@ class _State:
             self._files, self._notes = dict(held["files"]), dict(held["notes"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
+
+    def knows(self, name: str) -> bool:
+        """Whether an earlier run made files of `name`, whatever has become of them."""
+        return name in self._files
 
     def holds(self, name: str, key: str, paths: Sequence[Path]) -> bool:
         """Whether the files of `name` are there as the run that had `key` left them."""

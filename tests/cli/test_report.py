@@ -17,7 +17,7 @@ from quantkit.formats.imatrix import ImportanceMatrix
 from quantkit.pipeline.run import quantize
 
 TEXT, CALIBRATION = (ROOT / "fixtures" / f"tinylm-{name}.txt" for name in ("test", "calib"))
-SOME = ("--text", TEXT, "--n-ctx", 64, "--chunks", 2)
+SOME = ("--text", TEXT, "--n-ctx", 64, "--chunks", 2, "--prompts", 0)
 
 
 def sha256(path: Path) -> str:
@@ -28,13 +28,16 @@ def test_files_are_listed_with_sizes_and_digests(tmp_path: Path) -> None:
     told = call("report", TINYLM, "--types", "Q8_0,F16", *SOME, "-o", f"{tmp_path}/out/").stderr
     out = tmp_path / "out"
     wrote = dict(re.findall(r"^wrote (\S+): [\d.]+ (?:[kM]B|bytes), sha256 ([0-9a-f]{64})$", told, re.M))
-    assert wrote == {str(path): sha256(path) for path in out.iterdir()}
-    assert {path.name for path in out.iterdir()} >= {"report.md", "report.json"} and len(wrote) == 4
+    assert wrote == {str(path): sha256(path) for path in out.iterdir() if path.is_file()}
+    assert {Path(path).name for path in wrote} >= {"report.md", "report.json", "report.html", "README.md"} and len(
+        wrote
+    ) == 6
     report = json.loads((out / "report.json").read_text())
-    for row in report["files"][1:]:
-        assert row["sha256"] == sha256(out / row["path"]) and row["size"] == (out / row["path"]).stat().st_size
-        assert f"| {row['path']} | {row['sha256']} |" in re.sub(r" +", " ", (out / "report.md").read_text())
-    assert report["files"][0]["sha256"] is None and report["imatrix"] is None
+    for row in report["files"]:
+        (part,) = row["parts"]
+        assert part == {"path": row["path"], "size": row["size"], "sha256": sha256(out / row["path"])}
+        assert row["size"] == (out / row["path"]).stat().st_size
+    assert report["imatrix"] is None
 
 
 def test_importance_matrices(tmp_path: Path) -> None:
@@ -45,12 +48,14 @@ def test_importance_matrices(tmp_path: Path) -> None:
     call("report", TINYLM, "--types", "IQ2_XS", *SOME, "--imatrix", tmp_path / "m.gguf", "-o", f"{tmp_path}/a/")
     call("report", TINYLM, "--types", "IQ2_XS", *SOME, "--calibration", CALIBRATION, "-o", f"{tmp_path}/b/")
     a, b = (json.loads((tmp_path / name / "report.json").read_text()) for name in "ab")
-    assert a["imatrix"] == {"path": "m.gguf", "sha256": sha256(tmp_path / "m.gguf")}
-    assert b["imatrix"] == {"path": "imatrix.gguf", "sha256": sha256(tmp_path / "b" / "imatrix.gguf")}
-    assert ImportanceMatrix.load(tmp_path / "b" / "imatrix.gguf").entries.keys() == matrix.entries.keys()
-    for report, given in ((a, tmp_path / "m.gguf"), (b, ImportanceMatrix.load(tmp_path / "b" / "imatrix.gguf"))):
+    size = (tmp_path / "m.gguf").stat().st_size
+    assert a["imatrix"] == {"path": "m.gguf", "size": size, "sha256": sha256(tmp_path / "m.gguf")}
+    own = tmp_path / "b" / "Tinylm-3.4M.imatrix.gguf"
+    assert b["imatrix"] is None and b["calibration"]["text"] == CALIBRATION.name
+    assert ImportanceMatrix.load(own).entries.keys() == matrix.entries.keys()
+    for report, given in ((a, tmp_path / "m.gguf"), (b, own)):
         (plain,) = quantize(TINYLM, tmp_path / "plain.gguf", type="IQ2_XS", imatrix=given, force=True)
-        assert report["files"][1]["sha256"] == sha256(plain)
+        assert report["files"][0]["parts"][0]["sha256"] == sha256(plain)
     both = ("--imatrix", tmp_path / "m.gguf", "--calibration", CALIBRATION)
     assert "use one of them" in call("report", TINYLM, *both, code=2).stderr
 
@@ -82,7 +87,7 @@ def test_a_failure_leaves_nothing(options: tuple[str, ...], message: str, tmp_pa
 
 
 def test_nothing_is_replaced_and_nothing_computed_for_it(tmp_path: Path) -> None:
-    for name in ("report.json", "report.md", "Tinylm-3.4M-Q8_0.gguf", "imatrix.gguf"):
+    for name in ("report.json", "report.md", "Tinylm-3.4M-Q8_0.gguf", "Tinylm-3.4M.imatrix.gguf"):
         (tmp_path / name).write_text("precious")
         line = refusal("report", TINYLM, "--types", "Q8_0", *SOME, "--calibration", CALIBRATION, "-o", tmp_path)
         assert line.endswith(f"{name}: exists already; --force replaces it")
