@@ -97,12 +97,11 @@ def setup(verbose: int = 0, quiet: bool = False) -> None:
     handler = _Handler()
     handler.setFormatter(_Formatter())
     level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, handlers=[handler], force=True)
-    if not quiet:
-        # That a first run compiles is worth saying in any case.
-        logging.getLogger("quantkit.compile.kernel").setLevel(min(level, logging.INFO))
-    for name in ("numba", "llvmlite", "httpx", "filelock"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # What the libraries beneath decide is no news to anybody.
+    logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("quantkit").setLevel(level)
+    # That a first run compiles is worth saying in any case.
+    logging.getLogger("quantkit.compile.kernel").setLevel(level if quiet else min(level, logging.INFO))
 
 
 class _Handler(logging.Handler):

@@ -11,6 +11,7 @@ from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.machine import CORE_TYPE, Processor
 from quantkit.sources.source import TensorSource, open_model
+from quantkit.wording import count_text
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,8 @@ def load(model: AnyModel, compute: Compute | None = None, keep: bool | None = No
         loaded = Transformer(source, compute, keep)
         _suggest_kernels(loaded.blas)
     log.info(
-        "%s: computes through %s in %s on %d threads, matrix products by %s",
-        source.label, loaded.backend, loaded.precision, loaded.threads.count, loaded.blas,
+        "%s: backend %s, %s, %s, matrix products by %s",
+        source.label, loaded.backend, loaded.precision, count_text(loaded.threads.count, "thread"), loaded.blas,
     )  # fmt: skip
     return loaded
 

@@ -48,8 +48,6 @@ except ImportError as error:
     ) from None
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-# What results call them.
-_NAMES = {"f32": "float32", "bf16": "bfloat16"}
 # Logits that stand in memory together.
 _LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}
 # Tokens that go through the layers together.
@@ -131,7 +129,7 @@ class TorchTransformer(Model):
         self._kind = device.partition(":")[0]
         self._device = _open_device(device, self._kind)
         self._dtype, self._keep, self._held = _DTYPES[precision], keep, -1
-        self.backend, self.precision = f"torch {device}", _NAMES[precision]
+        self.backend, self.precision = f"torch {device}", precision
         self.blas = _library(self._kind)
         refuse_unsupported(self.spec, source.label)
         for part in unknown_parts(self.spec):

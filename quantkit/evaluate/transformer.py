@@ -100,7 +100,7 @@ class Transformer(Model):
     """
 
     backend = "numpy"
-    precision = "float32"
+    precision = "f32"
 
     def __init__(self, source: TensorSource, compute: Compute = _DEFAULT, keep: bool | None = None) -> None:
         super().__init__(source, compute)

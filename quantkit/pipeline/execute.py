@@ -7,9 +7,10 @@ overlap. Memory is a few pieces for each thread, whatever the size of a tensor.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -25,11 +26,14 @@ from quantkit.formats.output import GGUFOutput
 from quantkit.machine import default_threads
 from quantkit.pipeline.plan import Plan, PlannedTensor
 from quantkit.sources.source import TensorSource, open_model
+from quantkit.wording import count_text, size_text
 
 if TYPE_CHECKING:
     import numpy as np
 
     from quantkit.compile.ahead import KernelJob
+
+log = logging.getLogger(__name__)
 
 PIECE = 1 << 20  # weights handed to a thread at a time
 BITE = 1 << 16  # weights decoded at a time: their float32 fit the second-level cache
@@ -79,6 +83,12 @@ def execute(
     if max_buffer_size is not None:
         # A piece costs the bytes read and those encoded, at most 4 a weight and output.
         piece = max(1, min(PIECE, max_buffer_size // (4 * (len(plans) + 1) * 3 * threads)))
+
+    for plan, path in zip(plans, paths, strict=True):
+        kinds = Counter(tensor.info.type.name for tensor in plan)
+        types = ", ".join(f"{count} {name}" for name, count in kinds.most_common())
+        log.info("%s: %s, %s (%s)", path, plan.name, size_text(plan.file_size), types)
+    log.info("%s: read once, on %s", source.label, count_text(threads, "thread"))
 
     with ExitStack() as stack:
         if group is None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quantkit.report.tables import table
+from quantkit.wording import count_text, size_text
 
 if TYPE_CHECKING:
     from quantkit.evaluate.divergence import DivergenceResult
@@ -20,15 +21,15 @@ _NAMES = {100.0: "maximum", 50.0: "median", 0.0: "minimum"}
 def cost_text(result: PerplexityResult | DivergenceResult) -> str:
     """What was measured over, how fast, and in how much memory."""
     r = result
-    memory = "" if r.memory is None else f", at most {r.memory / 1e9:.2f} GB"
+    memory = "" if r.memory is None else f", peak memory {size_text(r.memory)}"
     return (
-        f"{r.n_chunks} chunks of {r.n_ctx} tokens, {r.n_tokens} tokens scored, {r.seconds:.1f} s, "
-        f"{r.tokens_per_second:.0f} tokens/s, {r.batch} chunks at a time{memory}"
+        f"{count_text(r.n_chunks, 'chunk')} of {r.n_ctx} tokens, {r.n_tokens} tokens scored, {r.seconds:.1f} s, "
+        f"{r.tokens_per_second:.0f} tokens/s, batch {r.batch}{memory}"
     )
 
 
 def computed_by(result: PerplexityResult | DivergenceResult | TasksResult) -> str:
-    """What computed a result: "numpy, float32, OpenBLAS Haswell"."""
+    """What computed a result: "numpy, f32, OpenBLAS Haswell"."""
     return f"{result.backend}, {result.precision}, {result.blas}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import warnings
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import GGUFFile, Metadata, TensorInfo
+from quantkit.wording import count_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from quantkit.sources.checkpoint import OutType
 
 MAX_SHARDS = 65535  # split.count is a 16-bit number
+log = logging.getLogger(__name__)
+
 SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 _SPLIT_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
@@ -143,13 +147,24 @@ def open_model(
         return model
     path = Path(model)
     if path.is_file():
-        return GGUFSource(path)
+        file = GGUFSource(path)
+        log.info(
+            "%s: GGUF, %s, %s", path, count_text(len(file.shards), "shard"), count_text(len(file.tensors), "tensor")
+        )
+        return file
     if str(model).endswith(".gguf"):
         raise QuantkitError(f"{model}: no such file")
     from quantkit.sources.checkpoint import CheckpointSource
     from quantkit.sources.hub import resolve
 
-    return CheckpointSource(resolve(str(model), revision), outtype=outtype, pre=pre, allow_nonfinite=allow_nonfinite)
+    directory = resolve(str(model), revision)
+    checkpoint = CheckpointSource(directory, outtype=outtype, pre=pre, allow_nonfinite=allow_nonfinite)
+    log.info(
+        "%s: checkpoint%s, %s, matrices as %s",
+        model, "" if Path(model) == directory else f" in {directory}",
+        count_text(len(checkpoint.tensors), "tensor"), checkpoint.type.name,
+    )  # fmt: skip
+    return checkpoint
 
 
 def open_source(model: TensorSource | str | os.PathLike[str], **options: Any) -> TensorSource:

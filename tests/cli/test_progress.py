@@ -6,9 +6,11 @@ import os
 import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINYLM
+from support.program import call
 
 from quantkit.cli import progress as module
 from quantkit.cli.progress import Progress
@@ -88,6 +90,23 @@ def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, capsy
     with Progress("split", "B", 1000, hidden=True):
         time.sleep(0.1)
     assert capsys.readouterr().err == ""
+
+
+def test_v_tells_what_was_decided(tmp_path: Path) -> None:
+    """The source, what is written, threads; and what computes. Twice, debug messages too, but no other library's."""
+    out = tmp_path / "out.gguf"
+    said = call("quantize", TINYLM, out, "Q4_K_M", "-v", "-t", 2).stderr
+    assert f"{TINYLM}: checkpoint, 30 tensors, matrices as BF16\n" in said
+    assert f"{out}: Q4_K_M, 2.2 MB (20 Q4_K, 7 F32, 3 Q6_K)\n" in said
+    assert f"{TINYLM}: read once, on 2 threads\n" in said
+    said = call("perplexity", out, "--text", TEXT, "--n-ctx", 64, "--chunks", 2, "-v", "-t", 1).stderr
+    assert f"{out}: GGUF, 1 shard, 30 tensors\n" in said
+    assert re.search(rf"{re.escape(str(out))}: .*numpy.*1 thread.*products by \S", said)
+    assert "debug: quantkit." not in said
+    said = call("dequantize", out, "-o", tmp_path / "a.gguf", "-vv").stderr
+    assert not re.search(r"debug: (?!quantkit\.)", said)
+    assert "GGUF, 1 shard" not in call("dequantize", out, "-o", tmp_path / "b.gguf").stderr
+    assert call("dequantize", out, "-o", tmp_path / "c.gguf", "-q").stderr == ""
 
 
 def on_a_terminal(*args: object) -> str:

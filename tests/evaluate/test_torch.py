@@ -63,8 +63,8 @@ def test_float32_equals_numpy_and_bfloat16_nearly(tinylm, text):
     assert single.chunk_nll == pytest.approx(judge.chunk_nll, rel=1e-5)
     assert half.ppl.value == pytest.approx(judge.ppl.value, rel=2e-3)
     assert half.ppl.value != pytest.approx(judge.ppl.value, rel=1e-7)
-    assert (single.backend, single.precision) == ("torch cpu", "float32")
-    assert (half.backend, half.precision) == ("torch cpu", "bfloat16")
+    assert (single.backend, single.precision) == ("torch cpu", "f32")
+    assert (half.backend, half.precision) == ("torch cpu", "bf16")
 
 
 def test_divergence_equals_numpys(tmp_path):
@@ -184,7 +184,7 @@ def test_the_command_line_says_what_computed():
     words = (
         "perplexity fixtures/tinylm -f fixtures/tinylm-test.txt -c 64 --chunks 2 -t 1 --backend torch -q --precision"
     )
-    for precision, said in (("f32", "(torch cpu, float32, "), ("bf16", "(torch cpu, bfloat16, ")):
+    for precision, said in (("f32", "(torch cpu, f32, "), ("bf16", "(torch cpu, bf16, ")):
         command = [sys.executable, "-c", "from quantkit.cli.main import main; main()", *words.split(), precision]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert (done.returncode, said in done.stdout) == (0, True), done.stderr

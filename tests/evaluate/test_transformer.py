@@ -129,10 +129,10 @@ def test_perplexity_scores_the_second_half_of_chunks_that_begin_with_bos(model_p
 def test_what_computes_is_told_and_what_would_be_faster(model_path, monkeypatch, caplog):
     model = load(model_path, Compute(threads=1))
     result = perplexity(model, some_tokens(1, 200)[0], chunking=Chunking(n_ctx=64))
-    assert (result.backend, result.precision, result.blas) == ("numpy", "float32", model.blas)
+    assert (result.backend, result.precision, result.blas) == ("numpy", "f32", model.blas)
     caplog.set_level("INFO", "quantkit")
     load(model_path, Compute(threads=1))
-    assert f"through numpy in float32 on 1 threads, matrix products by {model.blas}" in caplog.text
+    assert f"backend numpy, f32, 1 thread, matrix products by {model.blas}" in caplog.text
     assert "import quantkit first" not in caplog.text
     zen5 = Processor("AuthenticAMD", 26, 2, frozenset(["avx512f", "avx512cd", "avx512dq", "avx512bw", "avx512vl"]))
     monkeypatch.setattr(Processor, "here", lambda: zen5)

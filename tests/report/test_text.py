@@ -32,13 +32,13 @@ def test_a_perplexity_and_what_it_took():
     first, second = perplexity_text(result).splitlines()
     assert first == f"PPL = {result.ppl.value:.4f} ± {result.ppl.stderr:.5f}"
     assert second.startswith("4 chunks of 128 tokens, 252 tokens scored, ")
-    assert ", 4 chunks at a time" in second
-    assert second.endswith(f"(numpy, float32, {blas_name()})")
+    assert ", batch 4" in second
+    assert second.endswith(f"(numpy, f32, {blas_name()})")
     # The process's own peak depends on the tests that ran in it before.
     known = dataclasses.replace(result, memory=1_234_000_000, blas="OpenBLAS")
-    assert perplexity_text(known).endswith(", 4 chunks at a time, at most 1.23 GB (numpy, float32, OpenBLAS)")
+    assert perplexity_text(known).endswith(", batch 4, peak memory 1.23 GB (numpy, f32, OpenBLAS)")
     unknown = dataclasses.replace(known, memory=None)
-    assert perplexity_text(unknown).endswith("chunks at a time (numpy, float32, OpenBLAS)")
+    assert perplexity_text(unknown).endswith("batch 4 (numpy, f32, OpenBLAS)")
 
 
 def test_a_divergence_tells_every_statistic():

@@ -26,7 +26,10 @@ class Ended(NamedTuple):
 def call(*args: object, code: int = 0) -> Ended:
     """Run `quantkit` with `args` here, and check its exit code; everything that it sets in the process is put back."""
     argv, hook, root = sys.argv, sys.unraisablehook, logging.getLogger()
-    handlers, level, signals = root.handlers[:], root.level, {number: signal.getsignal(number) for number in SIGNALS}
+    handlers, signals = root.handlers[:], {number: signal.getsignal(number) for number in SIGNALS}
+    levels = {
+        logger: logger.level for logger in (root, *map(logging.getLogger, ("quantkit", "quantkit.compile.kernel")))
+    }
     sys.argv = ["quantkit", *map(str, args)]
     out, err = StringIO(), StringIO()
     try:
@@ -38,7 +41,8 @@ def call(*args: object, code: int = 0) -> Ended:
     finally:
         sys.argv, sys.unraisablehook = argv, hook
         root.handlers[:] = handlers
-        root.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
         for number, handler in signals.items():
             signal.signal(number, handler)
     ended = Ended(status if isinstance(status, int) else int(status is not None), out.getvalue(), err.getvalue())
