@@ -19,6 +19,7 @@ from quantkit.formats.gguf import GGUFFile, Metadata, TensorInfo, ValueType, enc
 from quantkit.formats.imatrix import ImportanceMatrix
 from quantkit.formats.logits import LogitsFile
 from quantkit.formats.reading import MOST_OPEN, InputFile
+from quantkit.pipeline.plan import plan_copy
 from quantkit.sources.source import GGUFSource
 
 BIG = 1 << 60
@@ -140,3 +141,25 @@ def test_pipes_and_directories_are_refused_at_once(tmp_path: Path) -> None:
     for path, told in ((tmp_path / "pipe", "not a regular file"), (tmp_path, "a directory")):
         with pytest.raises(QuantkitError, match=told):
             GGUFFile(path)
+
+
+def test_sums_of_squares_are_not_negative(tmp_path: Path) -> None:
+    sums = {"a.in_sum2": np.array([[1, -1, 1, 1]], np.float32), "a.counts": np.ones((1, 1), np.float32)}
+    metadata = Metadata()
+    metadata.set("imatrix.datasets", ValueType.ARRAY, [], ValueType.STRING)
+    metadata.set("imatrix.chunk_count", ValueType.UINT32, 1)
+    metadata.set("imatrix.chunk_size", ValueType.UINT32, 1)
+    with pytest.raises(QuantkitError, match="'a' are negative or not finite"):
+        ImportanceMatrix.load(write_gguf(tmp_path / "x", metadata, sums))
+    (tmp_path / "y").write_bytes(struct.pack("<ii1sii", 1, 1, b"a", 1, 0))
+    with pytest.raises(QuantkitError, match="'a' has no values"):
+        ImportanceMatrix.load(tmp_path / "y")
+
+
+def test_more_shards_than_can_be_numbered(tmp_path: Path) -> None:
+    metadata = tiny_metadata()
+    infos = [TensorInfo(str(i), (1,), GGMLType.F32) for i in range(70_000)]
+    path = tmp_path / "x.gguf"
+    path.write_bytes(encode_header(metadata, infos, 32) + bytes(32 * len(infos)))
+    with pytest.raises(QuantkitError, match="70000 shards are more than"):
+        plan_copy(GGUFSource(path)).split_by(max_tensors=1)
