@@ -120,12 +120,30 @@ _INTERNLM2 = {
 }
 
 
+_BAILING = {
+    "model.word_embeddings.weight": "V E",
+    "model.layers.#.attention.query_key_value.weight": "Q+2K E",
+    "model.layers.#.attention.dense.weight": "E Q",
+    **{f"model.layers.#.{name}": shape for name, shape in (_EXPERTS | _PRE_NORMS).items()},
+    "model.layers.#.mlp.shared_experts.gate_proj.weight": "G E",
+    "model.layers.#.mlp.shared_experts.up_proj.weight": "G E",
+    "model.layers.#.mlp.shared_experts.down_proj.weight": "E G",
+    "model.norm.weight": "E",
+    "lm_head.weight": "V E",
+}
+_BAILING2 = _BAILING | {
+    "model.layers.#.attention.query_layernorm.weight": "H",
+    "model.layers.#.attention.key_layernorm.weight": "H",
+    "model.layers.#.mlp.gate.expert_bias": "X",
+}
+
+
 def shapes(config: Config, letters: dict[str, str]) -> dict[str, tuple[int, ...]]:
     """The stored tensors of a checkpoint with this (text) config and these shapes in letters."""
     hidden = config.get("hidden_size", config.get("n_embd"))
     heads = config.get("num_attention_heads", config.get("n_head"))
     head = config.get("head_dim") or hidden // heads
-    experts = config.get("num_local_experts", 0)
+    experts = config.get("num_local_experts", config.get("num_experts", 0))
     sizes = {
         "V": config["vocab_size"],
         "E": hidden,
@@ -195,7 +213,7 @@ _MISTRAL_TEXT = {
 _WRAPPER = {"transformers_version": "5.23.0", "vision_config": {"hidden_size": 1024, "num_attention_heads": 16}}
 
 # Those that bring their own code, so that transformers has no class for them.
-OWN_CODE = ("tiny-internlm2", "tiny-internlm3", "tiny-minicpm", "tiny-minicpm4")
+OWN_CODE = ("tiny-bailing", "tiny-bailing2", "tiny-internlm2", "tiny-internlm3", "tiny-minicpm", "tiny-minicpm4")
 _SPM_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _MINICPM = {**_without(_SILU, "tie_word_embeddings"), **_SPM_IDS, "scale_emb": 12, "scale_depth": 1.4,
             "dim_model_base": 64}  # fmt: skip
@@ -415,5 +433,24 @@ FAMILIES: dict[str, tuple[Config, dict[str, str], Config]] = {
         ),
         _LLAMA,
         {"vocabulary": "spm"},
+    ),
+    "tiny-bailing": (
+        _config(
+            "BailingMoeForCausalLM", "bailing_moe", **_SILU, head_dim=None, num_experts=4, num_experts_per_tok=2,
+            num_shared_experts=1, moe_intermediate_size=256, first_k_dense_replace=0, norm_topk_prob=True,
+            norm_head=False, rope_theta=600000.0,
+        ),
+        _BAILING,
+        {},
+    ),
+    "tiny-bailing2": (
+        _config(
+            "BailingMoeV2ForCausalLM", "bailing_moe_v2", **_SILU, head_dim=64, num_experts=8, num_experts_per_tok=2,
+            num_shared_experts=1, moe_intermediate_size=256, first_k_dense_replace=0, norm_topk_prob=True,
+            n_group=4, topk_group=2, score_function="sigmoid", routed_scaling_factor=2.5, partial_rotary_factor=0.5,
+            num_nextn_predict_layers=0, rope_theta=600000.0,
+        ),
+        _BAILING2,
+        {},
     ),
 }  # fmt: skip

@@ -388,6 +388,9 @@ def _weights(name: str, shape: tuple[int, ...], dtype: str, norm_at: float) -> n
     """Weights of about the size of trained ones, some exactly halfway between two narrower values."""
     count = int(np.prod(shape))
     raw = np.random.Philox(key=zlib.crc32(name.encode())).random_raw(count)
+    if dtype == "U8":  # codes of four bits, or scales: powers of two from 2^-8 to 2^-5
+        bytes_ = (raw >> np.uint64(40)).astype(np.uint8)
+        return (119 + bytes_ % 4 if name.endswith("_scales") else bytes_).astype(np.uint8).reshape(shape)
     values = (raw >> np.uint64(40)).astype(np.int64) - (1 << 23)
     weights = np.ldexp(values.astype(np.float32), -27)  # exact: 24 bits, within 1/16
     weights.view(np.uint32)[::7] = weights.view(np.uint32)[::7] & 0xFFFF8000 | 0x8000

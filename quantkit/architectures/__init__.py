@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.architectures.apertus import Apertus
+from quantkit.architectures.bailing import Bailing, Bailing2
 from quantkit.architectures.base import Architecture, Assembly, Transform
 from quantkit.architectures.command_r import Cohere2, CommandR
 from quantkit.architectures.config import Config
+from quantkit.architectures.deepseek2 import DeepSeek2
 from quantkit.architectures.dots1 import Dots1
 from quantkit.architectures.ernie4_5 import Ernie, ErnieMoe
 from quantkit.architectures.exaone4 import Exaone4
@@ -20,12 +22,15 @@ from quantkit.architectures.gemma import Gemma
 from quantkit.architectures.gemma2 import Gemma2
 from quantkit.architectures.gemma3 import Gemma3
 from quantkit.architectures.glm4 import Glm4
+from quantkit.architectures.glm4_moe import Glm4Moe
 from quantkit.architectures.gpt2 import GPT2
 from quantkit.architectures.gpt_neox import GPTNeoX
+from quantkit.architectures.gpt_oss import GptOss
 from quantkit.architectures.granite import Granite, GraniteMoe
 from quantkit.architectures.hunyuan import HunyuanDense
 from quantkit.architectures.internlm2 import InternLM2, InternLM3
 from quantkit.architectures.llama import Llama
+from quantkit.architectures.llama4 import Llama4
 from quantkit.architectures.minicpm import MiniCPM
 from quantkit.architectures.mistral3 import Mistral3
 from quantkit.architectures.mixtral import Mixtral
@@ -88,6 +93,12 @@ FAMILIES: tuple[type[Architecture], ...] = (
     MiniCPM,
     InternLM2,
     InternLM3,
+    GptOss,
+    Glm4Moe,
+    Llama4,
+    Bailing,
+    Bailing2,
+    DeepSeek2,
 )
 
 BY_CLASS: dict[str, type[Architecture]] = {

@@ -5,6 +5,7 @@ A family states what it does differently as class attributes; the roads that all
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 # A rearrangement: takes the family's config and a stored tensor, gives a view of the same memory (reshape, swapped
 # axes, a slice), never a copy. It sees raw bits (bfloat16 as uint16), so it may move values and not change them.
-# The view's last axis is a row. Axes that it adds in front are merged again: the GGUF tensor has as many as the stored.
+# The view's last axis is a row. Axes that it adds in front are merged again, unless the transform says how many stay.
 Rearrange = Callable[[Config, np.ndarray], np.ndarray]
 # Arithmetic on a tensor's values, row by row: float32, or float16 where the checkpoint is.
 Arithmetic = Callable[[np.ndarray], np.ndarray]
@@ -36,11 +37,13 @@ Arithmetic = Callable[[np.ndarray], np.ndarray]
 class Transform:
     """What happens to a stored tensor on its way: first its values move, then they may change.
 
-    Several rearrangements give rows that stand below each other.
+    Several rearrangements give rows that stand below each other. The GGUF tensor has as many axes as the stored one,
+    or `n_axes`.
     """
 
     rearrange: Rearrange | tuple[Rearrange, ...] | None = None
     arithmetic: Arithmetic | None = None
+    n_axes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Assembly:
     """How a GGUF tensor is made: from one stored tensor, from several stacked along a new first axis, or computed.
 
     `parts` are names of stored tensors. `values`, for a computed tensor, is float32 in checkpoint order (the row
-    length comes last).
+    length comes last). `packed` says which rows of a matrix are taken of two parts that hold a quantized tensor: packed
+    numbers and their scales.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Assembly:
     transform: Transform = Transform()
     stacked: bool = False
     values: np.ndarray | None = None
+    packed: slice | None = None
 
 
 # What a stored tensor is cut into: by the end that takes the place of its name's, what happens to it on the way.
@@ -66,6 +71,8 @@ def natural_order(name: str) -> list[int | str]:
     """A key that sorts the numbers in names by their size."""
     return [int(part) if part.isdecimal() else part for part in name.split(".")]
 
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 # Parts and beginnings of the names of tensors that a multimodal checkpoint holds beside its text model.
 _NOT_TEXT = (
@@ -89,6 +96,10 @@ class Architecture:
     - `transforms`: by the end of a stored tensor's name, what happens to it.
     - `pieces`: by the end of a stored tensor's name, the ends of the names of the tensors that are cut from it, and
       what happens to each. A piece that is the whole is a tensor of another name.
+    - `packed`: by the end of the names of a quantized tensor's parts (before `_blocks` and `_scales`), the ends of the
+      names of what it becomes, and which rows of its matrices these take.
+    - `keeps_next_layers`: whether layers that predict several tokens become layers after the others in GGUF, or are
+      left out; None for families that have none.
     - `stacks`: which tensors are stored one by one and stacked in GGUF: experts, mostly.
     - `numbers`: by the end of a stored tensor's name, the method of gguf.GGUFWriter that takes its value of each layer:
       they become metadata.
@@ -107,6 +118,8 @@ class Architecture:
     parameters: ClassVar[tuple[Parameter, ...]] = SHARED
     transforms: ClassVar[Mapping[str, Transform]] = {}
     pieces: ClassVar[Mapping[str, Pieces]] = {}
+    packed: ClassVar[Mapping[str, Mapping[str, slice]]] = {}
+    keeps_next_layers: ClassVar[bool | None] = None
     stacks: ClassVar[tuple[Stack, ...]] = ()
     numbers: ClassVar[Mapping[str, str]] = {}
     # Buffers that old checkpoints carry and no runtime reads.
@@ -144,11 +157,16 @@ class Architecture:
 
     @cached_property
     def n_layers(self) -> int:
-        """The number of blocks."""
+        """The number of blocks, those that predict several tokens among them where GGUF holds them."""
         names = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
         count = self.config.require(*names)
         if count > MAX_LAYERS:
             raise self.config.wrong(names, count, f"at most {MAX_LAYERS}")
+        if self.keeps_next_layers:
+            more = self.config.integer("num_nextn_predict_layers") or 0
+            if more > MAX_LAYERS:
+                raise self.config.wrong(("num_nextn_predict_layers",), more, f"at most {MAX_LAYERS}")
+            count += more
         return count
 
     @cached_property
@@ -204,12 +222,18 @@ class Architecture:
                 f"{self.config.path}: it announces {self.n_layers} layers, but there are only {len(stored)} tensors"
             )
         yield from self.computed_tensors()
+        for stored_name in stored:
+            name = self.canonical_name(stored_name)
+            if name is not None and name.endswith("_scales"):
+                yield from self._unpack(name.removesuffix("_scales"), stored_name.removesuffix("_scales"), stored)
         waiting: dict[tuple[Stack, str], dict[str, str]] = {}
         for stored_name in stored:
             name = self.canonical_name(stored_name)
             if name is None or name.endswith(self.skipped) or name.startswith(self.skipped_beginnings):
                 continue
-            if name.endswith(tuple(self.numbers)):
+            if name.endswith(tuple(self.numbers)) or self._packs(name):
+                continue
+            if self.keeps_next_layers is False and (match := _LAYER.search(name)) and int(match[1]) >= self.n_layers:
                 continue
             for stack in self.stacks:
                 if match := stack.pattern.fullmatch(name):
@@ -233,6 +257,20 @@ class Architecture:
                 return
         transform = next((t for ending, t in self.transforms.items() if name.endswith(ending)), Transform())
         yield Assembly(self.gguf_tensor_name(name), (stored_name,), transform)
+
+    def _packs(self, name: str) -> bool:
+        return any(name.endswith((f"{ending}_blocks", f"{ending}_scales")) for ending in self.packed)
+
+    def _unpack(self, name: str, stored_name: str, stored: Mapping[str, StoredTensor]) -> Iterator[Assembly]:
+        """What the quantized tensor `stored_name`, in two parts, becomes."""
+        for ending, pieces in self.packed.items():
+            if name.endswith(ending):
+                parts = f"{stored_name}_blocks", f"{stored_name}_scales"
+                if parts[0] not in stored:
+                    raise QuantkitError(f"{self.config.path.parent}: the checkpoint lacks {parts[0]}")
+                for other, rows in pieces.items():
+                    whole = self.gguf_tensor_name(name.removesuffix(ending) + other)
+                    yield Assembly(whole, parts, packed=rows)
 
     def _stack(
         self, stack: Stack, layer: str, name: str, stored_name: str, waiting: dict[tuple[Stack, str], dict[str, str]]

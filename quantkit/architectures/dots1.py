@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.experts import EXPERTS
-from quantkit.architectures.forward import Experts, FeedForward, ForwardSpec, RopeStyle
+from quantkit.architectures.forward import ForwardSpec, RopeStyle
 from quantkit.architectures.parameters import (
     EXPERT_FEED_FORWARD,
     EXPERT_NORM,
@@ -55,21 +55,11 @@ class Dots1(Architecture):
         """Norms of each head; dense blocks first, then experts beside a shared block."""
         model = ModelReader(metadata, tensors)
         rope = model.rope(RopeStyle.NEOX)
-        first = model.integer("leading_dense_block_count", 0)
-        n_ff, n_shared = model.per_layer("expert_feed_forward_length"), model.integer("expert_shared_count")
-
-        def feed_forward(i: int) -> FeedForward | Experts:
-            if i < first:
-                return model.feed_forward(i)
-            return model.experts(
-                i,
-                n_ff[i],
-                gating=model.gating(),
-                normalised=model.flag("expert_weights_norm", False),
-                scale=model.number("expert_weights_scale", 0.0) or 1.0,
-                shared=model.shared_experts(i, n_ff[i] * n_shared),
-            )
-
         return model.spec(
-            model.layer(i, model.attention(i, rope, **model.qk_norms(i)), feed_forward(i)) for i in range(model.n_layer)
+            model.layer(
+                i,
+                model.attention(i, rope, **model.qk_norms(i)),
+                model.feed_forward_or_experts(i, gating=model.gating()),
+            )
+            for i in range(model.n_layer)
         )

@@ -5,33 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
-from quantkit.architectures.base import Architecture, Pieces, Rearrange, Transform
-from quantkit.architectures.config import Config
+from quantkit.architectures.base import Architecture, Pieces, Transform
 from quantkit.architectures.experts import Stack
 from quantkit.architectures.forward import Experts, FeedForward, ForwardSpec, RopeStyle
 from quantkit.architectures.parameters import EXPERT_FEED_FORWARD, SHARED, Field
 from quantkit.architectures.reader import ModelReader
-from quantkit.architectures.rearrangements import HALVES, STACKED_EXPERTS, part
+from quantkit.architectures.rearrangements import HALVES, STACKED_EXPERTS, fused_heads, part
 from quantkit.formats.gguf import Metadata, TensorInfo
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-
-
-def _fused(which: int) -> Rearrange:
-    """The rows of queries, keys or values of a fused projection."""
-
-    def rearrange(config: Config, stored: np.ndarray) -> np.ndarray:
-        heads, groups = config.require("num_attention_heads"), config.require("num_key_value_heads")
-        head = config.integer("head_dim") or config.require("hidden_size") // heads
-        ends = [0, heads * head, (heads + groups) * head, (heads + 2 * groups) * head]
-        if stored.shape[0] != ends[-1]:
-            raise ValueError
-        return stored[ends[which] : ends[which + 1]]
-
-    return rearrange
 
 
 class Ernie(Architecture):
@@ -65,7 +48,7 @@ class Ernie(Architecture):
         },
     }
     pieces: ClassVar[Mapping[str, Pieces]] = {
-        ".qkv_proj.weight": {f".{name}_proj.weight": Transform(_fused(i)) for i, name in enumerate("qkv")},
+        ".qkv_proj.weight": {f".{name}_proj.weight": Transform(fused_heads(name)) for name in "qkv"},
         ".up_gate_proj.weight": {f".{half}_proj.weight": Transform(part(i, 2)) for i, half in enumerate(HALVES)},
     }
     renames = {**Architecture.renames, "ernie.": "model."}  # noqa: RUF012

@@ -36,6 +36,7 @@ class Activation(Enum):
     SILU = "silu"
     GELU = "gelu"  # the tanh approximation, as llama.cpp computes it
     RELU_SQUARED = "squared relu"
+    CLAMPED_SILU = "clamped silu"  # gpt-oss's: within bounds, steeper, and with a gate that is added to
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,14 @@ class Rope:
 
 @dataclass(frozen=True)
 class Temperature:
-    """Queries that grow with their position p: they are multiplied by 1 + `scale` * ln(floor(p / `step`) + 1)."""
+    """Queries that grow with their position p.
+
+    They are multiplied by 1 + `scale` * ln(floor((p + `offset`) / `step`) + 1).
+    """
 
     scale: float
     step: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,8 @@ class Attention:
     """Causal self-attention of one layer.
 
     Either `q`, `k` and `v` are given, or `qkv`, one product whose rows are q's, then k's, then v's. `scale` multiplies
-    q . k. `window` counts the positions that a query sees, itself included. `softcap` c turns a score s into
+    q . k. `window` counts the positions that a query sees, itself included; with `chunk` it sees none before the last
+    multiple of that. `sinks` names a score of each head that belongs to no position. `softcap` c turns a score s into
     c * tanh(s / c). `q_norm` and `k_norm` run over each head before it is rotated, or after it with `norm_rotated`, and
     with `norm_whole` over all heads together. What is over `clamp` in size in queries, keys and values becomes it.
     """
@@ -138,6 +144,8 @@ class Attention:
     qkv: Linear | None = None
     rope: Rope | None = None
     window: int | None = None
+    chunk: int | None = None
+    sinks: str | None = None
     softcap: float | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
@@ -165,7 +173,7 @@ class FeedForward:
 @dataclass(frozen=True)
 class Experts:
     """A mixture of experts. `gate`, `up` and `down` name tensors with one matrix for each; without a gate, as
-    `FeedForward`. Their biases, where they have any, are named `.bias` instead of `.weight`.
+    `FeedForward`. Their biases, where they have any, are rows of further tensors.
 
     `gating` makes shares of the logits of `router`. Of `n_expert`, those `n_used` with the largest shares are chosen;
     `selection_bias` names what is added to shares for that comparison only. Where there are `n_groups` of experts, the
@@ -189,7 +197,9 @@ class Experts:
     normalised: bool = True
     scale: float = 1.0
     weigh_input: bool = False
-    biases: bool = False
+    gate_bias: str | None = None
+    up_bias: str | None = None
+    down_bias: str | None = None
     shared: FeedForward | None = None
     shared_gate: Linear | None = None
 
@@ -233,7 +243,8 @@ class ForwardSpec:
 
     `embedding` and `position_embedding` name tensors whose rows are looked up and added; `embedding_scale` multiplies
     the token's. `output` is the embedding's own tensor where the two are tied. `logit_scale` multiplies logits, then
-    `logit_softcap` bends them as `Attention.softcap` does scores.
+    `logit_softcap` bends them as `Attention.softcap` does scores. `idle` are tensors that a forward pass leaves alone:
+    layers that predict several tokens.
     """
 
     architecture: str
@@ -248,6 +259,7 @@ class ForwardSpec:
     position_embedding: str | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    idle: tuple[str, ...] = ()
 
     @property
     def tied(self) -> bool:

@@ -152,6 +152,7 @@ EXPERT_FEED_FORWARD = Field("add_expert_feed_forward_length", ("moe_intermediate
 SHARED_EXPERTS = Field("add_expert_shared_count", ("n_shared_experts", "num_shared_experts"))
 EXPERT_SCALE = Field("add_expert_weights_scale", ("routed_scaling_factor",), number=True)
 EXPERT_NORM = Flag("add_expert_weights_norm", ("norm_topk_prob",))
+NEXT_LAYERS = Field("add_nextn_predict_layers", ("num_nextn_predict_layers",))
 LEADING_DENSE = Field("add_leading_dense_block_count", ("first_k_dense_replace",))
 
 # What most families write, in the reference converter's order.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
@@ -52,6 +53,10 @@ class ModelReader:
             raise QuantkitError(
                 f"the metadata says {self.n_layer} layers, which the model's {len(tensors)} tensors cannot hold"
             )
+        self.n_listed, n_next = self.n_layer, self.integer("nextn_predict_layers", 0)
+        if n_next >= self.n_layer:
+            raise QuantkitError(f"the metadata says {n_next} of {self.n_layer} layers predict several tokens")
+        self.n_layer -= n_next
         self.heads = self.per_layer("attention.head_count", low=1)
         self.heads_kv = self.per_layer("attention.head_count_kv", 0)
         self.head_k = self.integer("attention.key_length", self.n_embd // self.heads[0])
@@ -63,7 +68,6 @@ class ModelReader:
         eps = "layer_norm_rms_epsilon" if norm_kind is NormKind.RMS else "layer_norm_epsilon"
         self.eps = self.number(f"attention.{eps}")
         self._refuse(not self.flag("attention.causal", True), "attention to later tokens")
-        self._refuse(bool(self.integer("nextn_predict_layers", 0)), "layers that predict several tokens")
 
     # Values
 
@@ -83,8 +87,8 @@ class ModelReader:
         """A count that stands once for all layers, or in an array with one for each; required without a default."""
         full = f"{self.arch}.{key}"
         if self.metadata.is_array(full):
-            return self.metadata.integers(full, self.n_layer, low, MAX_SIZE)
-        return [self.integer(key, default, low)] * self.n_layer
+            return self.metadata.integers(full, self.n_listed, low, MAX_SIZE)
+        return [self.integer(key, default, low)] * self.n_listed
 
     def per_layer_numbers(self, key: str, prefixed: bool = True) -> list[float]:
         """A number that stands once for all layers, or in an array with one for each; required.
@@ -93,8 +97,8 @@ class ModelReader:
         """
         key = f"{self.arch}.{key}" if prefixed else key
         if self.metadata.is_array(key):
-            return self.metadata.numbers(key, self.n_layer)
-        return [self.metadata.number(key)] * self.n_layer
+            return self.metadata.numbers(key, self.n_listed)
+        return [self.metadata.number(key)] * self.n_listed
 
     def _refuse(self, present: bool, what: str) -> None:
         if present:
@@ -264,6 +268,20 @@ class ModelReader:
             )
         return kind
 
+    def feed_forward_or_experts(self, i: int, **changes: Any) -> FeedForward | Experts:
+        """The dense block of layer `i` where it is one of the first ones, else its experts beside what they share."""
+        if i < self.integer("leading_dense_block_count", 0):
+            return self.feed_forward(i)
+        n_ff = self.expert_sizes()[i]
+        shared = self.integer("expert_shared_feed_forward_length", 0)
+        shared = shared or n_ff * self.integer("expert_shared_count", 0)
+        fields: dict[str, Any] = {
+            "normalised": self.flag("expert_weights_norm", False),
+            "scale": self.number("expert_weights_scale", 0.0) or 1.0,
+            "shared": self.shared_experts(i, shared) if shared else None,
+        }
+        return self.experts(i, n_ff, **{**fields, **changes})
+
     def shared_experts(self, i: int, n_ff: int) -> FeedForward:
         """The block that all tokens go through beside the experts of layer `i`, `n_ff` wide."""
         return FeedForward(
@@ -288,6 +306,11 @@ class ModelReader:
             "post_feed_forward_norm": self.norm(f"blk.{i}.post_ffw_norm"),
         }
 
+    def _predicts(self, name: str) -> bool:
+        """Whether tensor `name` is of a layer that predicts several tokens."""
+        match = re.match(r"blk\.(\d+)\.", name)
+        return match is not None and self.n_layer <= int(match[1]) < self.n_listed
+
     def spec(self, layers: Iterable[Layer], **changes: Any) -> ForwardSpec:
         """The whole model: the output matrix is the embedding's where the model has none of its own."""
         embedding = self.tensors.get("token_embd.weight")
@@ -305,5 +328,6 @@ class ModelReader:
             "layers": tuple(layers),
             "output_norm": self.norm("output_norm"),
             "output": self.linear("output" if "output.weight" in self.tensors else "token_embd"),
+            "idle": tuple(name for name in self.tensors if self._predicts(name)),
         }
         return ForwardSpec(**{**fields, **changes})

@@ -60,6 +60,30 @@ def every(i: int, n: int) -> Rearrange:
     return rearrange
 
 
+def every_column(i: int, n: int) -> Rearrange:
+    """Each `n`-th number of the last axis from the `i`-th on."""
+
+    def rearrange(_config: Config, stored: np.ndarray) -> np.ndarray:
+        return stored[..., i::n]
+
+    return rearrange
+
+
+def fused_heads(which: str) -> Rearrange:
+    """The rows of queries ("q"), keys ("k") or values ("v") of a product that has all three below each other."""
+
+    def rearrange(config: Config, stored: np.ndarray) -> np.ndarray:
+        heads, groups = config.require("num_attention_heads"), config.require("num_key_value_heads")
+        head = config.integer("head_dim") or config.require("hidden_size") // heads
+        ends = [0, heads * head, (heads + groups) * head, (heads + 2 * groups) * head]
+        if stored.shape[0] != ends[-1]:
+            raise ValueError
+        at = "qkv".index(which)
+        return stored[ends[at] : ends[at + 1]]
+
+    return rearrange
+
+
 def in_turn(*steps: Rearrange) -> Rearrange:
     """One after the other."""
 

@@ -74,7 +74,7 @@ def command(
     directory = resolve(checkpoint, revision)
     source = CheckpointSource(directory, outtype.value, pre, model_name, allow_nonfinite)
     destination = Destination.of(output, home_of(checkpoint))
-    path = destination.file(output_name(source.metadata, source.type.name))
+    path = destination.file(output_name(source.metadata, source.kind))
     plan = plan_copy(source)
     with (
         OutputGroup(force=force, directory=destination.directory) as group,

@@ -252,10 +252,11 @@ def soft_cap(x: np.ndarray, cap: np.float32) -> None:
 
 
 @piece
-def _softmax(row: Any, start: int, stop: int, cap: Any) -> Any:
+def _softmax(row: Any, start: int, stop: int, cap: Any, sink: Any) -> Any:
     """Exponentials of the scores from `start` to `stop` less their maximum, in place, and zeros around; their sum.
 
-    `row` holds a multiple of sixteen. Unless `cap` is 0 scores are bent by `soft_cap` first.
+    `row` holds a multiple of sixteen. Unless `cap` is 0 scores are bent by `soft_cap` first. `sink` counts as a score
+    that belongs to no key.
     """
     row[:start] = _NOTHING
     row[stop:] = _NOTHING
@@ -266,7 +267,8 @@ def _softmax(row: Any, start: int, stop: int, cap: Any) -> Any:
             x = select(x == splat(_NOTHING), x, _capped(x, cap))
             store(row, j, x)
         highest = maximum(x, highest)
-    peak, total = splat(largest(highest)), splat(_ZERO)
+    top = maximum(largest(highest), sink)
+    peak, total = splat(top), splat(_ZERO)
     for j in range(0, row.size, LANES):
         x = exp(load(row, j) - peak)
         store(row, j, x)
@@ -274,7 +276,7 @@ def _softmax(row: Any, start: int, stop: int, cap: Any) -> Any:
     # They were 1e-38 each, which the sum did not feel.
     row[:start] = _ZERO
     row[stop:] = _ZERO
-    return np.float32(_total(total))
+    return np.float32(_total(total)) + (exp(sink - top) if sink > _NOTHING else _ZERO)
 
 
 @piece
@@ -306,26 +308,35 @@ def attention(
     v: np.ndarray,
     first: int,
     past: int,
-    window: int,
+    reach: tuple[int, int, int],
     cap: np.float32,
+    sinks: np.ndarray,
+    bias: np.ndarray,
     scratch: np.ndarray,
     out: np.ndarray,
     column: int,
 ) -> None:
-    """Causal attention of the query heads that share one head of keys and values.
+    """Attention of the query heads that share one head of keys and values.
 
     `q` is [queries, heads, head_k], already scaled, and its first row stands at position `past`; `k` [positions,
     head_k] and `v` [positions, head_v] begin at position 0. Row i of `out` [rows, any] gets what query `first` + i
-    sees, the heads side by side from `column` on: the `window` keys that end with its own. Unless `cap` is 0 scores are
-    bent by `soft_cap`. `scratch` is scratch of `attention_scratch` numbers.
+    sees, the heads side by side from `column` on. `reach` is how many keys it sees that end with its own, how many of
+    those after it, and, unless it is 0, the size of the chunks of positions that it cannot see out of. Unless `cap` is
+    0 scores are bent by `soft_cap`. `sinks`, unless empty, are a score of each head that belongs to no key; `bias`,
+    unless empty, [heads, odd number], is added to scores by the distance from query to key, 0 in the middle.
+    `scratch` is scratch of `attention_scratch` numbers.
 
     Keys are laid out anew as columns of sixteen and values as sixteen columns, so that both products run over
     neighbours; a few rows of scores at a time stay in the first-level cache from product to product.
     """
     heads, head_k, head_v = q.shape[1], q.shape[2], v.shape[1]
     base = past + first
-    stop = base + out.shape[0]
-    low = max(0, base - window + 1) // LANES * LANES
+    before, after, chunk = reach
+    stop = min(k.shape[0], base + out.shape[0] + after)
+    low = max(0, base - before + 1)
+    if chunk:
+        low = max(low, base // chunk * chunk)
+    low = low // LANES * LANES
     n_tiles = (stop - low + LANES - 1) // LANES
     width = n_tiles * LANES
     whole, v_tiles = head_v // LANES, (head_v + LANES - 1) // LANES
@@ -358,15 +369,29 @@ def attention(
             query = q[first + (row + r) // heads, (row + r) % heads]
             for d in range(head_k):  # an assignment of slices compiles for two seconds longer
                 rows[r * head_k + d] = query[d]
-        begin = (max(0, base + row // heads - window + 1) - low) // LANES
-        end = (base + (row + n - 1) // heads - low) // LANES + 1
+        lowest = max(0, base + row // heads - before + 1)
+        if chunk:
+            lowest = max(lowest, (base + row // heads) // chunk * chunk)
+        begin = (lowest - low) // LANES
+        end = (min(stop - 1, base + (row + n - 1) // heads + after) - low) // LANES + 1
         for t in range(begin, end):
             _multiply_tile(rows, 0, head_k, head_k, keys, t * LANES * head_k, scores, t * LANES, width)
         for r in range(n):
             position = base + (row + r) // heads
             seen = scores[r * width + begin * LANES : r * width + end * LANES]
             origin = low + begin * LANES
-            scales[r] = _ONE / _softmax(seen, max(0, position - window + 1 - origin), position + 1 - origin, cap)
+            head = (row + r) % heads
+            if bias.size:
+                middle = bias.shape[1] // 2 + origin - position
+                for j in range(min(seen.size, stop - origin)):
+                    seen[j] += bias[head, middle + j]
+            lowest = max(0, position - before + 1)
+            if chunk:
+                lowest = max(lowest, position // chunk * chunk)
+            sink = sinks[head] if sinks.size else _NOTHING
+            scales[r] = _ONE / _softmax(
+                seen, max(0, lowest - origin), min(stop, position + 1 + after) - origin, cap, sink
+            )
         for c in range(v_tiles):
             _multiply_tile(
                 scores, begin * LANES, width, (end - begin) * LANES,
@@ -390,6 +415,24 @@ def silu_gate(gate_up: np.ndarray, out: np.ndarray) -> None:
         gate, up, to = gate_up[i, :n], gate_up[i, n:], out[i]
         for j in range(n):
             to[j] = gate[j] / (_ONE + exp(-gate[j])) * up[j]
+
+
+# gpt-oss's bounds and slope.
+_LIMIT, _SLOPE = np.float32(7.0), np.float32(1.702)
+
+
+@kernel
+def clamped_silu_gate(gate_up: np.ndarray, out: np.ndarray) -> None:
+    """g sigmoid(1.702 g) (u + 1), with the gate at most 7 and u within 7 of 0: gate's n numbers, then up's, to n."""
+    n = out.shape[1]
+    for i in range(out.shape[0]):
+        gate, up, to = gate_up[i, :n], gate_up[i, n:], out[i]
+        for j in range(n):
+            g, u = gate[j], up[j]
+            g = g if not g > _LIMIT else _LIMIT
+            u = u if not u > _LIMIT else _LIMIT
+            u = u if not u < -_LIMIT else -_LIMIT
+            to[j] = g / (_ONE + exp(-_SLOPE * g)) * (u + _ONE)
 
 
 @piece

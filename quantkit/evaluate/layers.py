@@ -35,7 +35,11 @@ from quantkit.evaluate.weights import Weights
 ROWS = 512
 
 # What activations exist, with a gate and without: kernels from [rows, n_ff or twice that] to [rows, n_ff].
-_GATED = {Activation.SILU: forward_kernels.silu_gate, Activation.GELU: forward_kernels.gelu_gate}
+_GATED = {
+    Activation.SILU: forward_kernels.silu_gate,
+    Activation.GELU: forward_kernels.gelu_gate,
+    Activation.CLAMPED_SILU: forward_kernels.clamped_silu_gate,
+}
 _PLAIN = {Activation.GELU: forward_kernels.gelu, Activation.RELU_SQUARED: forward_kernels.relu_squared}
 _GATING = {
     Gating.SOFTMAX: forward_kernels.SOFTMAX,
@@ -43,6 +47,7 @@ _GATING = {
     Gating.CHOSEN: forward_kernels.CHOSEN,
 }
 _NO_BIAS = np.empty(0, np.float32)
+_NO_DISTANCES = np.empty((0, 0), np.float32)
 
 
 class Product(NamedTuple):
@@ -62,7 +67,7 @@ Observer = Callable[[tuple[str, ...], Any, int, "int | None"], None]
 
 def _temperatures(temperature: Temperature, positions: np.ndarray) -> np.ndarray:
     """What queries at these positions are multiplied with: float32 [positions, 1]."""
-    grown = 1.0 + temperature.scale * np.log(positions // temperature.step + 1.0)
+    grown = 1.0 + temperature.scale * np.log((positions + temperature.offset) // temperature.step + 1.0)
     return grown.astype(np.float32)[:, None]
 
 
@@ -117,6 +122,8 @@ def unsupported(layer: Layer) -> Iterable[str]:
         yield "LayerNorms of queries and keys"
     if attention.norm_rotated and attention.norm_whole:
         yield "norms of whole queries and keys after rotation"
+    if attention.chunk is not None and attention.chunk < 1:
+        yield f"chunks of {attention.chunk} positions"
     if attention.clamp is not None and not attention.clamp > 0:
         yield f"queries, keys and values clamped at {attention.clamp}"
 
@@ -199,6 +206,7 @@ class LayerRunner:
             n_embd,
         )
         self._out = self._product("out", [(attention.out, n_embd)], attention.n_head * attention.head_v)
+        self._sinks = _NO_BIAS if attention.sinks is None else weights.vector(attention.sinks, attention.n_head)
         dense = ff if isinstance(ff, FeedForward) else ff.shared
         if dense is not None:
             n_ff = dense.n_ff
@@ -286,13 +294,16 @@ class LayerRunner:
         """
         attention = self.layer.attention
         (_, _, heads, head_k), head_v, stop = q.shape, attention.head_v, past + first + len(out)
-        window = min(stop, attention.window or stop)
-        cap = np.float32(attention.softcap or 0.0)
+        reach = min(stop, attention.window or stop), 0, attention.chunk or 0
+        cap, sinks = np.float32(attention.softcap or 0.0), self._sinks
 
         def mix_group(group: int) -> None:
             scratch = self._take("attention", forward_kernels.attention_scratch(stop, head_k, head_v))
             column = group * heads * head_v
-            forward_kernels.attention(q[group], k[group], v[group], first, past, window, cap, scratch, out, column)
+            own = sinks[group * heads : (group + 1) * heads]
+            forward_kernels.attention(
+                q[group], k[group], v[group], first, past, reach, cap, own, _NO_DISTANCES, scratch, out, column
+            )
 
         each(mix_group, len(q))
 
@@ -428,20 +439,19 @@ class LayerRunner:
         if not isinstance(ff, Experts):
             return
 
-        def product(role: str, name: str, e: int, n_out: int, n_in: int) -> Product:
+        def product(role: str, name: str, biases: str | None, e: int, n_out: int, n_in: int) -> Product:
             matrix = self._weights.slab(role, name, ff.n_expert * n_out, n_in, e * n_out, (e + 1) * n_out)
             bias = None
-            if ff.biases:
-                biases = f"{name.removesuffix('weight')}bias"
+            if biases is not None:
                 bias = self._weights.slab(f"{role} bias", biases, ff.n_expert, n_out, e, e + 1)[0]
             return Product(matrix, bias, (name,))
 
         for e in range(ff.n_expert):
             yield Expert(
                 e,
-                None if ff.gate is None else product("expert gate", ff.gate, e, ff.n_ff, self.n_embd),
-                product("expert up", ff.up, e, ff.n_ff, self.n_embd),
-                product("expert down", ff.down, e, self.n_embd, ff.n_ff),
+                None if ff.gate is None else product("expert gate", ff.gate, ff.gate_bias, e, ff.n_ff, self.n_embd),
+                product("expert up", ff.up, ff.up_bias, e, ff.n_ff, self.n_embd),
+                product("expert down", ff.down, ff.down_bias, e, self.n_embd, ff.n_ff),
             )
 
     def expert(self, expert: Expert, routed: Routed, at: int = 0) -> None:

@@ -42,5 +42,6 @@ def measuring_kernels(source: TensorSource, others: Iterable[GGMLType], comparin
         found.append(KernelJob(logit_kernels.compare_tile, (matrix, matrix, _INT, small, state, cube, ids), 1.4))
     else:
         found.append(KernelJob(forward_kernels.score_tile, (matrix, _INT, small, doubles, doubles, doubles), 0.6))
-    attention = (cube, matrix, matrix, _INT, _INT, _INT, _FLOAT, vector, matrix, _INT)
+    reach = types.UniTuple(_INT, 3)
+    attention = (cube, matrix, matrix, _INT, _INT, reach, _FLOAT, vector, matrix, vector, matrix, _INT)
     return [*found, KernelJob(forward_kernels.attention, attention, 4.0)]

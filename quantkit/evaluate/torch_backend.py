@@ -64,12 +64,12 @@ _KNOWN: dict[type, str] = {
     Layer: "attention feed_forward attention_norm feed_forward_norm post_attention_norm post_feed_forward_norm "
     "parallel branch_scale",
     Attention: "n_head n_head_kv head_k head_v scale out q k v qkv rope window softcap q_norm k_norm norm_whole "
-    "temperature norm_rotated clamp",
+    "temperature norm_rotated clamp chunk sinks",
     XIELU: "alpha_n alpha_p beta eps",
-    Temperature: "scale step",
+    Temperature: "scale step offset",
     FeedForward: "n_ff down activation up gate gate_up",
     Experts: "n_ff n_expert n_used router gate up down activation gating selection_bias n_groups n_groups_used "
-    "normalised scale weigh_input biases shared shared_gate",
+    "normalised scale weigh_input gate_bias up_bias down_bias shared shared_gate",
     Rope: "n_dims freq_base style freq_scale magnitude factors long_factors n_ctx_orig yarn",
     Yarn: "ext_factor beta_fast beta_slow",
     Norm: "weight eps kind bias",
@@ -108,8 +108,11 @@ def _activate(activation: Activation | XIELU, x: Any) -> Any:
     raise QuantkitError(f"the torch backend does not know the activation {activation.name}")
 
 
-def _bias_of(name: str) -> str:
-    return f"{name.removesuffix('weight')}bias"
+def _gated(activation: Activation | XIELU, gate: Any, up: Any) -> Any:
+    if activation is Activation.CLAMPED_SILU:
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    return _activate(activation, gate) * up
 
 
 class TorchTransformer(Model):
@@ -269,6 +272,8 @@ class TorchTransformer(Model):
             layer.attention_norm, layer.feed_forward_norm, layer.post_attention_norm, layer.post_feed_forward_norm
         ):  # fmt: skip
             self._norm_weights(norm, n_embd)
+        if a.sinks is not None:
+            self._vector(a.sinks, a.n_head)
         self._norm_weights(a.q_norm, n_q if a.norm_whole else a.head_k)
         self._norm_weights(a.k_norm, n_k if a.norm_whole else a.head_k)
         for linear, n_out in ((a.qkv, n_q + n_k + n_v), (a.q, n_q), (a.k, n_k), (a.v, n_v)):
@@ -284,11 +289,15 @@ class TorchTransformer(Model):
             self._linear_weights(ff.shared_gate, 1, n_embd)
             if ff.selection_bias is not None:
                 self._vector(ff.selection_bias, ff.n_expert)
-            for name, n_out, n_in in ((ff.gate, ff.n_ff, n_embd), (ff.up, ff.n_ff, n_embd), (ff.down, n_embd, ff.n_ff)):
+            for name, biases, n_out, n_in in (
+                (ff.gate, ff.gate_bias, ff.n_ff, n_embd),
+                (ff.up, ff.up_bias, ff.n_ff, n_embd),
+                (ff.down, ff.down_bias, n_embd, ff.n_ff),
+            ):
                 if name is not None:
                     self._matrix(name, ff.n_expert * n_out, n_in)
-                    if ff.biases:
-                        self._matrix(_bias_of(name), ff.n_expert, n_out)
+                if biases is not None:
+                    self._matrix(biases, ff.n_expert, n_out)
 
     def _matrix(self, name: str, n_rows: int, n_in: int) -> None:
         if name not in self._tensors:
@@ -424,7 +433,7 @@ class TorchTransformer(Model):
             return y.to(self._dtype).transpose(1, 2)
 
         if a.temperature is not None:
-            steps = torch.arange(n_ctx, device=self._device) // a.temperature.step
+            steps = (torch.arange(n_ctx, device=self._device) + a.temperature.offset) // a.temperature.step
             growth = 1 + a.temperature.scale * torch.log(steps.float() + 1)
             q = heads(q, a.n_head, a.q_norm) * growth[:, None].to(self._dtype)
         else:
@@ -435,18 +444,28 @@ class TorchTransformer(Model):
             k, v = (y.repeat_interleave(a.n_head // a.n_head_kv, dim=1) for y in (k, v))
         whole = q.shape[2] == n_ctx
         mask: Any = None
-        if not whole or a.window is not None or a.softcap is not None:
+        plain = a.softcap is None and a.sinks is None
+        if not whole or a.window is not None or a.chunk is not None or not plain:
             positions = torch.arange(n_ctx, device=self._device)
             distance = positions[span, None] - positions
             mask = distance >= 0 if a.window is None else (distance >= 0) & (distance < a.window)
-        if a.softcap is None:
+            if a.chunk is not None:
+                mask &= positions // a.chunk == positions[span, None] // a.chunk
+        if plain:
             mixed = functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=a.scale
             )
         else:
             scores = (q @ k.transpose(2, 3)).float() * a.scale
-            scores = torch.tanh(scores / a.softcap) * a.softcap
-            mixed = scores.masked_fill(~mask, -torch.inf).softmax(3).to(self._dtype) @ v
+            if a.softcap is not None:
+                scores = torch.tanh(scores / a.softcap) * a.softcap
+            scores = scores.masked_fill(~mask, -torch.inf)
+            if a.sinks is not None:
+                sinks = self._tensors[a.sinks][None, :, None, None].expand(n_seq, -1, scores.shape[2], 1)
+                scores = torch.cat([scores, sinks], dim=3).softmax(3)[..., :-1]
+            else:
+                scores = scores.softmax(3)
+            mixed = scores.to(self._dtype) @ v
         return mixed.transpose(1, 2).reshape(n_seq, -1, a.n_head * a.head_v)
 
     def _rotated(self, rope: Rope | None, x: Any, n_ctx: int) -> Any:
@@ -479,10 +498,10 @@ class TorchTransformer(Model):
         if ff.gate_up is not None:
             (wide,) = self._products(x, ff.gate_up)
             gate, up = wide.chunk(2, dim=2)
-            active = _activate(ff.activation, gate) * up
+            active = _gated(ff.activation, gate, up)
         elif ff.gate is not None:
             gate, up = self._products(x, ff.gate, ff.up)
-            active = _activate(ff.activation, gate) * up
+            active = _gated(ff.activation, gate, up)
         else:
             (up,) = self._products(x, ff.up)
             active = _activate(ff.activation, up)
@@ -506,18 +525,18 @@ class TorchTransformer(Model):
             if ff.weigh_input:
                 y = y * share.to(y.dtype)
             self._observe((ff.up,) if ff.gate is None else (ff.gate, ff.up), y, e)
-            up = self._expert(ff, ff.up, e, y)
+            up = self._expert(ff, ff.up, ff.up_bias, e, y)
             if ff.gate is None:
                 y = _activate(ff.activation, up)
             else:
-                y = _activate(ff.activation, self._expert(ff, ff.gate, e, y)) * up
+                y = _gated(ff.activation, self._expert(ff, ff.gate, ff.gate_bias, e, y), up)
             self._observe((ff.down,), y, e)
-            y = self._expert(ff, ff.down, e, y).float()
+            y = self._expert(ff, ff.down, ff.down_bias, e, y).float()
             branch.index_add_(0, some, y if ff.weigh_input else y * share)
         return branch.reshape(x.shape)
 
-    def _expert(self, ff: Experts, name: str, e: int, x: Any) -> Any:
-        bias = self._weight(_bias_of(name))[e] if ff.biases else None
+    def _expert(self, ff: Experts, name: str, biases: str | None, e: int, x: Any) -> Any:
+        bias = None if biases is None else self._weight(biases)[e]
         return functional.linear(x, self._weight(name).view(ff.n_expert, -1, x.shape[1])[e], bias)
 
     def _route(self, ff: Experts, logits: Any) -> tuple[Any, Any]:

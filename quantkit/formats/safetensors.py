@@ -273,6 +273,14 @@ class SafetensorsCheckpoint:
                 self._whole = name, data
             return self._whole[1]
 
+    def packed(self, name: str) -> np.ndarray:
+        """Tensor `name` of bytes in which narrower numbers are packed: uint8, otherwise as `data`."""
+        tensor = self.tensors[name]
+        if tensor.dtype != "U8":
+            raise QuantkitError(f"{tensor.path}: tensor {name!r} is {tensor.dtype}, not packed into U8")
+        source = self._files[tensor.path].map
+        return np.frombuffer(source, dtype=np.uint8, count=tensor.nbytes, offset=tensor.start).reshape(tensor.shape)
+
     def release(self, name: str) -> None:
         """Give back what is held of tensor `name`; it can be read again. Raises QuantkitError if its file changed."""
         with self._lock:

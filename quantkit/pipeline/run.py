@@ -58,7 +58,7 @@ def convert(
     named = os.fspath(checkpoint)
     source = CheckpointSource(resolve(named, revision), outtype, pre, name, allow_nonfinite)
     destination = Destination.of(out, home_of(named))
-    path = destination.file(output_name(source.metadata, source.type.name))
+    path = destination.file(output_name(source.metadata, source.kind))
     with OutputGroup(force=force, directory=destination.directory) as group:
         execute(
             source,

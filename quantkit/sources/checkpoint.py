@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import gguf
 
 log = logging.getLogger(__name__)
+# Bytes of codes in a block.
+MXFP4_CODES = 16
 # Families write what they know better over what all write; the order stays that of the first time.
 logging.getLogger("gguf.gguf_writer").addFilter(lambda record: "Duplicated key" not in record.getMessage())
 
@@ -41,10 +43,16 @@ _MAX_ALIASES = 16
 _STORED = {"F32": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16}
 # general.file_type, as llama.cpp numbers it.
 _FILE_TYPES = {GGMLType.F32: 0, GGMLType.F16: 1, GGMLType.Q8_0: 7, GGMLType.BF16: 32}
+_MXFP4_FILE = 38
 # Matrices that runtimes expect in float32, by their GGUF name within a layer.
 _ALWAYS_F32 = frozenset(
-    ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types", "ssm_conv1d", "shortconv.conv")
-)
+    (
+        "ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd", "token_types", "ssm_conv1d", "shortconv.conv",
+        "time_mix_first", "time_mix_w1", "time_mix_w2", "time_mix_decay_w1", "time_mix_decay_w2",
+        "time_mix_lerp_fused", "altup_correct_coef", "altup_predict_coef", "ssm_conv1d_q", "ssm_conv1d_k",
+        "ssm_conv1d_v", "indexer.proj",
+    )
+)  # fmt: skip
 # The fields of general.sampling.* and, where it differs, their name in generation_config.json.
 _SAMPLING = (
     "sequence", "top_k", "top_p", "min_p", "xtc_probability", "xtc_threshold", "temp", "penalty_last_n",
@@ -79,6 +87,7 @@ class CheckpointSource:
         stored = self._checkpoint.tensors
         self.type = self._guess(stored) if outtype == "auto" else GGMLType.parse(outtype)
         self._assemblies: dict[str, Assembly] = {}
+        self._packed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._rows: dict[str, list[np.ndarray]] = {}
         self._parts: dict[str, list[str]] = {}  # the stored tensor that each of these is a view of
         self._tensors: dict[str, TensorInfo] = {}
@@ -89,7 +98,13 @@ class CheckpointSource:
             shape = self._arrange(assembly)
             if len(shape) > MAX_DIMENSIONS or not math.prod(shape):
                 raise QuantkitError(f"{self.directory}: {assembly.name} has the impossible shape {list(shape)}")
-            self._tensors[assembly.name] = TensorInfo(assembly.name, shape[::-1], self._type_of(assembly.name, shape))
+            kind = GGMLType.MXFP4 if assembly.packed is not None else self._type_of(assembly.name, shape)
+            self._tensors[assembly.name] = TensorInfo(assembly.name, shape[::-1], kind)
+
+    @property
+    def kind(self) -> str:
+        """What a file of these tensors is called: the type of its matrices, or that of experts which stay quantized."""
+        return "MXFP4_MOE" if self._is_packed and not self.type.is_quantized else self.type.name
 
     def seen_as(self, outtype: OutType) -> CheckpointSource:
         """The same checkpoint with matrices of another type."""
@@ -97,8 +112,9 @@ class CheckpointSource:
 
     def _refuse_quantized(self) -> None:
         quantization = self.architecture.config.find("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        self._is_packed = method == "mxfp4" and bool(self.architecture.packed)
+        if quantization and not self._is_packed:
             raise QuantkitError(
                 f"{self.architecture.config.path}: the weights are quantized already ({method}); "
                 "take the original checkpoint"
@@ -118,6 +134,8 @@ class CheckpointSource:
         if assembly.values is not None:
             self._rows[assembly.name] = [_as_rows(assembly.values)]
             return assembly.values.shape
+        if assembly.packed is not None:
+            return self._arrange_packed(assembly, assembly.packed)
         parts: list[list[np.ndarray]] = []
         for part in assembly.parts:
             views = self._rearranged(assembly, part)
@@ -130,12 +148,25 @@ class CheckpointSource:
         self._rows[assembly.name] = [_as_rows(view) for views in parts for view in views]
         self._parts[assembly.name] = [part for part, views in zip(assembly.parts, parts, strict=True) for _ in views]
         # A rearrangement may split the rows' axis; in GGUF the tensor has as many axes as in the checkpoint.
-        n_axes = len(self._checkpoint.tensors[assembly.parts[0]].shape)
+        n_axes = assembly.transform.n_axes or len(self._checkpoint.tensors[assembly.parts[0]].shape)
         shapes = [_merged(view.shape, n_axes) for view in parts[0]]
         if len(shapes) > 1 and (n_axes != 2 or len({shape[1:] for shape in shapes}) > 1):
             raise QuantkitError(f"{self.directory}: the parts of {assembly.name} do not fit below each other")
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         return (len(parts), *shape) if assembly.stacked else shape
+
+    def _arrange_packed(self, assembly: Assembly, rows: slice) -> tuple[int, ...]:
+        """Prepare a tensor that is quantized already, in MXFP4: sixteen bytes of codes and a scale for each block."""
+        codes, scales = (self._checkpoint.packed(part) for part in assembly.parts)
+        if codes.ndim != 4 or codes.shape[3] != MXFP4_CODES or codes.shape[:3] != scales.shape:
+            raise QuantkitError(
+                f"{self.directory}: tensors {assembly.parts[0]!r} of shape {codes.shape} and {assembly.parts[1]!r} of "
+                f"shape {scales.shape} are no matrices in MXFP4"
+            )
+        n_blocks = codes.shape[2]
+        codes, scales = codes.reshape(*codes.shape[:2], -1)[:, rows], scales[:, rows]
+        self._packed[assembly.name] = codes, scales
+        return (*codes.shape[:2], n_blocks * GGMLType.MXFP4.block_size)
 
     def _rearranged(self, assembly: Assembly, part: str) -> list[np.ndarray]:
         """The views of the stored tensor `part` whose rows stand below each other in `assembly`."""
@@ -199,7 +230,7 @@ class CheckpointSource:
         arch.write_first(writer)
         writer.add_type(gguf.GGUFType.MODEL)
         self._write_general(writer)
-        arch.write_parameters(writer, _FILE_TYPES[self.type])
+        arch.write_parameters(writer, _MXFP4_FILE if self.kind == "MXFP4_MOE" else _FILE_TYPES[self.type])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         self._check_vocabulary_size()
         write_vocabulary(
@@ -222,7 +253,7 @@ class CheckpointSource:
         data = self._checkpoint.data(name)
         if data.size != 1:
             raise QuantkitError(f"{self.directory}: tensor {name!r} has {data.size} numbers, not one")
-        value = float(_float32(data.reshape(1, 1))[0, 0])
+        value = float(_float32(self._checkpoint.read(name, data.reshape(1, 1), 0, 1))[0, 0])
         if not math.isfinite(value):
             raise QuantkitError(f"{self.directory}: tensor {name!r} is {value}")
         return value
@@ -277,6 +308,12 @@ class CheckpointSource:
         stop = info.n_rows if stop is None else stop
         if not 0 <= start <= stop <= info.n_rows:
             raise IndexError(f"rows {start} to {stop} of {name}, which has {info.n_rows}")
+        if name in self._packed:
+            codes, scales = (
+                self._checkpoint.read(part, view, start, stop)
+                for part, view in zip(assembly.parts, self._packed[name], strict=True)
+            )
+            return repacked_mxfp4(codes, scales)
         rows = self._gather(name, start, stop)
         if assembly.transform.arithmetic is not None:
             # torch, and so the reference, has arithmetic for float16, which rounds each result to it.
@@ -350,6 +387,21 @@ def _refuse_bombs(card: Path) -> None:
         return  # whoever reads it says so
     if aliases > _MAX_ALIASES:
         raise QuantkitError(f"{card}: {aliases} aliases in its front matter, and {_MAX_ALIASES} are the most")
+
+
+def repacked_mxfp4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Rows of MXFP4 as GGUF has them: uint8 [rows, blocks * 17].
+
+    `codes` [rows, blocks * 16] hold neighbours in the two halves of a byte, the first in the lower; GGUF has the first
+    sixteen numbers of a block in the lower halves and the others in the upper ones, after the scale, one of `scales`
+    [rows, blocks].
+    """
+    n_rows, n_blocks = scales.shape
+    numbers = np.stack([codes & 15, codes >> 4], axis=2).reshape(n_rows, n_blocks, 2 * MXFP4_CODES)
+    out = np.empty((n_rows, n_blocks, MXFP4_CODES + 1), np.uint8)
+    out[:, :, 0] = scales
+    out[:, :, 1:] = numbers[:, :, :MXFP4_CODES] | numbers[:, :, MXFP4_CODES:] << 4
+    return out.reshape(n_rows, -1)
 
 
 def output_name(metadata: Metadata, kind: str) -> str:

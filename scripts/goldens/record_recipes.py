@@ -54,6 +54,7 @@ def _rope(theta: float, **values: Any) -> dict[str, Any]:
 
 LONG = [round(1 + i * i / 37, 6) for i in range(32)]
 SHORT = [round(1 + i / 53, 6) for i in range(32)]
+GLM_TOKENS = ["<|endoftext|>", "[gMASK]", "<|user|>", "<|observation|>"]
 MODELS = {
     "tiny-qwen2-moe": Model(
         "Qwen2MoeForCausalLM",
@@ -80,7 +81,7 @@ MODELS = {
     "tiny-glm4": Model(
         "Glm4ForCausalLM",
         {"head_dim": 64, "attention_bias": True, "rope_parameters": _rope(1e4, partial_rotary_factor=0.5)},
-        {"added": ["<|endoftext|>", "[gMASK]", "<|user|>", "<|observation|>"]},
+        {"added": GLM_TOKENS},
     ),
     "tiny-gemma": Model(
         "GemmaForCausalLM",
@@ -233,6 +234,93 @@ MODELS = {
             "num_shared_expert": [1, 1], "use_mixed_mlp_moe": True, "rope_parameters": _rope(1e4),
         },
     ),
+    "tiny-gpt-oss": Model(
+        "GptOssForCausalLM",
+        {
+            "intermediate_size": 256, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64,
+            "sliding_window": 32, "attention_bias": True, "rope_parameters": _rope(
+                150000.0, rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+                original_max_position_embeddings=64,
+            ),
+        },
+    ),
+    "tiny-gpt-oss-mxfp4": Model(
+        "GptOssForCausalLM",
+        {
+            "intermediate_size": 256, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 64,
+            "sliding_window": 32, "attention_bias": True, "rope_parameters": _rope(1e4),
+        },
+        {"mxfp4": True},
+    ),
+    "tiny-glm4-moe": Model(
+        "Glm4MoeForCausalLM",
+        {
+            "moe_intermediate_size": 256, "n_routed_experts": 4, "num_experts_per_tok": 2, "head_dim": 64,
+            "routed_scaling_factor": 2.5, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1,
+            "attention_bias": True, "use_qk_norm": True,
+            "rope_parameters": _rope(1e6, partial_rotary_factor=0.5),
+        },
+        {"added": GLM_TOKENS, "more": {
+            f"model.layers.2.{name}": shape for name, shape in {
+                "eh_proj.weight": "256 512", "enorm.weight": "256", "hnorm.weight": "256",
+                "shared_head.norm.weight": "256", "input_layernorm.weight": "256",
+                "post_attention_layernorm.weight": "256", "self_attn.q_proj.weight": "256 256",
+                "self_attn.k_proj.weight": "128 256", "self_attn.v_proj.weight": "128 256",
+                "self_attn.q_proj.bias": "256", "self_attn.k_proj.bias": "128", "self_attn.v_proj.bias": "128",
+                "self_attn.o_proj.weight": "256 256", "self_attn.q_norm.weight": "64", "self_attn.k_norm.weight": "64",
+                "mlp.gate.weight": "4 256", "mlp.gate.e_score_correction_bias": "F32 4",
+                "mlp.experts.{0-3}.gate_proj.weight": "256 256", "mlp.experts.{0-3}.up_proj.weight": "256 256",
+                "mlp.experts.{0-3}.down_proj.weight": "256 256", "mlp.shared_experts.gate_proj.weight": "256 256",
+                "mlp.shared_experts.up_proj.weight": "256 256", "mlp.shared_experts.down_proj.weight": "256 256",
+            }.items()
+        }},
+    ),
+    "tiny-deepseek-v2": Model(
+        "DeepseekV2ForCausalLM",
+        {
+            "num_key_value_heads": 4, "moe_intermediate_size": 256, "n_routed_experts": 4, "num_experts_per_tok": 2,
+            "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": 256, "kv_lora_rank": 256,
+            "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "routed_scaling_factor": 1.0,
+            "topk_method": "greedy", "norm_topk_prob": False, "scoring_func": "softmax", "n_group": None,
+            "topk_group": None,
+            "rope_parameters": _rope(
+                1e4, rope_type="yarn", factor=40.0, beta_fast=32.0, beta_slow=1.0, mscale=0.707, mscale_all_dim=0.707,
+                original_max_position_embeddings=64,
+            ),
+        },
+    ),
+    "tiny-deepseek-v2-lite": Model(
+        "DeepseekV2ForCausalLM",
+        {
+            "num_key_value_heads": 4, "moe_intermediate_size": 256, "n_routed_experts": 4, "num_experts_per_tok": 2,
+            "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": None, "kv_lora_rank": 256,
+            "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "routed_scaling_factor": 1.0,
+            "topk_method": "greedy", "norm_topk_prob": False, "scoring_func": "softmax", "n_group": None,
+            "topk_group": None, "rope_parameters": _rope(1e4),
+        },
+    ),
+    "tiny-deepseek-v3": Model(
+        "DeepseekV3ForCausalLM",
+        {
+            "num_key_value_heads": 4, "moe_intermediate_size": 256, "n_routed_experts": 8, "num_experts_per_tok": 2,
+            "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 256, "kv_lora_rank": 256,
+            "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "routed_scaling_factor": 2.5,
+            "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "scoring_func": "sigmoid",
+            "num_nextn_predict_layers": 1, "rope_parameters": _rope(1e4),
+        },
+        {"more": {
+            "model.layers.2.eh_proj.weight": "256 512", "model.layers.2.enorm.weight": "256",
+            "model.layers.2.input_layernorm.weight": "256",
+        }},
+    ),
+    "tiny-llama4": Model(
+        "Llama4ForCausalLM",
+        {
+            "num_hidden_layers": 4, "intermediate_size": 256, "intermediate_size_mlp": 512, "num_local_experts": 2,
+            "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "head_dim": 64, "attention_chunk_size": 8192,
+            "rope_parameters": _rope(5e5), "use_qk_norm": True, "max_position_embeddings": 512,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -285,7 +373,16 @@ def record(model: Model) -> dict[str, Any]:
                     tensors[tensor] = " ".join([kind] * (kind != plain) + [str(n) for n in entry["shape"]])
     if model.called:
         saved["architectures"] = [model.called]
-    return {"config": saved, **model.recipe, "tensors": fold(dict(sorted(tensors.items())))}
+    recipe = dict(model.recipe)
+    if recipe.pop("mxfp4", False):
+        saved["quantization_config"] = {"modules_to_not_convert": ["lm_head"], "quant_method": "mxfp4"}
+        for name in [name for name in tensors if name.endswith((".gate_up_proj", ".down_proj"))]:
+            experts, n_in, n_out = tensors.pop(name).split()
+            tensors[f"{name}_blocks"] = f"U8 {experts} {n_out} {int(n_in) // 32} 16"
+            tensors[f"{name}_scales"] = f"U8 {experts} {n_out} {int(n_in) // 32}"
+    # What published checkpoints hold beside what the class knows.
+    tensors |= recipe.pop("more", {})
+    return {"config": saved, **recipe, "tensors": fold(dict(sorted(tensors.items())))}
 
 
 def main() -> None:

@@ -34,28 +34,41 @@ def test_exponential_at_the_ends():
     sizes=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     first=st.integers(0, 9),
     past=st.integers(0, 40),
-    window=st.integers(1, 130),
+    reach=st.tuples(st.integers(1, 130), st.sampled_from([0, 0, 5, 200]), st.sampled_from([0, 0, 1, 32, 50])),
     cap=st.sampled_from([0.0, 0.0, 4.0]),
+    extras=st.tuples(st.booleans(), st.booleans()),
     seed=st.integers(0, 99),
 )
-def test_attention_sees_its_window_and_no_later_key(n, heads, sizes, first, past, window, cap, seed):
+def test_attention_sees_what_is_in_its_reach(n, heads, sizes, first, past, reach, cap, extras, seed):
     rng = np.random.default_rng(seed)
-    (head_k, head_v), base = sizes, past + first
+    (head_k, head_v), base, (before, after, chunk) = sizes, past + first, reach
+    n_keys = min(base + n + 20, base + n + after)
     # Positions from base + n on, and queries before `first`, are nobody's business: NaN would show.
     q = rng.standard_normal((first + n, heads, head_k)).astype(np.float32) * 2 / np.float32(head_k**0.5)
     k = rng.standard_normal((base + n + 20, head_k)).astype(np.float32) * 2
     v = rng.standard_normal((base + n + 20, head_v)).astype(np.float32)
-    q[:first], k[base + n :], v[base + n :] = np.nan, np.nan, np.nan
-    k[: max(0, base - window + 1) // 16 * 16] = np.nan
-    query, key = base + np.arange(n)[:, None], np.arange(base + n)
-    seen = (key <= query) & (key > query - window)
-    scores = np.einsum("nhd,kd->hnk", q[first:], np.nan_to_num(k[: base + n]), dtype=np.float64)
+    q[:first], k[n_keys:], v[n_keys:] = np.nan, np.nan, np.nan
+    lowest = max(0, base - before + 1, base // chunk * chunk if chunk else 0)
+    k[: lowest // 16 * 16] = np.nan
+    query, key = base + np.arange(n)[:, None], np.arange(n_keys)
+    seen = (key <= query + after) & (key > query - before)
+    if chunk:
+        seen &= key >= query // chunk * chunk
+    scores = np.einsum("nhd,kd->hnk", q[first:], np.nan_to_num(k[:n_keys]), dtype=np.float64)
+    sinks = rng.standard_normal(heads if extras[0] else 0).astype(np.float32) * 3
+    bias = rng.standard_normal((heads, 2 * n_keys + 1) if extras[1] else (0, 0)).astype(np.float32)
+    if extras[1]:
+        scores += bias[:, key - query + n_keys]
     scores = np.where(seen, cap * np.tanh(scores / cap) if cap else scores, -np.inf)
-    p = np.exp(scores - scores.max(2, keepdims=True))
-    expected = np.einsum("hnk,kd->nhd", p / p.sum(2, keepdims=True), v[: base + n])
-    scratch = np.full(forward_kernels.attention_scratch(base + n, head_k, head_v) + 9, np.nan, np.float32)
+    sink = sinks[:, None, None] if extras[0] else np.full((1, 1, 1), -np.inf)
+    peak = np.maximum(scores.max(2, keepdims=True), sink)
+    p = np.exp(scores - peak)
+    expected = np.einsum("hnk,kd->nhd", p / (p.sum(2, keepdims=True) + np.exp(sink - peak)), v[:n_keys])
+    scratch = np.full(forward_kernels.attention_scratch(n_keys, head_k, head_v) + 9, np.nan, np.float32)
     out = np.full((n, 5 + heads * head_v + 3), np.nan, np.float32)
-    forward_kernels.attention(q, k, v, first, past, window, np.float32(cap), scratch[:-9], out, 5)
+    forward_kernels.attention(
+        q, k[: base + n + 20], v, first, past, reach, np.float32(cap), sinks, bias, scratch[:-9], out, 5
+    )
     # Scores of up to 40 round by 40 * 2^-24, and so do their exponents.
     np.testing.assert_allclose(out[:, 5:-3].reshape(expected.shape), expected, rtol=1e-5, atol=2e-5)
     assert np.isnan(out[:, :5]).all() and np.isnan(out[:, -3:]).all() and np.isnan(scratch[-9:]).all()
@@ -66,7 +79,8 @@ def test_attention_keeps_a_query_that_is_not_a_number():
     q[1] = np.nan
     out = np.empty((3, 4), np.float32)
     scratch = np.empty(forward_kernels.attention_scratch(3, 4, 4), np.float32)
-    forward_kernels.attention(q, k, v, 0, 0, 3, np.float32(0), scratch, out, 0)
+    nothing = np.empty(0, np.float32), np.empty((0, 0), np.float32)
+    forward_kernels.attention(q, k, v, 0, 0, (3, 0, 0), np.float32(0), *nothing, scratch, out, 0)
     assert np.isnan(out).all(1).tolist() == [False, True, False]
 
 
@@ -167,6 +181,24 @@ def test_gelu_is_the_tanh_approximation():
     gated = np.empty((2, 1250), np.float32)
     forward_kernels.gelu_gate(x, gated)
     np.testing.assert_allclose(gated, expected[:, :1250] * wide[:, 1250:], rtol=1e-5, atol=1e-5)
+
+
+def test_gates_that_are_clamped():
+    x = np.linspace(-12, 12, 2000).astype(np.float32).reshape(2, -1)
+    gate, up = np.minimum(x[:, :500], 7).astype(np.float64), np.clip(x[:, 500:], -7, 7).astype(np.float64)
+    out = np.empty((2, 500), np.float32)
+    forward_kernels.clamped_silu_gate(x, out)
+    np.testing.assert_allclose(out, gate / (1 + np.exp(-1.702 * gate)) * (up + 1), rtol=1e-5, atol=1e-6)
+
+
+def test_squared_relu_and_the_learned_activation():
+    x = np.linspace(-9, 9, 2001).astype(np.float32)[None]
+    out, wide = np.empty_like(x), x.astype(np.float64)
+    forward_kernels.relu_squared(x, out)
+    np.testing.assert_allclose(out, np.maximum(wide, 0) ** 2, rtol=1e-6)
+    forward_kernels.xielu(x, *(np.float32(n) for n in (0.8, 1.3, 0.5, -1e-6)), out)
+    below = 1.3 * (np.expm1(np.minimum(wide, -1e-6)) - wide) + 0.5 * wide
+    np.testing.assert_allclose(out, np.where(wide > 0, 0.8 * wide**2 + 0.5 * wide, below), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("cap", [0.5, 30.0, 50.0])

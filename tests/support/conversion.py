@@ -59,5 +59,5 @@ def assert_recorded(source: CheckpointSource, wanted: dict[str, Any], path: Path
             for t in source.tensors.values()
         ]
         assert tensors == wanted["tensors"]
-    assert output_name(source.metadata, source.type.name) == wanted["file"]
+    assert output_name(source.metadata, source.kind) == wanted["file"]
     assert sha256(write(source, path).read_bytes()) == wanted["sha256"]

@@ -13,5 +13,10 @@ _CLASSES = {name for row in supported() if row.evaluated for name in row.classes
 # The checkpoints that have a forward pass here, and those of them that transformers has one for.
 EVALUATED = [name for name, recipe in (RECIPES | FAMILIES).items() if recipe.config["architectures"][0] in _CLASSES]
 IN_TRANSFORMERS = [name for name in EVALUATED if name not in OWN_CODE]
-# Those that llama.cpp runs otherwise than the model is meant to be run.
-LLAMA_CPP_DIFFERS = {"tiny-exaone4-window": "llama.cpp knows the models with a window by their 64 layers"}
+# Those that the pinned llama.cpp does not load, and those that it runs otherwise than the model is meant to be run.
+LLAMA_CPP_LACKS = {"tiny-deepseek-v2-lite": "llama.cpp knows DeepSeek V2 without a latent of queries by its layers"}
+LLAMA_CPP_RUNS = [name for name in FAMILIES if name not in LLAMA_CPP_LACKS]
+LLAMA_CPP_DIFFERS = LLAMA_CPP_LACKS | {
+    "tiny-exaone4-window": "llama.cpp knows the models with a window by their 64 layers",
+    "tiny-gpt-oss-mxfp4": "llama.cpp rounds what it multiplies with MXFP4 weights to 8 bits",
+}

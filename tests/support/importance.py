@@ -29,5 +29,5 @@ def keys_of(matrix: ImportanceMatrix) -> list[tuple[str, int, Any]]:
     return [
         ("quantize.imatrix.dataset", 3, b"calibration.txt"),
         ("quantize.imatrix.entries_count", 0, len(matrix.entries)),
-        ("quantize.imatrix.chunks_count", 0, 7),
+        ("quantize.imatrix.chunks_count", 0, matrix.chunk_count),
     ]

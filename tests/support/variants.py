@@ -39,7 +39,7 @@ def changed_layers(spec, layer=None, attention=None, feed_forward=None):
 
 
 EXTRA = ("blk.0.head_norm.weight", "router", "experts_down.weight", "experts_down.bias", "experts_up.weight",
-         "experts_up.bias", "selection", "shared_gate")  # fmt: skip
+         "experts_up.bias", "selection", "shared_gate", "sinks")  # fmt: skip
 NORM = Norm("blk.0.head_norm.weight", 1e-5)
 LAYER_NORM = Norm("output_norm.weight", 1e-5, NormKind.LAYER, "blk.0.ffn_norm.weight")
 ROUTER, DOWN = Linear("router"), "experts_down.weight"
@@ -66,6 +66,14 @@ VARIANTS = {
     "norms without weights": lambda spec: changed_layers(
         spec,
         layer=lambda each: {"attention_norm": Norm(None, 1e-5), "feed_forward_norm": Norm(None, 1e-5, NormKind.LAYER)},
+    ),
+    "chunks": lambda spec: changed_layers(spec, attention=lambda a: {"chunk": 7}),
+    "sinks": lambda spec: changed_layers(spec, attention=lambda a: {"sinks": "sinks"}),
+    "queries that grow from an offset": lambda spec: changed_layers(
+        spec, attention=lambda a: {"temperature": Temperature(0.7, 9, 5)}
+    ),
+    "clamped silu": lambda spec: changed_layers(
+        spec, feed_forward=lambda ff: dataclasses.replace(ff, activation=Activation.CLAMPED_SILU)
     ),
     "squared relu": lambda spec: changed_layers(
         spec, feed_forward=lambda ff: FeedForward(ff.n_ff, ff.down, Activation.RELU_SQUARED, up=ff.up)
@@ -133,7 +141,8 @@ VARIANTS = {
             DOWN,
             Activation.GELU,
             Gating.CHOSEN,
-            biases=True,
+            up_bias="experts_up.bias",
+            down_bias="experts_down.bias",
         ),
     ),
     "experts that weigh what they read": lambda spec: changed_layers(
@@ -164,6 +173,7 @@ def variant(path: Path, name: str) -> tuple[GGUFSource, ForwardSpec, ForwardSpec
     weights["experts_up.weight"] = rng.standard_normal((4 * 40, 96)).astype(np.float32) / 7
     weights["experts_up.bias"] = rng.standard_normal((4, 40)).astype(np.float32)
     weights["selection"] = rng.standard_normal(4).astype(np.float32)
+    weights["sinks"] = rng.standard_normal(6).astype(np.float32) * 3
     weights["shared_gate"] = rng.standard_normal((1, 96)).astype(np.float32)
     source = GGUFSource(write_gguf(path, tiny_metadata(), weights))
     plain = forward_spec(source.metadata, {key: info for key, info in source.tensors.items() if key not in EXTRA})

@@ -1,0 +1,143 @@
+"""DeepSeek V2, V3 and R1, and Kimi K2: latent attention (MLA), dense layers first, experts in groups."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantkit.architectures.base import Architecture, Rearrange, Transform
+from quantkit.architectures.config import Config
+from quantkit.architectures.experts import EXPERTS
+from quantkit.architectures.parameters import (
+    EXPERT_SCALE,
+    SHARED,
+    VOCABULARY_SIZE,
+    Field,
+)
+from quantkit.architectures.rearrangements import STACKED_EXPERTS
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+
+def _latent(keys: bool) -> Rearrange:
+    """Of what makes keys and values of the latent, head by head: the keys' part, transposed, or the values'."""
+
+    def rearrange(config: Config, stored: np.ndarray) -> np.ndarray:
+        heads, size = config.require("num_attention_heads"), config.require("qk_nope_head_dim")
+        if stored.shape[0] != heads * (size + config.require("v_head_dim")):
+            raise ValueError
+        parts = stored.reshape(heads, -1, stored.shape[-1])
+        return np.swapaxes(parts[:, :size], 1, 2) if keys else parts[:, size:]
+
+    return rearrange
+
+
+def _sizes(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
+    """How many layers are dense, and the sizes of the latents and of what heads are made of."""
+    config = architecture.config
+    dense = config.integer("first_k_dense_replace")
+    if dense is None:
+        dense = 0 if config.integer("n_routed_experts") else config.require("num_hidden_layers")
+    writer.add_leading_dense_block_count(dense)
+    VOCABULARY_SIZE(architecture, writer, file_type)
+    if (rank := config.integer("q_lora_rank")) is not None:
+        writer.add_q_lora_rank(rank)
+    rank, rotary = config.integer("kv_lora_rank") or 512, config.require("qk_rope_head_dim")
+    writer.add_kv_lora_rank(rank)
+    writer.add_key_length(rank + rotary)
+    writer.add_value_length(rank)
+    writer.add_key_length_mla(config.require("qk_nope_head_dim") + rotary)
+    writer.add_value_length_mla(config.require("v_head_dim"))
+    writer.add_expert_feed_forward_length(config.require("moe_intermediate_size", "intermediate_size"))
+    Field("add_expert_count", ("n_routed_experts",))(architecture, writer, file_type)
+    writer.add_expert_shared_count(config.integer("n_shared_experts") or 0)
+    EXPERT_SCALE(architecture, writer, file_type)
+    if config.find("norm_topk_prob"):
+        writer.add_expert_weights_norm(True)
+    writer.add_rope_dimension_count(rotary)
+    if (scale := architecture.rope.number("mscale_all_dim")) is not None:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * scale)
+
+
+class DeepSeek2(Architecture):
+    """DeepseekV2ForCausalLM and DeepseekV3ForCausalLM. Layers that predict several tokens are left out.
+
+    GGUF holds what makes keys of the latent transposed, so that queries can meet the latent itself.
+    """
+
+    gguf_name = "deepseek2"
+    checkpoints = {  # noqa: RUF012
+        "DeepseekV2ForCausalLM": {
+            "vocab_size": 102400,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "head_dim": 64,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-06,
+            "n_routed_experts": 64,
+            "moe_intermediate_size": 1407,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 0,
+            "routed_scaling_factor": 1.0,
+            "norm_topk_prob": False,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 1536,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 128,
+            "v_head_dim": 128,
+            "rope_theta": 10000.0,
+        },
+        "DeepseekV3ForCausalLM": {
+            "vocab_size": 129280,
+            "hidden_size": 7168,
+            "intermediate_size": 18432,
+            "num_hidden_layers": 61,
+            "num_attention_heads": 128,
+            "num_key_value_heads": 128,
+            "head_dim": 64,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-06,
+            "n_routed_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 2048,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 3,
+            "n_group": 8,
+            "topk_group": 4,
+            "routed_scaling_factor": 2.5,
+            "norm_topk_prob": True,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 1536,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 128,
+            "v_head_dim": 128,
+            "rope_theta": 10000.0,
+        },
+    }
+    derived = {"head_dim": lambda config: config.require("qk_rope_head_dim")}  # noqa: RUF012
+    parameters = (*SHARED, _sizes)
+    pieces = {  # noqa: RUF012
+        **STACKED_EXPERTS,
+        ".kv_b_proj.weight": {
+            ".k_b_proj.weight": Transform(_latent(keys=True), n_axes=3),
+            ".v_b_proj.weight": Transform(_latent(keys=False), n_axes=3),
+        },
+    }
+    stacks = (EXPERTS,)
+    keeps_next_layers = False
+    usual_pre = "deepseek-v3"
+    notes = "V3 and R1 too; latent attention, experts in groups"
+
+    def complete(self, config: Config) -> Config:
+        """All heads share one latent."""
+        return super().complete(config).changed(num_key_value_heads=1)
+
+    def canonical_name(self, name: str) -> str | None:
+        """An output matrix that is the embedding is left out."""
+        found = super().canonical_name(name)
+        return None if found == "lm_head.weight" and self.config.find("tie_word_embeddings") else found
