@@ -2,7 +2,7 @@
 
 A block of levels holds, for every weight, the index of a value, and for every sub-block a scale and perhaps a minimum.
 `put` writes a block from these parts and `take` reads its scales back; an encoder is a search for the parts and then a
-`put`. The layouts themselves are those of the pieces that the encoders use.
+`put`. A block of points holds the index of a grid's point for every group of weights, signs or shifts, and scales.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from quantkit.blocks import float4, nonlinear
-from quantkit.blocks.bytes import get_half, get_nibble, get_short, put_half, put_short
+from quantkit.blocks.bytes import get_half, get_nibble, get_short, get_word, put_half, put_short, put_word
 from quantkit.blocks.float4 import MX, half_power
+from quantkit.blocks.grids import Grid, grid
 from quantkit.blocks.k_affine import Q2, Q4, Q5, get_scales, pack_q2, pack_q4, pack_q5, put_head_4, put_head_6
 from quantkit.blocks.k_symmetric import Q3, Q6, get_scale_3, pack_q3, pack_q6, put_scales_3
 from quantkit.blocks.lane_memory import load, store
-from quantkit.blocks.lanes import LANES, float_bits, splat
+from quantkit.blocks.lanes import LANES, float_bits, half_bits, half_value, splat
 from quantkit.blocks.legacy import Q4_0_BYTES, Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES, Q8_0_BYTES, D, M, put_levels
 from quantkit.blocks.nonlinear import XS
 from quantkit.blocks.tiles import SUPER
@@ -28,6 +29,9 @@ from quantkit.blocks.types import GGMLType
 from quantkit.compile.kernel import kernel, piece
 
 QK = 32
+IQ2_XXS, IQ2_XS, IQ2_S = (kind.layout for kind in (GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ2_S))
+IQ3_XXS, IQ3_S = GGMLType.IQ3_XXS.layout, GGMLType.IQ3_S.layout
+IQ1_S, IQ1_M = GGMLType.IQ1_S.layout, GGMLType.IQ1_M.layout
 
 
 @dataclass(frozen=True)
@@ -294,5 +298,249 @@ def parts() -> dict[GGMLType, Parts]:
         Parts(t.Q5_1, 32, _range(0, 31), True, None, 0, _put_q5_1, _take_q5_1),
         Parts(t.Q8_0, 32, _range(-128, 127), False, None, 0, _put_q8_0, _take_q8_0),
         Parts(t.MXFP4, 32, float4.VALUES, False, None, 0, _put_mxfp4, _take_mxfp4),
+    ]
+    return {each.kind: each for each in known}
+
+
+@dataclass(frozen=True)
+class GridParts:
+    """What the blocks of a format with a grid are made of: points of the grid, and signs or shifts.
+
+    A weight is `scale * value`, where `n_sub` consecutive weights share the scale, `float * unit * (code + 0.5)`: the
+    block's float and a code from 0 to `top_scale`. With `magnitudes` a value is that of a point's level with one of 8
+    signs, of which with `even` an even number are minus. Without, the levels are -1, 0 and 1, and 8 values (with
+    `one_shift`, all of a sub-block) are shifted by an eighth, up or down.
+
+    Kernels: `put(points, signs, codes, floats, out)` and `take(data, signs, codes, floats)`. `points` are uint16, the
+    index of every group's; `signs` uint8, for every 8 weights: bit i is set for a minus of weight i, or bit 0 for a
+    shift down; what `take` leaves there are shifts alone. `codes` are int32, one a sub-block, and `floats` one a block.
+    """
+
+    kind: GGMLType
+    n_sub: int
+    unit: float
+    top_scale: int
+    magnitudes: np.ndarray | None
+    even: bool
+    one_shift: bool
+    put: Callable[..., None]
+    take: Callable[..., None]
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that the points are of."""
+        return grid(GGMLType.IQ1_S if self.kind == GGMLType.IQ1_M else self.kind)
+
+
+@piece
+def _signs_and_scale(signs: Any, at: Any, code: Any) -> Any:
+    """Seven signs of each of four groups, and a scale of 4 bits."""
+    word = np.int64(code) << 28
+    for k in range(4):
+        word |= np.int64(signs[at + k] & 127) << (7 * k)
+    return word
+
+
+@piece
+def _put_nibbles(codes: Any, first: Any, n: Any, out: Any, at: Any) -> None:
+    for j in range(0, n, 2):
+        out[at + j // 2] = np.uint8(codes[first + j] | (codes[first + j + 1] << 4))
+
+
+@kernel
+def _put_iq2_xxs(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> None:
+    for block in range(out.size // IQ2_XXS.nbytes):
+        at = block * IQ2_XXS.nbytes
+        put_half(out, at + IQ2_XXS.d, floats[block])
+        for j in range(8):
+            for k in range(4):
+                out[at + IQ2_XXS.qs + 8 * j + k] = np.uint8(points[32 * block + 4 * j + k])
+            put_word(
+                out, at + IQ2_XXS.qs + 4 + 8 * j, _signs_and_scale(signs, 32 * block + 4 * j, codes[8 * block + j])
+            )
+
+
+@kernel
+def _take_iq2_xxs(data: Any, signs: Any, codes: Any, floats: Any) -> None:
+    for block in range(data.size // IQ2_XXS.nbytes):
+        floats[block] = get_half(data, block * IQ2_XXS.nbytes + IQ2_XXS.d)
+        for j in range(8):
+            codes[8 * block + j] = np.int32(
+                get_word(data, block * IQ2_XXS.nbytes + IQ2_XXS.qs + 4 + 8 * j) >> np.uint32(28)
+            )
+
+
+@kernel
+def _put_iq2_xs(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> None:
+    for block in range(out.size // IQ2_XS.nbytes):
+        at = block * IQ2_XS.nbytes
+        put_half(out, at + IQ2_XS.d, floats[block])
+        for k in range(32):
+            put_short(
+                out,
+                at + IQ2_XS.qs + 2 * k,
+                np.int64(points[32 * block + k]) | (np.int64(signs[32 * block + k] & 127) << 9),
+            )
+        _put_nibbles(codes, 16 * block, 16, out, at + IQ2_XS.scales)
+
+
+@piece
+def _take_nibbles(data: Any, codes: Any, floats: Any, layout: Any, n: Any) -> None:
+    for block in range(data.size // layout.nbytes):
+        floats[block] = get_half(data, block * layout.nbytes + layout.d)
+        for j in range(n):
+            codes[n * block + j] = get_nibble(data, block * layout.nbytes + layout.scales, j)
+
+
+@kernel
+def _take_iq2_xs(data: Any, signs: Any, codes: Any, floats: Any) -> None:
+    _take_nibbles(data, codes, floats, IQ2_XS, 16)
+
+
+@kernel
+def _put_iq2_s(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> None:
+    for block in range(out.size // IQ2_S.nbytes):
+        at = block * IQ2_S.nbytes
+        put_half(out, at + IQ2_S.d, floats[block])
+        for j in range(8):
+            high = np.int64(0)
+            for k in range(4):
+                point = np.int64(points[32 * block + 4 * j + k])
+                out[at + IQ2_S.qs + 4 * j + k] = np.uint8(point & 0xFF)
+                out[at + IQ2_S.signs + 4 * j + k] = signs[32 * block + 4 * j + k]
+                high |= (point >> 8) << (2 * k)
+            out[at + IQ2_S.qh + j] = np.uint8(high)
+        _put_nibbles(codes, 16 * block, 16, out, at + IQ2_S.scales)
+
+
+@kernel
+def _take_iq2_s(data: Any, signs: Any, codes: Any, floats: Any) -> None:
+    _take_nibbles(data, codes, floats, IQ2_S, 16)
+
+
+@kernel
+def _put_iq3_xxs(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> None:
+    for block in range(out.size // IQ3_XXS.nbytes):
+        at = block * IQ3_XXS.nbytes
+        put_half(out, at + IQ3_XXS.d, floats[block])
+        for k in range(64):
+            out[at + IQ3_XXS.qs + k] = np.uint8(points[64 * block + k])
+        for j in range(8):
+            put_word(
+                out,
+                at + IQ3_XXS.scales_and_signs + 4 * j,
+                _signs_and_scale(signs, 32 * block + 4 * j, codes[8 * block + j]),
+            )
+
+
+@kernel
+def _take_iq3_xxs(data: Any, signs: Any, codes: Any, floats: Any) -> None:
+    for block in range(data.size // IQ3_XXS.nbytes):
+        floats[block] = get_half(data, block * IQ3_XXS.nbytes + IQ3_XXS.d)
+        for j in range(8):
+            codes[8 * block + j] = np.int32(
+                get_word(data, block * IQ3_XXS.nbytes + IQ3_XXS.scales_and_signs + 4 * j) >> np.uint32(28)
+            )
+
+
+@kernel
+def _put_iq3_s(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> None:
+    for block in range(out.size // IQ3_S.nbytes):
+        at = block * IQ3_S.nbytes
+        put_half(out, at + IQ3_S.d, floats[block])
+        for j in range(8):
+            high = np.int64(0)
+            for k in range(8):
+                point = np.int64(points[64 * block + 8 * j + k])
+                out[at + IQ3_S.qs + 8 * j + k] = np.uint8(point & 0xFF)
+                high |= (point >> 8) << k
+            out[at + IQ3_S.qh + j] = np.uint8(high)
+            for k in range(4):
+                out[at + IQ3_S.signs + 4 * j + k] = signs[32 * block + 4 * j + k]
+        _put_nibbles(codes, 8 * block, 8, out, at + IQ3_S.scales)
+
+
+@kernel
+def _take_iq3_s(data: Any, signs: Any, codes: Any, floats: Any) -> None:
+    _take_nibbles(data, codes, floats, IQ3_S, 8)
+
+
+@kernel
+def _put_iq1_s(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> None:
+    for block in range(out.size // IQ1_S.nbytes):
+        at = block * IQ1_S.nbytes
+        put_half(out, at + IQ1_S.d, floats[block])
+        for j in range(8):
+            first = 32 * block + 4 * j
+            word = (np.int64(codes[8 * block + j]) | (np.int64(signs[first] & 1) << 3)) << 12
+            for k in range(4):
+                point = np.int64(points[first + k])
+                out[at + IQ1_S.qs + 4 * j + k] = np.uint8(point & 0xFF)
+                word |= (point >> 8) << (3 * k)
+            put_short(out, at + IQ1_S.qh + 2 * j, word)
+
+
+@kernel
+def _take_iq1_s(data: Any, signs: Any, codes: Any, floats: Any) -> None:
+    for block in range(data.size // IQ1_S.nbytes):
+        floats[block] = get_half(data, block * IQ1_S.nbytes + IQ1_S.d)
+        for j in range(8):
+            word = get_short(data, block * IQ1_S.nbytes + IQ1_S.qh + 2 * j)
+            codes[8 * block + j] = np.int32((word >> 12) & 7)
+            for k in range(4):
+                signs[32 * block + 4 * j + k] = np.uint8(word >> 15)
+
+
+@kernel
+def _put_iq1_m(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> None:
+    for block in range(out.size // IQ1_M.nbytes):
+        at = block * IQ1_M.nbytes
+        for k in range(0, 32, 2):
+            high = np.int64(0)
+            for i in range(2):
+                point = np.int64(points[32 * block + k + i])
+                out[at + IQ1_M.qs + k + i] = np.uint8(point & 0xFF)
+                high |= ((point >> 8) | (np.int64(signs[32 * block + k + i] & 1) << 3)) << (4 * i)
+            out[at + IQ1_M.qh + k // 2] = np.uint8(high)
+        half = np.int64(half_bits(floats[block]))
+        for j in range(4):
+            word = ((half >> (4 * j)) & 15) << 12
+            for i in range(4):
+                word |= np.int64(codes[16 * block + 4 * j + i]) << (3 * i)
+            put_short(out, at + IQ1_M.scales + 2 * j, word)
+
+
+@kernel
+def _take_iq1_m(data: Any, signs: Any, codes: Any, floats: Any) -> None:
+    for block in range(data.size // IQ1_M.nbytes):
+        at = block * IQ1_M.nbytes
+        half = np.int64(0)
+        for j in range(4):
+            word = get_short(data, at + IQ1_M.scales + 2 * j)
+            half |= (word >> 12) << (4 * j)
+            for i in range(4):
+                codes[16 * block + 4 * j + i] = np.int32((word >> (3 * i)) & 7)
+        floats[block] = half_value(np.uint16(half))
+        for k in range(32):
+            signs[32 * block + k] = (data[at + IQ1_M.qh + k // 2] >> (4 * (k & 1) + 3)) & 1
+
+
+@lru_cache
+def grid_parts() -> dict[GGMLType, GridParts]:
+    """The formats that are made of points of a grid, by type."""
+    from gguf import quants
+
+    def magnitudes(kind: GGMLType) -> np.ndarray:
+        return np.array(getattr(quants, kind.name).grid_map, np.float32)
+
+    t = GGMLType
+    known = [
+        GridParts(t.IQ2_XXS, 32, 0.25, 15, magnitudes(t.IQ2_XXS), True, False, _put_iq2_xxs, _take_iq2_xxs),
+        GridParts(t.IQ2_XS, 16, 0.25, 15, magnitudes(t.IQ2_XS), True, False, _put_iq2_xs, _take_iq2_xs),
+        GridParts(t.IQ2_S, 16, 0.25, 15, magnitudes(t.IQ2_S), False, False, _put_iq2_s, _take_iq2_s),
+        GridParts(t.IQ3_XXS, 32, 0.5, 15, magnitudes(t.IQ3_XXS), True, False, _put_iq3_xxs, _take_iq3_xxs),
+        GridParts(t.IQ3_S, 32, 2.0, 15, magnitudes(t.IQ3_S), False, False, _put_iq3_s, _take_iq3_s),
+        GridParts(t.IQ1_S, 32, 2.0, 7, None, False, True, _put_iq1_s, _take_iq1_s),
+        GridParts(t.IQ1_M, 16, 2.0, 7, None, False, False, _put_iq1_m, _take_iq1_m),
     ]
     return {each.kind: each for each in known}

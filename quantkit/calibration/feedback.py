@@ -20,20 +20,23 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from quantkit import blocks
-from quantkit.blocks.parts import Parts, parts
+from quantkit.blocks.parts import GridParts, Parts, grid_parts, parts
 from quantkit.blocks.types import GGMLType
-from quantkit.calibration.feedback_kernels import visit
+from quantkit.calibration.feedback_kernels import points_of, visit_levels, visit_points
 from quantkit.errors import QuantkitError
 from quantkit.machine import default_threads
 
 ROWS = 256  # rows that are worked on together: in lanes of sixteen, and as the width of matrix products
 PANEL = 256  # columns whose errors reach the others by a matrix product
+SWEEPS = 3  # how often all sub-blocks are settled again
 _FACTOR_BLOCK = 512
+_SHIFT = np.float32(0.125)  # of the levels of IQ1_S and IQ1_M
 
 SUPPORTED: frozenset[GGMLType] = frozenset(
     {
         GGMLType.Q2_K, GGMLType.Q3_K, GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K, GGMLType.IQ4_XS, GGMLType.IQ4_NL,
-        GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1, GGMLType.Q8_0, GGMLType.MXFP4,
+        GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_0, GGMLType.Q5_1, GGMLType.Q8_0, GGMLType.MXFP4, GGMLType.IQ3_S,
+        GGMLType.IQ3_XXS, GGMLType.IQ2_S, GGMLType.IQ2_XS, GGMLType.IQ2_XXS, GGMLType.IQ1_M, GGMLType.IQ1_S,
     }
 )  # fmt: skip
 
@@ -67,7 +70,7 @@ _single_threaded = _SingleThreaded()
 
 @dataclass(frozen=True)
 class _Steps:
-    """What settling the columns of a panel needs: see `visit`."""
+    """What settling the columns of a panel needs: see `visit_levels`."""
 
     coupling: np.ndarray  # float32 [m, m]
     solve: np.ndarray  # float32 [m / n_sub, n_sub, n_sub]
@@ -226,9 +229,13 @@ def _round_rows(rows: np.ndarray, curvature: Curvature, kind: GGMLType) -> tuple
     """Up to ROWS rows: bytes, loss, and the loss of the plain encoder."""
     plain = blocks.encode(rows, kind, curvature.importance)
     plain_loss = curvature.loss(rows - blocks.decode(plain, kind))
-    settled = _Rounding(rows, curvature, parts()[kind])
+    settled: _Rounding
+    if kind in parts():
+        settled = _LevelRounding(rows, curvature, parts()[kind])
+    else:
+        settled = _PointRounding(rows, curvature, grid_parts()[kind])
     settled.first()
-    for _ in range(settled.sweeps):
+    for _ in range(SWEEPS):
         settled.again()
     data = settled.packed()
     loss = curvature.loss(rows - blocks.decode(data, kind))
@@ -238,48 +245,40 @@ def _round_rows(rows: np.ndarray, curvature: Curvature, kind: GGMLType) -> tuple
 
 
 class _Rounding:
-    """Some rows on their way to being rounded: arrays of float32 [columns, rows]."""
+    """Some rows on their way to being rounded: arrays of float32 [columns, rows].
 
-    sweeps = 4
+    The units are the two floats of a block that codes multiply, float32 [blocks, 2, rows], or None.
+    """
 
-    def __init__(self, rows: np.ndarray, curvature: Curvature, made_of: Parts):
+    def __init__(self, rows: np.ndarray, curvature: Curvature, kind: GGMLType, n_sub: int, coded: bool) -> None:
         self._count, n = rows.shape
-        self._curvature, self._parts = curvature, made_of
+        self._curvature, self._kind, self._n_sub = curvature, kind, n_sub
         self._n_rows = -(-self._count // 16) * 16
         self._targets = np.zeros((n, self._n_rows), np.float32)
         self._targets[:, : self._count] = rows.T
         self._errors = np.zeros_like(self._targets)
         self._values = np.zeros_like(self._targets)
-        n_sub = made_of.n_sub
         self._scales = np.zeros((n // n_sub, self._n_rows), np.float32)
         self._lows = np.zeros_like(self._scales)
-        size = made_of.kind.block_size
-        coded = made_of.scale_codes is not None
-        self._units = np.zeros((n // size, 2, self._n_rows), np.float32) if coded else None
-        order = np.argsort(made_of.values, kind="stable")
-        values, chosen = np.unique(made_of.values[order], return_index=True)
-        self._table = values
-        uniform = len(values) == values[-1] - values[0] + 1
-        self._borders = None if uniform else (values[1:] + values[:-1]) / np.float32(2)
-        self._level_of = np.zeros(256, np.uint8)
-        self._level_of[(values + 128).astype(np.int64)] = order[chosen]
-        low, high = made_of.scale_codes or (0, 0)
-        self._ranges = np.array([low, high, 0, made_of.top_low], np.float32)
-        self._trials = _trials(made_of)
+        self._units = np.zeros((n // kind.block_size, 2, self._n_rows), np.float32) if coded else None
+        # What a kind adds: the kernel, its rule, the range of codes, and what it tries at first and again.
+        self._kernel: Any
+        self._rule: Any
+        self._ranges: np.ndarray
+        self._trials: tuple[np.ndarray, np.ndarray]
 
     def first(self) -> None:
         """Settle all columns in order: scales by the encoder's search, levels with feedback."""
-        c, made_of = self._curvature, self._parts
-        size, n_sub = made_of.kind.block_size, made_of.n_sub
+        c, size = self._curvature, self._kind.block_size
         for start in range(0, c.n, size):
             stop = start + size
-            steps = c._first(start, stop, n_sub)
+            steps = c._first(start, stop, self._n_sub)
             whole = c._first(start, stop, size)
             targets = self._targets[start:stop]
             if start:
                 pushed = c._factor[start:stop, :start] @ self._errors[:start]
                 targets = targets + whole.solve.reshape(size, size) @ pushed
-            data = blocks.encode(np.ascontiguousarray(targets.T), made_of.kind, c._left[start:stop])
+            data = blocks.encode(np.ascontiguousarray(targets.T), self._kind, c._left[start:stop])
             self._take(data, start // size)
             errors = np.empty_like(targets)
             self._visit(start, stop, steps, np.ascontiguousarray(targets), targets, errors, False)
@@ -290,7 +289,7 @@ class _Rounding:
         c = self._curvature
         for start in range(0, c.n, PANEL):
             stop = min(c.n, start + PANEL)
-            steps = c._again(start, stop, self._parts.n_sub)
+            steps = c._again(start, stop, self._n_sub)
             errors = self._errors[start:stop]
             outside = c._damped[start:stop] @ self._errors - steps.coupling.reshape(stop - start, -1) @ errors
             self._visit(start, stop, steps, self._targets[start:stop], outside, errors, True)
@@ -299,22 +298,49 @@ class _Rounding:
         self, start: int, stop: int, steps: _Steps, targets: np.ndarray, outside: np.ndarray, errors: np.ndarray,
         again: bool,
     ) -> None:  # fmt: skip
-        n_sub, size = self._parts.n_sub, self._parts.kind.block_size
-        subs = slice(start // n_sub, stop // n_sub)
-        visit(
+        subs = slice(start // self._n_sub, stop // self._n_sub)
+        self._kernel(
             targets.reshape(-1), outside.reshape(-1), steps.coupling, steps.solve, steps.chain, steps.left,
-            None if self._units is None else self._units[start // size].reshape(-1),
+            None if self._units is None else self._units[start // self._kind.block_size].reshape(-1),
             self._scales[subs].reshape(-1), self._lows[subs].reshape(-1), self._values[start:stop].reshape(-1),
-            errors.reshape(-1), self._trials, self._ranges, self._table, self._borders, self._n_rows, n_sub, again,
+            errors.reshape(-1), self._trials[again], self._ranges, self._rule, self._n_rows, self._n_sub, again,
         )  # fmt: skip
 
     def _take(self, data: np.ndarray, block: int) -> None:
         """The scales of one block of every row, as the encoder has chosen them."""
-        made_of = self._parts
-        count = made_of.kind.block_size // made_of.n_sub
+        raise NotImplementedError
+
+    def packed(self) -> np.ndarray:
+        """The rows as blocks: uint8 [n_rows, bytes of a row]."""
+        raise NotImplementedError
+
+    def _by_block(self, array: np.ndarray) -> np.ndarray:
+        """What sub-blocks have, [sub-blocks, rows], row by row and block by block: [rows, blocks, sub-blocks]."""
+        count = self._kind.block_size // self._n_sub
+        return np.ascontiguousarray(array[:, : self._count].T.reshape(self._count, -1, count))
+
+
+class _LevelRounding(_Rounding):
+    """Rows in a format of levels."""
+
+    def __init__(self, rows: np.ndarray, curvature: Curvature, made_of: Parts) -> None:
+        super().__init__(rows, curvature, made_of.kind, made_of.n_sub, made_of.scale_codes is not None)
+        self._parts = made_of
+        values, chosen = np.unique(made_of.values, return_index=True)  # a format may have two forms of zero
+        uniform = len(values) == values[-1] - values[0] + 1
+        self._kernel = visit_levels
+        self._rule = values, None if uniform else (values[1:] + values[:-1]) / np.float32(2)
+        self._level_of = np.zeros(256, np.uint8)
+        self._level_of[(values + 128).astype(np.int64)] = chosen
+        low, high = made_of.scale_codes or (0, 0)
+        self._ranges = np.array([low, high, 0, made_of.top_low], np.float32)
+        self._trials = _level_trials(made_of, 3), _level_trials(made_of, 1)
+
+    def _take(self, data: np.ndarray, block: int) -> None:
+        count = self._kind.block_size // self._n_sub
         codes = np.zeros((self._n_rows, 2 * count), np.int32)
         floats = np.empty((self._n_rows, 2), np.float32)
-        made_of.take(data.reshape(-1), codes.reshape(-1), floats.reshape(-1))
+        self._parts.take(data.reshape(-1), codes.reshape(-1), floats.reshape(-1))
         if self._units is not None:
             self._units[block] = floats.T
             self._scales[block * count : (block + 1) * count] = codes[:, :count].T
@@ -323,26 +349,82 @@ class _Rounding:
             self._scales[block], self._lows[block] = floats.T
 
     def packed(self) -> np.ndarray:
-        """The rows as blocks: uint8 [n_rows, bytes of a row]."""
-        made_of, n, count = self._parts, len(self._targets), self._count
-        levels = self._level_of[(self._values.T[:count] + 128).astype(np.uint8)]
-        n_blocks = n // made_of.kind.block_size
+        levels = self._level_of[(self._values.T[: self._count] + 128).astype(np.uint8)]
+        scales, lows = self._by_block(self._scales), self._by_block(self._lows)
         if self._units is not None:
-            both = np.stack([self._scales, self._lows]).reshape(2, n_blocks, -1, self._n_rows)
-            codes = np.ascontiguousarray(both.transpose(3, 1, 0, 2)[:count], np.int32)
-            floats = np.ascontiguousarray(self._units.transpose(2, 0, 1)[:count])
+            codes = np.concatenate([scales, lows], 2).astype(np.int32)
+            floats = np.ascontiguousarray(self._units.transpose(2, 0, 1)[: self._count])
         else:
             codes = np.zeros(0, np.int32)
-            floats = np.ascontiguousarray(np.stack([self._scales, self._lows]).transpose(2, 1, 0)[:count])
-        out = np.empty((count, made_of.kind.row_nbytes(n)), np.uint8)
-        made_of.put(levels.reshape(-1), codes.reshape(-1), floats.reshape(-1), out.reshape(-1))
+            floats = np.concatenate([scales, lows], 2)
+        out = np.empty((self._count, self._kind.row_nbytes(len(self._targets))), np.uint8)
+        self._parts.put(levels.reshape(-1), codes.reshape(-1), floats.reshape(-1), out.reshape(-1))
         return out
 
 
-def _trials(made_of: Parts) -> np.ndarray:
-    """What to add to a sub-block's two codes, or to its scale as a share and to its low as a share of the scale."""
-    if made_of.scale_codes is not None:
-        scales, lows = [0, -1, 1, -2, 2, -3, 3], [0, -1, 1, -2, 2] if made_of.affine else [0]
-    else:
-        scales, lows = [0], [0]
+class _PointRounding(_Rounding):
+    """Rows in a format whose levels lie on a grid."""
+
+    def __init__(self, rows: np.ndarray, curvature: Curvature, made_of: GridParts) -> None:
+        super().__init__(rows, curvature, made_of.kind, made_of.n_sub, True)
+        self._parts = made_of
+        shifted = made_of.magnitudes is None
+        levels = np.array([-1, 0, 1], np.float32) if made_of.magnitudes is None else made_of.magnitudes
+        width = 2 if len(levels) == 3 else 3
+        self._group = 8 if len(levels) == 3 else 4
+        signed = 0 if shifted else 2 if made_of.even else 1
+        n_shifts = 2 if shifted and not made_of.one_shift else 1
+        padded = np.concatenate([levels, np.full(16 - len(levels), levels[-1])]).astype(np.float32)
+        borders = (levels[1:] + levels[:-1]) / np.float32(2)
+        self._kernel = visit_points
+        self._rule = padded, borders, (self._group, width, signed, n_shifts), made_of.grid
+        self._ranges = np.array([0.5, made_of.top_scale + 0.5, 0, 0], np.float32)
+        # A shift is tried turned round; where there is none, both are 0.
+        turns = (1, -1) if made_of.one_shift else (1,)
+        self._trials = tuple(
+            np.array([(scale, turn) for scale in range(-reach, reach + 1) for turn in turns], np.float32).reshape(-1)
+            for reach in (2, 1)
+        )  # type: ignore[assignment]
+
+    def _take(self, data: np.ndarray, block: int) -> None:
+        count = self._kind.block_size // self._n_sub
+        codes, floats = np.zeros((self._n_rows, count), np.int32), np.zeros(self._n_rows, np.float32)
+        signs = np.zeros((self._n_rows, count, self._n_sub // 8), np.uint8)
+        self._parts.take(data.reshape(-1), signs.reshape(-1), codes.reshape(-1), floats)
+        assert self._units is not None
+        self._units[block, 0] = floats * np.float32(self._parts.unit)
+        subs = slice(block * count, (block + 1) * count)
+        self._scales[subs] = codes.T + np.float32(0.5)
+        if self._parts.one_shift:
+            self._lows[subs] = np.where(signs[:, :, 0].T, -_SHIFT, _SHIFT)
+
+    def packed(self) -> np.ndarray:
+        assert self._units is not None
+        n, count = len(self._targets), self._count
+        points, signs = np.empty((count, n // self._group), np.uint16), np.empty((count, n // 8), np.uint8)
+        points_of(self._values.reshape(-1), self._n_rows, self._rule, points.reshape(-1), signs.reshape(-1))
+        if self._parts.one_shift:
+            signs[:] = np.repeat(self._lows.T[:count] < 0, self._n_sub // 8, 1)
+        codes = self._by_block(self._scales - np.float32(0.5)).astype(np.int32)
+        floats = np.ascontiguousarray(self._units[:, 0, :count].T) / np.float32(self._parts.unit)
+        out = np.empty((count, self._kind.row_nbytes(n)), np.uint8)
+        self._parts.put(points.reshape(-1), signs.reshape(-1), codes.reshape(-1), floats.reshape(-1), out.reshape(-1))
+        return out
+
+
+def _level_trials(made_of: Parts, reach: int) -> np.ndarray:
+    """What to add to a sub-block's two codes; or to its scale, as shares of it, and to its low, as shares of the scale.
+
+    Trials beyond a reach of 3 hardly lower the loss, and do not lower the divergence of a model.
+    """
+    steps = range(-reach, reach + 1)
+    scales: list[float] = [*steps]
+    lows: list[float] = [*range(-min(reach, 2), min(reach, 2) + 1)]
+    if made_of.kind == GGMLType.MXFP4:  # powers of two
+        scales = [0.0, 1.0, -0.5]
+    elif made_of.scale_codes is None:
+        scales = [0.02 * i for i in steps] if made_of.affine else [0.01 * i for i in range(-2 * reach, 2 * reach + 1)]
+        lows = [0.0, -0.5, 0.5]
+    if not made_of.affine:
+        lows = [0.0]
     return np.array([(scale, low) for scale in scales for low in lows], np.float32).reshape(-1)

@@ -7,7 +7,7 @@ import pytest
 from support import block_rows
 
 from quantkit import GGMLType, blocks
-from quantkit.blocks.parts import parts
+from quantkit.blocks.parts import grid_parts, parts
 
 each_kind = pytest.mark.parametrize("kind", list(parts()), ids=lambda kind: kind.name)
 
@@ -68,3 +68,37 @@ def test_every_byte_of_the_encoders_blocks_is_in_their_parts(kind: GGMLType) -> 
     if kind != GGMLType.MXFP4:  # which has two forms of zero
         assert shown.sum() > 10
         assert np.array_equal(out.reshape(n_blocks, -1)[shown], data.reshape(n_blocks, -1)[shown])
+
+
+@pytest.mark.parametrize("kind", list(grid_parts()), ids=lambda kind: kind.name)
+def test_a_block_of_points_decodes_to_what_its_parts_say(kind: GGMLType) -> None:
+    of = grid_parts()[kind]
+    random = np.random.default_rng(1)
+    n_blocks, count = 37, 256 // of.n_sub
+    values = of.grid.values.reshape(-1, 8 if of.magnitudes is None or len(of.magnitudes) == 3 else 4)
+    points = random.integers(0, len(values), (n_blocks, 256 // values.shape[1])).astype(np.uint16)
+    codes = random.integers(0, of.top_scale + 1, (n_blocks, count)).astype(np.int32)
+    floats = random.uniform(0.01, 2, n_blocks).astype(np.float16).astype(np.float32)
+    expected = values[points].reshape(n_blocks, 32, 8)
+    if of.magnitudes is None:
+        signs = random.integers(0, 2, (n_blocks, 32)).astype(np.uint8)
+        if of.one_shift:
+            signs = np.repeat(signs[:, ::4], 4, 1)
+        expected = expected + np.where(signs, -0.125, 0.125).astype(np.float32)[..., None]
+    else:
+        signs = random.integers(0, 256, (n_blocks, 32)).astype(np.uint8)
+        minus = signs[..., None] >> np.arange(8) & 1
+        if of.even:
+            minus[..., 7] = minus[..., :7].sum(-1) & 1
+            signs = (minus << np.arange(8)).sum(-1).astype(np.uint8)
+        expected = expected * np.where(minus, -1, 1).astype(np.float32)
+    scale = (floats * np.float32(of.unit))[:, None] * (codes + np.float32(0.5))
+    expected = expected.reshape(n_blocks, count, of.n_sub) * scale[..., None]
+    out = np.empty((n_blocks, kind.type_size), np.uint8)
+    of.put(points.reshape(-1), signs.reshape(-1), codes.reshape(-1), floats, out.reshape(-1))
+    assert np.array_equal(blocks.decode(out, kind), expected.reshape(n_blocks, -1))
+    shifts, codes_again, floats_again = np.zeros_like(signs), np.full_like(codes, -1), np.full_like(floats, -1)
+    of.take(out.reshape(-1), shifts.reshape(-1), codes_again.reshape(-1), floats_again)
+    assert np.array_equal(codes_again, codes) and np.array_equal(floats_again, floats)
+    if of.magnitudes is None:
+        assert np.array_equal(shifts, signs)
