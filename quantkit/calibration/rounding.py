@@ -32,7 +32,7 @@ from quantkit.sources.overlay import Overlay
 from quantkit.sources.source import TensorSource
 
 # What a spool written by another version of the rounding must not be taken for.
-_VERSION = 1
+_VERSION = 2
 # Weights of a tensor that are decoded and rounded together.
 _SLAB = 1 << 24
 # Rows that a thread rounds to the nearest at a time.

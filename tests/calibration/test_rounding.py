@@ -281,7 +281,7 @@ def test_batches_hold_every_chunk_once(n_ctx: int) -> None:
 
 
 def test_the_report_tells_what_was_not_rounded_with_feedback(tinylm: CheckpointSource, tmp_path: Path) -> None:
-    reports = rounded(tinylm, tmp_path, TYPES)
+    reports = rounded(tinylm, tmp_path, ("Q4_K_M", "TQ2_0"))
     for each in [each for report in reports for each in report]:
         if each.note:
             assert each.loss is None
@@ -290,4 +290,4 @@ def test_the_report_tells_what_was_not_rounded_with_feedback(tinylm: CheckpointS
             assert 0 < each.loss < each.plain_loss
     notes = [{each.name: each.note for each in report if each.note} for report in reports]
     assert notes[0] == {"token_embd.weight": "no moments"}
-    assert "no feedback for IQ2_XS" in notes[1].values()
+    assert "no feedback for TQ2_0" in notes[1].values()
