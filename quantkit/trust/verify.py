@@ -68,8 +68,7 @@ class Verdict:
             lines.append(f"and {count_text(len(self.problems) - LISTED, 'more problem')}")
         lines += [f"note: {text}" for text in self.notes]
         found = "sound" if self.sound else f"not sound: {count_text(len(self.problems), 'problem')}"
-        speed = f", {self.size / self.seconds / 1e9:.2f} GB/s" if self.seconds > 0 else ""
-        lines.append(f"{self.path}: {found} ({count_text(self.n_tensors, 'tensor')}, {size_text(self.size)}{speed})")
+        lines.append(f"{self.path}: {found} ({count_text(self.n_tensors, 'tensor')}, {size_text(self.size)})")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
