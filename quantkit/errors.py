@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exception whose messages are written for users."""
 
 from __future__ import annotations
 

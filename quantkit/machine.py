@@ -65,12 +65,12 @@ def choose_openblas_kernels(
 
 
 def default_threads() -> int:
-    """The processors that this process may use."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory() -> int:
-    """Bytes of memory that this machine could still give a process; a guess where it does not say."""
+    """Bytes of memory that a process could still allocate here; a guess where the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -93,7 +93,7 @@ def available_memory() -> int:
 
 
 def peak_memory() -> int | None:
-    """The most memory, in bytes, that this process has had resident until now; None where the machine does not say."""
+    """The peak resident memory of this process, in bytes; None where the system does not say."""
     try:
         import resource
     except ImportError:  # Windows

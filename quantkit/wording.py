@@ -1,4 +1,4 @@
-"""Words and numbers as messages show them: sizes, counts, and what a mistyped name was meant to be."""
+"""How messages say things: sizes, counts, and suggestions for mistyped names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-
 
 
 def printable(text: str) -> str:
-    r"""`text` with what could steer a terminal written as escapes (`\x1b`); tabs and newlines stay.
+    r"""`text` with characters that could control a terminal escaped (`\x1b`); tabs and newlines stay.
 
     Names in a stranger's file can hold such characters.
     """
@@ -18,7 +18,7 @@ def printable(text: str) -> str:
 
 
 def size_text(nbytes: float) -> str:
-    """A number of bytes in powers of 1000: `512 bytes`, `3.4 kB`, `6.9 MB`, `4.92 GB`."""
+    """Format a number of bytes in powers of 1000: `512 bytes`, `3.4 kB`, `6.9 MB`, `4.92 GB`."""
     for unit, factor, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
         if nbytes >= factor:
             return f"{nbytes / factor:.{digits}f} {unit}"
@@ -26,12 +26,12 @@ def size_text(nbytes: float) -> str:
 
 
 def count_text(count: int, noun: str) -> str:
-    """A number of things: `1 shard`, `1,024 tokens`."""
+    """Format a number of things: `1 shard`, `1,024 tokens`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The names in `known` closest to `name`, at most three, as "did you mean A or B?"; "" when none is close.
+    """Suggest the names in `known` closest to `name`, at most three, as "did you mean A or B?"; "" when none is close.
 
     Case and punctuation do not count: q4km is close to Q4_K_M.
     """

@@ -1,4 +1,4 @@
-"""`quantkit attest`: a statement of what a GGUF file was made of, to write or to check."""
+"""`quantkit attest`: write or check a statement of what a GGUF file was made from."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def command(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Attest how a GGUF file was quantized: derive it again and, if it is exact, write an in-toto statement of that.
+    """Attest how a GGUF file was quantized: reproduce it from its source and, if it is identical, write a statement.
 
-    The statement names the file, its source and the importance matrix by their SHA-256. With --check a statement is
-    held against the files, and the file is derived again. Signing is left to model-signing or cosign.
+    The in-toto statement identifies the file, its source and the importance matrix by SHA-256. With --check, a
+    statement is checked against the files, and the file is reproduced again. Sign it with model-signing or cosign.
     """
     setup(verbose, quiet)
     from quantkit.cli.verify import derived_again

@@ -10,18 +10,16 @@ from quantkit.cli.console import Json, Quiet, Revision, Verbose, byte_progress, 
 
 
 def command(
-    a: Annotated[
-        str, typer.Argument(metavar="A", help="GGUF file, checkpoint directory, or hub id: the one to compare with.")
-    ],
-    b: Annotated[str, typer.Argument(metavar="B", help="The other.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="Reference model: GGUF file, checkpoint directory, or hub id.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Model to compare with it.")],
     revision: Revision = None,
     as_json: Json = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Show where two models differ: metadata, tensors, and the error of each tensor of B against A.
+    """Show where two models differ: metadata, tensors, and the error of each tensor in B relative to A.
 
-    RMSE is the root of the mean square difference of the weights, relative RMSE that over the root mean square of A's.
+    RMSE is the root mean square difference of the weights; relative RMSE divides it by the root mean square of A's.
     """
     setup(verbose, quiet)
     from quantkit.report.comparison import compare

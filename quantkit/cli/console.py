@@ -91,28 +91,28 @@ _quiet = False
 
 
 def setup(verbose: int = 0, quiet: bool = False) -> None:
-    """Set how much is said: warnings by default, with `verbose` more, with `quiet` only errors."""
+    """Set the verbosity: warnings by default, more with `verbose`, only errors with `quiet`."""
     global _quiet
     _quiet = quiet
     handler = _Handler()
     handler.setFormatter(_Formatter())
     level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    # What the libraries beneath decide is no news to anybody.
+    # Of other libraries, only warnings are of interest.
     logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("quantkit").setLevel(level)
-    # That a first run compiles is worth saying in any case.
+    # That a first run compiles kernels should be told at any verbosity.
     logging.getLogger("quantkit.compile.kernel").setLevel(level if quiet else min(level, logging.INFO))
 
 
 class _Handler(logging.Handler):
-    """Prints messages on stderr, above a bar where there is one."""
+    """Prints messages on stderr, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _say(self.format(record))
 
 
 class _Formatter(logging.Formatter):
-    """Messages as sentences: information by itself, anything else with what it is."""
+    """Puts the level in front of a message, unless it is plain information."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -129,13 +129,13 @@ def given(context: typer.Context, name: str) -> bool:
 
 
 def note(text: str) -> None:
-    """A line for the reader, on stderr, unless --quiet."""
+    """Print a line on stderr, unless --quiet."""
     if not _quiet:
         _say(text)
 
 
 def _say(text: str) -> None:
-    # That nobody reads messages any more is no reason to stop.
+    # A closed stderr must not stop the command.
     with suppress(OSError), above_bars():
         print(printable(text), file=sys.stderr, flush=True)
 
@@ -157,21 +157,21 @@ def emit_piece(text: str) -> None:
 
 @contextmanager
 def byte_progress(total: int, title: str) -> Iterator[Callable[[str, int], None]]:
-    """Progress over `total` bytes: call it with the tensor under way and the bytes done with."""
+    """Show progress over `total` bytes: call it with the current tensor and the bytes that are done."""
     with Progress(title, "B", total, hidden=_quiet) as progress:
         yield lambda tensor, nbytes: progress.advance(nbytes, tensor)
 
 
 @contextmanager
 def chunk_progress(title: str, unit: str = "chunk") -> Iterator[Callable[[int, int, str], None]]:
-    """Progress over chunks: call it with those done, their number, and a result so far."""
+    """Show progress over chunks: call it with the chunks that are done, their total, and the result so far."""
     with Progress(title, unit, hidden=_quiet) as progress:
         yield progress.update
 
 
 @contextmanager
 def work_progress(title: str) -> Iterator[Callable[[float, str], None]]:
-    """A progress bar for a long run: call it with the share that is done, 0 to 1, and what is under way."""
+    """Show progress of a long run: call it with the share that is done, 0 to 1, and what is being done."""
     from tqdm import tqdm
 
     hidden = True if _quiet else None
@@ -188,9 +188,9 @@ def work_progress(title: str) -> Iterator[Callable[[float, str], None]]:
 def measured_ahead(
     model: TensorSource, threads: int | None, backend: str = "numpy", comparing: bool = False
 ) -> AbstractContextManager[None]:
-    """Let processes beside this one compile what a measurement of `model` will need, on a first run.
+    """On a first run, let helper processes compile the kernels that measuring `model` will need.
 
-    `comparing`: its divergence from another model, else its log-likelihoods alone.
+    With `comparing`, those for its divergence from another model, else those for its log-likelihoods alone.
     """
     from quantkit.compile.ahead import compiled_ahead
     from quantkit.evaluate.needed_kernels import measuring_kernels
@@ -231,5 +231,5 @@ def read_text(name: str) -> str:
 
 
 def split_list(values: Sequence[str]) -> list[str]:
-    """The items of a repeatable option that also takes commas."""
+    """Split the values of a repeatable option at commas."""
     return [item.strip() for value in values for item in value.split(",") if item.strip()]

@@ -18,6 +18,7 @@ from quantkit.cli.console import (
     note,
     setup,
 )
+from quantkit.wording import count_text, size_text
 
 
 class OutTypeName(str, Enum):
@@ -58,10 +59,10 @@ def command(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Write a Hugging Face checkpoint as a GGUF file, as llama.cpp's convert_hf_to_gguf.py does.
+    """Convert a Hugging Face checkpoint to a GGUF file, like llama.cpp's convert_hf_to_gguf.py.
 
-    The default name follows the GGUF naming convention. It is written into the checkpoint's directory, or, for a
-    checkpoint from the hub, into the current one.
+    Without --output, the file is named by the GGUF naming convention and written to the checkpoint's directory, or to
+    the current directory for a checkpoint from the hub.
     """
     setup(verbose, quiet)
     from quantkit.formats.atomic import OutputGroup
@@ -83,4 +84,4 @@ def command(
         execute(
             source, [(plan, path)], threads=threads, allow_nonfinite=allow_nonfinite, progress=progress, group=group
         )
-    note(f"{path}: {plan.file_size / 1e6:.1f} MB, {len(plan.tensors)} tensors, {source.type.name}")
+    note(f"{path}: {size_text(plan.file_size)}, {count_text(len(plan.tensors), 'tensor')}, {source.type.name}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.console import Force, Quiet, Threads, Verbose, byte_progress, note, setup
+from quantkit.wording import size_text
 
 
 class FloatType(str, Enum):
@@ -52,4 +53,4 @@ def command(
         byte_progress(total, "dequantize") as progress,
     ):
         execute(model, [(plan, path)], threads=threads, progress=progress, group=group)
-    note(f"{path}: {plan.file_size / 1e6:.1f} MB")
+    note(f"{path}: {size_text(plan.file_size)}")

@@ -1,4 +1,4 @@
-"""`quantkit export`: what engines want beside a GGUF file."""
+"""`quantkit export`: the files that engines need beside a GGUF file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def command(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Write what an engine wants beside a GGUF file.
+    """Write the files that an engine needs beside a GGUF file.
 
     ollama: a Modelfile with parameters, stop tokens and license; Ollama renders the file's own chat template. vllm:
     config.json and the tokenizer of the original checkpoint.
@@ -46,7 +46,7 @@ def command(
     inputs: list[Path] = []
     if engine == "vllm":
         if source is None:
-            raise QuantkitError("vLLM wants the configuration of the original checkpoint: name it with --source")
+            raise QuantkitError("vLLM needs the configuration of the original checkpoint: name it with --source")
         found = export.vllm_files(open_model(source))
         contents: dict[str, bytes] = {name: file.read_bytes() for name, file in found.items()}
         inputs = list(found.values())

@@ -1,4 +1,4 @@
-"""`quantkit generate`: what a model says, or two side by side."""
+"""`quantkit generate`: text from a model, or from two side by side."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def command(
         float, typer.Option("--temp", min=0, metavar="X", help="Temperature; 0 takes the likeliest token each time.")
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(min=0, max=1, metavar="X", help="Sample from the likeliest tokens that have this share.")
+        float,
+        typer.Option(min=0, max=1, metavar="X", help="Sample from the likeliest tokens with this total probability."),
     ] = 0.95,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Random seed.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
@@ -55,9 +56,9 @@ def command(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Let a model continue a prompt; with --model2 two models, side by side.
+    """Continue a prompt with a model; with --model2, with two models side by side.
 
-    By default each token is the likeliest one, so that differences between models are the models' own.
+    By default the likeliest token is taken each time, so differences in the output come from the models alone.
     """
     setup(verbose, quiet)
     from quantkit.sources.source import open_model
@@ -91,7 +92,7 @@ def command(
 
 
 def _generate(model: TensorSource, threads: int | None, streamed: bool, **settings: Any) -> Generation:
-    """Generate with a bar, which makes room for the text once there is some if that is `streamed`."""
+    """Generate text, with a progress bar; if the text is `streamed`, the bar ends when it begins."""
     from quantkit.evaluate.generate import generate
     from quantkit.evaluate.settings import Compute
 
@@ -112,7 +113,7 @@ def _generate(model: TensorSource, threads: int | None, streamed: bool, **settin
 
 
 def _beside(names: list[str], texts: list[str]) -> str:
-    """Texts in columns as wide as the terminal allows, under their names, and where they diverge."""
+    """Format texts side by side, as wide as the terminal allows, and say where they diverge."""
     from io import StringIO
 
     from rich.box import MARKDOWN

@@ -11,7 +11,7 @@ from quantkit.cli.console import Json, Model, Quiet, Revision, Threads, Verbose,
 
 def command(
     model: Model,
-    whole: Annotated[bool, typer.Option("--model-only", help="Print the digest of the whole model alone.")] = False,
+    whole: Annotated[bool, typer.Option("--model-only", help="Print only the digest of the whole model.")] = False,
     revision: Revision = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -20,8 +20,7 @@ def command(
 ) -> None:
     """Print SHA-256 digests of a model: of each tensor's bytes, and of all tensors together.
 
-    They depend on neither metadata nor the order of tensors nor a split, so they tell whether two files hold the same
-    weights.
+    They do not depend on metadata, the order of tensors or shards: equal digests mean equal weights.
     """
     setup(verbose, quiet)
     from quantkit.sources.source import open_model

@@ -30,6 +30,7 @@ from quantkit.cli.console import (
 )
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.texts import CALIBRATION
+from quantkit.wording import count_text
 
 if TYPE_CHECKING:
     from quantkit.formats.atomic import OutputGroup
@@ -69,12 +70,16 @@ def command(
     n_ctx: Context = 512,
     chunks: Chunks = None,
     from_chunk: Annotated[int, typer.Option(min=0, metavar="N", help="Chunks to skip at the start of the text.")] = 0,
-    process_output: Annotated[bool, typer.Option("--process-output", help="Collect for output.weight too.")] = False,
+    process_output: Annotated[
+        bool, typer.Option("--process-output", help="Collect data for output.weight too.")
+    ] = False,
     output_frequency: Annotated[
         int, typer.Option(min=0, metavar="N", help="Write the file every N chunks; 0: only at the end.")
     ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue after the chunks in the output file.")] = False,
-    show_statistics: Annotated[bool, typer.Option("--show-statistics", help="Show the statistics.")] = False,
+    show_statistics: Annotated[
+        bool, typer.Option("--show-statistics", help="Show statistics of the importance matrix.")
+    ] = False,
     batch: Batch = None,
     backend: Backend = "numpy",
     device: Device = "cpu",
@@ -88,8 +93,8 @@ def command(
 ) -> None:
     """Compute an importance matrix for quantize --imatrix, as llama-imatrix does; or combine and show such files.
 
-    The text is cut into chunks of --n-ctx tokens; for every matrix of the model, the squares of what it is multiplied
-    with are summed by column.
+    The text is cut into chunks of --n-ctx tokens; for every matrix of the model, the squares of its
+    inputs are summed column by column.
     """
     setup(verbose, quiet)
     from quantkit.evaluate.settings import Chunking, Compute
@@ -101,7 +106,9 @@ def command(
     if source is None and not in_file:
         raise QuantkitError("nothing to do: name a model, or files to combine or show with --in-file")
     if resume and (source is None or in_file):
-        raise QuantkitError("--resume needs a model, and no --in-file: the output file is the one to go on from")
+        raise QuantkitError(
+            "--resume needs a model and cannot be used with --in-file: it continues from the output file"
+        )
     destination = Destination.of(output)
     target = destination.file("imatrix.gguf") if output is not None or source is not None else None
     if target is None and not show_statistics:
@@ -116,7 +123,7 @@ def command(
         before.merge(ImportanceMatrix.load(path).counted_in_tokens(n_ctx))
     stored = ImportanceMatrix.load(target) if resuming and target is not None else None
     if stored is not None:
-        note(f"{target}: going on after {stored.chunk_count} chunks")
+        note(f"{target}: continuing after {count_text(stored.chunk_count, 'chunk')}")
     matrix = before
     if source is not None:
         words = read_text(text)
@@ -151,7 +158,7 @@ def command(
     if saver is not None:
         saver.save(matrix)
         made = "" if source is None else f" ({'numpy' if backend == 'numpy' else f'torch {device}'}, {precision})"
-        note(f"{target}: {len(matrix.entries)} tensors, {matrix.chunk_count} chunks{made}")
+        note(f"{target}: {count_text(len(matrix.entries), 'tensor')}, {count_text(matrix.chunk_count, 'chunk')}{made}")
     written = {"path": target, "n_tensors": len(matrix.entries), "n_chunks": matrix.chunk_count}
     if show_statistics:
         from quantkit.evaluate.importance import layer_statistics, statistics
@@ -174,7 +181,7 @@ def _merged(before: ImportanceMatrix, new: ImportanceMatrix) -> ImportanceMatrix
 
 
 class _Saver:
-    """Writes the matrix to a file, first only where it may replace what is there, then as often as wanted."""
+    """Writes the matrix to a file: the first time only if it may replace what is there, then as often as asked."""
 
     def __init__(self, path: Path, output_format: Format | None, force: bool, destination: Destination) -> None:
         self.path, self._force, self._directory = path, force, destination.directory

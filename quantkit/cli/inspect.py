@@ -29,6 +29,6 @@ def command(
     from quantkit.sources.source import open_model
 
     contents = describe(open_model(source, revision=revision, pre=pre))
-    # Elsewhere than on a terminal, COLUMNS says nothing about who will read it.
+    # Without a terminal, COLUMNS does not say how wide the reader's screen is.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
     emit("" if as_json else contents.text(width, full), contents.as_dict(full) if as_json else None, as_json)

@@ -1,4 +1,4 @@
-"""`quantkit lint`: what hubs and engines will stumble on."""
+"""`quantkit lint`: what hubs and engines would reject or misread."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def command(
 ) -> None:
     """Check GGUF files before they are published: names, shards, limits of engines, template and special tokens.
 
-    Exits with 1 when there is an error; warnings and notes are told.
+    Exits with 1 when there is an error; warnings and notes are printed.
     """
     setup(verbose, quiet)
     from quantkit.report.lint import ERROR, as_dict, lint
     from quantkit.sources.source import open_model
 
     findings = lint(path, None if source is None else open_model(source, revision=revision))
-    shown = [str(each) for each in findings] or [f"{path}: nothing to complain about"]
+    shown = [str(each) for each in findings] or [f"{path}: no problems found"]
     emit("\n".join(shown), as_dict(findings), as_json)
     if any(each.level == ERROR for each in findings):
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""The command `quantkit`: one module a command, loaded when it is called."""
+"""The command `quantkit`: one module per command, loaded when the command runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from quantkit.wording import did_you_mean, printable
 
 # Command -> (module under quantkit.cli, one line for --help). Modules are imported only when their command runs.
 COMMANDS = {
-    "convert": ("convert", "Write a Hugging Face checkpoint as a GGUF file."),
+    "convert": ("convert", "Convert a Hugging Face checkpoint to a GGUF file."),
     "quantize": ("quantize", "Quantize a checkpoint or a GGUF file."),
     "types": ("types", "List the file types and what each is for."),
     "perplexity": ("perplexity", "Measure perplexity, and divergence from another model."),
@@ -33,18 +33,18 @@ COMMANDS = {
     "tasks": ("tasks", "Score HellaSwag, Winogrande or multiple-choice tasks."),
     "generate": ("generate", "Continue a prompt, with one model or two side by side."),
     "report": ("report", "Convert, quantize and measure in one go."),
-    "recommend": ("recommend", "Say which type fits into how much memory."),
-    "lint": ("lint", "Check GGUF files for what hubs and engines stumble on."),
-    "export": ("export", "Write what Ollama or vLLM want beside a GGUF file."),
+    "recommend": ("recommend", "Recommend a type for the memory available."),
+    "lint": ("lint", "Check GGUF files before publishing them."),
+    "export": ("export", "Write the files that Ollama or vLLM need."),
     "publish": ("publish", "Upload GGUF files, card and report to the hub."),
     "split": ("split", "Cut a GGUF file into shards."),
     "merge": ("merge", "Join the shards of a split GGUF model."),
     "dequantize": ("dequantize", "Write a GGUF model's weights as F32, F16 or BF16."),
-    "compare": ("compare", "Show where two models differ: metadata, tensors, errors."),
+    "compare": ("compare", "Compare two models: metadata, tensors, errors."),
     "inspect": ("inspect", "Show a model's metadata and tensors."),
-    "verify": ("verify", "Check that a GGUF file is sound."),
+    "verify": ("verify", "Check a GGUF file for damage."),
     "hash": ("hash", "Print digests of a model's tensors."),
-    "attest": ("attest", "State what a GGUF file was quantized from, or check it."),
+    "attest": ("attest", "Write or check a statement of a file's origin."),
     "architectures": ("architectures", "List the models that can be converted and evaluated."),
 }
 
@@ -56,9 +56,9 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 1000}
 
 
 class Command(TyperCommand):
-    """A command whose help names arguments by their metavar, and lists options in the sections that they name.
+    """A command whose help names arguments by their metavars and groups options into sections.
 
-    An error's message ends with the option that would help, if the command has it.
+    If an option of the command would help with an error, the message ends with it.
     """
 
     def invoke(self, ctx: Any) -> Any:
@@ -70,7 +70,7 @@ class Command(TyperCommand):
             raise QuantkitError(hinted(problem)) from None
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """What the usage line shows after the command's name."""
+        """The arguments in the usage line."""
         arguments = [param for param in self.get_params(ctx) if param.param_type_name == "argument"]
         names = [param.metavar or param.name.upper() for param in arguments]
         pieces = [
@@ -80,7 +80,7 @@ class Command(TyperCommand):
         return ["[OPTIONS]", *pieces]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the arguments, the options, and the sections of further options."""
+        """Write the arguments, and the options section by section."""
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
@@ -102,11 +102,11 @@ class LazyGroup(TyperGroup):
     """A command group that lists its commands without importing them."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The commands, in the order in which a newcomer meets them."""
+        """The commands, in the order in which a user needs them."""
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import a command; for --help and completion of the group, a stand-in that carries its one line."""
+        """Import a command; for the group's help and completion, return a placeholder with its summary."""
         if cmd_name not in COMMANDS:
             return None
         module, summary = COMMANDS[cmd_name]
@@ -120,7 +120,7 @@ class LazyGroup(TyperGroup):
         return typer.main.get_command(app)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that `args` begin with; for an unknown one, an error that suggests what was meant."""
+        """Find the command that `args` begin with; an unknown one is an error that suggests the nearest."""
         if args and args[0] not in COMMANDS and not ctx.resilient_parsing:
             ctx.fail(f"No such command {args[0]!r}. {did_you_mean(args[0], COMMANDS).capitalize()}".rstrip())
         return super().resolve_command(ctx, args)
@@ -164,7 +164,7 @@ def main() -> None:
         _run()
     except BaseException as ending:
         if ended or lost or (isinstance(ending, SystemExit) and ending.code == INTERRUPTED):
-            # Outputs and helper processes are cleared away; a thread may be at a kernel's compilation for seconds yet.
+            # Outputs and helper processes are cleaned up, but a thread may still be compiling a kernel for seconds.
             remove_temporaries()
             with suppress(OSError, ValueError):
                 sys.stdout.flush()
@@ -174,10 +174,10 @@ def main() -> None:
 
 
 class _Ended:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does, so that it clears away what it has begun.
+    """Lets SIGTERM and SIGHUP end a command as Ctrl-C does, so that it cleans up.
 
-    True once one came; `code` is what to exit with, that of Ctrl-C without one. A signal that whoever started the
-    command wants ignored, as nohup does, stays so.
+    True once one came; `code` is what to exit with, that of Ctrl-C without one. A signal that is
+    ignored from the start, as under nohup, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -191,7 +191,7 @@ class _Ended:
         return self._any
 
     def _end(self, number: int, frame: Any) -> None:
-        if not self._any:  # a second one must not interrupt the clearing away
+        if not self._any:  # a second one must not interrupt the cleanup
             self._any, self.code = True, 128 + number
             raise KeyboardInterrupt
 
@@ -212,7 +212,7 @@ def _run() -> None:
 
 
 class _LostInterrupts:
-    """Ctrl-C at moments that cannot raise, such as when numba's compiler calls back into Python: it comes again.
+    """Repeats a Ctrl-C that arrived where nothing can be raised, such as in a callback of numba's compiler.
 
     True once that happened. The compiler may fail for it in the meantime.
     """
@@ -224,7 +224,7 @@ class _LostInterrupts:
         return self._any
 
     def heed(self, lost: Any) -> None:
-        """Take what could not be raised, as sys.unraisablehook."""
+        """Handle what could not be raised: the process's sys.unraisablehook."""
         if not issubclass(lost.exc_type, KeyboardInterrupt):
             sys.__unraisablehook__(lost)
             return
@@ -235,7 +235,7 @@ class _LostInterrupts:
 
 
 def fail(problem: str) -> None:
-    """One line on stderr, and exit code 1."""
+    """Print one line on stderr and exit with 1."""
     with suppress(OSError):
         print(printable(f"error: {' '.join(problem.split())}"), file=sys.stderr, flush=True)
     sys.exit(1)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.console import Force, Quiet, Verbose, byte_progress, note, setup
+from quantkit.wording import count_text, size_text
 
 
 def command(
@@ -31,4 +32,4 @@ def command(
     path = destination.file(f"{full_stem(source)}.gguf")
     with OutputGroup(force=force, directory=destination.directory) as group, byte_progress(plan.nbytes, "merge") as bar:
         execute(source, [(plan, path)], allow_nonfinite=True, progress=bar, group=group)
-    note(f"{path}: {plan.file_size / 1e6:.1f} MB from {len(source.shards)} shards")
+    note(f"{path}: {size_text(plan.file_size)} from {count_text(len(source.shards), 'shard')}")

@@ -28,7 +28,7 @@ def parse_override(text: str) -> Override:
         if kind == "bool":
             return key, ValueType.BOOL, {"true": True, "false": False}[value]
     except (ValueError, KeyError):
-        raise QuantkitError(f"override {text!r}: {value!r} is no {kind}") from None
+        raise QuantkitError(f"override {text!r}: {value!r} is not {'an' if kind == 'int' else 'a'} {kind}") from None
     if kind != "str":
         raise QuantkitError(f"override {text!r}: unknown type {kind!r}; use int, float, bool or str")
     if len(value.encode()) > MAX_TEXT:

@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, a line every so often elsewhere. Both say what is under way from the first second."""
+"""Progress of a command: a bar on a terminal, else a line every half minute. Both start in the first second."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ MOMENT = 0.2
 
 
 class Progress:
-    """How far a command is: `advance` it, or tell it how much is `done`.
+    """Shows how far a command is, while its context is entered; nothing if `hidden`.
 
-    `unit` is "B" for bytes, or the name of what is counted. A `hidden` one shows nothing.
+    `unit` is "B" for bytes, or the name of what is counted.
     """
 
     def __init__(self, title: str, unit: str, total: int | None = None, hidden: bool = False) -> None:
@@ -33,10 +33,10 @@ class Progress:
         self.done = 0
         self._note = self._compiling = ""
         self._began = time.monotonic()
-        # Seconds that kernels were being compiled for, and since when one is: they say nothing about speed.
+        # Seconds spent compiling kernels, which say nothing about speed, and when the current compilation began.
         self._compiled = 0.0
         self._compiling_since = self._began
-        # When the first and the latest batch was done, and how much was then.
+        # When the first and the latest batch were done, in seconds without compilation, and how much was done then.
         self._first: tuple[float, int] | None = None
         self._latest = (0.0, 0)
         self._line_at = self._began + FIRST_LINE
@@ -45,7 +45,7 @@ class Progress:
         self._ticker = threading.Thread(target=self._tick, daemon=True)
 
     def __enter__(self) -> Progress:
-        """Show it."""
+        """Start showing it."""
         if self.hidden:
             return self
         observers.append(self._observe)
@@ -69,7 +69,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Take it away."""
+        """Stop showing it."""
         if self.hidden:
             return
         observers.remove(self._observe)
@@ -79,16 +79,16 @@ class Progress:
             self._bar.close()
 
     def advance(self, step: int, note: str = "") -> None:
-        """Another `step` is done; `note` says what is under way, or a result so far."""
+        """Add `step` to what is done; `note` says what is being done, or the result so far."""
         self.update(self.done + step, self.total, note)
 
     def update(self, done: int, total: int | None, note: str = "") -> None:
-        """`done` of `total` is done."""
+        """Set how much is done, and of how much; `note` is as for `advance`."""
         self.done, self.total, self._note = done, total, printable(note)
         now = self._computing()
         if done:
             self._latest = now, done
-        # What is told within a moment is one batch.
+        # Updates within a moment belong to one batch.
         if done and (self._first is None or now - self._first[0] < MOMENT):
             self._first = now, done
 
@@ -104,16 +104,16 @@ class Progress:
         return now - self._began - self._compiled
 
     def seconds_left(self) -> float | None:
-        """An estimate; None until a batch is done, and while kernels are being compiled."""
+        """Estimate the time left; None until a batch is done, and while kernels are being compiled."""
         if self._first is None or self.total is None or self._compiling:
             return None
         (began, first), (at, done) = self._first, self._latest
-        # The first batch tells the speed until there is another to tell it.
+        # The first batch had to load weights, so the speed is that of the others as soon as there are any.
         took, counted = (at - began, done - first) if done > first else (began, first)
         return max(0.0, (self.total - done) * took / counted - (self._computing() - at))
 
     def state(self) -> str:
-        """What is under way, how far, and how long it will take yet, in a line."""
+        """Describe the progress in one line: how much is done, the time left, and what is being done."""
         if self._first is None:
             doing = f"compiling {self._compiling}" if self._compiling else "running"
             return f"{self.title}: {doing}, {_duration(time.monotonic() - self._began)} so far"
@@ -147,7 +147,7 @@ class Progress:
 
 @contextmanager
 def above_bars() -> Iterator[None]:
-    """Let messages appear above a bar rather than within it."""
+    """Print messages within this context above the bar, not into it."""
     if "tqdm" not in sys.modules:
         yield
         return

@@ -18,14 +18,15 @@ def command(
     revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch to upload to.")] = None,
     collection: Annotated[str | None, typer.Option(metavar="SLUG", help="Collection to add the model to.")] = None,
     message: Annotated[str | None, typer.Option(metavar="TEXT", help="Message of the commit.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go where; send nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded; send nothing.")] = False,
     as_json: Json = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
     """Upload a directory of GGUF files to the hub, and compare sizes and hashes there afterwards.
 
-    What the hub has already is not sent again, so an interrupted upload continues. Log in with `hf auth login` first.
+    Files that are on the hub already are not sent again, so an interrupted upload can be continued. Log in with
+    `hf auth login` first.
     """
     setup(verbose, quiet)
     from quantkit.report.lint import ERROR, lint

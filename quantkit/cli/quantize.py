@@ -37,6 +37,7 @@ from quantkit.cli.console import (
 from quantkit.cli.hints import hinted
 from quantkit.cli.type_options import FileTypes, complete_file_type, complete_tensor_type, positional
 from quantkit.errors import QuantkitError
+from quantkit.wording import count_text, size_text
 
 if TYPE_CHECKING:
     from quantkit.calibration.rounding import RoundedTensor
@@ -116,7 +117,7 @@ def command(
         typer.Option(
             metavar="NAME",
             rich_help_panel=CALIBRATION,
-            help="Rounding: to the nearest, or gptq, error feedback by the calibration.",
+            help="Rounding: nearest, or gptq (error feedback from the calibration text).",
         ),
     ] = "nearest",
     n_ctx: Annotated[
@@ -134,7 +135,7 @@ def command(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", rich_help_panel=CALIBRATION, help="Go on with a run of these options that stopped."),
+        typer.Option("--resume", rich_help_panel=CALIBRATION, help="Continue an interrupted run of the same options."),
     ] = False,
     backend: Backend = "numpy",
     device: Device = "cpu",
@@ -187,7 +188,7 @@ def command(
 ) -> None:
     """Quantize a checkpoint or a GGUF file; the bytes are those that llama-quantize writes.
 
-    With --rounding gptq and a --calibration text they are others of the same types and sizes, which lose less.
+    With --rounding gptq and a --calibration text, types and sizes stay the same, but less quality is lost.
     Types can follow the model, with or without an output, as llama-quantize takes them. Several types are written in
     one reading of the source. Without an output, files are named after the model and the type and written beside a
     local source, or into the current directory for a checkpoint from the hub.
@@ -274,8 +275,8 @@ def command(
             )  # fmt: skip
     for each, path in outputs:
         files = [file for file, _, _ in each.files(path)]
-        shards = f" in {len(files)} shards" if len(files) > 1 else ""
-        note(f"{files[0]}: {each.file_size / 1e6:.1f} MB{shards}, {each.bits_per_weight:.2f} bits per weight")
+        shards = f" in {count_text(len(files), 'shard')}" if len(files) > 1 else ""
+        note(f"{files[0]}: {size_text(each.file_size)}{shards}, {each.bits_per_weight:.2f} bits per weight")
     for (_, path), report in zip(outputs, reports, strict=False):
         for line in _summary(report):
             note(f"{path}: {line}")

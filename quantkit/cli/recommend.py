@@ -1,4 +1,4 @@
-"""`quantkit recommend`: the best type that fits into the memory one has."""
+"""`quantkit recommend`: the best type for the memory available."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def command(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Say which type fits into a given memory, and which are the next larger and smaller.
+    """Recommend the largest type that fits into the given memory, and show the next larger and smaller ones.
 
-    Counted are the weights, the key-value cache of the context, and llama.cpp's compute buffers. Nothing is quantized.
+    Counts the weights, the key-value cache of the context, and llama.cpp's compute buffers. Nothing is quantized.
     """
     setup(verbose, quiet)
     from quantkit.cli.parsing import parse_size

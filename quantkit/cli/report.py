@@ -69,27 +69,35 @@ def command(
         typer.Option(metavar="FILE", rich_help_panel=IMPORTANCE, help="Text to compute an importance matrix from."),
     ] = None,
     calibration_chunks: Annotated[
-        int, typer.Option(min=1, metavar="N", rich_help_panel=IMPORTANCE, help="Chunks of it to use.")
+        int, typer.Option(min=1, metavar="N", rich_help_panel=IMPORTANCE, help="Chunks of the calibration text.")
     ] = 128,
     rounding: Annotated[
         Rounding,
-        typer.Option(rich_help_panel=IMPORTANCE, help="Rounding: to the nearest, or gptq, by the calibration text."),
+        typer.Option(
+            metavar="NAME", rich_help_panel=IMPORTANCE, help="Rounding: nearest, or gptq (needs the calibration text)."
+        ),
     ] = "nearest",
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Quantize tensors that are quantized already.")
     ] = False,
     require: Annotated[
         Names,
-        typer.Option(metavar="NAME<=X", rich_help_panel=PAGE, help='Exit with 3 unless it holds: "kld<=0.05".'),
+        typer.Option(
+            metavar="NAME<=X", rich_help_panel=PAGE, help='Exit with 3 unless this holds, such as "kld<=0.05".'
+        ),
     ] = [],  # noqa: B006
     prompts: Annotated[
-        int, typer.Option(min=0, max=100, metavar="N", rich_help_panel=PAGE, help="Prompts to let the files continue.")
+        int,
+        typer.Option(
+            min=0, max=100, metavar="N", rich_help_panel=PAGE, help="Number of prompts that the files continue."
+        ),
     ] = 8,
     base_model: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", rich_help_panel=PAGE, help="Hub id of the original, for the card.")
     ] = None,
     repo: Annotated[
-        str | None, typer.Option(metavar="ORG/NAME", rich_help_panel=PAGE, help="Repository to be, for the card.")
+        str | None,
+        typer.Option(metavar="ORG/NAME", rich_help_panel=PAGE, help="Repository of the files, for the card."),
     ] = None,
     n_ctx: Context = 512,
     chunks: Chunks = None,
@@ -105,8 +113,8 @@ def command(
 ) -> None:
     """Convert, quantize and measure in one go: files, a page that shows what each costs, and a model card.
 
-    All goes to the directory given with -o: the GGUF files, report.html, report.md, report.json, and README.md for the
-    hub. An interrupted run continues when it is started again.
+    Everything is written to the directory given with -o: the GGUF files, report.html, report.md, report.json, and
+    README.md for the hub. An interrupted run continues when it is started again.
     """
     setup(verbose, quiet)
     from quantkit.evaluate.settings import Chunking, Compute

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.console import Force, Quiet, SplitSize, SplitTensors, Verbose, byte_progress, note, setup
+from quantkit.wording import count_text
 
 
 def command(
@@ -45,4 +46,4 @@ def command(
     prefix = destination.file(full_stem(source))
     with OutputGroup(force=force, directory=destination.directory) as group, byte_progress(plan.nbytes, "split") as bar:
         paths = execute(source, [(plan, prefix)], allow_nonfinite=True, progress=bar, group=group)
-    note(f"{paths[0]}: {len(paths)} shards")
+    note(f"{paths[0]}: {count_text(len(paths), 'shard')}")

@@ -1,4 +1,4 @@
-"""Standard streams that take whatever is printed: closed ones, old encodings, readers that leave early."""
+"""Standard streams that accept whatever is printed, be they closed, of an old encoding, or without a reader."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _ERRORS = "quantkit.plain"
 
 
 def prepare() -> None:
-    """Open standard streams that are closed, and let those that are open degrade what their encoding lacks.
+    """Open standard streams that are closed; in those that are open, replace characters that their encoding lacks.
 
-    With a closed descriptor 2, the next file opened would be what libraries print their errors to.
+    If descriptor 2 were closed, the next file opened would get it, and libraries would print their errors into it.
     """
     for number in range(3):
         try:
@@ -44,12 +44,12 @@ def prepare() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         else:
-            with suppress(AttributeError, ValueError):  # a stream that somebody put in place
+            with suppress(AttributeError, ValueError):  # a replaced stream
                 stream.reconfigure(errors=_ERRORS)
 
 
 def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    """The first character that an encoding lacks, in ASCII; undecodable bytes of file names as they were."""
+    """Write a character that an encoding lacks in ASCII, and undecodable bytes of a file name as they were."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     char = error.object[error.start]
@@ -59,10 +59,10 @@ def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def flush() -> None:
-    """Write out what was printed; exit with 1 when its reader has left. Raises OSError when it cannot be written."""
+    """Flush stdout; exit with 1 when its reader has closed it. Raises OSError when it cannot be written."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is left would be tried again when Python ends.
+        # Python would try to write the rest when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -54,7 +54,7 @@ def command(
 ) -> None:
     """Score a model on tasks, as llama-perplexity does, from files in its formats.
 
-    The model's answer is the ending with the highest mean log-likelihood a token.
+    The model's answer is the ending with the highest mean log-likelihood per token.
     """
     setup(verbose, quiet)
     files = {"hellaswag": hellaswag, "winogrande": winogrande, "multiple-choice": multiple_choice}

@@ -13,7 +13,7 @@ from quantkit.errors import QuantkitError
 if TYPE_CHECKING:
     from quantkit.trust.derivation import Derivation
 
-DERIVING = "Deriving it again"
+DERIVING = "Reproducing the file"
 
 
 def command(
@@ -30,10 +30,10 @@ def command(
         Path | None, typer.Option(metavar="FILE", rich_help_panel=DERIVING, help="Importance matrix it was made with.")
     ] = None,
     everything: Annotated[
-        bool, typer.Option("--all", rich_help_panel=DERIVING, help="Go on after the first tensor that differs.")
+        bool, typer.Option("--all", rich_help_panel=DERIVING, help="Continue after the first tensor that differs.")
     ] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", rich_help_panel=DERIVING, help="Compare rows drawn at random, not all.")
+        bool, typer.Option("--quick", rich_help_panel=DERIVING, help="Compare a random sample of the rows.")
     ] = False,
     pre: Pre = None,
     revision: Revision = None,
@@ -44,7 +44,7 @@ def command(
 ) -> None:
     """Check a GGUF file: its structure, the bytes of every tensor, its vocabulary, the keys of its architecture.
 
-    With --source it is quantized again and compared byte for byte. The exit code is 1 when something is wrong.
+    With --source, that is quantized again and compared byte for byte. Exits with 1 when something is wrong.
     """
     setup(verbose, quiet)
     if source is None and (imatrix is not None or everything or quick):

@@ -1,4 +1,4 @@
-"""Who wants to know what is being compiled."""
+"""Observers of compilation, such as progress bars."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--prune-layers", ""], "not a list of layers"),
         (["--include-weights", "ffn"], "without an importance matrix there are no weights to choose; make one with"),
         (["--override-kv", "key"], "malformed override"),
-        (["--override-kv", "key=int:x"], "no int"),
+        (["--override-kv", "key=int:x"], "not an int"),
         (["--override-kv", "key=date:1"], "unknown type 'date'"),
         (["--split-max-size", "big"], "not a size"),
         (["--split-max-size", ""], "not a size"),
