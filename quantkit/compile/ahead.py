@@ -1,8 +1,8 @@
-"""Compiling kernels ahead, in processes beside this one: a first run need not wait for one processor.
+"""Compiling kernels ahead in helper processes, so that a first run uses all processors for it.
 
 numba compiles one kernel at a time in a process. A command that knows which kernels it will need lists them in the
-order in which it will come to them. Helper processes take them from the end and leave the machine code in the cache;
-this process compiles what it comes to as ever; while a helper is at what it needs, it compiles the next.
+order in which it will need them. Helper processes take them from the end and leave the machine code in the cache. This
+process compiles kernels when it needs them, as usual; while a helper is compiling that kernel, it compiles the next.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantkit.compile import cache as kernel_cache
 from quantkit.compile.cache import KernelCache
 from quantkit.compile.observers import kernel_name, tell
 
-# Seconds of work that make up for starting a helper.
+# Seconds of compilation that are worth starting a helper for.
 _WORTHWHILE = 1.5
 _MOST_HELPERS = 3
 # The helper gets this process's module path: with -m, files in the working directory would come before it.
@@ -30,7 +30,7 @@ _HELPER = "import sys; sys.path[:] = sys.argv[1:]; from quantkit.compile.ahead i
 
 
 class KernelJob(NamedTuple):
-    """A kernel to compile for a signature: numba types. `seconds` is about how long that takes."""
+    """A kernel to compile for a signature: numba types. `seconds` is an estimate of the time it takes."""
 
     kernel: Any
     signature: tuple[Any, ...]
@@ -39,10 +39,10 @@ class KernelJob(NamedTuple):
 
 @contextmanager
 def compiled_ahead(jobs: Sequence[KernelJob], threads: int) -> Iterator[None]:
-    """Let helper processes, with this one at most `threads`, compile what of `jobs` is not in the cache.
+    """Let helper processes, at most `threads` with this one, compile those of `jobs` that are not in the cache.
 
-    `jobs` are in the order in which they will be needed. Starts nothing when little or nothing is missing, and when
-    there is no cache to leave it in. Whatever goes wrong with a helper, this process does its work.
+    `jobs` are in the order in which they will be needed. Starts no helper when little or nothing is missing, or when
+    no cache can be written. If a helper fails, this process does its work.
     """
     missing = [job for job in jobs if _missing(job)]
     seconds = [job.seconds for job in missing]
@@ -65,7 +65,7 @@ def _missing(job: KernelJob) -> bool:
 
 
 class _Helpers:
-    """Processes that compile, each with a thread that hands it one job after the other."""
+    """Helper processes, each with a thread that hands it one job after the other."""
 
     def __init__(self, jobs: Sequence[KernelJob], count: int) -> None:
         self._changed = threading.Condition()
@@ -90,7 +90,7 @@ class _Helpers:
             thread.start()
 
     def wait(self, cache: KernelCache, signature: Any) -> None:
-        """Come back when no helper is compiling this kernel; none will begin to. Meanwhile, compile others here."""
+        """Wait until no helper is compiling this kernel, and let none start to; meanwhile, compile others here."""
         key = (cache, signature)
         while True:
             with self._changed:
@@ -105,7 +105,7 @@ class _Helpers:
             job.kernel.compile(job.signature)
 
     def close(self) -> None:
-        """End the helpers, whatever they are at."""
+        """Kill the helpers, whatever they are doing."""
         with self._changed:
             self._left.clear()
         for process in self._processes:
@@ -136,9 +136,9 @@ class _Helpers:
 
 
 def serve() -> None:
-    """What a helper process does: compile the kernels that it is told on stdin, until that ends.
+    """The main function of a helper process: compile the kernels named on stdin, until that is closed.
 
-    It says with a byte on stdout that it is ready for another.
+    A byte on stdout says that it is ready for the next.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches it too, and ends it at once
     replies = os.dup(1)
@@ -148,7 +148,7 @@ def serve() -> None:
         while True:
             os.write(replies, b".")
             module, name, signature = pickle.load(sys.stdin.buffer)
-            # What cannot be compiled here the main process compiles, and meets the error.
+            # If a kernel cannot be compiled here, the main process compiles it and reports the error.
             with suppress(Exception):
                 found = importlib.import_module(module)
                 for part in name.split("."):

@@ -1,11 +1,11 @@
 """Where the machine code of kernels is kept between runs: the user's cache directory, by the platform's convention.
 
 A folder holds the kernels of one package (blocks, evaluate, vocabulary) of one version of the source; in it, a pair of
-files holds one kernel for one signature, processor and version of Python. So nothing in it ever changes its meaning,
+files holds one kernel for one signature, processor and version of Python. So an existing file never becomes invalid,
 and processes need no lock.
 
-Loading machine code runs it, and its files hold pickles. So they are read only where they are the user's own, in a
-folder that nobody else can write, and where a checksum says that they are as they were written.
+Loading machine code runs it, and its files hold pickles. So they are only read if they belong to the user, are in a
+folder that nobody else can write, and match their checksum.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataC
 
 log = logging.getLogger(__name__)
 
-# Versions of a package's source whose machine code is kept; the oldest go first.
+# Number of source versions whose machine code is kept; the oldest are deleted first.
 KEPT_VERSIONS = 8
 _CHECKSUM = hashlib.sha256().digest_size
 _PACKAGE = Path(__file__).parent.parent
@@ -51,13 +51,13 @@ def cache_home() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "quantkit"
     named = os.environ.get("XDG_CACHE_HOME", "")
-    # By the XDG specification, a relative path counts for nothing.
+    # The XDG specification says to ignore relative paths.
     return Path(named if Path(named).is_absolute() else Path.home() / ".cache", "quantkit")
 
 
 @functools.cache
 def source_digest(package: Path) -> str:
-    """A digest of all that the machine code of the kernels in directory `package` is made from.
+    """A digest of everything that the machine code of the kernels in directory `package` depends on.
 
     Pieces are inlined from the package itself and from the blocks; options come from `compile.kernel`, the rest from
     numba.
@@ -74,7 +74,7 @@ def source_digest(package: Path) -> str:
 
 @functools.cache
 def _folder(package: Path, home: Path) -> Path | None:
-    """The folder for the kernels of directory `package`, made if need be; None when it cannot be written."""
+    """The folder for the kernels of directory `package`, created if needed; None when it cannot be written."""
     folder = home / f"{package.name}-{source_digest(package)}"
     try:
         home.mkdir(0o700, parents=True, exist_ok=True)
@@ -93,12 +93,12 @@ def _folder(package: Path, home: Path) -> Path | None:
 
 
 def _is_own(status: os.stat_result) -> bool:
-    """Whether a file or folder belongs to the user. Windows keeps a user's cache from others by itself."""
+    """Whether a file or folder belongs to the user. Windows protects a user's cache by itself."""
     return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
 
 
 def _keep_private(folder: Path) -> None:
-    """See to it that only the user can write `folder`. Raises PermissionError where it belongs to somebody else."""
+    """Make `folder` writable by the user alone. Raises PermissionError where it belongs to somebody else."""
     status = folder.stat()
     if not _is_own(status):
         raise PermissionError(f"{folder} belongs to another user")
@@ -107,7 +107,7 @@ def _keep_private(folder: Path) -> None:
 
 
 class _Files(IndexDataCacheFile):  # type: ignore[misc]
-    """numba's pair of files, each with a checksum in front; numba's own would run whatever it finds."""
+    """numba's pair of files with a checksum in front of each: numba's own class would run whatever it finds."""
 
     def _load_index(self) -> dict[Any, str]:
         try:
@@ -162,16 +162,16 @@ class _Locator:
         return str(self._folder)
 
     def ensure_cache_path(self) -> None:
-        """Make the folder, should another process have cleared it away."""
+        """Create the folder again if another process has deleted it."""
         self._folder.parent.mkdir(0o700, parents=True, exist_ok=True)
         self._folder.mkdir(0o700, exist_ok=True)
 
     def get_source_stamp(self) -> str:
-        """What must be the same for kept code to be valid. The folder's name says it already."""
+        """numba's check that cached code is valid; the folder's name already contains what it depends on."""
         return self._folder.name
 
     def get_disambiguator(self) -> str:
-        """What tells functions of one name apart."""
+        """What distinguishes functions of the same name."""
         return str(self._line)
 
 
@@ -180,16 +180,16 @@ class _Implementation(CompileResultCacheImpl):  # type: ignore[misc]
 
 
 class KernelCache(FunctionCache):  # type: ignore[misc]
-    """The kept machine code of one kernel. Making one raises RuntimeError when there is no directory to write to.
+    """The cached machine code of one kernel. Raises RuntimeError when there is no directory to write to.
 
-    numba's own class lists all signatures of a function in one index, which processes that compile different ones at
-    the same time would garble; here each has its own. And a cache that cannot be read or written is no reason to fail.
+    numba's own class lists all signatures of a function in one index, which processes that compile different ones
+    at the same time would corrupt; here each signature has its own. A cache that cannot be used is not an error.
     """
 
     _impl_class = _Implementation
 
     def holds(self, signature: Any, codegen: Any) -> bool:
-        """Whether the kernel is kept for `signature` and the processor of `codegen`."""
+        """Whether the cache holds the kernel for `signature` and the processor of `codegen`."""
         try:
             return self._choose(signature, codegen) in self._cache_file._load_index()
         except Exception:  # whatever unpickling a damaged file raises
@@ -214,7 +214,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep `data`, the kernel compiled for `sig`."""
+        """Store `data`, the kernel compiled for `sig`."""
         try:
             self._choose(sig, data.codegen)
             super().save_overload(sig, data)  # type: ignore[no-untyped-call]
@@ -222,7 +222,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]
             log.debug("%s is not kept in the cache: %s", self._name, error)
 
     def _choose(self, sig: Any, codegen: Any) -> Any:
-        """Turn to the files of `sig`; numba calls under its compiler lock. Returns numba's key for them."""
+        """Select the files of `sig` (numba calls this under its compiler lock) and return numba's key for them."""
         key = self._index_key(sig, codegen)  # type: ignore[no-untyped-call]
         name = f"{self._impl.filename_base}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}"
         self._cache_file = _Files(self._cache_path, name, self._impl.locator.get_source_stamp())  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Compiled functions: how every kernel of quantkit is compiled and told of. `compile.cache` keeps the machine code."""
+"""How every kernel of quantkit is compiled and announced. `compile.cache` stores the machine code."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from quantkit.compile.observers import kernel_name, tell
 
 log = logging.getLogger(__name__)
 
-# IEEE float32 as written: no reassociation, no fused multiply-add, no traps. C callbacks are made of no kernel, and
-# numba need not compile what they would be called through.
+# IEEE float32 as written: no reassociation, no fused multiply-add, no traps. No kernel is used as a C callback, so
+# numba need not compile the wrapper for one.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": False, "no_cfunc_wrapper": True}
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile `function` when it is first called, and keep the machine code on disk for the next run.
 
-    Kernels hold no lock, so threads run them side by side.
+    Kernels release the GIL, so threads run them in parallel.
     """
     compiled: Callable[..., Any] = njit(**_OPTIONS)(function)
     try:
@@ -34,13 +34,13 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
-# A piece of a kernel: always inlined, so that the constants it is given are constants to the optimiser. Python cannot
-# call it, which spares a fifth of the compilation.
+# A piece of a kernel: always inlined, so that the optimiser sees constant arguments as constants. Python cannot call
+# it, which saves a fifth of the compile time.
 piece: Callable[..., Any] = njit(**_OPTIONS, forceinline=True, no_cpython_wrapper=True)  # type: ignore[call-overload]
 
 
 class _Announcer(event.Listener):  # type: ignore[misc]
-    """Says once that kernels are being compiled, when that has taken noticeable time: a first run takes longer."""
+    """Logs once that kernels are being compiled, when that has taken noticeable time."""
 
     NOTICEABLE = 0.5
     kept = True
@@ -50,7 +50,7 @@ class _Announcer(event.Listener):  # type: ignore[misc]
         self._timer: threading.Timer | None = None
         self._said = False
 
-    # numba compiles one kernel at a time, and tells of the pieces of a kernel within it.
+    # numba compiles one kernel at a time; events of its pieces come nested in the kernel's.
 
     def on_start(self, event: Any) -> None:
         self._depth += 1

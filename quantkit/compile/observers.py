@@ -9,7 +9,7 @@ observers: list[Callable[[str], None]] = []
 
 
 def kernel_name(function: Callable[..., object]) -> str:
-    """A kernel's name for people: its class and function, such as Q6_K.encode, or its module and function."""
+    """A kernel's readable name: its class and function, such as Q6_K.encode, or its module and function."""
     name = function.__qualname__
     return name if "." in name else f"{function.__module__.rpartition('.')[2]}.{name.lstrip('_')}"
 

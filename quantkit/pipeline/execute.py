@@ -1,8 +1,8 @@
-"""Carrying plans out: read, encode, write, as a stream, with bounded memory.
+"""Executing plans: read, encode and write as a stream, in bounded memory.
 
-The rows of every tensor are cut into pieces. A pool of threads decodes a piece to float32 and encodes it for every
-output; the calling thread writes the results in order. The kernels hold no lock, so reading, arithmetic and writing
-overlap. Memory is a few pieces for each thread, whatever the size of a tensor.
+The rows of every tensor are cut into pieces. A pool of threads decodes each piece to float32 and encodes it for
+every output; the calling thread writes the results in order. The kernels release the GIL, so reading, arithmetic and
+writing overlap. Memory is a few pieces per thread, whatever the size of a tensor.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PIECE = 1 << 20  # weights handed to a thread at a time
-BITE = 1 << 16  # weights decoded at a time: their float32 fit the second-level cache
-MAPPED = 64 << 20  # bytes of a tensor that may stay mapped after they were read
+BITE = 1 << 16  # weights decoded at a time: as float32 they fit the second-level cache
+MAPPED = 64 << 20  # bytes of a tensor that may stay mapped after being read
 FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 HALF_MAX = 65504.0
 
@@ -67,10 +67,10 @@ def execute(
 ) -> list[Path]:
     """Write every (plan, path) of `outputs` in one reading of `source`; returns the paths.
 
-    A split plan's shards are named after its path. The plans hold the same tensors in the same order (those of one
-    source do). `progress(tensor, nbytes)` is called as bytes of the source are done with. `max_buffer_size`, in bytes,
-    bounds the memory of pieces under way. An existing file is refused, or replaced with `force`; with `group`, the
-    files belong to that, appear when it does, and its `force` counts.
+    A split plan's shards are named after its path. All plans must hold the same tensors in the same order, as plans for
+    one source do. `progress(tensor, nbytes)` is called as bytes of the source are finished. `max_buffer_size`, in
+    bytes, bounds the memory of the pieces being processed. An existing file is refused, or replaced with `force`; with
+    `group`, the files belong to that, appear when it does, and its `force` counts.
     Raises QuantkitError for NaN or infinity in a weight (unless `allow_nonfinite`), for weights that a type cannot
     hold, and when a file cannot be written; no output is left behind then.
     """
@@ -133,7 +133,7 @@ def encode_pieces(
             first, future = waiting.popleft()
             yield first, future.result()
     finally:
-        # Nobody wants what is under way any more, and a piece may be compiling for seconds.
+        # The remaining pieces are not needed any more, and one may be compiling a kernel for seconds.
         given_up.set()
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -185,7 +185,7 @@ def pieces(plan: Plan, size: int = PIECE) -> Iterator[Piece]:
 
 
 class _Writer:
-    """Takes finished pieces in order: writes them, gives back the memory that reading mapped, tells the progress."""
+    """Takes finished pieces in order: writes them, releases the memory that reading mapped, reports progress."""
 
     def __init__(
         self, files: Sequence[_Shards], plan: Plan, source: TensorSource, release_after: int, progress: Progress | None
@@ -200,7 +200,7 @@ class _Writer:
         tensor = self._plan.tensors[piece.index]
         nbytes = (piece.stop - piece.start) * tensor.source_type.row_nbytes(tensor.info.n_per_row)
         self._mapped += nbytes
-        # A tensor of experts can be larger than memory: what has been read of it goes before its end.
+        # A tensor of experts can be larger than memory, so release what has been read before its end.
         if piece.last or self._mapped >= self._release_after:
             self._source.release(tensor.source_name)
             self._mapped = 0
@@ -215,7 +215,7 @@ def _encode_piece(
     allow_nonfinite: bool,
     given_up: Callable[[], bool],
 ) -> list[np.ndarray]:
-    """A piece encoded for every output; unfinished once `given_up`."""
+    """Encode a piece for every output; stop early once `given_up`."""
     import numpy as np
 
     info, kind = tensors[0].info, tensors[0].source_type
@@ -261,7 +261,7 @@ def _nonfinite(
 
 
 def _check_range(source: TensorSource, tensor: PlannedTensor, encoded: np.ndarray) -> None:
-    """A block's float16 scale cannot hold what weights beyond its range would need: it becomes infinite."""
+    """Refuse weights so large that a block's float16 scale would become infinite."""
     if blocks.first_nonfinite(blocks.decode(encoded, tensor.info.type)) >= 0:
         raise QuantkitError(
             f"{source.label}: tensor {tensor.source_name!r} holds weights too large for {tensor.info.type.name}",

@@ -1,9 +1,8 @@
 """Mixtures: the file types, and the rules by which they give some tensors more bits.
 
 A file type such as Q4_K_M is a mixture: most tensors get its default type, the sensitive ones more bits. The tables
-below are those mixtures, one line a rule, after llama_tensor_get_type_impl in llama.cpp's llama-quant.cpp. They read
-from the top: in the list of a tensor's category, the first rule that names the file type and whose condition holds
-gives the type.
+below are those mixtures, one line per rule, after llama_tensor_get_type_impl in llama.cpp's llama-quant.cpp. In
+the list of a tensor's category, the first rule that names the file type and whose condition holds gives the type.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def file_type(name: str) -> FileType:
 
 
 class Category(Enum):
-    """What a tensor does, as far as mixtures care. The value is what a name holds; the first that matches counts."""
+    """A tensor's role, as far as mixtures distinguish it. The value is a part of its name; the first match counts."""
 
     ATTENTION_QKV = "attn_qkv.weight"
     ATTENTION_KV_B = "attn_kv_b.weight"
@@ -199,7 +198,7 @@ def cheap_values(s: Situation) -> bool:
 
 
 def no_imatrix(s: Situation) -> bool:
-    """Nothing says which columns matter."""
+    """There is no importance matrix."""
     return not s.has_imatrix
 
 
@@ -292,7 +291,7 @@ RULES: dict[Category, list[Rule]] = {
         ("IQ4_NL IQ4_XS", both(no_imatrix, before(1, 8)), T.Q5_K),
         ("Q5_K_M", more_bits, T.Q6_K),
         ("Q4_K_S", both(unless(falcon), before(1, 8)), T.Q5_K),
-        # With importance weights, Q4_0 and Q5_0 can go astray in the first of these layers.
+        # With importance weights, Q4_0 and Q5_0 can lose much in the first of these layers.
         ("Q4_0", both(unless(no_imatrix), before(1, 8)), T.Q4_1),
         ("Q5_0", both(unless(no_imatrix), before(1, 8)), T.Q5_1),
     ],
@@ -328,7 +327,7 @@ LOW_BIT_RULES: dict[Category, list[Rule]] = {
     ],
 }
 
-# What a tensor becomes whose rows the blocks do not divide; where these do not either, it becomes F16.
+# The type of a tensor whose rows the blocks do not divide; if the fallback's blocks do not either, it becomes F16.
 FALLBACKS: dict[T, T] = {
     **dict.fromkeys((T.IQ1_S, T.IQ1_M, T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS, T.IQ3_S, T.IQ4_XS), T.IQ4_NL),
     **dict.fromkeys((T.Q2_0, T.Q2_K, T.Q3_K, T.TQ1_0, T.TQ2_0), T.Q4_0),
@@ -363,7 +362,7 @@ NEVER_QUANTIZED = (
     "a.rvq.codebook",
     "mm.a.code_embd",
 )
-# The same for one family alone, and what of it no mixture takes below Q8_0.
+# The same for single families, and their tensors that no mixture takes below Q8_0.
 NEVER_QUANTIZED_IN: dict[str, tuple[str, ...]] = {
     "glm5-next": (
         *("hc_", "indexer.attn_q_b", "indexer.attn_k", "indexer.proj", "indexer_compressor_gate"),

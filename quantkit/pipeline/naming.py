@@ -20,14 +20,14 @@ _TYPE_SUFFIX = re.compile(rf"[-.]({_TYPES})$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Destination:
-    """Where outputs go: a file, or a directory, in which they get names by default."""
+    """Where outputs go: a file, or a directory in which they get default names."""
 
     path: Path
     is_directory: bool
 
     @classmethod
     def of(cls, output: str | os.PathLike[str] | None, default: Path = Path()) -> Destination:
-        """What `output` names: an existing directory or a name that ends in a slash a directory, any other a file.
+        """Interpret `output`: an existing directory or a name ending in a slash is a directory, anything else a file.
 
         None is the directory `default`.
         """
@@ -41,7 +41,7 @@ class Destination:
 
     @property
     def directory(self) -> Path | None:
-        """The directory, which may be made; None for a file, whose directory must exist."""
+        """The directory, which may be created; None for a file, whose directory must exist."""
         return self.path if self.is_directory else None
 
     def file(self, name: str) -> Path:
@@ -50,7 +50,7 @@ class Destination:
 
 
 def home_of(model: str | os.PathLike[str]) -> Path:
-    """Where outputs of `model`, as the user names it, go by default: beside it; of one on the hub, here."""
+    """The default directory for outputs of `model`: its own, or the current one for a model on the hub."""
     path = Path(model)
     return path.parent if path.is_file() else path if path.is_dir() else Path()
 
@@ -58,10 +58,10 @@ def home_of(model: str | os.PathLike[str]) -> Path:
 def output_paths(destination: Destination, source: TensorSource, types: Sequence[str], mark: str = "") -> list[Path]:
     """The path of each type's file. Raises QuantkitError when several types would go to one file.
 
-    Default names end with the type, where the hub and Ollama look for it; `mark` stands before it.
+    Default names end with the type, where the hub and Ollama look for it; `mark` comes before it.
     """
     if len(set(types)) != len(types):
-        raise QuantkitError(f"a type is asked for twice: {', '.join(types)}")
+        raise QuantkitError(f"a type is named twice: {', '.join(types)}")
     if not types:
         raise QuantkitError("no file type is named")
     if len(types) > 1 and not destination.is_directory:

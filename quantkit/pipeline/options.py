@@ -1,4 +1,4 @@
-"""What quantizing can be asked for, beside the file type."""
+"""The options of quantizing, besides the file type."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Override = tuple[str, ValueType, object]
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions:
-    """llama-quantize's options. Types may be given by name. Raises QuantkitError for those that cannot be met together.
+    """llama-quantize's options. Types may be given by name. Raises QuantkitError for options that do not go together.
 
-    `imatrix` is an importance matrix or its file, of whose entries `include_weights` and `exclude_weights`, parts of
-    tensor names, choose some; `calibrated` says that a calibration will bring weights in its place. `tensor_types` are
-    (regular expression, type) pairs: the first that is found in a tensor's name counts, for file types with blocks.
-    `output_tensor_type` and `token_embedding_type` are those tensors' types, `leave_output_tensor` keeps the first as
-    it is, and `pure` gives all others the file type's default. `allow_requantize` takes tensors that are quantized
-    already. `override_kv` are metadata values (key, type, value) to set. The layers `prune_layers` are left out, and
-    those after them renumbered. `keep_split` writes the shards that the source has, `split_max_size` (bytes) and
-    `split_max_tensors` bound new ones.
+    `imatrix` is an importance matrix or its file, whose entries `include_weights` and `exclude_weights`, parts of
+    tensor names, select; `calibrated` says that a calibration will supply the weights instead. `tensor_types` are
+    (regular expression, type) pairs: the first that matches a tensor's name decides its type, for file types with
+    blocks. `output_tensor_type` and `token_embedding_type` are those tensors' types, `leave_output_tensor` keeps the
+    first as it is, and `pure` gives all others the file type's default. `allow_requantize` accepts tensors that are
+    quantized already. `override_kv` are metadata values (key, type, value) to set. The layers `prune_layers` are left
+    out, and those after them renumbered. `keep_split` writes the shards that the source has, `split_max_size` (bytes)
+    and `split_max_tensors` bound new ones.
     """
 
     imatrix: ImportanceMatrix | str | os.PathLike[str] | None = None
@@ -81,7 +81,7 @@ class QuantizeOptions:
 
 
 def encodable(kind: GGMLType | str) -> GGMLType:
-    """`kind` as a type. Raises QuantkitError for an unknown one, and for one that weights cannot be encoded in."""
+    """`kind` as a type. Raises QuantkitError for an unknown type, and for one that cannot be encoded."""
     found = kind if isinstance(kind, GGMLType) else GGMLType.parse(kind)
     if not found.has_codec:
         known = ", ".join(each.name for each in GGMLType if each.has_codec)

@@ -32,7 +32,7 @@ class PlannedTensor:
     """One line of a plan: tensor `source_name` of the source becomes `info`, and why, where it is not the default.
 
     `weights` are its importance weights: float32 of n_per_row for each matrix, or None. `needs_weights` says that
-    it would come out as noise without them.
+    it would be unusable without them.
     """
 
     source_name: str
@@ -56,7 +56,7 @@ class Split:
     keys: Sequence[str] = ("split.no", "split.tensors.count", "split.count")  # as gguf-split writes them
 
     def metadata(self, index: int, whole: Metadata) -> Metadata:
-        """What shard `index` holds: the model's metadata in the first, and the keys of the split in all."""
+        """The metadata of shard `index`: the model's in the first, and the split keys in all."""
         metadata = Metadata(whole if index == 0 else {})
         values = {
             "split.no": (ValueType.UINT16, index),
@@ -70,7 +70,7 @@ class Split:
 
 @dataclass
 class Plan:
-    """A file to be: its metadata, and what each tensor becomes, in file order.
+    """A file to write: its metadata, and what each tensor becomes, in file order.
 
     It can be printed, edited (`plan.set_type(name, type)`) and given to `execute`.
     """
@@ -85,7 +85,10 @@ class Plan:
         return iter(self.tensors)
 
     def set_type(self, name: str, kind: GGMLType | str) -> None:
-        """Make tensor `name` a `kind`. Raises QuantkitError when there is no such tensor, or the blocks do not fit."""
+        """Change the type of tensor `name` to `kind`.
+
+        Raises QuantkitError when there is no such tensor, or the blocks do not fit.
+        """
         kind = kind if isinstance(kind, GGMLType) else GGMLType.parse(kind)
         for tensor in self.tensors:
             if tensor.info.name == name:
@@ -115,7 +118,7 @@ class Plan:
         return sum(t.info.nbytes for t in self.tensors)
 
     def files(self, path: str | os.PathLike[str]) -> list[tuple[Path, Metadata, list[TensorInfo]]]:
-        """The files of this plan at `path`: that one, or shards named after it. Name, metadata and tensors of each."""
+        """The files to write at `path`, as (path, metadata, tensors): that file, or shards named after it."""
         target, infos = Path(path), [t.info for t in self.tensors]
         if self.split is None:
             return [(target, self.metadata, infos)]
@@ -137,7 +140,7 @@ class Plan:
         return total
 
     def split_by(self, max_size: int | None = None, max_tensors: int | None = None) -> None:
-        """Cut the file as gguf-split does: shards of at most `max_tensors` tensors or `max_size` bytes of them.
+        """Split the file as gguf-split does, into shards of at most `max_tensors` tensors or `max_size` bytes of them.
 
         A single tensor that is larger gets a shard of its own.
         """
@@ -218,9 +221,9 @@ def plan_all(
 ) -> list[Plan]:
     """What llama-quantize would write from `source` as each of `types`, file types or their names.
 
-    Raises QuantkitError for a request that cannot be met or asks for what would do nothing: a tensor is quantized
-    already, importance weights do not fit their tensor, a pattern decides no tensor's type, a layer to leave out is not
-    there. A type that needs an importance matrix is planned without one, but `execute` refuses it.
+    Raises QuantkitError for options that cannot be carried out or would have no effect: a tensor that is quantized
+    already, importance weights that do not fit their tensor, a pattern that decides no tensor's type, a layer to leave
+    out that does not exist. A type that needs an importance matrix is planned without one, but `execute` refuses it.
     """
     options = options or QuantizeOptions()
     files = [file_type(each) if isinstance(each, str) else each for each in types]
@@ -238,7 +241,7 @@ def plan_all(
 
 @dataclass(frozen=True)
 class _Importance:
-    """Importance weights by tensor name, none yet where a calibration will bring them; and keys for the file."""
+    """Importance weights by tensor name (empty if a calibration will supply them), and the metadata about them."""
 
     weights: Mapping[str, np.ndarray]
     keys: Sequence[Override]
@@ -272,7 +275,7 @@ class _Importance:
 
 
 def _cut(text: str) -> str:
-    """`text` as long as llama-quantize can set it."""
+    """`text`, cut to what llama-quantize can store."""
     return text.encode("utf-8", "surrogateescape")[:MAX_TEXT].decode("utf-8", "surrogateescape")
 
 
@@ -284,7 +287,7 @@ def _plan(
     metadata.set("general.file_type", ValueType.UINT32, _number(file, source.metadata))
     for key, kind, value in (*options.override_kv, *(importance.keys if importance is not None else ())):
         metadata.set(key, kind, value)
-    _ = metadata.alignment  # an override may have made it impossible
+    _ = metadata.alignment  # an override may have made it invalid
     facts = ModelFacts.of(metadata)
     layers = sorted(set(options.prune_layers))
     tensors, names, n_layers = _prune(sorted(source.tensors.values(), key=_file_order), layers, source.label)
@@ -320,17 +323,17 @@ def _plan(
 
 
 def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """`shape` without ones at its end, which llama.cpp does not tell from axes that are not there."""
+    """`shape` without trailing ones, which llama.cpp does not distinguish from missing axes."""
     n_axes = max((i for i, n in enumerate(shape) if n > 1), default=0) + 1
     return shape[:n_axes]
 
 
 def _idle(source: TensorSource, files: Sequence[FileType], pattern: re.Pattern[str]) -> QuantkitError:
-    """Why the type that was asked for by `pattern` would change nothing."""
+    """The error that says why `pattern` has no effect."""
     what = f"{source.label}: the tensor type for {pattern.pattern!r} changes nothing: "
     matched = [name for name in source.tensors if pattern.search(name)]
     if not matched:
-        return QuantkitError(f"{what}no tensor's name matches")
+        return QuantkitError(f"{what}it matches no tensor's name")
     if not any(file.default.is_quantized for file in files):
         return QuantkitError(f"{what}{', '.join(file.name for file in files)} has one type for all tensors")
     return QuantkitError(
@@ -401,6 +404,6 @@ def weights_for(info: TensorInfo, original: str, imatrix: Mapping[str, np.ndarra
     elif info.name not in ("token_embd.weight", "per_layer_token_embd.weight"):
         raise QuantkitError(
             f"the importance matrix has {weights.size} weights for {info.name!r}, which needs "
-            f"{info.n_per_row * n_matrices}: it was made for another model than {label}"
+            f"{info.n_per_row * n_matrices}: it was made for a model other than {label}"
         )
     return None

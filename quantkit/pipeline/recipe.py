@@ -39,9 +39,9 @@ class Choice:
 
 @dataclass
 class Recipe:
-    """Decides the type of each tensor of one model, called in file order: some rules count the tensors before.
+    """Decides the type of each tensor of one model, in file order, because some rules count the tensors before.
 
-    `decisive` are the patterns among the options' tensor types that have decided some tensor's.
+    `decisive` collects the patterns of the options' tensor types that decided a tensor's type.
     """
 
     file: FileType
@@ -51,7 +51,7 @@ class Recipe:
     decisive: set[str] = field(default_factory=set, init=False)
 
     def choose(self, tensors: Iterable[TensorInfo]) -> list[Choice]:
-        """The type of each of `tensors`, which come in the order in which they will be written.
+        """Choose the type of each of `tensors`, given in the order in which they will be written.
 
         Raises QuantkitError where llama-quantize would refuse: no fallback type, an expert tensor without a layer.
         """
@@ -169,7 +169,7 @@ def _fit(info: TensorInfo, chosen: Choice) -> Choice:
 
 
 def needs_imatrix(name: str, kind: T, file: FileType) -> bool:
-    """Whether tensor `name` as `kind` comes out as noise without importance weights."""
+    """Whether tensor `name` would be unusable as `kind` without importance weights."""
     if category(name) in (Category.TOKEN_EMBD, Category.OUTPUT):
         return False
     return kind in NEEDS_IMATRIX or (kind == T.Q2_K and file.name == "Q2_K_S")

@@ -1,4 +1,4 @@
-"""Quantizing in a single call, from a model as the user names it."""
+"""Planning, converting and quantizing, each in a single call."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 # Bytes of codes in a block.
 MXFP4_CODES = 16
-# Families write what they know better over what all write; the order stays that of the first time.
+# Families overwrite values that all write; the order of keys stays that of the first time.
 logging.getLogger("gguf.gguf_writer").addFilter(lambda record: "Duplicated key" not in record.getMessage())
 
 OutType = Literal["f32", "f16", "bf16", "q8_0", "auto"]
@@ -103,7 +103,7 @@ class CheckpointSource:
 
     @property
     def kind(self) -> str:
-        """What a file of these tensors is called: the type of its matrices, or that of experts which stay quantized."""
+        """The type in the name of a file of these tensors: that of its matrices, or of experts that stay quantized."""
         return "MXFP4_MOE" if self._is_packed and not self.type.is_quantized else self.type.name
 
     def seen_as(self, outtype: OutType) -> CheckpointSource:
@@ -121,7 +121,7 @@ class CheckpointSource:
             )
 
     def _guess(self, stored: Mapping[str, StoredTensor]) -> GGMLType:
-        """The type of the first 16-bit matrix, which says more than what config.json claims."""
+        """The type of the first 16-bit matrix, which is more reliable than config.json."""
         for name, tensor in stored.items():
             if self.architecture.canonical_name(name) is None or len(tensor.shape) < 2:
                 continue
@@ -142,7 +142,7 @@ class CheckpointSource:
             first = parts[0] if parts else views
             if [(view.shape, view.dtype) for view in views] != [(view.shape, view.dtype) for view in first]:
                 raise QuantkitError(
-                    f"{self.directory}: tensor {part!r} has not the shape and type of {assembly.parts[0]!r}"
+                    f"{self.directory}: tensor {part!r} does not have the shape and type of {assembly.parts[0]!r}"
                 )
             parts.append(views)
         self._rows[assembly.name] = [_as_rows(view) for views in parts for view in views]
@@ -161,7 +161,7 @@ class CheckpointSource:
         if codes.ndim != 4 or codes.shape[3] != MXFP4_CODES or codes.shape[:3] != scales.shape:
             raise QuantkitError(
                 f"{self.directory}: tensors {assembly.parts[0]!r} of shape {codes.shape} and {assembly.parts[1]!r} of "
-                f"shape {scales.shape} are no matrices in MXFP4"
+                f"shape {scales.shape} are not matrices in MXFP4"
             )
         n_blocks = codes.shape[2]
         codes, scales = codes.reshape(*codes.shape[:2], -1)[:, rows], scales[:, rows]
@@ -187,7 +187,7 @@ class CheckpointSource:
         return [np.concatenate([view.reshape(-1) for view in views])] if data.ndim == 1 else views
 
     def _type_of(self, name: str, shape: tuple[int, ...]) -> GGMLType:
-        """The type of a tensor: float32 for vectors, norms and what is no weight, else the file's if its blocks fit."""
+        """The type of a tensor: float32 for vectors, norms and all but weights, else the file's if its blocks fit."""
         stem = re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
         if len(shape) <= 1 or name.endswith("_norm.weight") or not name.endswith(".weight") or stem in _ALWAYS_F32:
             return GGMLType.F32
@@ -240,7 +240,7 @@ class CheckpointSource:
         return Metadata((key, self._encode(key, value)) for key, value in writer.kv_data[0].items())
 
     def _check_vocabulary_size(self) -> None:
-        """What config.json says of the vocabulary against the embedding, before a list of that length is made."""
+        """Check config.json's vocab_size against the embedding, before a list of that length is made."""
         stated, embedding = self.architecture.config.integer("vocab_size"), self._tensors.get("token_embd.weight")
         if stated is not None and embedding is not None and stated != embedding.n_rows:
             raise QuantkitError(
@@ -249,7 +249,7 @@ class CheckpointSource:
             )
 
     def _number(self, name: str) -> float:
-        """The number that is all of the stored tensor `name`."""
+        """The only number in the stored tensor `name`."""
         data = self._checkpoint.data(name)
         if data.size != 1:
             raise QuantkitError(f"{self.directory}: tensor {name!r} has {data.size} numbers, not one")
@@ -264,7 +264,7 @@ class CheckpointSource:
         import yaml  # type: ignore[import-untyped]
 
         counts = writer.get_total_parameter_count()
-        # The directory's own name tells things too; a snapshot in the hub's cache is named after its commit.
+        # The directory's name is informative too, but a snapshot in the hub's cache is named after its commit.
         directory = Path(os.path.abspath(self.directory))  # noqa: PTH100  (a symbolic link keeps its own name)
         repo_id = repo_id_of(directory)
         directory = Path(repo_id) if repo_id else directory
@@ -301,8 +301,8 @@ class CheckpointSource:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of tensor `name`, encoded in its type: uint8 of shape (rows, bytes of a row).
 
-        A read-only view of the shard where the bytes stand there as they are; otherwise only these rows are gathered
-        and converted. Safe from several threads. Raises QuantkitError for NaN or infinity where blocks are made of it.
+        A read-only view of the shard if the bytes are there as needed; otherwise only these rows are gathered and
+        converted. Safe from several threads. Raises QuantkitError for NaN or infinity where blocks are made of it.
         """
         info, assembly = self._tensors[name], self._assemblies[name]
         stop = info.n_rows if stop is None else stop
@@ -327,7 +327,7 @@ class CheckpointSource:
         return encoded
 
     def _refuse_nonfinite(self, name: str, values: np.ndarray, first_row: int) -> None:
-        """Whoever reads blocks cannot see any more what went into them; plain floats are the reader's to check."""
+        """Refuse NaN and infinity, which nobody could find in blocks; in plain floats the reader can."""
         at = blocks.first_nonfinite(values)
         if at >= 0:
             row, column = divmod(at, values.shape[1])
@@ -338,7 +338,7 @@ class CheckpointSource:
             )
 
     def _refuse_overflow(self, name: str, encoded: np.ndarray, rows: np.ndarray, first_row: int) -> None:
-        """Weights beyond float16's range would become infinite. NaN and infinity are the reader's to find."""
+        """Refuse weights beyond float16's range, which would become infinite; the reader finds NaN and infinity."""
         at = blocks.first_nonfinite_stored(encoded, GGMLType.F16)
         if at >= 0:
             row, column = divmod(at, rows.shape[1])
@@ -350,7 +350,7 @@ class CheckpointSource:
                 )
 
     def release(self, name: str) -> None:
-        """Let go of the memory that reading tensor `name` has mapped. It can be read again."""
+        """Release the memory that reading tensor `name` has mapped. It can be read again."""
         for part in self._assemblies[name].parts:
             self._checkpoint.release(part)
 
@@ -369,7 +369,7 @@ class CheckpointSource:
 
 
 def _refuse_bombs(card: Path) -> None:
-    """Refuse a model card whose front matter is huge, or repeats itself through aliases, which can grow without end."""
+    """Refuse a model card whose front matter is huge or has many aliases, which can expand without limit."""
     import yaml
 
     if not card.is_file():
@@ -384,7 +384,7 @@ def _refuse_bombs(card: Path) -> None:
     try:
         aliases = sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(front))
     except (yaml.YAMLError, RecursionError):
-        return  # whoever reads it says so
+        return  # the parser will report it
     if aliases > _MAX_ALIASES:
         raise QuantkitError(f"{card}: {aliases} aliases in its front matter, and {_MAX_ALIASES} are the most")
 
@@ -450,7 +450,7 @@ def _float32(rows: np.ndarray) -> np.ndarray:
     if rows.dtype == np.float32:
         return rows
     if rows.dtype == np.uint16 and rows.size <= SMALL:
-        # Norms, mostly: a conversion that only widens these needs no kernels, and should not wait for them.
+        # These are mostly norms: a conversion that only widens them should not wait for kernels to compile.
         shifted: np.ndarray = np.left_shift(rows, 16, dtype=np.uint32)
         return shifted.view(np.float32)
     return blocks.decode(rows.view(np.uint8), _stored_type(rows))

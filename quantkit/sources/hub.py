@@ -1,4 +1,4 @@
-"""Checkpoints by name: a local directory, or a model of the Hugging Face hub, fetched into its cache."""
+"""Checkpoints by name: a local directory, or a model on the Hugging Face hub, downloaded into its cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quantkit.errors import QuantkitError
 
-# What conversion reads, and nothing else: a repository often holds the same weights in several formats.
+# Download only what conversion reads: a repository often holds the same weights in several formats.
 FILES = (
     "config.json",
     "generation_config.json",
@@ -71,7 +71,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     except OSError as error:
         raise QuantkitError(f"{at}: the download failed: {_line(error)}") from None
     if not (directory / "config.json").is_file():
-        raise QuantkitError(f"{at}: it has no config.json, so it is no transformers checkpoint")
+        raise QuantkitError(f"{at}: it has no config.json, so it is not a transformers checkpoint")
     return directory
 
 

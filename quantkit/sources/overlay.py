@@ -33,17 +33,17 @@ class Overlay:
 
     @property
     def label(self) -> str:
-        """That of the source below."""
+        """The base's."""
         return self._base.label
 
     @property
     def metadata(self) -> Metadata:
-        """That of the source below."""
+        """The base's."""
         return self._base.metadata
 
     @property
     def files(self) -> Sequence[Path]:
-        """Those of the source below."""
+        """The base's."""
         return self._base.files
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:

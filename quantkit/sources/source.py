@@ -1,4 +1,4 @@
-"""A model seen as GGUF: metadata, and named tensors that load when asked for."""
+"""A model seen as GGUF: metadata, and named tensors that are loaded on demand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SPLIT_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\
 class TensorSource(Protocol):
     """Where tensors come from: a GGUF file, or a checkpoint seen through its architecture.
 
-    Whatever takes a source takes either. Tensor names, shapes and types are GGUF's.
+    Functions that take a source take either. Tensor names, shapes and types are GGUF's.
     """
 
     @property
@@ -60,7 +60,7 @@ class TensorSource(Protocol):
         ...
 
     def release(self, name: str) -> None:
-        """Let go of the memory that reading tensor `name` has mapped. It can be read again."""
+        """Release the memory that reading tensor `name` has mapped. It can be read again."""
         ...
 
 
@@ -68,7 +68,7 @@ class GGUFSource:
     """A GGUF model as a TensorSource: one file, or all the shards of a split model.
 
     `path` is the file, or any shard of a split model; the other shards are found by the standard names beside it.
-    `shards` are the files, opened; `shard_of` says in which of them a tensor stands. The metadata is the first shard's,
+    `shards` are the files, opened; `shard_of` says which of them holds a tensor. The metadata is the first shard's,
     without the keys that describe the split.
     """
 
@@ -83,7 +83,7 @@ class GGUFSource:
         for index, file in enumerate(self.shards):
             for name, info in file.tensors.items():
                 if name in self.tensors:
-                    raise QuantkitError(f"{file.path}: the tensor {name!r} stands in another shard too")
+                    raise QuantkitError(f"{file.path}: the tensor {name!r} is in another shard too")
                 self.tensors[name] = info
                 self.shard_of[name] = index
         expected = self.metadata.integer("split.tensors.count", default=len(self.tensors))
@@ -119,7 +119,7 @@ class GGUFSource:
         return self.shards[self.shard_of[name]].read(name, start, stop)
 
     def release(self, name: str) -> None:
-        """See TensorSource. Nothing is mapped; the file is looked at, whether it is still the same."""
+        """See TensorSource. Nothing is mapped; checks that the file has not changed."""
         self.shards[self.shard_of[name]].check()
 
 

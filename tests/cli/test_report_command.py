@@ -75,7 +75,7 @@ def test_quantized_sources(tmp_path: Path) -> None:
         (("--types", "Q8_0,IQ1_S"), "pass it with --imatrix"),
         (("--types", "Q8_0", "--text", "SHORT"), "the text has"),
         (("--types", "Q8_0", "--calibration", "SHORT"), "the text has"),
-        (("--types", "Q8_0,Q8_0"), "asked for twice"),
+        (("--types", "Q8_0,Q8_0"), "named twice"),
     ],
 )
 def test_a_failure_leaves_nothing(options: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_experts_must_be_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     tensors["model.layers.0.block_sparse_moe.experts.2.w1.weight"] = np.zeros(shape, dtype)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(
-        QuantkitError, match=r"experts\.2\.w1\.weight' has not the shape and type of '.*experts.0.w1.weight'"
+        QuantkitError, match=r"experts\.2\.w1\.weight' does not have the shape and type of '.*experts.0.w1.weight'"
     ):
         CheckpointSource(tmp_path)
 
