@@ -1,7 +1,7 @@
 """The model card of a directory of GGUF files: README.md with the front matter that the hub reads.
 
-The generated text stands between two marks; what a person writes outside them, and front matter under other keys,
-stays when the card is written again.
+The generated text is between two markers; text outside them, and front matter under other keys, is kept when the card
+is written again.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _PLACEHOLDER = "ORG/NAME-GGUF"
 
 
 def render(report: Data, repo: str | None = None, existing: str = "") -> str:
-    """The card of `report` (what report.json holds) for the repository `repo`, with what a person added to `existing`.
+    """The card of `report`, report.json's data, for the repository `repo`, with what was added to `existing` by hand.
 
-    Raises QuantkitError when the marks or the front matter of `existing` are damaged.
+    Raises QuantkitError when the markers or the front matter of `existing` are damaged.
     """
     if len(existing) > _LARGEST:
         raise QuantkitError("README.md: too large for a model card")
@@ -51,9 +51,9 @@ def _parsed(existing: str) -> tuple[dict[str, Any], str]:
         loaded = yaml.safe_load(match["yaml"])
     except (yaml.YAMLError, RecursionError) as error:
         problem = (str(error).splitlines() or ["damaged"])[0]
-        raise QuantkitError(f"README.md: its front matter is no YAML ({problem})") from None
+        raise QuantkitError(f"README.md: its front matter is not valid YAML ({problem})") from None
     if loaded is not None and not isinstance(loaded, dict):
-        raise QuantkitError("README.md: its front matter is no mapping of keys to values")
+        raise QuantkitError("README.md: its front matter is not a mapping of keys to values")
     return dict(loaded or {}), existing[match.end() :]
 
 
@@ -68,7 +68,7 @@ _OWN = ("base_model", "base_model_relation", "quantized_by", "library_name", "ta
 
 
 def front_matter(report: Data) -> dict[str, Any]:
-    """What the hub reads of a card: where the model comes from, and what it is."""
+    """The front matter that the hub reads: where the model comes from, and what it is."""
     model = report["model"]
     tags = ["gguf"]
     if report["calibration"] is not None or report["imatrix"] is not None:
@@ -153,13 +153,13 @@ def is_disjoint(report: Data) -> bool:
 
 
 def _note(kind: str) -> str:
-    """One plain line on what a type is good for."""
+    """One line on what a type is good for."""
     if kind in ("F32", "F16", "BF16"):
         return "full precision: for further work, not for running"
     if kind == "Q8_0":
         return "as good as the original, at half its size"
     if kind == "Q6_K" or kind.startswith("Q5"):
-        return "hardly to be told from the original"
+        return "practically indistinguishable from the original"
     if kind.startswith("Q4_K") or kind == "IQ4_XS":
         return "the usual choice"
     if kind.startswith("IQ"):

@@ -1,4 +1,4 @@
-"""Two models side by side: metadata, tensors, and how far the weights are apart."""
+"""Two models compared: metadata, tensors, and the differences between their weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quantkit.sources.source import TensorSource, open_model
 
 @dataclass(frozen=True)
 class TensorError:
-    """How far a tensor of the second model is from the first's.
+    """The difference between a tensor of the second model and the first's.
 
     `source_type` is its type in the first, `type` in the second. `rmse` is the root mean square difference,
     `relative_rmse` that over the root mean square of the first's weights, `max_error` the largest difference, `cosine`
@@ -58,7 +58,7 @@ class Comparison:
         for title, names in (
             (f"only in {self.models[0]}", self.only_first),
             (f"only in {self.models[1]}", self.only_second),
-            ("of another shape", self.other_shapes),
+            ("with different shapes", self.other_shapes),
         ):
             if names:
                 parts.append(f"tensors {title}: {', '.join(names)}")
@@ -79,7 +79,7 @@ class Comparison:
         return "\n\n".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same for programs."""
+        """The comparison as plain data."""
         metadata = [{"key": key, "first": first, "second": second} for key, first, second in self.metadata]
         return {**asdict(self), "metadata": metadata}
 

@@ -16,11 +16,11 @@ from quantkit.sources.source import GGUFSource, TensorSource, open_model
 from quantkit.wording import count_text, printable, size_text
 
 SHOWN = 6  # items of an array
-SHORT = 64  # an array of so many is given whole
-LONGEST_KEY = 44  # characters of a key or a tensor's name that a table shows
-WIDTH = 90  # characters of a value where there is no table to fit it in
+SHORT = 64  # arrays of up to this many items are given whole
+LONGEST_KEY = 44  # characters of a key or a tensor's name in a table
+WIDTH = 90  # characters of a value outside of tables
 
-# Numbers that stand for names, by the end of their key. Source: enums of llama.h and llama-hparams.h.
+# Names of enum values, by the end of their key. Source: enums of llama.h and llama-hparams.h.
 ENUMS: dict[str, dict[int, str]] = {
     "general.file_type": {file.number: name for name, file in FILE_TYPES.items()},
     ".pooling_type": {0: "none", 1: "mean", 2: "first token", 3: "last token", 4: "rank"},
@@ -30,7 +30,7 @@ ENUMS: dict[str, dict[int, str]] = {
 
 @dataclass(frozen=True)
 class TypeShare:
-    """What of a model is in one type: tensors, weights and bytes."""
+    """The tensors, weights and bytes of a model that are in one type."""
 
     type: str
     n_tensors: int
@@ -113,7 +113,7 @@ class Contents:
         return f"GGUF version {self.source.shards[0].version}{shards}"
 
     def as_dict(self, full: bool = False) -> dict[str, Any]:
-        """The same for programs. Long arrays are given by type, length and first items unless they are to be `full`."""
+        """The contents as plain data. Unless `full`, long arrays are given by type, length and first items."""
         return {
             "model": self.source.label,
             "size": self.size,
@@ -142,7 +142,7 @@ def _metadata_table(metadata: Metadata, width: int, full: bool) -> str:
 
 
 def _named(key: str, text: str, value: Value, left: int) -> str:
-    """A value that stands for a name, with the name where there is room for it."""
+    """`text`, a value, followed by its name if it is an enum value and the name fits."""
     names = next((names for end, names in ENUMS.items() if key.endswith(end)), {})
     if value.type in (ValueType.ARRAY, ValueType.STRING) or value.value not in names:
         return text
@@ -200,7 +200,7 @@ def _literal(value: Any) -> str:
 
 
 def plain(value: Value, full: bool = False) -> Any:
-    """A value for JSON: short arrays whole, long ones by type, length and first items unless they are to be `full`."""
+    """A value for JSON: unless `full`, long arrays are given by type, length and first items."""
     if value.type != ValueType.ARRAY:
         return value.value
     if full or len(value) <= SHORT:

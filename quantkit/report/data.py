@@ -1,7 +1,7 @@
-"""What a report holds, as data: report.json, from which the page and the card are drawn.
+"""What a report holds, as data: report.json, which the page and the card are made from.
 
 `schema.json` says how it is built; `SCHEMA` is its version, raised when a field changes its
-meaning or goes.
+meaning or is removed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from quantkit.vocabulary import Vocabulary
 from quantkit.vocabulary.chat import render
 
 SCHEMA = 1
-# Words in a row that two texts hardly share by chance: what language-model papers use to find test text in training.
+# Texts rarely share so many consecutive words by chance: papers use 13 to find test text in training data.
 _SHARED_WORDS = 13
 _GIB = 2**30
 _MEMORIES = tuple(n * _GIB for n in (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 96, 128, 192, 256, 512))
@@ -38,21 +38,21 @@ _CONTEXT, _CACHE = 8192, "f16"
 
 @dataclass(frozen=True)
 class NamedText:
-    """A text and what it is called; `dataset` is its dataset's id on the hub, where it has one."""
+    """A text and its name; `dataset` is its dataset's id on the hub, if it has one."""
 
     name: str
     text: str
     dataset: str | None = None
 
     def digest(self) -> dict[str, Any]:
-        """What it is called, its size in bytes and SHA-256."""
+        """Its name, size in bytes and SHA-256."""
         data = self.text.encode("utf-8", "surrogatepass")
         return {"text": self.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 @dataclass(frozen=True)
 class MadeFile:
-    """A file of a ladder: its plan, where it is (its first shard), what it is called, and the seconds that it took.
+    """A file of a ladder: its plan, path (of the first shard) and name, and the seconds that it took.
 
     `parts` are its shards, or itself: path, size in bytes and SHA-256 of each.
     """
@@ -70,7 +70,7 @@ class MadeFile:
 
 
 def shared_words(text: str, other: str) -> float:
-    """The share of `text`'s runs of 13 words that `other` has too: 0 where the two have nothing in common."""
+    """The share of `text`'s runs of 13 words that `other` has too: 0 if the two have nothing in common."""
     runs = _runs(text)
     return len(runs & _runs(other)) / len(runs) if runs else 0.0
 
@@ -112,7 +112,7 @@ def measurement(text: str, result: DivergenceResult) -> dict[str, Any]:
 
 
 def continuation(vocabulary: Vocabulary, source: Generation, other: Generation) -> dict[str, Any]:
-    """Where `other` leaves what `source` said: what is the same, the first different token, and the rest."""
+    """Where `other` diverges from what `source` said: the common part, the first different token, and the rest."""
     pairs = zip(source.tokens, other.tokens, strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(source.tokens), len(other.tokens)))
     whole = vocabulary.decode(other.tokens, special=False)
@@ -215,7 +215,7 @@ def assemble(
 
 
 def describe(source: TensorSource, base_model: str | None) -> dict[str, Any]:
-    """What the hub and a reader want to know of a model, from its metadata, which hold what its card said."""
+    """What the hub and readers want to know about a model, from its metadata."""
     metadata = source.metadata
 
     def text(key: str) -> str | None:
@@ -283,7 +283,7 @@ def _tensors(plan: Plan, errors: Mapping[str, float]) -> Iterable[dict[str, Any]
 
 
 def _memory(plan: Plan) -> dict[str, int] | None:
-    """What running a file takes at a usual context; None where its metadata do not say."""
+    """The memory for running a file at a usual context; None if its metadata do not say."""
     tensors = {t.info.name: t.info for t in plan}
     try:
         need = memory_needed(plan.metadata, tensors, n_ctx=_CONTEXT, kv=_CACHE)
@@ -293,7 +293,7 @@ def _memory(plan: Plan) -> dict[str, int] | None:
 
 
 def recommendations(files: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Which file for how much memory, as sentences; None where what they need is not known."""
+    """Which file to use with how much memory, as sentences; None if their needs are not known."""
     known = [file for file in files if file["memory"] is not None]
     if len(known) < len(files):
         return None

@@ -1,4 +1,4 @@
-"""What engines want beside a GGUF file: a Modelfile for Ollama, `params` and `system` for its pulls from the hub,
+"""What engines need beside a GGUF file: a Modelfile for Ollama, `params` and `system` for its pulls from the hub,
 configuration and tokenizer for vLLM."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata
 from quantkit.sources.source import TensorSource
 
-# What Ollama calls the sampling settings that GGUF files carry.
+# Ollama's names of the sampling settings in GGUF files.
 _PARAMETERS = {
     "temp": "temperature",
     "top_k": "top_k",
@@ -81,7 +81,7 @@ def modelfile(file: str, metadata: Metadata, system: str | None = None, template
 
 def _quoted(what: str, text: str) -> str:
     if '"""' in text:
-        raise QuantkitError(f"the {what} holds three quotes in a row, which a Modelfile cannot say")
+        raise QuantkitError(f"the {what} holds three quotes in a row, which a Modelfile cannot express")
     return f'"""{text}"""'
 
 
@@ -106,9 +106,9 @@ def hub_files(metadata: Metadata, system: str | None = None, template: str | Non
 
 
 def vllm_files(source: TensorSource) -> Mapping[str, Path]:
-    """The files of the checkpoint `source` that vLLM's GGUF plugin wants beside a GGUF file, by name.
+    """The files of the checkpoint `source` that vLLM's GGUF plugin needs beside a GGUF file, by name.
 
-    Raises QuantkitError when the source is no checkpoint, or has no config.json.
+    Raises QuantkitError when the source is not a checkpoint, or has no config.json.
     """
     directory = getattr(source, "directory", None)
     if directory is None:

@@ -1,4 +1,4 @@
-"""Results for programs: one shape for each thing in every command's --json and in report.json, without NaN."""
+"""Results as JSON: the same shapes in every command's --json and in report.json, and no NaN."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def json_data(result: Any) -> Any:
-    """`result` in the types that JSON has.
+    """Convert `result` to the types that JSON has.
 
     Dataclasses become objects of their fields, enum members their names, paths text, and numbers that are not finite
     null: JSON has no NaN and no infinity.

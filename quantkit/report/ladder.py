@@ -1,8 +1,8 @@
 """A ladder: one model quantized to several types, each measured against it, in one directory with its report.
 
 The work goes in steps (quantize, measure, say, write), and each leaves what it found in a state file in the directory.
-A run that was interrupted continues with what is there: files and measurements are told by hashes of everything that
-they were made from, so nothing stale is taken over.
+An interrupted run continues with what is there: files and measurements are identified by hashes of everything that
+they were made from, so nothing stale is reused.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def ladder_types(names: Sequence[str]) -> list[str]:
     """File types by their names or the names of ladders (small, standard, full), each once."""
     direct = [file_type(name).name for name in names if name.lower() not in LADDERS]
     if len(set(direct)) < len(direct):
-        raise QuantkitError(f"a type is asked for twice: {', '.join(direct)}")
+        raise QuantkitError(f"a type is named twice: {', '.join(direct)}")
     found: dict[str, None] = {}
     for name in names:
         for each in LADDERS.get(name.lower(), (name,)):
@@ -107,7 +107,7 @@ def ladder_kernels(source: TensorSource, files: Sequence[FileType], backend: str
 
 
 class Ladder:
-    """The making of one ladder in `directory`, step by step. `force` replaces files that are there.
+    """Makes a ladder in `directory`, step by step. `force` replaces existing files.
 
     Raises QuantkitError for texts that are too short to measure and requests that cannot be met, before a file is
     written, and for a file in the way that is not from an earlier run of the same.
@@ -179,7 +179,7 @@ class Ladder:
     def quantize(self, progress: Callable[[float, str], None] | None = None) -> None:
         """Write every file that is not there yet, in one reading of the source.
 
-        `progress(share done, what is under way)` is called as it goes on.
+        `progress(share done, what is being done)` is called along the way.
         """
         o = self.options
         plans = self.plans()
@@ -315,7 +315,7 @@ class Ladder:
             "report.md": summary.markdown(report),
             "README.md": card.render(report, o.repo, existing),
         }
-        # These are made anew each time; what a person wrote into the card is in it.
+        # These are made anew each time; what was written into the card by hand is kept in it.
         with OutputGroup(force=True, inputs=self.source.files, directory=self.directory) as group:
             for name, text in contents.items():
                 write_whole(group.add(self.directory / name), text)
@@ -323,7 +323,7 @@ class Ladder:
         return report
 
     def undo(self) -> None:
-        """Take back the files that this run made, after an error."""
+        """Remove the files that this run made, after an error."""
         for path in self._made:
             path.unlink(missing_ok=True)
         self._state.remove()

@@ -1,4 +1,4 @@
-"""How much memory llama.cpp needs to run a model, and which type fits into what one has.
+"""How much memory llama.cpp needs to run a model, and which type fits into the memory available.
 
 Three parts, as llama.cpp prints them when it loads a file: the model's buffer, the key-value cache (and recurrent
 states), and the compute buffer of one batch. The cache's sizes follow llama.cpp's rules exactly. The compute buffer is
@@ -24,7 +24,7 @@ from quantkit.pipeline.plan import plan_all
 from quantkit.sources.source import GGUFSource, TensorSource
 
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-# Types that one would publish, from large to small: what `recommend` chooses among.
+# The usual types to publish, from large to small: what `recommend` chooses from.
 CHOICES = ("BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_L", "Q3_K_M", "IQ3_M",
            "Q3_K_S", "IQ3_XXS", "Q2_K", "IQ2_M", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")  # fmt: skip
 _CELLS = 256  # llama.cpp rounds contexts up to a multiple of this
@@ -43,7 +43,7 @@ _ATTENTION = re.compile(r"\.(attn_k|attn_qkv|attn_kv_a_mqa|attn_k_b)\.weight$")
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that running a model takes: its weights, its cache of `n_ctx` tokens, and buffers to compute in."""
+    """Bytes needed to run a model: its weights, its key-value cache for `n_ctx` tokens, and compute buffers."""
 
     weights: int
     cache: int
@@ -103,7 +103,7 @@ class Recommendation:
 
 
 class _Reader:
-    """The hyper-parameters that matter here, each checked when it is read."""
+    """The hyper-parameters needed here, each checked when it is read."""
 
     def __init__(self, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> None:
         self.arch, self._metadata, self.tensors = metadata.architecture, metadata, tensors
@@ -160,7 +160,7 @@ def memory_needed(
     """What llama.cpp allocates for a model with this metadata and these tensors.
 
     `kv` is the type of keys and values in the cache. `n_ubatch` is how many tokens are computed together, `n_seq` how
-    many sequences share the context. Raises QuantkitError for metadata that make no sense and unknown cache types.
+    many sequences share the context. Raises QuantkitError for invalid metadata and unknown cache types.
     """
     if kv.lower() not in KV_TYPES:
         raise QuantkitError(f"unknown cache type {kv!r}: use one of {', '.join(KV_TYPES)}")
@@ -174,7 +174,7 @@ def memory_needed(
     kv_heads = r.per_layer("attention.head_count_kv", n_head)
     head_k = r.integer("attention.key_length", n_embd // n_head if n_head else 0)
     head_v = r.integer("attention.value_length", n_embd // n_head if n_head else 0)
-    latent = bool(r.integer("attention.key_length_mla", 0))  # one latent vector a token, keys and values at once
+    latent = bool(r.integer("attention.key_length_mla", 0))  # one latent vector per token, keys and values at once
     window = r.integer("attention.sliding_window", 0)
     short = min(n_ctx, -(-(min(n_ctx, window * n_seq + n_ubatch)) // _CELLS) * _CELLS)
 
@@ -215,7 +215,7 @@ def _feed_forward(r: _Reader, n_embd: int) -> int:
 def _row(kind: GGMLType, width: int) -> int:
     if width % kind.block_size:
         raise QuantkitError(
-            f"keys and values of {width} numbers a token do not fit {kind.name}'s blocks of {kind.block_size}: "
+            f"keys and values of {width} numbers per token do not fit {kind.name}'s blocks of {kind.block_size}: "
             "choose f16 for the cache"
         )
     return kind.row_nbytes(width)

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: no network, no other file."""
+"""The report as a self-contained HTML page: no network, no other files."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def measurement(file: Data, text: str) -> Data:
 
 
 def mixture(file: Data) -> str:
-    """How many bytes of a file are of which type, the most first: "Q4_K 71%, Q6_K 29%"."""
+    """The share of a file's bytes in each type, largest first: "Q4_K 71%, Q6_K 29%"."""
     sizes: Counter[str] = Counter()
     for tensor in file["tensors"]:
         sizes[tensor["type"]] += tensor["size"]
@@ -82,7 +82,7 @@ def largest(file: Data, count: int = 10) -> list[Data]:
 
 
 def digests(report: Data) -> Iterator[tuple[str, Data]]:
-    """Everything that went into a report and came out: what it is, and its name, size and SHA-256."""
+    """The inputs and outputs of a report: kind, name, size and SHA-256 of each."""
     for file in report["source"]["files"]:
         yield "source", file
     for what in ("calibration", "imatrix"):
@@ -107,9 +107,7 @@ def _frontiers(report: Data) -> Iterator[Figure]:
             if not any(loss and loss > 0 for _, loss in points.values()):
                 continue
             on = f" on {text['text']}" if many else ""
-            caption = (
-                f"{label[0].upper()}{label[1:]}{on} against size. The line joins the files that no other beats in both."
-            )
+            caption = f"{label[0].upper()}{label[1:]}{on} against size. The line joins the files that no other beats in both."
             yield Figure(plots.size_and_loss(f"frontier-{i}-{what}", label, points), caption)
 
 

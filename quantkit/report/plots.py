@@ -89,7 +89,7 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[int]:
 def size_and_loss(name: str, loss: str, points: Mapping[str, tuple[float, float]], unit: str = "nats") -> str:
     """The size of each file in GiB against what it lost, both logarithmic, with the frontier drawn.
 
-    `points` are (GiB, loss) by the file's type. Files with no loss at all are left out: a logarithm has no place for 0.
+    `points` are (GiB, loss) by the file's type. Files with no loss at all are left out: a logarithmic axis has no 0.
     """
     shown = {kind: point for kind, point in points.items() if point[0] > 0 and point[1] > 0}
     kinds = list(shown)
@@ -118,7 +118,7 @@ def size_and_loss(name: str, loss: str, points: Mapping[str, tuple[float, float]
 
 
 def _plain_ticks(axes: Axes, sizes: Sequence[float]) -> None:
-    """Ticks at numbers that a reader knows (1, 1.5, 2, 3, ...): a logarithmic axis over half a decade has few."""
+    """Ticks at familiar numbers (1, 1.5, 2, 3, ...): by default a logarithmic axis over half a decade has few."""
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
     low, high = min(sizes), max(sizes)
@@ -133,7 +133,7 @@ def _plain_ticks(axes: Axes, sizes: Sequence[float]) -> None:
 
 
 def dumbbells(name: str, losses: Mapping[str, Mapping[str, float]], unit: str = "nats") -> str:
-    """A line a file between its mean divergences on several texts. `losses` are by type, then by text."""
+    """One line per file, through its mean divergences on several texts. `losses` are by type, then by text."""
     texts = list(dict.fromkeys(text for each in losses.values() for text in each))
     told = "; ".join(
         f"{kind}: " + ", ".join(f"{text} {value:.4g}" for text, value in each.items()) for kind, each in losses.items()
@@ -163,9 +163,9 @@ def dumbbells(name: str, losses: Mapping[str, Mapping[str, float]], unit: str = 
 
 
 def distributions(name: str, edges: Sequence[float], shares: Mapping[str, Sequence[float]]) -> str:
-    """How often the probability of the text's token changed by how much: a stepped line a file.
+    """How often the probability of the text's token changed by how much: a stepped line per file.
 
-    `edges` bound the bins, from -1 to 1; `shares` of all scored tokens by type, one a bin.
+    `edges` bound the bins, from -1 to 1; `shares` of all scored tokens by type, one per bin.
     """
     still = {kind: sum(s for s, a, b in zip(each, edges[:-1], edges[1:], strict=True) if a >= -0.0501 and b <= 0.0501)
              for kind, each in shares.items()}  # fmt: skip
@@ -192,7 +192,7 @@ def distributions(name: str, edges: Sequence[float], shares: Mapping[str, Sequen
 def by_layer(
     name: str, title: str, layers: Sequence[str], kinds: Sequence[str], values: Sequence[Sequence[float | None]]
 ) -> str:
-    """The relative error of each tensor as a shade: a column a layer, a row a kind of tensor.
+    """The relative error of each tensor as a shade: one column per layer, one row per kind of tensor.
 
     `values[row][column]` is the root mean square of what rounding changed over that of the weights, None where there
     is no such tensor.
@@ -223,7 +223,7 @@ def by_layer(
 
 
 def strips(name: str, title: str, layers: Sequence[str], kinds: Sequence[str], types: Sequence[Sequence[str]]) -> str:
-    """The type of each tensor as a colour with its name in the legend: a column a layer, a row a kind of tensor.
+    """The type of each tensor as a colour: one column per layer, one row per kind of tensor.
 
     `types[row][column]` is the name of a GGML type, "" where there is no such tensor.
     """

@@ -1,4 +1,4 @@
-"""Putting a directory of GGUF files on the Hugging Face hub, with huggingface_hub's own upload, and checking it."""
+"""Uploading a directory of GGUF files to the Hugging Face hub with huggingface_hub, and checking the result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quantkit.errors import QuantkitError
 
-# What belongs into a repository of GGUF files; anything else in the directory stays at home.
+# What belongs in a repository of GGUF files; other files in the directory are not uploaded.
 _PATTERNS = ("*.gguf", "README.md", "report.html", "report.json", "report.md", "params", "system", "template",
              "config.json", "generation_config.json", "tokenizer*", "Modelfile*", "*.intoto.json",
              "LICENSE*")  # fmt: skip
@@ -18,7 +18,7 @@ _READ = 1 << 20
 
 @dataclass(frozen=True)
 class Item:
-    """A file to publish: where it is, what it is called in the repository, and its size in bytes."""
+    """A file to publish: its path, its name in the repository, and its size in bytes."""
 
     path: Path
     name: str
@@ -26,7 +26,7 @@ class Item:
 
 
 def contents(directory: Path) -> list[Item]:
-    """What of `directory` would be published, by name. Raises QuantkitError when there is no GGUF file in it."""
+    """The files of `directory` to publish, by name. Raises QuantkitError when there is no GGUF file in it."""
     if not directory.is_dir():
         raise QuantkitError(f"{directory}: is not a directory; name the one that holds the files to publish")
     found = {}
@@ -52,8 +52,8 @@ def publish(
 ) -> str:
     """Upload the contents of `directory` to the model repository `repo` (ORG/NAME), and compare what arrived.
 
-    The repository and the branch `revision` are made where they do not exist. Files that the hub has already are not
-    sent again, so a run that was interrupted continues. `collection` is the slug of a collection to add the model to.
+    The repository and the branch `revision` are created if they do not exist. Files that the hub has already are not
+    sent again, so an interrupted upload can be continued. `collection` is the slug of a collection to add the model to.
     Returns the address of the repository. Raises QuantkitError when the hub refuses, or holds something else after.
     """
     from huggingface_hub import HfApi, errors
@@ -86,7 +86,7 @@ def publish(
 
 
 def _differences(api: object, repo: str, revision: str | None, items: Sequence[Item]) -> list[str]:
-    """Where the repository's sizes and hashes are not those of the files."""
+    """The differences between the repository's sizes and hashes and those of the files."""
     remote = {
         info.path: info
         for at in range(0, len(items), 100)

@@ -1,4 +1,4 @@
-"""A report in short: its table as Markdown, report.md, and the requirements that a gate holds it to."""
+"""A report in short: its table in report.md, and the requirements that a gate checks it against."""
 
 from __future__ import annotations
 
@@ -111,4 +111,4 @@ def _parsed(requirement: str) -> tuple[str | None, str, str, float]:
     try:
         return match["type"], match["name"], match["op"], float(match["bound"])
     except ValueError:
-        raise QuantkitError(f"requirement {requirement!r}: {match['bound']!r} is no number") from None
+        raise QuantkitError(f"requirement {requirement!r}: {match['bound']!r} is not a number") from None

@@ -1,4 +1,4 @@
-"""Tables as text that is Markdown as well."""
+"""Text tables that are valid Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file types for somebody who has to choose one: bits per weight, size, and what each is for."""
+"""A guide to the file types: bits per weight, size, and what each is for."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ USES = {
 
 @dataclass(frozen=True)
 class TypeRow:
-    """A file type, and what it makes of a model.
+    """A file type, and what it does to a model.
 
     `bits_per_weight` and `size`, in bytes, are those of the whole file, and None where the model's shapes do not allow
     the type. `needs_imatrix`: it is refused without an importance matrix. `use` says what it is for.
@@ -101,7 +101,7 @@ class TypeGuide:
 
 
 class _Outline:
-    """A model of which only the shapes are known."""
+    """A model whose shapes alone are known."""
 
     def __init__(self, label: str, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> None:
         self.label, self.metadata, self.tensors = label, metadata, tensors
@@ -115,7 +115,7 @@ class _Outline:
 
 
 def _llama_3_8b() -> TensorSource:
-    """The shapes of Llama 3 8B: a model that everybody knows."""
+    """The shapes of Llama 3 8B, a well-known model."""
     n_layer, n_embd, n_kv, n_ff, n_vocab = 32, 4096, 1024, 14336, 128256
     metadata = Metadata()
     metadata.set("general.architecture", ValueType.STRING, "llama")
