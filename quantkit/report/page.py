@@ -107,7 +107,7 @@ def _frontiers(report: Data) -> Iterator[Figure]:
             if not any(loss and loss > 0 for _, loss in points.values()):
                 continue
             on = f" on {text['text']}" if many else ""
-            caption = f"{label[0].upper()}{label[1:]}{on} against size. The line joins the files that no other beats in both."
+            caption = f"{label[0].upper()}{label[1:]}{on} against size. No other file beats those on the line in both."
             yield Figure(plots.size_and_loss(f"frontier-{i}-{what}", label, points), caption)
 
 
