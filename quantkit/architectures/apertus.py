@@ -1,4 +1,4 @@
-"""Apertus: Llama's layers with norms of each head, and an MLP without a gate whose activation is learned (xIELU)."""
+"""Apertus: Llama's layers with QK norms, and an MLP without a gate whose activation is learned (xIELU)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Apertus(Llama):
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Llama's, with norms of each head and xIELU without a gate."""
+        """Llama's, with QK norms and xIELU without a gate."""
         model = ModelReader(metadata, tensors)
         rope = model.rope(RopeStyle.NEOX)
         learned = {name: model.per_layer_numbers(f"xielu.{name}", prefixed=False) for name in _LEARNED}

@@ -1,4 +1,4 @@
-"""Ling (Bailing): fused attention, experts beside a shared block; the second generation with norms of each head."""
+"""Ling (Bailing): fused attention, experts and a shared expert; the second generation with QK norms."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Bailing(Architecture):
     }
     stacks = (EXPERTS,)
     usual_pre = "bailingmoe"
-    notes = "Ling; experts beside a shared block"
+    notes = "Ling; experts and a shared expert"
 
     def complete(self, config: Config) -> Config:
         """An output matrix whose columns are normalised is none that GGUF can say."""
@@ -81,7 +81,7 @@ class Bailing(Architecture):
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Llama's attention; experts beside a shared block."""
+        """Llama's attention; experts and a shared expert."""
         model = ModelReader(metadata, tensors)
         rope = model.rope(RopeStyle.NORMAL)
         return model.spec(
@@ -117,17 +117,17 @@ class Bailing2(Bailing):
     )
     pieces: ClassVar[Mapping[str, Pieces]] = {".expert_bias": {".expert_bias.bias": Transform()}}
     keeps_next_layers = True
-    notes = "Ling 2; experts beside a shared block, QK norms, partial rotary"
+    notes = "Ling 2; experts and a shared expert, QK norms, partial rotary"
 
     @cached_property
     def rope_dimensions(self) -> int:
-        """The part of a head that is turned."""
+        """The number of elements of a head that are rotated."""
         part = self.rope.number("partial_rotary_factor", default=0.5) or 0.0
         return int(super().rope_dimensions * part)
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Norms of each head; dense layers first, then experts beside a shared block."""
+        """QK norms; dense layers first, then experts and a shared expert."""
         model = ModelReader(metadata, tensors)
         rope = model.rope(RopeStyle.NEOX)
         return model.spec(

@@ -1,6 +1,6 @@
 """What an architecture is: how a checkpoint of its family becomes GGUF metadata and GGUF tensors.
 
-A family states what it does differently as class attributes; the roads that all families share are here.
+A family states what it does differently as class attributes; what all families share is here.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Arithmetic = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Transform:
-    """What happens to a stored tensor on its way: first its values move, then they may change.
+    """How a stored tensor is converted: first its values are rearranged, then they may be changed.
 
-    Several rearrangements give rows that stand below each other. The GGUF tensor has as many axes as the stored one,
+    The rows of several rearrangements are concatenated. The GGUF tensor has as many axes as the stored one,
     or `n_axes`.
     """
 
@@ -63,7 +63,7 @@ class Assembly:
     packed: slice | None = None
 
 
-# What a stored tensor is cut into: by the end that takes the place of its name's, what happens to it on the way.
+# What a stored tensor is cut into: by the end that takes the place of its name's, how it is converted.
 Pieces = Mapping[str, Transform]
 
 
@@ -93,17 +93,17 @@ class Architecture:
       its `model_type`.
     - `derived`: fields that the configuration class computes from others where they are missing or null.
     - `parameters`: its metadata, in the reference converter's order.
-    - `transforms`: by the end of a stored tensor's name, what happens to it.
+    - `transforms`: by the end of a stored tensor's name, how it is converted.
     - `pieces`: by the end of a stored tensor's name, the ends of the names of the tensors that are cut from it, and
-      what happens to each. A piece that is the whole is a tensor of another name.
+      how each is converted. A piece that is the whole is a tensor of another name.
     - `packed`: by the end of the names of a quantized tensor's parts (before `_blocks` and `_scales`), the ends of the
       names of what it becomes, and which rows of its matrices these take.
-    - `keeps_next_layers`: whether layers that predict several tokens become layers after the others in GGUF, or are
+    - `keeps_next_layers`: whether multi-token-prediction layers become layers after the others in GGUF, or are
       left out; None for families that have none.
     - `stacks`: which tensors are stored one by one and stacked in GGUF: experts, mostly.
     - `numbers`: by the end of a stored tensor's name, the method of gguf.GGUFWriter that takes its value of each layer:
       they become metadata.
-    - `skipped`, `skipped_beginnings`: the ends and beginnings of names of stored tensors that GGUF does without.
+    - `skipped`, `skipped_beginnings`: the ends and beginnings of names of stored tensors that are left out of GGUF.
     - `renames`: parts of names, and what takes their place before all else; what a wrapper adds goes.
     - `vocabulary`: how the tokenizer is looked for (see `quantkit.vocabulary.write_vocabulary`).
     - `special_tokens`: by role, the texts of special tokens that the family knows better than the tokenizer's files.
@@ -157,7 +157,7 @@ class Architecture:
 
     @cached_property
     def n_layers(self) -> int:
-        """The number of blocks, those that predict several tokens among them where GGUF holds them."""
+        """The number of blocks, including multi-token-prediction layers where GGUF holds them."""
         names = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
         count = self.config.require(*names)
         if count > MAX_LAYERS:
@@ -176,7 +176,7 @@ class Architecture:
 
     @cached_property
     def rope_dimensions(self) -> int:
-        """How many elements of a head rotary embedding turns: all of them, unless the family says otherwise."""
+        """The number of elements of a head that are rotated: all, unless the family says otherwise."""
         head = self.config.integer("head_dim")
         head = head or self.config.require("hidden_size") // self.config.require("num_attention_heads")
         if head > MAX_HEAD:
@@ -215,7 +215,7 @@ class Architecture:
     def tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[Assembly]:
         """The GGUF tensors of a checkpoint with the tensors `stored`, in the reference converter's order.
 
-        Raises QuantkitError for a stored tensor that the family has no place for.
+        Raises QuantkitError for a stored tensor that the family does not know.
         """
         if self.n_layers > len(stored):
             raise QuantkitError(

@@ -1,4 +1,4 @@
-"""Command-R and Cohere 2: attention and MLP side by side after one LayerNorm without bias, scaled logits."""
+"""Command-R and Cohere 2: parallel attention and MLP after one LayerNorm without bias, scaled logits."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _rope_dimensions(architecture: Architecture, writer: GGUFWriter, file_type: 
 
 
 class Cohere2(CommandR):
-    """Cohere2ForCausalLM: three layers with a window that turn, then one without either."""
+    """Cohere2ForCausalLM: three sliding-window layers with rotary embedding, then a full one without."""
 
     gguf_name = "cohere2"
     checkpoints = {  # noqa: RUF012
@@ -102,7 +102,7 @@ class Cohere2(CommandR):
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Command-R's; layers that see everything do not rotate."""
+        """Command-R's; full-attention layers do not rotate."""
         model = ModelReader(metadata, tensors, NormKind.LAYER)
         rope = model.rope(RopeStyle.NORMAL)
         windows = model.windows(model.integer("attention.sliding_window"), 4)

@@ -62,7 +62,7 @@ def _sizes(architecture: Architecture, writer: GGUFWriter, file_type: int) -> No
 
 
 class DeepSeek2(Architecture):
-    """DeepseekV2ForCausalLM and DeepseekV3ForCausalLM. Layers that predict several tokens are left out.
+    """DeepseekV2ForCausalLM and DeepseekV3ForCausalLM. Multi-token-prediction layers are left out.
 
     GGUF holds what makes keys of the latent transposed, so that queries can meet the latent itself.
     """

@@ -1,4 +1,4 @@
-"""dots.llm1: Qwen3's attention; after the first layers experts with a biased choice, beside a shared block."""
+"""dots.llm1: Qwen3's attention; after the first layers experts with a biased choice, beside a shared expert."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Dots1(Architecture):
     parameters = (*SHARED, EXPERT_FEED_FORWARD, LEADING_DENSE, SHARED_EXPERTS, EXPERT_SCALE, EXPERT_NORM)
     stacks = (EXPERTS,)
     pieces = STACKED_EXPERTS
-    notes = "experts beside a shared block"
+    notes = "experts and a shared expert"
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Norms of each head; dense blocks first, then experts beside a shared block."""
+        """QK norms; dense blocks first, then experts and a shared expert."""
         model = ModelReader(metadata, tensors)
         rope = model.rope(RopeStyle.NEOX)
         return model.spec(

@@ -1,4 +1,4 @@
-"""ERNIE 4.5: Llama's layers, and experts beside a shared block in the larger models."""
+"""ERNIE 4.5: Llama's layers, and experts and a shared expert in the larger models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Ernie(Architecture):
-    """Ernie4_5ForCausalLM, and Ernie4_5_ForCausalLM, which fuses projections. Pairs of neighbours are turned."""
+    """Ernie4_5ForCausalLM, and Ernie4_5_ForCausalLM, which fuses projections. Neighbouring pairs are rotated."""
 
     gguf_name = "ernie4_5"
     checkpoints = {  # noqa: RUF012
@@ -76,7 +76,7 @@ def _shared(architecture: Architecture, writer: GGUFWriter, file_type: int) -> N
 
 
 class ErnieMoe(Ernie):
-    """Ernie4_5_MoeForCausalLM. Blocks that predict several tokens are left out."""
+    """Ernie4_5_MoeForCausalLM. Multi-token-prediction layers are left out."""
 
     gguf_name = "ernie4_5-moe"
     checkpoints = {  # noqa: RUF012
@@ -117,11 +117,11 @@ class ErnieMoe(Ernie):
     )
     pieces = STACKED_EXPERTS
     skipped_beginnings = ("model.mtp_",)
-    notes = "experts beside a shared block"
+    notes = "experts and a shared expert"
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Experts in every so many layers after the first, whose choice has a bias, beside a shared block."""
+        """Experts in every so many layers after the first, whose choice has a bias, beside a shared expert."""
         model = ModelReader(metadata, tensors)
         rope = model.rope(RopeStyle.NORMAL)
         first, step = model.integer("leading_dense_block_count", 0), max(1, model.integer("interleave_moe_layer_step"))

@@ -1,4 +1,4 @@
-"""EXAONE 4: norms after each part and of each head, layers with a window that turn and full ones that do not."""
+"""EXAONE 4: norms after each part, QK norms, rotary sliding-window layers, full-attention layers without rotary."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Exaone4(Architecture):
     notes = "norms after, QK norms, sliding window"
 
     def computed_tensors(self) -> Iterator[Assembly]:
-        """Llama 3's rope scaling is a tensor of divisors in GGUF."""
+        """Llama 3's rope scaling is a tensor of frequency factors in GGUF."""
         factors = self.rope.llama3_factors(self.rope_dimensions, factor=16.0)
         if factors is not None:
             yield Assembly("rope_freqs.weight", values=factors)

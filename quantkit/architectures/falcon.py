@@ -1,4 +1,4 @@
-"""Falcon: attention and MLP side by side, one or few heads of keys and values, fused attention."""
+"""Falcon: parallel attention and MLP, one or few heads of keys and values, fused attention."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class Attention:
     q . k. `window` counts the positions that a query sees, itself included; with `chunk` it sees none before the last
     multiple of that. `sinks` names a score of each head that belongs to no position. `softcap` c turns a score s into
     c * tanh(s / c). `q_norm` and `k_norm` run over each head before it is rotated, or after it with `norm_rotated`, and
-    with `norm_whole` over all heads together. What is over `clamp` in size in queries, keys and values becomes it.
+    with `norm_whole` over all heads together. Queries, keys and values are clamped to `clamp` in magnitude.
     """
 
     n_head: int
@@ -177,7 +177,7 @@ class Experts:
 
     `gating` makes shares of the logits of `router`. Of `n_expert`, those `n_used` with the largest shares are chosen;
     `selection_bias` names what is added to shares for that comparison only. Where there are `n_groups` of experts, the
-    choice is among the `n_groups_used` groups whose two largest sum highest. The shares of the chosen are made to sum
+    choice is among the `n_groups_used` groups whose two largest sum highest. The shares of the chosen are scaled to sum
     to one if `normalised`, then multiplied by `scale`; they multiply what an expert makes, with `weigh_input` what it
     reads. `shared` is a block that all tokens go through beside, times the sigmoid of `shared_gate` where there is one.
     """
@@ -244,7 +244,7 @@ class ForwardSpec:
     `embedding` and `position_embedding` name tensors whose rows are looked up and added; `embedding_scale` multiplies
     the token's. `output` is the embedding's own tensor where the two are tied. `logit_scale` multiplies logits, then
     `logit_softcap` bends them as `Attention.softcap` does scores. `idle` are tensors that a forward pass leaves alone:
-    layers that predict several tokens.
+    multi-token-prediction layers.
     """
 
     architecture: str

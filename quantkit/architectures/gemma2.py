@@ -90,7 +90,7 @@ class Gemma2(Architecture):
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Scaled embeddings, norms around each part, soft-caps, every other layer with a window, gated GELU."""
+        """Scaled embeddings, norms around each part, soft-caps, a sliding window in every other layer, gated GELU."""
         model = ModelReader(metadata, tensors)
         windows = model.windows(model.integer("attention.sliding_window", _ASSUMED_WINDOW), 2)
         full = model.rope(RopeStyle.NEOX)

@@ -65,7 +65,7 @@ class Gemma3(Architecture):
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Gemma 2's with QK norms; layers with a window rotate by another base and without scaling."""
+        """Gemma 2's with QK norms; sliding-window layers rotate by another base and without scaling."""
         model = ModelReader(metadata, tensors)
         window = model.integer("attention.sliding_window", 0)
         windows = model.windows(window, 6) if window > 0 else [None] * model.n_layer

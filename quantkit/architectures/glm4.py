@@ -1,4 +1,4 @@
-"""GLM-4 (0414): norms after each part too, gate and up projections in one product, half of each head turned."""
+"""GLM-4 (0414): norms after each part too, gate and up projections in one product, half of each head rotated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quantkit.formats.gguf import Metadata, TensorInfo
 
 
 class Glm4(Architecture):
-    """Glm4ForCausalLM. Pairs of neighbours are turned, as in the checkpoint."""
+    """Glm4ForCausalLM. Neighbouring pairs are rotated, as in the checkpoint."""
 
     gguf_name = "glm4"
     checkpoints = {  # noqa: RUF012
@@ -43,7 +43,7 @@ class Glm4(Architecture):
 
     @cached_property
     def rope_dimensions(self) -> int:
-        """The part of a head that is turned."""
+        """The number of elements of a head that are rotated."""
         part = self.rope.number("partial_rotary_factor", default=0.5) or 0.0
         return int(super().rope_dimensions * part)
 

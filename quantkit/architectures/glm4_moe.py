@@ -1,4 +1,4 @@
-"""GLM-4.5 and 4.6: dense layers first, then experts with a biased choice beside a shared block."""
+"""GLM-4.5 and 4.6: dense layers first, then experts with a biased choice beside a shared expert."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _sigmoid(architecture: Architecture, writer: GGUFWriter, file_type: int) -> 
 
 
 class Glm4Moe(Architecture):
-    """Glm4MoeForCausalLM. Layers that predict several tokens are kept, and not run."""
+    """Glm4MoeForCausalLM. Multi-token-prediction layers are kept, and not run."""
 
     gguf_name = "glm4moe"
     checkpoints = {  # noqa: RUF012
@@ -80,17 +80,17 @@ class Glm4Moe(Architecture):
     keeps_next_layers = True
     special_tokens = GLM_TOKENS
     usual_pre = "glm4"
-    notes = "GLM-4.6 too; experts beside a shared block"
+    notes = "GLM-4.6 too; experts and a shared expert"
 
     @cached_property
     def rope_dimensions(self) -> int:
-        """The part of a head that is turned."""
+        """The number of elements of a head that are rotated."""
         part = self.rope.number("partial_rotary_factor", default=0.5) or 0.0
         return int(super().rope_dimensions * part)
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Norms of each head where there are any; the norm before the feed-forward block is named after attention."""
+        """QK norms where there are any; the norm before the feed-forward block is named after attention."""
         model = ModelReader(metadata, tensors)
         model.refuse_keys("rope.dimension_sections")
         rope = model.rope(RopeStyle.NEOX)

@@ -13,7 +13,7 @@ from quantkit.formats.gguf import Metadata, TensorInfo
 
 
 class GPT2(Architecture):
-    """GPT2LMHeadModel. Its Conv1D keeps inputs in rows; GGUF, like everybody else, outputs."""
+    """GPT2LMHeadModel. Its Conv1D stores inputs in rows, GGUF outputs."""
 
     gguf_name = "gpt2"
     checkpoints = {  # noqa: RUF012

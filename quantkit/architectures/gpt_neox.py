@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: attention and MLP side by side, a part of each head turned, fused attention with biases."""
+"""GPT-NeoX and Pythia: parallel attention and MLP, partial rotary embedding, fused attention with biases."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class GPTNeoX(Architecture):
 
     @cached_property
     def rope_dimensions(self) -> int:
-        """The part of a head that is turned."""
+        """The number of elements of a head that are rotated."""
         part = self.config.number("rotary_pct")
         if part is None:
             part = self.rope.number("partial_rotary_factor", default=0.25) or 0.0

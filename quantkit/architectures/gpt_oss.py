@@ -1,4 +1,4 @@
-"""gpt-oss: experts in MXFP4 that stay as they are, attention sinks, every other layer with a window."""
+"""gpt-oss: experts in MXFP4 that stay as they are, attention sinks, a sliding window in every other layer."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class GraniteMoe(Granite):
         },
         ".dense_mlp.output_linear.weight": {".mlp.down_proj.weight": Transform()},
     }
-    notes = "experts, a shared block; multipliers"
+    notes = "experts, a shared expert; multipliers"
 
     def canonical_name(self, name: str) -> str | None:
         """Without experts, what they would share is the block of the layer."""

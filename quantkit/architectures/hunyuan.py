@@ -1,4 +1,4 @@
-"""Hunyuan: Llama's layers with norms of each head after its rotation, dense or with experts beside a shared block."""
+"""Hunyuan: Llama's layers with QK norms after the rotation, dense or with experts and a shared expert."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class HunyuanDense(Architecture):
     notes = "QK norms after rotary"
 
     def complete(self, config: Config) -> Config:
-        """A single expert is none."""
+        """A single expert counts as none."""
         return super().complete(config.without("num_experts") if config.find("num_experts") == 1 else config)
 
     def canonical_name(self, name: str) -> str | None:
@@ -132,15 +132,15 @@ class HunyuanMoe(HunyuanDense):
     )
     stacks = (EXPERTS,)
     pieces = STACKED_EXPERTS
-    notes = "experts beside a shared block; QK norms after rotary"
+    notes = "experts and a shared expert; QK norms after rotary"
 
     def complete(self, config: Config) -> Config:
-        """All experts are experts."""
+        """A single expert counts as one here."""
         return Architecture.complete(self, config)
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """The dense model's, with experts beside a shared block."""
+        """The dense model's, with experts and a shared expert."""
         model = ModelReader(metadata, tensors)
         rope = model.rope(RopeStyle.NEOX)
         n_ff, shared = (

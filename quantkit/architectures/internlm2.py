@@ -25,14 +25,14 @@ _DEFAULTS = {
 }
 
 
-def _heads_of(start: int, stop: int | None, turned: bool) -> Rearrange:
+def _heads_of(start: int, stop: int | None, swapped: bool) -> Rearrange:
     """Of each group's heads (queries, then a key and a value) those from `start` to `stop`, halves to pairs."""
 
     def rearrange(config: Config, stored: np.ndarray) -> np.ndarray:
         heads, groups = config.require("num_attention_heads"), config.require("num_key_value_heads")
         head = config.require("hidden_size") // heads
         each = stored.reshape(groups, heads // groups + 2, 2, head // 2, *stored.shape[1:])[:, start:stop]
-        return np.swapaxes(each, 2, 3) if turned else each
+        return np.swapaxes(each, 2, 3) if swapped else each
 
     return rearrange
 

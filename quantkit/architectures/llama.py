@@ -62,7 +62,7 @@ class Llama(Architecture):
     notes = "dense Mistral too"
 
     def computed_tensors(self) -> Iterator[Assembly]:
-        """Llama 3's rope scaling is a tensor of divisors in GGUF."""
+        """Llama 3's rope scaling is a tensor of frequency factors in GGUF."""
         factors = self.rope.llama3_factors(self.rope_dimensions)
         if factors is not None:
             yield Assembly("rope_freqs.weight", values=factors)

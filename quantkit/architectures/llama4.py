@@ -92,7 +92,7 @@ class Llama4(Llama):
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Layers that turn see their chunk, and normalise queries and keys after it; in the others queries grow."""
+        """Rotary layers attend within chunks, with QK norms after the rotation; in the others queries grow."""
         model = ModelReader(metadata, tensors)
         rope = model.rope(RopeStyle.NORMAL)
         whole = model.integer("attention.sliding_window", _CHUNK) == 0

@@ -1,4 +1,4 @@
-"""MiniCPM 1, 2 and 4: Llama's layers with multipliers, and LongRoPE's divisors in the fourth."""
+"""MiniCPM 1, 2 and 4: Llama's layers with multipliers, and LongRoPE's frequency factors in the fourth."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class MiniCPM(Architecture):
     notes = "2 and 4 too; multipliers, LongRoPE"
 
     def computed_tensors(self) -> Iterator[Assembly]:
-        """LongRoPE's divisors, for long texts and for short ones."""
-        for name, divisors in self.rope.longrope_divisors(self.rope_dimensions).items():
-            yield Assembly(name, values=divisors)
+        """LongRoPE's frequency factors, for long texts and for short ones."""
+        for name, factors in self.rope.longrope_factors(self.rope_dimensions).items():
+            yield Assembly(name, values=factors)
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:

@@ -61,7 +61,7 @@ class Nemotron(Architecture):
 
     @cached_property
     def rope_dimensions(self) -> int:
-        """The part of a head that is turned."""
+        """The number of elements of a head that are rotated."""
         part = self.rope.required("partial_rotary_factor")
         return int(part * self.config.require("hidden_size")) // self.config.require("num_attention_heads")
 

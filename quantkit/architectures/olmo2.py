@@ -27,7 +27,7 @@ _SHARED_DEFAULTS = {
 
 
 def _sliding_layers(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
-    """Which layers see a window only: as the config lists them, or else all but every fourth."""
+    """Which layers use a sliding window: as the config lists them, or else all but every fourth."""
     if architecture.config.find("sliding_window") is None:
         return
     kinds = architecture.config.find("layer_types")
@@ -59,7 +59,7 @@ class Olmo2(Architecture):
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Norms after each part only, and of whole queries and keys; layers with a window rotate without scaling."""
+        """Norms after each part only, and of whole queries and keys; sliding-window layers rotate without scaling."""
         model = ModelReader(metadata, tensors)
         window = model.integer("attention.sliding_window", 0)
         windows = model.windows(window, 4) if window > 0 else [None] * model.n_layer

@@ -41,7 +41,7 @@ class Olmoe(Architecture):
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Norms of whole queries and keys; experts whose weights are not made to sum to one."""
+        """Norms of whole queries and keys; experts whose weights are not normalised."""
         model = ModelReader(metadata, tensors)
         rope = model.rope(RopeStyle.NEOX)
         return model.spec(

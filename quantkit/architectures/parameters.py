@@ -72,7 +72,7 @@ def block_count(architecture: Architecture, writer: GGUFWriter, file_type: int) 
 
 
 def causal(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
-    """That every token sees all others, for the models where it does."""
+    """That attention is not causal, for models where every token sees all others."""
     if architecture.config.find("is_causal") is False:
         writer.add_causal_attention(False)
 
@@ -83,7 +83,7 @@ def rope(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None
 
 
 def rope_dimensions(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
-    """How many elements of a head are turned."""
+    """The number of elements of a head that are rotated."""
     writer.add_rope_dimension_count(architecture.rope_dimensions)
 
 
@@ -112,7 +112,7 @@ def rope_unscaled(architecture: Architecture, writer: GGUFWriter, file_type: int
 
 
 def sliding_layers(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
-    """Which layers see a window only, as `layer_types` lists them."""
+    """Which layers use a sliding window, as `layer_types` lists them."""
     kinds = architecture.config.find("layer_types")
     if kinds is None:
         return

@@ -1,4 +1,4 @@
-"""Phi-1, 1.5 and 2: attention and MLP side by side after one LayerNorm, biases everywhere, partial rotary."""
+"""Phi-1, 1.5 and 2: parallel attention and MLP after one LayerNorm, biases everywhere, partial rotary."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Phi2(Architecture):
 
     @cached_property
     def rope_dimensions(self) -> int:
-        """The part of a head that is turned."""
+        """The number of elements of a head that are rotated."""
         part = self.rope.required("partial_rotary_factor")
         return int(part * self.config.require("hidden_size", "n_embd")) // self.config.require(*HEADS.names)
 

@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: fused projections that stay fused, and LongRoPE's two lists of divisors as tensors."""
+"""Phi-3 and Phi-4: fused projections that stay fused, and LongRoPE's two lists of frequency factors as tensors."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ class Phi3(Architecture):
 
     @cached_property
     def rope_dimensions(self) -> int:
-        """The part of a head that is turned."""
+        """The number of elements of a head that are rotated."""
         part = self.rope.number("partial_rotary_factor", default=1.0) or 0.0
         return int(part * self.config.require("hidden_size")) // self.config.require("num_attention_heads")
 
     def write_first(self, writer: GGUFWriter) -> None:
         """How much LongRoPE enlarges the scores. Source: LongRoPE, and YaRN's for the type that bears its name."""
-        if self.rope.divisors("long_factor", self.rope_dimensions) is None:
+        if self.rope.frequency_factors("long_factor", self.rope_dimensions) is None:
             return
         original = self.rope.required("original_max_position_embeddings")
         if original <= 1:
@@ -103,13 +103,13 @@ class Phi3(Architecture):
         writer.add_rope_scaling_attn_factors(attention)
 
     def computed_tensors(self) -> Iterator[Assembly]:
-        """LongRoPE's divisors, for long texts and for short ones."""
-        for name, divisors in self.rope.longrope_divisors(self.rope_dimensions).items():
-            yield Assembly(name, values=divisors)
+        """LongRoPE's frequency factors, for long texts and for short ones."""
+        for name, factors in self.rope.longrope_factors(self.rope_dimensions).items():
+            yield Assembly(name, values=factors)
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Fused products, LongRoPE's divisors by the length of the text; no window, as in llama.cpp."""
+        """Fused products, LongRoPE's frequency factors by the length of the text; no window, as in llama.cpp."""
         model = ModelReader(metadata, tensors)
         model.refuse_keys("expert_count")
         rope = model.rope(RopeStyle.NEOX)

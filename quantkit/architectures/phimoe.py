@@ -1,4 +1,4 @@
-"""Phi-3.5-MoE: Phi-3's road with LayerNorms and biases, separate projections, and experts."""
+"""Phi-3.5-MoE: Phi-3's layers with LayerNorms and biases, separate projections, and experts."""
 
 from __future__ import annotations
 

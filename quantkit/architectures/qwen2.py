@@ -23,7 +23,7 @@ _DEFAULTS = {
 
 
 class Qwen2(Architecture):
-    """Qwen2ForCausalLM. The rotary halves stay as they are: llama.cpp turns them as transformers does."""
+    """Qwen2ForCausalLM. The rotary halves stay as they are: llama.cpp rotates them as transformers does."""
 
     gguf_name = "qwen2"
     checkpoints = {"Qwen2ForCausalLM": _DEFAULTS}  # noqa: RUF012

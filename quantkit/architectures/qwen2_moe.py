@@ -49,7 +49,7 @@ class Qwen2Moe(Qwen2):
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Qwen2's, with experts whose weights are not made to sum to one, and a gated block beside them."""
+        """Qwen2's, with experts whose weights are not normalised, and a gated block beside them."""
         model = ModelReader(metadata, tensors)
         rope = model.rope(RopeStyle.NEOX)
         sizes = model.expert_sizes()

@@ -1,4 +1,4 @@
-"""Qwen3: queries and keys are normalised head by head, and heads have a size of their own."""
+"""Qwen3: queries and keys are normalised head by head, and the head size is explicit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Qwen3(Qwen2):
         "Qwen3ForCausalLM": {**Qwen2.checkpoints["Qwen2ForCausalLM"], "head_dim": 128},
     }
     wrappers = {}  # noqa: RUF012
-    notes = "QK norms, own head size"
+    notes = "QK norms, explicit head size"
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Qwen2's, with norms of each head's query and key."""
+        """Qwen2's, with QK norms."""
         model = ModelReader(metadata, tensors)
         rope = model.rope(RopeStyle.NEOX)
         return model.spec(

@@ -124,7 +124,7 @@ class ModelReader:
         return Norm(f"{stem}.weight", self.eps, self.norm_kind, bias)
 
     def rope(self, style: RopeStyle, **changes: Any) -> Rope:
-        """The rotary embedding of the `rope.*` keys and of the tensors of divisors.
+        """The rotary embedding of the `rope.*` keys and of the tensors of frequency factors.
 
         With YaRN the keys `yarn_*` are not read: llama.cpp reads them for a few families alone (deepseek2, grok,
         mistral3).
@@ -307,7 +307,7 @@ class ModelReader:
         }
 
     def _predicts(self, name: str) -> bool:
-        """Whether tensor `name` is of a layer that predicts several tokens."""
+        """Whether tensor `name` belongs to a multi-token-prediction layer."""
         match = re.match(r"blk\.(\d+)\.", name)
         return match is not None and self.n_layer <= int(match[1]) < self.n_listed
 

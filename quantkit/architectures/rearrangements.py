@@ -1,4 +1,4 @@
-"""How the values of stored tensors move on their way to GGUF, for families that share a habit.
+"""How the values of stored tensors move on their way to GGUF, for families that need the same.
 
 Each is a `Rearrange`: it takes the config and a stored tensor, and gives a view. Where several names stand for one
 field of the config, the first that is there counts. Rows are the second axis from the end, except in vectors.

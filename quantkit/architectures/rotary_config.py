@@ -108,7 +108,7 @@ class RotaryConfig:
         if (theta := self.local.get("rope_theta")) is not None:
             writer.add_rope_freq_base_swa(self.config.finite(theta, ("rope_theta",)))
 
-    def divisors(self, name: str, dim: int) -> np.ndarray | None:
+    def frequency_factors(self, name: str, dim: int) -> np.ndarray | None:
         """The list `name` of what divides each frequency: float32 of shape (dim / 2,), or None without it."""
         values = self.full.get(name)
         if not values:
@@ -118,9 +118,9 @@ class RotaryConfig:
             raise QuantkitError(problem)
         return np.array([self.config.finite(value, (name,)) for value in values], np.float32)
 
-    def longrope_divisors(self, dim: int) -> dict[str, np.ndarray]:
-        """LongRoPE's divisors by the names of their tensors, for long texts and for short ones; none without it."""
-        long, short = self.divisors("long_factor", dim), self.divisors("short_factor", dim)
+    def longrope_factors(self, dim: int) -> dict[str, np.ndarray]:
+        """LongRoPE's frequency factors by tensor name, for long texts and for short ones; none without LongRoPE."""
+        long, short = self.frequency_factors("long_factor", dim), self.frequency_factors("short_factor", dim)
         if long is None and short is None:
             return {}
         if long is None or short is None:

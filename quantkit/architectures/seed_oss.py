@@ -1,4 +1,4 @@
-"""Seed-OSS: Qwen2's layers, with heads of a size of their own and the second norm under another name."""
+"""Seed-OSS: Qwen2's layers, with an explicit head size and the second norm under another name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SeedOss(Qwen2):
     }
     wrappers = {}  # noqa: RUF012
     vocabulary = "bpe"
-    notes = "attention biases, own head size"
+    notes = "attention biases, explicit head size"
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:

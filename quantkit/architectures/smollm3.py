@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class SmolLM3(Llama):
-    """SmolLM3ForCausalLM. GGUF has no key for which layers turn nothing: llama.cpp takes every fourth."""
+    """SmolLM3ForCausalLM. GGUF has no key for the layers without rotary embedding: llama.cpp takes every fourth."""
 
     gguf_name = "smollm3"
     usual_pre = "smaug-bpe"
@@ -37,9 +37,9 @@ class SmolLM3(Llama):
     notes = "every fourth layer without rotary"
 
     def complete(self, config: Config) -> Config:
-        """Warn of layers that llama.cpp would turn otherwise than the config says."""
-        turned = config.find("no_rope_layers")
-        if isinstance(turned, list) and any(bool(on) != (i % 4 != 3) for i, on in enumerate(turned)):
+        """Warn of layers that llama.cpp would rotate contrary to the config."""
+        rotary = config.find("no_rope_layers")
+        if isinstance(rotary, list) and any(bool(on) != (i % 4 != 3) for i, on in enumerate(rotary)):
             log.warning(
                 "%s: llama.cpp takes every fourth layer as one without rotary; no_rope_layers differs", config.path
             )

@@ -1,4 +1,4 @@
-"""StableLM: LayerNorms and a gated MLP, a part of each head turned; the largest with norms of each head."""
+"""StableLM: LayerNorms and a gated MLP, partial rotary embedding; the largest with QK norms."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class StableLm(Architecture):
 
     @cached_property
     def rope_dimensions(self) -> int:
-        """The part of a head that is turned."""
+        """The number of elements of a head that are rotated."""
         return int(self.rope.required("partial_rotary_factor") * super().rope_dimensions)
 
     @classmethod

@@ -123,7 +123,7 @@ class _Reader:
         return [self.integer(key, default)] * self.n_layer
 
     def windowed(self) -> list[bool]:
-        """Which layers see a sliding window only."""
+        """Which layers use a sliding window."""
         if not self.integer("attention.sliding_window", 0):
             return [False] * self.n_layer
         full = f"{self.arch}.attention.sliding_window_pattern"
