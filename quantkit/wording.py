@@ -12,7 +12,7 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-
 def printable(text: str) -> str:
     r"""`text` with characters that could control a terminal escaped (`\x1b`); tabs and newlines stay.
 
-    Names in a stranger's file can hold such characters.
+    Names in an untrusted file can hold such characters.
     """
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 

@@ -1,4 +1,4 @@
-"""A checkpoint's config.json, read with the care that strangers' files need."""
+"""A checkpoint's config.json, read as an untrusted file."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 Name = Union[str, "os.PathLike[str]"]
 
-# Bytes given to the system at a time. Linux finds room in its cache for an eighth of a megabyte several times faster
-# than for several megabytes at once.
+# Bytes given to the system at a time. Linux is several times faster at caching an eighth of a megabyte at a time
+# than several megabytes at once.
 WRITE = 1 << 17
 # Bytes after which the system is asked to begin writing to the disk, so that little is left to do when syncing.
 WRITEBACK = 8 << 20
@@ -107,15 +107,15 @@ class OutputGroup:
         self._refuse(Path(path))
 
     def then(self, action: Callable[[], None]) -> None:
-        """Have `action` called when all files have their names."""
+        """Call `action` when all files have their names."""
         self._then.append(action)
 
     def place(self, path: Name) -> Path:
-        """Where the bytes of the file that will be `path` are for now."""
+        """The temporary path of the file that will be `path`."""
         return next((file.temporary for file in self._files if file.path == Path(path)), Path(path))
 
     def check_space(self) -> None:
-        """Raise QuantkitError when a disk has too little room for what is still to be written to it."""
+        """Raise QuantkitError when a disk has too little space for what is still to be written to it."""
         by_disk: dict[int, list[OutputFile]] = {}
         for file in self._files:
             by_disk.setdefault(_existing(file.path.parent).stat().st_dev, []).append(file)
@@ -127,7 +127,7 @@ class OutputGroup:
                 raise QuantkitError(f"{what} {size_text(needed)}, but only {size_text(free)} are free there")
 
     def make_directory(self, home: Path) -> None:
-        """Make the directory `home` of a file, where the group may."""
+        """Create the directory `home` of a file if the group may."""
         missing = []
         while not home.is_dir():
             missing.append(home)
@@ -168,7 +168,7 @@ class OutputGroup:
             action()
 
     def discard(self) -> None:
-        """Remove whatever was made."""
+        """Remove everything that was created."""
         for file in self._files:
             file.discard()
         for home in reversed(self._made):
@@ -216,7 +216,7 @@ class OutputFile:
         return file
 
     def begin(self, nbytes: int) -> None:
-        """Say how large the file will be. Raises QuantkitError when the disk has too little room for it.
+        """Say how large the file will be. Raises QuantkitError when the disk has too little space for it.
 
         For a file of a group, that is for the group to ask, when all its files are known.
         """
@@ -225,14 +225,14 @@ class OutputFile:
             self.group.check_space()
 
     def finish(self) -> None:
-        """All is written: give the file its name, or leave that to the group that it came from."""
+        """Finish the file: give it its name, or leave that to its group."""
         if self._alone:
             self.group.commit()
         else:
             self.seal()
 
     def abandon(self) -> None:
-        """Writing failed: remove what there is, or leave that to the group that the file came from."""
+        """Abandon the file after an error: remove it, or leave that to its group."""
         if self._alone:
             self.group.discard()
         else:
@@ -260,7 +260,7 @@ class OutputFile:
                 self._unsynced = 0
 
     def extend(self, nbytes: int) -> None:
-        """Let the file have `nbytes`, zero where nothing was written."""
+        """Extend the file to `nbytes`, with zeros where nothing was written."""
         with self.group.lock, _told(self.path, self.nbytes):
             os.ftruncate(self._opened(), nbytes)
 
@@ -295,7 +295,7 @@ class OutputFile:
                 os.close(descriptor)
 
     def seal(self) -> None:
-        """All is written: bring it to the disk, and close the temporary file. It can be read there from now on."""
+        """Sync everything to the disk and close the temporary file. It can be read there from now on."""
         with self.group.lock, _told(self.path, self.nbytes):
             if not self.sealed:
                 os.fsync(self._opened())
@@ -344,7 +344,7 @@ def remove_temporaries() -> None:
 
 @contextmanager
 def _told(path: Path, nbytes: int = 0) -> Iterator[None]:
-    """Turn the system's refusals into QuantkitErrors that name the file."""
+    """Convert errors of the system to QuantkitErrors that name the file."""
     try:
         yield
     except OSError as error:
@@ -376,7 +376,7 @@ def _rename_to_free_name(source: Path, target: Path) -> None:
 
 
 def _identities(paths: Iterable[Name]) -> set[object]:
-    """What tells files apart: their places, links followed, and their inodes, for other names of the same file."""
+    """What identifies files: their resolved paths, and their inodes, for other names of the same file."""
     known: set[object] = set()
     for path in paths:
         with suppress(OSError):
@@ -386,7 +386,7 @@ def _identities(paths: Iterable[Name]) -> set[object]:
 
 
 def _place(path: Path) -> Path:
-    """The absolute place of a name, links in its directory followed, but not the name itself."""
+    """The absolute path of a name, with links in its directory resolved, but not the name itself."""
     return path.parent.resolve() / path.name
 
 

@@ -1,10 +1,10 @@
-"""GGUF files: what they hold, and their headers, written.
+"""GGUF files: reading them, and writing their headers.
 
 Source of the layout: the GGUF specification (`ggml/docs/gguf.md`), versions 2 and 3, little-endian.
 
 Metadata values stay the bytes that they are in the file until somebody asks for them, so a header with a
-vocabulary of 250,000 tokens opens in a blink and copies to another file without being rebuilt. Files come from
-strangers: every count, length and offset is held against the size of the file before it is used.
+vocabulary of 250,000 tokens opens at once and is copied to another file without being rebuilt. Files are untrusted:
+every count, length and offset is checked against the size of the file before it is used.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Metadata(dict[str, Value]):
     """A GGUF file's key/value pairs, in file order.
 
     `label` is the file or directory that they come from, for messages. Read values through the checked accessors:
-    files come from strangers, so any key can have any type and value.
+    files are untrusted, so any key can have any type and value.
     """
 
     def __init__(
@@ -504,7 +504,7 @@ class GGUFFile:
         return tensors, offsets
 
     def _place(self, cursor: _Cursor) -> None:
-        """Make the tensors' offsets those from the start of the file, and refuse ones that cannot be."""
+        """Make the tensors' offsets relative to the start of the file, and refuse invalid ones."""
         alignment = self.metadata.alignment
         start = end = padded(cursor.at, alignment)
         last = ""

@@ -1,7 +1,7 @@
 """Importance-matrix files, as llama-imatrix writes and llama-quantize reads them: GGUF, and the older .dat.
 
-For every matrix of a model they hold the sums of squares of what it was multiplied with, column by column, over a
-calibration text, and how many tokens were summed (for each expert apart). Layouts: llama.cpp's imatrix tool.
+For every matrix of a model they hold the sums of squares of its inputs, column by column, over a calibration text, and
+how many tokens were summed (for each expert separately). Layouts: llama.cpp's imatrix tool.
 """
 
 from __future__ import annotations

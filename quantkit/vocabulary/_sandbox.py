@@ -1,4 +1,4 @@
-"""What runs in a process of its own, because a stranger's file can make it loop, grow without end or abort.
+"""What runs in a separate process, because an untrusted file can make it loop, exhaust the memory or abort.
 
 Run by `sandbox.run`, as a script: a JSON object on standard input, another on standard output. Imports nothing of the
 package, so that the process starts fast and its memory can be bounded.
@@ -88,7 +88,7 @@ def main() -> None:
     os.environ.clear()
     request = json.load(sys.stdin)
     sys.path[:] = request["path"]
-    # Windows has no such limits; there the caller's patience is the only bound.
+    # Windows has no such limits; there the caller's timeout is the only one.
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 

@@ -1,7 +1,7 @@
 """What kind of token each token is, as llama.cpp decides when it loads a vocabulary.
 
-The GGUF gives every token a type, but some vocabularies give a wrong one to tokens that steer a conversation, so
-llama.cpp overrides types by the tokens' texts. The tables below say which.
+A GGUF gives every token a type, but some vocabularies give control tokens a wrong one, so llama.cpp overrides types by
+the tokens' texts. The tables below say which.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class TokenType(IntEnum):
 
 
 class Attribute(IntFlag):
-    """What a token is, and whether it swallows the white space beside it in a text."""
+    """What a token is, and whether it strips the white space next to it in a text."""
 
     UNKNOWN = 1
     UNUSED = 2
@@ -113,7 +113,7 @@ def attributes(
 
 
 def _except_some(ids: Mapping[str, int], special: Mapping[str, int | None], result: np.ndarray) -> None:
-    """Undo what the texts suggest in the families where they mislead."""
+    """Undo overrides by text for the families where they are wrong."""
     harmony = "<|return|>" in ids and ("<|call|>" in ids or "<|calls|>" in ids)
     solar = "<|flush|>" in ids and ("<|call|>" in ids or "<|calls|>" in ids)
     if "<|end|>" in ids and (harmony or solar):
@@ -125,7 +125,7 @@ def _except_some(ids: Mapping[str, int], special: Mapping[str, int | None], resu
 
 
 def _strip_spaces(ids: Mapping[str, int], result: np.ndarray, pre: str, model_name: str) -> None:
-    """Mark the tokens that swallow white space; no GGUF says so, the reference goes by the model's name."""
+    """Mark the tokens that strip white space; GGUF has no key for it, the reference goes by the model's name."""
     name = model_name.lower()
     if any(part in pre for part in ("jina-v2-de", "jina-v2-es", "jina-v2-code")):
         if "<mask>" in ids:

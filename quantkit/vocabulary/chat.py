@@ -1,4 +1,4 @@
-"""Chat templates: a conversation as the text that a model was trained on."""
+"""Chat templates: a conversation in the format that a model was trained on."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _MEMORY_PER_BYTE = 64
 
 # Special tokens by role, in the order in which a checkpoint's tokenizer takes them up.
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-# What a tokenizer class assumes where tokenizer_config.json is silent.
+# A tokenizer class's defaults for what tokenizer_config.json does not say.
 _CLASS_DEFAULTS = {
     "LlamaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
     "CodeLlamaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
@@ -97,12 +97,12 @@ class CheckpointFiles:
             return None
         try:
             if path.stat().st_size > MAX_JSON:
-                raise QuantkitError(f"{path}: larger than {MAX_JSON} bytes, which no such file is")
+                raise QuantkitError(f"{path}: larger than {MAX_JSON} bytes, the limit for such a file")
             data = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise QuantkitError(f"{path}: not readable as JSON: {error}") from None
         if not isinstance(data, dict):
-            raise QuantkitError(f"{path}: holds no JSON object")
+            raise QuantkitError(f"{path}: does not hold a JSON object")
         return data
 
     def read_text(self, name: str) -> str | None:
@@ -138,7 +138,7 @@ class CheckpointFiles:
 
         tokenizer_config.json overrides the flags of added tokens, and a declared special token that tokenizer.json
         does not list as added becomes one (as transformers' fast tokenizers do). The library that reads the file can
-        panic, abort and take endless time over one made for it, so it runs in a process apart.
+        panic, abort or never return on a malicious file, so it runs in a separate process.
         """
         path = self.directory / "tokenizer.json"
         declared = (self.tokenizer_config or {}).get("added_tokens_decoder") or {}

@@ -34,7 +34,7 @@ def byte_alphabet() -> str:
 
 
 class Encoder(Protocol):
-    """Turns a stretch of text into token ids."""
+    """Encodes a piece of text as token ids."""
 
     def encode(self, text: str) -> Array:
         """The ids of `text`, int32 of shape (n,). No special token is looked for."""
@@ -42,14 +42,14 @@ class Encoder(Protocol):
 
 
 class _Symbols:
-    """What merging works on: tokens under their own ids, and other texts under ids beyond them."""
+    """The symbols that merging works on: tokens under their own ids, and other texts under ids beyond them."""
 
     def __init__(self, ids: dict[str, int]) -> None:
         self.ids = ids
         self.extra: dict[str, int] = {}
 
     def of(self, text: str) -> int:
-        """The symbol of `text`, a new one if need be."""
+        """The symbol of `text`, a new one if necessary."""
         symbol = self.ids.get(text)
         if symbol is None:
             symbol = self.extra.setdefault(text, len(self.ids) + len(self.extra))

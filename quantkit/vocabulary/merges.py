@@ -29,7 +29,7 @@ class MergeTable:
         size = 16
         while size < 2 * len(left):
             size *= 2
-        # A secret seed: else a vocabulary could be made whose pairs all fall on one place of the table.
+        # A secret seed: otherwise a vocabulary could be made whose pairs all collide.
         self._seed = np.uint64(secrets.randbits(64))
         self._keys = np.full(size, -1, dtype=np.int64)
         self._entries = np.zeros((size, 2), dtype=np.int32)
@@ -152,7 +152,7 @@ def _merge(
             if word[left] < 0 or right < 0:
                 continue
             at = _slot(keys, seed, _pair(word, left, right))
-            # A queued pair is stale when a neighbour has merged away; what stands there now has its own entry.
+            # A queued pair is stale when one of its symbols has been merged; the new symbol has its own entry.
             if keys[at] == -1 or entries[at, 0] != item >> 32:
                 continue
             word[left] = entries[at, 1]

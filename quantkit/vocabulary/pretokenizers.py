@@ -2,9 +2,9 @@ r"""llama.cpp's pre-tokenizers: how a text is cut into words before byte pairs a
 
 A GGUF names its pre-tokenizer in `tokenizer.ggml.pre`. Each name stands for a list of regular expressions, applied
 one after the other to the words that the ones before left, and for a few habits of the tokenizer around them. What
-an expression does not match stays, between two matches, a word of its own.
+an expression does not match between two matches stays a word of its own.
 
-Two expressions of the reference are code of its own there, and so here: `DIGIT_TRIPLES` and
+Two expressions of the reference are implemented as code there, and so here: `DIGIT_TRIPLES` and
 `WHOLE_TRIPLES`, whose expression takes time that grows with the square of a number's length.
 """
 

@@ -1,7 +1,7 @@
 r"""Which of llama.cpp's pre-tokenizers a tokenizer.json describes.
 
-The reference converter encodes one text and looks a hash of the ids up in a list of known vocabularies, so it turns
-away every vocabulary of somebody's own. Here the definition decides: what tokenizer.json does to a text before it
+The reference converter encodes one text and looks a hash of the ids up in a list of known vocabularies, so it
+rejects every custom vocabulary. Here the definition decides: what tokenizer.json does to a text before it
 merges, reduced to a list of steps, is looked up in DEFINITIONS. Where several names share a definition, the one
 whose habits agree with the rest of the tokenizer is taken.
 
@@ -127,7 +127,7 @@ DEFINITIONS = (
 )
 
 
-# Tokens that tell a vocabulary from others of one definition: the name counts where the token is there, before others.
+# Tokens that distinguish vocabularies with the same definition: if the token is there, the name takes precedence.
 MARKS = {"deepseek-r1-qwen": "<｜begin▁of▁sentence｜>"}
 
 
@@ -170,7 +170,7 @@ def _best(names: tuple[str, ...], tokenizer: dict[str, Any], adds_bos: bool | No
 
 
 def _normalizer(normalizer: Any) -> str:
-    """The normalizer in one word: "" for none, "NFC", "space to ▁", or its JSON."""
+    """A short name of the normalizer: "" for none, "NFC", "space to ▁", or its JSON."""
     while isinstance(normalizer, dict) and normalizer.get("type") == "Sequence":
         parts = normalizer.get("normalizers") or []
         if len(parts) > 1:
@@ -226,6 +226,6 @@ def canonical_regex(pattern: str) -> str:
         # Bailing's last expression differs otherwise as well, and keeps its own spelling.
         if r"\s*[\r\n]+" in pattern:
             pattern = pattern.replace(spelling, _CONTRACTIONS)
-    # Possessive repetition changes the speed here, not the match: nothing after it could use what it holds.
+    # Possessive repetition changes the speed here, not the match: nothing after it could match what it has consumed.
     pattern = pattern.replace("?+", "?").replace("++", "+")
     return re.sub(r"\|\\s\+\$(?=\|)", "", pattern)

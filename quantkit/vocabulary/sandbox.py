@@ -1,4 +1,4 @@
-"""Work on a stranger's file in a process apart, with bounded time and memory and no environment."""
+"""Work on an untrusted file in a separate process, with bounded time and memory and no environment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 
 
 def run(task: str, arguments: dict[str, Any], seconds: int, memory: int, what: str) -> Any:
-    """What `task` of `_sandbox` makes of `arguments`, within `seconds` and `memory` bytes.
+    """Run `task` of `_sandbox` on `arguments`, within `seconds` and `memory` bytes, and return its result.
 
     Raises QuantkitError, which begins with `what`, when it fails, and when the process ends by itself.
     """

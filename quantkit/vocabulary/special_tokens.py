@@ -34,7 +34,7 @@ _ADD_KEYS = {role: f"tokenizer.ggml.add_{role}_token" for role in ("bos", "eos",
 
 
 class SpecialTokens:
-    """What the files of a checkpoint say beside the tokens themselves.
+    """What the files of a checkpoint say besides the tokens themselves.
 
     `ids` maps roles to token ids, `adds` roles to whether the tokenizer puts that token around a text.
     `n_vocab`, where given, drops ids that are out of range.
@@ -208,7 +208,7 @@ class SpecialTokens:
         if not config:
             texts["eos"] = last
         elif last != texts["eos"]:
-            # What ended a text before is then what ends a turn.
+            # The token that ended a text so far then ends a turn.
             role = next((role for role in ("eot", "eom") if role not in self._roles), None)
             if role:
                 self._roles.append(role)

@@ -2,7 +2,7 @@
 
 llama.cpp matches its expressions not on the text but on a copy in which every character beyond ASCII is one byte
 that stands for its Unicode category; so do we, with the same version of Unicode, and get the same words whatever
-version the Python or the expression engine at hand knows. (`unicode_classes.json` is made by
+version of Unicode Python or the expression engine has. (`unicode_classes.json` is made by
 `scripts/make_unicode_classes.py` from Unicode 15.1.)
 """
 

@@ -159,14 +159,14 @@ class Vocabulary:
         return hash(self.fingerprint)
 
     def is_control(self, token: int) -> bool:
-        """Whether `token` steers the model instead of standing for text. Raises IndexError beyond the vocabulary."""
+        """Whether `token` is a control token, not text. Raises IndexError beyond the vocabulary."""
         return bool(self._attributes[token] & Attribute.CONTROL)
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> Array:
         """The token ids of `text`: int32 of shape (n,).
 
-        `add_special` puts BOS and EOS around them where the vocabulary asks for it. `parse_special` turns the texts
-        of control tokens into those tokens; without it they are ordinary text, but user-defined tokens are always
+        `add_special` puts BOS and EOS around them where the vocabulary asks for it. `parse_special` encodes the texts
+        of control tokens as those tokens; without it they are ordinary text, but user-defined tokens are always
         found. Lone surrogates in `text` count as U+FFFD. Raises QuantkitError when the vocabulary cannot express it.
         """
         text = re.sub("[\ud800-\udfff]", "\ufffd", text)

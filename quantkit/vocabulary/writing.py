@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 _CODE_LLAMA_VOCABULARY = 32016
 _SMALL_GRANITE_VOCABULARY = 49152
-# What ends a turn in Gemma 1, of which its files say nothing.
+# The end of a turn in Gemma 1, which its files do not name.
 _GEMMA1_END_OF_TURN = 107
 # Tokens that Gemma 4's chat parser has to see.
 _GEMMA4_VISIBLE = frozenset(
@@ -61,7 +61,7 @@ def write_vocabulary(
     try:
         _STYLES[style](files, writer, pre)
     except (AttributeError, TypeError, KeyError, IndexError, ValueError, OverflowError, RecursionError) as error:
-        # Files from strangers: any field can have any type. What is read of them is checked where that helps the user.
+        # Untrusted files: any field can have any type. Fields are checked where a good message helps the user.
         log.debug("while reading the tokenizer's files", exc_info=True)
         problem = f"{type(error).__name__}: {error}"[:200]
         raise QuantkitError(f"{directory}: the tokenizer's files are malformed ({problem})") from None
@@ -129,7 +129,9 @@ def looks_special(token: str) -> bool:
 
 def _write_bpe(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
     if files.tokenizer_json is None:
-        raise QuantkitError(f"{files.directory}: no tokenizer.model and no tokenizer.json, so no vocabulary to convert")
+        raise QuantkitError(
+            f"{files.directory}: there is no vocabulary to convert: neither tokenizer.model nor tokenizer.json"
+        )
     if files.model.get("type") != "BPE":
         kind = files.model.get("type")
         raise QuantkitError(f"{files.directory / 'tokenizer.json'}: a {kind} tokenizer, only BPE is supported")
@@ -148,7 +150,7 @@ def _write_bpe(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None)
 
 
 def _write_hunyuan(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
-    """Byte-level BPE; config.json and generation_config.json know better what ends a text and a turn."""
+    """Byte-level BPE, with the ends of a text and a turn from config.json and generation_config.json."""
     _write_bpe(files, writer, pre)
     end = files.config.get("eod_token_id")
     if isinstance(end, int) and end >= 0:
@@ -191,7 +193,7 @@ def _check_size(files: CheckpointFiles, needed: int, n_vocab: int) -> None:
 
 
 class _Pieces:
-    """The tokens, scores and types of a SentencePiece vocabulary while they are put together."""
+    """The tokens, scores and types of a SentencePiece vocabulary as it is built."""
 
     def __init__(self, n_vocab: int) -> None:
         self.tokens = [f"[PAD{token}]".encode() for token in range(n_vocab)]
@@ -199,7 +201,7 @@ class _Pieces:
         self.types = [int(TokenType.UNUSED)] * n_vocab
 
     def put(self, token: int, text: str, score: float, kind: TokenType) -> None:
-        """Set a token; one beyond the vocabulary is passed over."""
+        """Set a token; ignore one beyond the vocabulary."""
         if not 0 <= token < len(self.tokens):
             log.warning("the token %r has the id %d, beyond the vocabulary of %d", text, token, len(self.tokens))
             return
