@@ -1,4 +1,4 @@
-"""What a forward pass does between its matrix products: fused, vectorised, holding no lock.
+"""What a forward pass does between its matrix products: fused, vectorised, without the GIL.
 
 Each kernel runs over all rows that it is given, on one thread; threads share work by taking different rows. Arrays are
 float32 and contiguous unless said otherwise. Sums run in sixteen lanes, so they round like short sums. A product and
@@ -45,7 +45,7 @@ _GELU_CUBIC = np.float32(-2.0 * math.sqrt(2.0 / math.pi) * 0.044715)
 # Rows that `attention` takes through its products together. Six fill the sixteen registers of AVX2 with sums and
 # operands; with AVX-512 it takes eight sums to keep the adders busy.
 _TILE_ROWS = 8 if get_host_cpu_features().get("avx512f") else 6
-# Room is for either, since kept machine code may have been made for the other.
+# Scratch fits either, since cached machine code may have been made for the other.
 _MOST_ROWS = 8
 _NOTHING = np.float32(-np.inf)
 _MIN_INT = np.int32(-2147483648)
@@ -273,7 +273,7 @@ def _softmax(row: Any, start: int, stop: int, cap: Any, sink: Any) -> Any:
         x = exp(load(row, j) - peak)
         store(row, j, x)
         total = total + x
-    # They were 1e-38 each, which the sum did not feel.
+    # Masked scores were exp(-87), about 1e-38: too small to change the sum, so zero them.
     row[:start] = _ZERO
     row[stop:] = _ZERO
     return np.float32(_total(total)) + (exp(sink - top) if sink > _NOTHING else _ZERO)

@@ -151,7 +151,7 @@ class Routed(NamedTuple):
 
     @classmethod
     def of(cls, layer: Layer, n_rows: int, n_embd: int) -> Routed | None:
-        """Room for `n_rows` rows, or None where `layer` has no experts."""
+        """Space for `n_rows` rows, or None where `layer` has no experts."""
         ff = layer.feed_forward
         if not isinstance(ff, Experts):
             return None

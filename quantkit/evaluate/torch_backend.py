@@ -469,18 +469,18 @@ class TorchTransformer(Model):
         return mixed.transpose(1, 2).reshape(n_seq, -1, a.n_head * a.head_v)
 
     def _rotated(self, rope: Rope | None, x: Any, n_ctx: int) -> Any:
-        """`x` [n_seq, n_ctx, heads, head size] turned by its positions, in float32."""
+        """`x` [n_seq, n_ctx, heads, head size] rotated by its positions, in float32."""
         if rope is None or rope.n_dims == 0:
             return x
         cosines, sines = self._rope(rope, n_ctx)
-        turning, rest = x[..., : rope.n_dims].float(), x[..., rope.n_dims :]
+        rotary, rest = x[..., : rope.n_dims].float(), x[..., rope.n_dims :]
         if rope.style is RopeStyle.NORMAL:
-            a, b = turning[..., 0::2], turning[..., 1::2]
+            a, b = rotary[..., 0::2], rotary[..., 1::2]
         else:
-            a, b = turning.chunk(2, dim=3)
-        turned = a * cosines - b * sines, a * sines + b * cosines
+            a, b = rotary.chunk(2, dim=3)
+        rotated = a * cosines - b * sines, a * sines + b * cosines
         neighbours = rope.style is RopeStyle.NORMAL
-        result = torch.stack(turned, dim=4).flatten(3) if neighbours else torch.cat(turned, dim=3)
+        result = torch.stack(rotated, dim=4).flatten(3) if neighbours else torch.cat(rotated, dim=3)
         return torch.cat((result, rest.float()), dim=3) if rest.shape[3] else result
 
     def _rope(self, rope: Rope, n_ctx: int) -> tuple[Any, Any]:

@@ -43,9 +43,9 @@ def rope_tables(rope: Rope, n_positions: int, factors: np.ndarray | None) -> tup
     if rope.yarn is not None:
         yarn = rope.yarn
 
-        def dimension(turns: float) -> float:
-            """The pair, counted in dimensions, that makes this many turns over the original context."""
-            return rope.n_dims * math.log(rope.n_ctx_orig / (turns * 2 * math.pi)) / (2 * math.log(rope.freq_base))
+        def dimension(rotations: float) -> float:
+            """The pair, counted in dimensions, that makes this many rotations over the original context."""
+            return rope.n_dims * math.log(rope.n_ctx_orig / (rotations * 2 * math.pi)) / (2 * math.log(rope.freq_base))
 
         low = max(0.0, math.floor(dimension(yarn.beta_fast)))
         high = min(rope.n_dims - 1.0, math.ceil(dimension(yarn.beta_slow)))
@@ -82,7 +82,8 @@ def refuse_unsupported(spec: ForwardSpec, label: str) -> None:
             and not (rope.freq_base > 1 and min(yarn.beta_fast, yarn.beta_slow) > 0)
         ):
             raise QuantkitError(
-                f"{label}: YaRN with a rotary base of {rope.freq_base}, from {yarn.beta_slow} to {yarn.beta_fast} turns"
+                f"{label}: YaRN with a rotary base of {rope.freq_base}, "
+                f"from {yarn.beta_slow} to {yarn.beta_fast} rotations"
             )
         for what in unsupported(layer):
             raise QuantkitError(f"{label}: the forward pass does not know {what}")

@@ -1,4 +1,4 @@
-"""A model's weights as float32, decoded when needed, kept when there is room."""
+"""A model's weights as float32, decoded when needed, kept when memory allows."""
 
 from __future__ import annotations
 
