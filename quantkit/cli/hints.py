@@ -7,10 +7,10 @@ from typing import Any
 
 from quantkit.errors import QuantkitError
 
-# QuantkitError.option -> how the message goes on where the command has an option of that name.
+# QuantkitError.option -> what is added to the message if the command has an option of that name.
 HINTS = {
-    "allow_nonfinite": "{option} goes on regardless",
-    "allow_requantize": "{option} does it all the same",
+    "allow_nonfinite": "{option} continues anyway",
+    "allow_requantize": "{option} does it anyway",
     "force": "{option} replaces it",
     "imatrix": "make one with `quantkit imatrix` and pass it with {option}",
 }
@@ -19,12 +19,12 @@ _params: Sequence[Any] = ()
 
 
 def running(params: Sequence[Any]) -> None:
-    """Note the parameters of the command that runs."""
+    """Remember the parameters of the running command."""
     global _params
     _params = params
 
 
 def hinted(problem: QuantkitError) -> str:
-    """The message of `problem`, and the option of the command that runs that would help, if it has one."""
+    """The message of `problem`, and the option of the running command that would help, if there is one."""
     params, hint = [param for param in _params if param.name == problem.option], HINTS.get(problem.option or "")
     return f"{problem}; {hint.format(option=params[0].opts[0])}" if hint and params else str(problem)

@@ -359,7 +359,7 @@ class _Cursor:
         return QuantkitError(f"{self.path}: {problem}")
 
     def truncated(self) -> QuantkitError:
-        return self.fail(f"truncated: the header goes on beyond the file's {self.size} bytes; download it again")
+        return self.fail(f"truncated: the header does not end within the file's {self.size} bytes; download it again")
 
     def reach(self, end: int) -> None:
         """Have the header's first `end` bytes in `view`. Raises QuantkitError when the file has fewer."""

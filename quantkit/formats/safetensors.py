@@ -1,7 +1,7 @@
 """Safetensors checkpoints: the tensors of a directory, one file or many shards, read through memory maps.
 
-Source of the layout: the safetensors format (8 bytes of header length, a JSON header, the data). Files come from
-strangers: every length, count and offset is held against the size of the file before it is used, and the shards
+Source of the layout: the safetensors format (8 bytes of header length, a JSON header, the data). Files are
+untrusted: every length, count and offset is checked against the size of the file before it is used, and the shards
 against the index that lists them.
 """
 

@@ -64,7 +64,7 @@ def test_weights_to_choose_are_in_the_matrix(model: Path, tmp_path: Path) -> Non
 def test_errors_name_the_options_of_the_command(model: Path, tmp_path: Path) -> None:
     quantized = tmp_path / "q8.gguf"
     call("quantize", model, "--type", "Q8_0", "-o", quantized)
-    assert refusal("quantize", quantized, "--type", "Q4_0").endswith("--allow-requantize does it all the same")
+    assert refusal("quantize", quantized, "--type", "Q4_0").endswith("--allow-requantize does it anyway")
     line = refusal("quantize", model, "--type", "IQ1_S", "-o", tmp_path / "x.gguf")
     assert line.endswith("make one with `quantkit imatrix` and pass it with --imatrix")
     warned = call("quantize", model, "--type", "IQ1_S", "--dry-run").stderr
