@@ -12,6 +12,8 @@ HINTS = {
     "allow_nonfinite": "{option} continues anyway",
     "allow_requantize": "{option} does it anyway",
     "force": "{option} replaces it",
+    "threads": "use fewer {option}",
+    "pre": "{option} NAME overrides it",
     "imatrix": "make one with `quantkit imatrix` and pass it with {option}",
 }
 

@@ -205,7 +205,7 @@ def _run() -> None:
     except QuantkitError as problem:
         fail(str(problem))
     except MemoryError:
-        fail("out of memory; use fewer --threads")
+        fail(hinted(QuantkitError("out of memory", option="threads")))
     except OSError as problem:
         name = f"{problem.filename}: " if problem.filename else ""
         fail(f"{name}{problem.strerror or problem}")

@@ -58,7 +58,7 @@ def _download() -> Path:
         return Path(cached)
     manual = (
         f"download {_FILE} from the dataset {_REPO} of the hub, unpack it, and name one of its files, "
-        f"wikitext-2-raw/wiki.test.raw, with --text; or connect once, and it stays in {constants.HF_HUB_CACHE}"
+        f"wikitext-2-raw/wiki.test.raw, as the text; or connect once, and it stays in {constants.HF_HUB_CACHE}"
     )
     # The library reports each attempt; one line at the end says it all.
     verbosity = logging.get_verbosity()

@@ -608,7 +608,7 @@ class TorchTransformer(Model):
     def _too_small(self) -> QuantkitError:
         return QuantkitError(
             f"{self.source.label}: does not fit into the memory of {self.backend} in {self.precision}: "
-            "use --precision bf16, a smaller --batch, or another device"
+            "use precision bf16, a smaller batch, or another device"
         )
 
 
@@ -694,7 +694,7 @@ def _open_device(device: str, kind: str) -> Any:
     """The torch device. Raises QuantkitError when this machine, or this torch, does not have it."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there[kind]:
-        raise QuantkitError(f"torch {torch.__version__} finds no {kind} device here: use --device cpu")
+        raise QuantkitError(f"torch {torch.__version__} finds no {kind} device here: use cpu")
     try:
         opened = torch.device(device)
         torch.zeros(1, device=opened)

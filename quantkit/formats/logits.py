@@ -66,10 +66,7 @@ class LogitsFile:
         size = self._file.nbytes
         header = self._file.read(0, min(_HEADER.size, size))
         if len(header) < _HEADER.size or header[: len(_MAGIC)] != _MAGIC:
-            raise QuantkitError(
-                f"{self.path}: not a file of log-probabilities, as --save-logits or llama-perplexity's "
-                "--save-all-logits write"
-            )
+            raise QuantkitError(f"{self.path}: not a file of log-probabilities, as llama-perplexity saves them")
         _, self.n_ctx, self.n_vocab, self.n_chunks = _HEADER.unpack(header)
         if self.n_ctx < 4 or self.n_vocab < 1 or self.n_chunks < 1:
             raise QuantkitError(

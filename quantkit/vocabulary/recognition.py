@@ -146,7 +146,8 @@ def recognise(tokenizer: dict[str, Any], *, adds_bos: bool | None = None, cleans
     seen = {"normalizer": tokenizer.get("normalizer"), "pre_tokenizer": tokenizer.get("pre_tokenizer")}
     raise QuantkitError(
         "the pre-tokenizer of tokenizer.json is not known to llama.cpp by its definition: "
-        f"{json.dumps(seen, ensure_ascii=False)}; --pre NAME overrides it"
+        f"{json.dumps(seen, ensure_ascii=False)}",
+        option="pre",
     )
 
 

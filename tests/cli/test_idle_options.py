@@ -120,3 +120,16 @@ def test_a_context_longer_than_the_models_warns(model: Path) -> None:
     for n_ctx, warns in ((own, False), (own + 1, True)):
         told = call("perplexity", model, "--text", TEXT, "--n-ctx", n_ctx, "--chunks", 1).stderr
         assert (f"a context of {n_ctx} tokens is longer than the model's, which is {own}" in told) == warns
+
+
+@pytest.mark.parametrize(("command", "hint"), [("quantize", "; use fewer --threads"), ("merge", "")])
+def test_out_of_memory(command: str, hint: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hint names an option that this command has."""
+
+    def read(*args: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(GGUFFile, "read", read)
+    types = ["--type", "F16"] if command == "quantize" else []
+    assert refusal(command, model, *types, "-o", tmp_path / "x") == f"error: out of memory{hint}"
+    assert list(tmp_path.iterdir()) == []

@@ -9,12 +9,12 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.limits import limited
 
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
@@ -209,28 +209,17 @@ def test_space_is_asked_for_all_files_together(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-@contextmanager
-def limit(what: int, value: int) -> Iterator[None]:
-    """Let this process have no more of `what` than `value`."""
-    soft, hard = resource.getrlimit(what)
-    resource.setrlimit(what, (value, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(what, (soft, hard))
-
-
 @writers
 def test_a_full_disk_leaves_nothing(write, tmp_path: Path) -> None:
     """The system refuses bytes beyond a file's allowed size as it does beyond a disk's."""
-    with limit(resource.RLIMIT_FSIZE, 4), pytest.raises(QuantkitError, match="cannot be written: File too large"):
+    with limited(resource.RLIMIT_FSIZE, 4), pytest.raises(QuantkitError, match="cannot be written: File too large"):
         write(tmp_path / "target")
     assert names(tmp_path) == []
 
 
 def test_more_files_than_may_be_open(tmp_path: Path) -> None:
     """300 files, written to in turns, where 64 may be open."""
-    with limit(resource.RLIMIT_NOFILE, 64), OutputGroup() as group:
+    with limited(resource.RLIMIT_NOFILE, 64), OutputGroup() as group:
         infos = [TensorInfo("a", (32,), GGMLType.I8), TensorInfo("b", (32,), GGMLType.I8)]
         outputs = [GGUFOutput(group.add(tmp_path / str(i)), Metadata(), infos) for i in range(300)]
         for output in outputs:

@@ -101,7 +101,7 @@ def test_habits_choose_between_names() -> None:
     ],
 )
 def test_an_unknown_definition_says_what_was_seen(data: dict[str, Any]) -> None:
-    with pytest.raises(QuantkitError, match="--pre NAME overrides it") as raised:
+    with pytest.raises(QuantkitError, match="is not known") as raised:
         recognise(data)
     seen = data.get("pre_tokenizer")
     assert json.dumps(seen, ensure_ascii=False) in str(raised.value)
