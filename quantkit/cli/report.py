@@ -135,6 +135,8 @@ def command(
         raise QuantkitError(f"{output}: a report is several files; name a directory: {output}/")
     if imatrix is not None and calibration is not None:
         raise typer.BadParameter("--calibration takes the place of --imatrix: use one of them.")
+    if types and not split_list(types):
+        raise QuantkitError("no file type is named")
     check_requirements(require)
     names = ladder_types([*split_list(types), *([ladder] if ladder else [])] or ["Q8_0", "Q4_K_M", "Q4_0"])
     texts = [NamedText(Path(name).name, read_text(name)) for name in text]
