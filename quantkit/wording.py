@@ -12,9 +12,9 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-
 def printable(text: str) -> str:
     r"""`text` with characters that could control a terminal escaped (`\x1b`); tabs and newlines stay.
 
-    Names in an untrusted file can hold such characters.
+    Names in an untrusted file can hold such characters. A byte of a file's name that is not UTF-8 is shown as `\xe9`.
     """
-    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1].replace(r"\udc", r"\x"), text)
 
 
 def size_text(nbytes: float) -> str:

@@ -248,6 +248,8 @@ class SafetensorsCheckpoint:
             whole = self._whole_tensor(name, file)
             return take_rows(np.ndarray(view.shape, view.dtype, whole, first - tensor.start, view.strides), start, stop)
         rows = np.empty((stop - start, view.shape[-1]), view.dtype)
+        if not rows.size:
+            return rows
         places = np.unravel_index(np.arange(start, stop), view.shape[:-1])
         offsets = sum((place * step for place, step in zip(places, view.strides, strict=False)), np.int64(first))
         lowest, span = int(offsets.min()), int(offsets.max() - offsets.min()) + width

@@ -143,7 +143,7 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     config = json.loads((stranger / "config.json").read_text())
     (stranger / "config.json").write_text(json.dumps(config | {"architectures": ["StrangerForCausalLM"]}))
     line = error("convert", stranger)
-    assert "StrangerForCausalLM" in line and "Llama, " in line
+    assert "StrangerForCausalLM" in line and "quantkit architectures" in line
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "config.json" in error("convert", empty)

@@ -103,7 +103,7 @@ def test_python_does_the_same(model: Path, tmp_path: Path) -> None:
         ({"output_tensor_type": "I8"}, "cannot be encoded in I8"),
         ({"token_embedding_type": GGMLType.Q8_K}, "cannot be encoded in Q8_K"),
         ({"tensor_types": [("attn_v", "F64")]}, "cannot be encoded in F64"),
-        ({"tensor_types": [("attn_z", "Q8_0")]}, "no tensor's name matches"),
+        ({"tensor_types": [("attn_z", "Q8_0")]}, "matches no tensor's name"),
         ({"tensor_types": [("attn_norm", "Q8_0")]}, "never quantized"),
         ({"tensor_types": [("attn_v", "Q8_0"), ("blk.0.attn_v", "Q5_0")]}, "'blk.0.attn_v' changes nothing"),
         ({"tensor_types": [("attn_v", "Q8_0")], "type": "F16"}, "F16 has one type for all tensors"),

@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tensor-type", "attn_z=Q8_0"], "no tensor's name matches"),
+        (["--tensor-type", "attn_z=Q8_0"], "matches no tensor's name"),
         (["--tensor-type", "attn_v=I8"], "cannot be encoded in I8"),
         (["--tensor-type", "attn_v"], "malformed tensor type"),
         (["--output-tensor-type", "i32"], "cannot be encoded in I32"),

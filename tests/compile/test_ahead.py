@@ -58,6 +58,13 @@ event.register("numba:compile", Counter())
 import atexit
 atexit.register(lambda: print("compiled:", *compiled, file=sys.stderr))
 """
+# Has helpers started as another program; processes that read vocabularies start as always.
+HELPER_IS = """
+import shutil
+from types import SimpleNamespace
+from quantkit.compile import ahead
+ahead.sys = SimpleNamespace(executable={}, path=sys.path)
+"""
 # Waits for a helper to be at work, and does something about it.
 WHEN_AT_WORK = """
 import threading, time
@@ -123,8 +130,8 @@ def test_no_cache_no_helper(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "before",
     [
-        "import shutil; sys.executable = shutil.which('false') or shutil.which('where')",
-        "sys.executable = sys.executable + '-that-is-not'",
+        HELPER_IS.format("shutil.which('false') or shutil.which('where')"),
+        HELPER_IS.format("sys.executable + '-that-is-not'"),
         WHEN_AT_WORK.format(then="helpers._processes[0].kill(); lost.append('killed')"),
     ],
     ids=["fails", "is missing", "is killed"],

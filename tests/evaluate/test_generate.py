@@ -159,7 +159,7 @@ def test_the_command_line():
     assert done.returncode == 0, done.stderr
     expected = generate(TINYLM, "What is a list?", n_tokens=6, chat=True, compute=Compute(threads=1))
     shown = json.loads(done.stdout)["results"][0]
-    assert (shown["text"], shown["tokens"]) == (expected.text, expected.tokens)
+    assert (shown["output"], shown["tokens"]) == (expected.text, expected.tokens)
     done = subprocess.run([*command, "--model2", str(TINYLM)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("The outputs are the same.")
@@ -185,4 +185,4 @@ def test_streaming_prints_the_text(tmp_path):
     command = [sys.executable, "-m", "quantkit", "generate", model, "-p", "abc", "-n", "12"]
     shown = subprocess.run(command, capture_output=True, check=True).stdout.decode()
     data = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)
-    assert shown == printable(data["results"][0]["text"]) + "\n"
+    assert shown == printable(data["results"][0]["output"]) + "\n"

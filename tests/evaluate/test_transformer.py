@@ -196,11 +196,11 @@ def test_nan_in_the_output_matrix(tmp_path):
             call(some_tokens(2, 20))
 
 
-def test_unknown_architecture_lists_the_known_ones(tmp_path):
+def test_unknown_architecture(tmp_path):
     metadata = tiny_metadata()
     metadata.set("general.architecture", ValueType.STRING, "nonesuch")
     path = write_gguf(tmp_path / "m.gguf", metadata, tiny_weights())
-    with pytest.raises(QuantkitError, match=r"nonesuch.*llama"):
+    with pytest.raises(QuantkitError, match=r"nonesuch.*quantkit architectures"):
         Transformer(GGUFSource(path))
 
 
@@ -310,7 +310,7 @@ def test_nan_of_an_expert_names_its_layer(tmp_path):
         ("granite", "logit_scale", 0),
         ("granite", "expert_count", 4),
         ("phi3", "expert_count", 4),
-        ("qwen2", "nextn_predict_layers", 1),
+        ("qwen2", "nextn_predict_layers", 2),
     ],
 )
 def test_what_is_not_supported_is_refused_in_one_line(tmp_path, name, key, value):

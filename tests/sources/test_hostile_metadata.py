@@ -20,7 +20,7 @@ from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import Metadata, Value, ValueType
 from quantkit.formats.imatrix import ImportanceMatrix
 from quantkit.pipeline.mixtures import FILE_TYPES
-from quantkit.pipeline.naming import output_paths
+from quantkit.pipeline.naming import Destination, output_paths
 from quantkit.pipeline.plan import plan_copy, plan_quantize
 from quantkit.report.comparison import compare
 from quantkit.report.contents import describe
@@ -118,7 +118,7 @@ def _vocabulary(source: GGUFSource) -> None:
 def _names(source: GGUFSource) -> None:
     name = output_name(source.metadata, "F16")
     assert "/" not in name and "\x1b" not in name
-    output_paths("x.gguf", source, ["F16"], None)
+    output_paths(Destination(Path("x.gguf"), False), source, ["F16"])
 
 
 CONSUMERS: dict[str, Callable[[GGUFSource], None]] = {

@@ -118,7 +118,7 @@ def test_broken_json_and_no_vocabulary(case: Path, name: str) -> None:
         convert(case)
     (case / "tokenizer.json").unlink()
     (case / "tokenizer_config.json").unlink()
-    with pytest.raises(QuantkitError, match=r"no tokenizer\.model and no tokenizer\.json"):
+    with pytest.raises(QuantkitError, match=r"neither tokenizer\.model nor tokenizer\.json"):
         convert(case)
 
 
