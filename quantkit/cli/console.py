@@ -163,10 +163,19 @@ def byte_progress(total: int, title: str) -> Iterator[Callable[[str, int], None]
 
 
 @contextmanager
-def chunk_progress(title: str, unit: str = "chunk") -> Iterator[Callable[[int, int, str], None]]:
+def chunk_progress(title: str, unit: str = "chunk") -> Iterator[Callable[[float, int, str], None]]:
     """Show progress over chunks: call it with the chunks that are done, their total, and the result so far."""
     with Progress(title, unit, hidden=_quiet) as progress:
         yield progress.update
+
+
+@contextmanager
+def measure_progress(
+    title: str, form: str = "", unit: str = "chunk"
+) -> Iterator[Callable[[float, int, float | None], None]]:
+    """Show the progress of a measurement, whose result so far is written as `form`, such as "PPL = {:.4f}"."""
+    with Progress(title, unit, hidden=_quiet) as progress:
+        yield lambda done, total, value: progress.update(done, total, "" if value is None else form.format(value))
 
 
 @contextmanager
@@ -205,14 +214,14 @@ def computed_imatrix(model: TensorSource, text: str, chunking: Chunking, compute
     from quantkit.evaluate.importance import importance_matrix
 
     words = read_text(text)
-    with measured_ahead(model, compute.threads, compute.backend), chunk_progress("calibrate") as bar:
+    with measured_ahead(model, compute.threads, compute.backend), measure_progress("calibrate") as progress:
         return importance_matrix(
             model,
             words,
             chunking=chunking,
             compute=compute,
             dataset=text,
-            progress=lambda done, total: bar(done, total, ""),
+            progress=progress,
         )
 
 

@@ -21,8 +21,8 @@ from quantkit.cli.console import (
     Revision,
     Threads,
     Verbose,
-    chunk_progress,
     emit,
+    measure_progress,
     measured_ahead,
     note,
     read_text,
@@ -140,7 +140,7 @@ def command(
             if saver is not None:
                 saver.save(_merged(before, so_far) if in_file else so_far)
 
-        with measured_ahead(model, threads, backend), chunk_progress("imatrix") as bar:
+        with measured_ahead(model, threads, backend), measure_progress("imatrix") as progress:
             new = importance_matrix(
                 model,
                 words,
@@ -152,7 +152,7 @@ def command(
                 resume=stored,
                 snapshot=save_so_far,
                 snapshot_every=output_frequency,
-                progress=lambda done, total: bar(done, total, ""),
+                progress=progress,
             )
         matrix = _merged(before, new) if in_file else new
     if saver is not None:

@@ -24,9 +24,9 @@ from quantkit.cli.console import (
     Text,
     Threads,
     Verbose,
-    chunk_progress,
     emit,
     given,
+    measure_progress,
     measured_ahead,
     note,
     read_text,
@@ -97,14 +97,14 @@ def command(
         from quantkit.report.measurements import perplexity_text
 
         assert words is not None
-        with group, ahead, chunk_progress("perplexity") as bar:
+        with group, ahead, measure_progress("perplexity", "PPL = {:.4f}") as progress:
             result = perplexity(
                 model,
                 words,
                 chunking=chunking,
                 compute=compute,
                 save_logits=logits,
-                progress=lambda done, total, ppl: bar(done, total, f"PPL = {ppl:.4f}"),
+                progress=progress,
             )
         lines = perplexity_text(result)
         data = {"model": model.label, "text": text, **asdict(result)}
@@ -112,7 +112,7 @@ def command(
         from quantkit.evaluate.divergence import divergence
         from quantkit.report.measurements import divergence_text
 
-        with group, ahead, chunk_progress("divergence") as bar:
+        with group, ahead, measure_progress("divergence", "KLD = {:.6f}") as progress:
             compared = divergence(
                 model,
                 against,
@@ -120,7 +120,7 @@ def command(
                 chunking=chunking,
                 compute=compute,
                 save_logits=logits,
-                progress=lambda done, total, kld: bar(done, total, f"KLD = {kld:.6f}"),
+                progress=progress,
             )
         lines = divergence_text(compared)
         data = {"model": model.label, "text": text if words is not None else None, **asdict(compared)}

@@ -25,20 +25,20 @@ MOMENT = 0.2
 class Progress:
     """Shows how far a command is, while its context is entered; nothing if `hidden`.
 
-    `unit` is "B" for bytes, or the name of what is counted.
+    `unit` is "B" for bytes, or the name of what is counted, of which a part may be done.
     """
 
     def __init__(self, title: str, unit: str, total: int | None = None, hidden: bool = False) -> None:
         self.title, self.unit, self.total, self.hidden = title, unit, total, hidden
-        self.done = 0
+        self.done: float = 0
         self._note = self._compiling = ""
         self._began = time.monotonic()
         # Seconds spent compiling kernels, which say nothing about speed, and when the current compilation began.
         self._compiled = 0.0
         self._compiling_since = self._began
         # When the first and the latest batch were done, in seconds without compilation, and how much was done then.
-        self._first: tuple[float, int] | None = None
-        self._latest = (0.0, 0)
+        self._first: tuple[float, float] | None = None
+        self._latest: tuple[float, float] = (0.0, 0)
         self._line_at = self._began + FIRST_LINE
         self._bar: tqdm[Any] | None = None
         self._over = threading.Event()
@@ -60,7 +60,7 @@ class Progress:
                 file=sys.stderr,
                 leave=False,
                 dynamic_ncols=True,
-                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}{postfix}]",
+                bar_format=self._form(),
             )
             self._draw()
         self._ticker.start()
@@ -78,11 +78,11 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self, step: int, note: str = "") -> None:
+    def advance(self, step: float, note: str = "") -> None:
         """Add `step` to what is done; `note` says what is being done, or the result so far."""
         self.update(self.done + step, self.total, note)
 
-    def update(self, done: int, total: int | None, note: str = "") -> None:
+    def update(self, done: float, total: int | None, note: str = "") -> None:
         """Set how much is done, and of how much; `note` is as for `advance`."""
         self.done, self.total, self._note = done, total, printable(note)
         now = self._computing()
@@ -118,9 +118,9 @@ class Progress:
             doing = f"compiling {self._compiling}" if self._compiling else "running"
             return f"{self.title}: {doing}, {_duration(time.monotonic() - self._began)} so far"
         if self.unit == "B":
-            counted = f"{size_text(self.done)} of {size_text(self.total or 0)}"
+            counted = f"{size_text(int(self.done))} of {size_text(self.total or 0)}"
         else:
-            counted = f"{self.done} of {self.total} {self.unit}s"
+            counted = f"{int(self.done)} of {self.total} {self.unit}s"
         return ", ".join([f"{self.title}: {counted}", *self._details()])
 
     def _details(self) -> list[str]:
@@ -131,6 +131,11 @@ class Progress:
             *([self._note] if self._note else []),
         ]
 
+    def _form(self) -> str:
+        """tqdm's format of the bar, which counts what is done as a whole."""
+        counted = "{n_fmt}" if self.unit == "B" else f"{int(self.done)}"
+        return f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {counted}/{{total_fmt}} {{unit}} [{{elapsed}}{{postfix}}]"
+
     def _tick(self) -> None:
         while not self._over.wait(REFRESH):
             with suppress(OSError):
@@ -139,6 +144,7 @@ class Progress:
     def _draw(self) -> None:
         if self._bar is not None:
             self._bar.n, self._bar.total = self.done, self.total
+            self._bar.bar_format = self._form()
             self._bar.set_postfix_str(", ".join(self._details()), refresh=True)
         elif time.monotonic() >= self._line_at:
             self._line_at = time.monotonic() + LINES

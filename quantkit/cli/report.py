@@ -24,6 +24,7 @@ from quantkit.cli.console import (
     Verbose,
     chunk_progress,
     emit,
+    measure_progress,
     note,
     read_text,
     setup,
@@ -167,12 +168,12 @@ def command(
     try:
         with compiled_ahead(kernels, threads or default_threads()):
             if calibrated is not None and rounding == "nearest":
-                with chunk_progress("calibrate") as bar:
-                    run.calibrate(lambda done, of: bar(done, of, ""))
+                with measure_progress("calibrate") as progress:
+                    run.calibrate(progress)
             with work_progress("quantize") as work:
                 run.quantize(work)
-            with chunk_progress("measure") as bar:
-                run.measure(lambda done, of, kld: bar(done, of, f"KLD = {kld:.6f}"))
+            with measure_progress("measure", "KLD = {:.6f}") as progress:
+                run.measure(progress)
             if prompts:
                 with chunk_progress("continue", "model") as bar:
                     run.say(lambda done, of: bar(done, of, ""))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,16 +19,12 @@ from quantkit.cli.console import (
     Revision,
     Threads,
     Verbose,
-    chunk_progress,
     emit,
+    measure_progress,
     measured_ahead,
     setup,
 )
 from quantkit.errors import QuantkitError
-
-
-def _show(bar: Callable[[int, int, str], None], done: int, total: int, share: float) -> None:
-    bar(done, total, f"{share:.1%}")
 
 
 def command(
@@ -71,9 +65,8 @@ def command(
     model = open_model(source, revision=revision, pre=pre)
     lines, data = [], []
     for kind, own in items.items():
-        with measured_ahead(model, threads, backend), chunk_progress(kind, "task") as bar:
-            show = partial(_show, bar)
-            result = tasks(model, own, kind=kind, compute=compute, progress=show)
+        with measured_ahead(model, threads, backend), measure_progress(kind, "{:.1%}", "task") as progress:
+            result = tasks(model, own, kind=kind, compute=compute, progress=progress)
         lines.append(
             f"{kind}: {100 * result.accuracy.value:.4f} % ± {100 * result.accuracy.stderr:.4f} "
             f"({result.n_right} of {result.n_tasks} tasks; 95 %: {100 * result.low:.2f} "

@@ -6,9 +6,10 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from quantkit.evaluate.backends import AnyModel, load
 from quantkit.evaluate.logit_kernels import BASE_CHOSEN, BASE_MAX, BASE_SUM, CHOSEN, MAX, N_STATE, SUM, TOP, WEIGHTED
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.perplexity import chunked, pack_chunks, tokenize, warn_of_context
-from quantkit.evaluate.settings import Chunking, Compute, Estimate
+from quantkit.evaluate.settings import Chunking, Compute, Estimate, Progress
 from quantkit.evaluate.token_classes import CLASSES, token_classes
 from quantkit.formats.atomic import OutputFile
 from quantkit.formats.logits import LogitsFile, LogitsWriter, first_scored, is_logits_file
@@ -116,7 +117,7 @@ def divergence(
     chunking: Chunking = Chunking(),  # noqa: B008
     compute: Compute | None = None,
     save_logits: str | os.PathLike[str] | OutputFile | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> DivergenceResult:
     """Compare `model`'s predictions over `text` with those of `base`: another model, or a logits file.
 
@@ -125,8 +126,8 @@ def divergence(
     `save_logits` then writes the base's log-probabilities to a file that this function and llama-perplexity read.
     With a file as base, the text and its context are the file's (a given text must be the same), and the base's
     log-probabilities are those of 16 bits that it holds: none is further than 16 below the largest, which shows in
-    `ppl_base` of a model that is sure of itself. `compute` says what computes. After each chunk
-    `progress(chunks done, chunks, mean divergence so far)` is called. The statistics are llama-perplexity's, from the
+    `ppl_base` of a model that is sure of itself. `compute` says what computes. `progress` is told of chunks
+    and of the mean divergence so far. The statistics are llama-perplexity's, from the
     same scored tokens.
 
     Raises QuantkitError when the vocabularies differ, for a text that is too short or is not the file's, and when
@@ -145,7 +146,7 @@ def divergences(
     chunking: Chunking = Chunking(),  # noqa: B008
     compute: Compute | None = None,
     save_logits: str | os.PathLike[str] | OutputFile | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[DivergenceResult]:
     """`divergence` of several models from one base, in one pass: the base runs once, and all models share the memory.
 
@@ -213,7 +214,16 @@ def divergences(
     kld, nll, nll_base = (np.empty((len(leads), *shape)) for _ in range(3))
     same = np.empty((len(leads), *shape, 2), bool)
     began = time.perf_counter()
+    running = leads if other is None else [*leads, other]
+
+    def within(model: int, share: float) -> None:
+        if progress is not None:
+            done = (part.stop - part.start) * (model + share) / len(running)
+            progress(at + done, len(tokens), float(kld[0, :at].mean()) if at else None)
+
     with ExitStack() as stack:
+        for i, each in enumerate(running):
+            stack.enter_context(each.telling(partial(within, i)))
         writer = None if save_logits is None else stack.enter_context(LogitsWriter(save_logits, raw, n_vocab))
         for at in range(0, len(tokens), step):
             part = slice(at, min(at + step, len(tokens)))
@@ -224,8 +234,7 @@ def divergences(
                 for rows, _ in pack_chunks(other, some.logits, tokens[part], first):
                     writer.write(rows)
             if progress is not None:
-                for done in range(part.start, part.stop):
-                    progress(done + 1, len(tokens), float(kld[0, : done + 1].mean()))
+                progress(part.stop, len(tokens), float(kld[0, : part.stop].mean()))
     seconds = time.perf_counter() - began
     classes = token_classes(vocabulary, tokens[:, first + 1 :])
     cost = _Cost(seconds, min(step, len(tokens)))

@@ -14,7 +14,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import AnyModel, load
 from quantkit.evaluate.inputs import InputSum, Key
 from quantkit.evaluate.perplexity import chunked, tokenize, warn_of_context
-from quantkit.evaluate.settings import Chunking, Compute
+from quantkit.evaluate.settings import Chunking, Compute, Progress
 from quantkit.evaluate.texts import text_sha256
 from quantkit.formats.imatrix import Importance, ImportanceMatrix
 from quantkit.sources.source import TensorSource
@@ -66,7 +66,7 @@ def importance_matrix(
     resume: ImportanceMatrix | None = None,
     snapshot: Callable[[ImportanceMatrix], None] | None = None,
     snapshot_every: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ImportanceMatrix:
     """The importance matrix of `model` over `text`, a string or token ids, by llama-imatrix's method.
 
@@ -76,7 +76,7 @@ def importance_matrix(
     multiplied with are summed by column. `from_chunk` leaves out the first chunks of the text; `dataset` is the text's
     name, for the record. `resume` is what an earlier run over the same text, which was stopped, came to: its chunks are
     not computed again, and count among `chunking.chunks`. Every `snapshot_every` chunks, `snapshot` gets the matrix so
-    far. After each batch `progress(chunks done, chunks)` is called.
+    far. `progress` is told of chunks; there is no result so far.
 
     Sums are kept in float64 and returned in float32; llama-imatrix adds in float32, so its sums differ by its rounding.
     Raises QuantkitError for a text that is too short or not the resumed run's, and for activations that are not finite.
@@ -113,11 +113,17 @@ def importance_matrix(
         return both
 
     done = saved = 0
+
+    def within(share: float) -> None:
+        if progress is not None:
+            progress(done + share * len(some), len(tokens), None)
+
     while done < len(tokens):
         some = tokens[done : done + step]
         if snapshot is not None and snapshot_every > 0:
             some = some[: saved + snapshot_every - done]
-        hidden = model.hidden(some, 0, n_ctx)
+        with model.telling(within):
+            hidden = model.hidden(some, 0, n_ctx)
         model.refuse_nan(some, hidden.reshape(len(some), -1))
         if process_output and not model.spec.tied:
             sums.add((model.spec.output.weight,), hidden.reshape(-1, model.spec.n_embd))
@@ -125,10 +131,11 @@ def importance_matrix(
         so_far.add(sums.take())
         done += len(some)
         if progress is not None:
-            progress(done, len(tokens))
+            progress(done, len(tokens), None)
         if snapshot is not None and done - saved == snapshot_every and done < len(tokens):
             snapshot(matrix(done))
             saved = done
+    model.observer = None
     return matrix(done)
 
 

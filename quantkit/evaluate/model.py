@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -38,10 +38,10 @@ class Logits(Protocol):
         """Make ready for the vocabulary's tokens `start` to `stop`."""
         ...
 
-    def compute(self, seq: int, rows: slice, start: int, stop: int, out: np.ndarray) -> None:
-        """The logits of positions `rows` of a sequence for tokens `start` to `stop`, which are prepared, into `out`.
+    def compute(self, seqs: slice, rows: slice, start: int, stop: int, out: np.ndarray) -> None:
+        """The logits of positions `rows` of some sequences for tokens `start` to `stop`, which are prepared.
 
-        `out` is float32 [rows, tokens], contiguous. Several threads may call this.
+        `out`, float32 [sequences, rows, tokens] and contiguous, gets them. Several threads may call this.
         """
         ...
 
@@ -60,6 +60,7 @@ class Model(ABC):
     precision: str
     blas: str
     observer: Observer | None = None
+    _listener: Callable[[float], None] | None = None
 
     def __init__(self, source: TensorSource, compute: Compute) -> None:
         self.source = source
@@ -117,6 +118,22 @@ class Model(ABC):
         """The most memory, in bytes, taken until now: of the GPU where one computes, else of the process, or None."""
         return peak_memory()
 
+    # -- how far it is
+
+    @contextmanager
+    def telling(self, listener: Callable[[float], None]) -> Iterator[None]:
+        """Tell `listener` while this lasts, after every layer of `hidden`, what share of a batch is done."""
+        self._listener = listener
+        try:
+            yield
+        finally:
+            self._listener = None
+
+    def _layer_done(self, index: int) -> None:
+        if self._listener is not None:
+            # The logits are worth about a layer.
+            self._listener((index + 1) / (len(self.spec.layers) + 1))
+
     # -- what follows from that
 
     def visit_logits(
@@ -135,25 +152,30 @@ class Model(ABC):
     def visit_opened(self, opened: Sequence[Logits], n_seq: int, n_rows: int, visit: Visit) -> None:
         """Show logits of `n_rows` positions of each of `n_seq` sequences, as `visit_logits` does."""
         n_vocab, step = self.spec.n_vocab, min(each.step for each in opened)
-        with self.threads.share(n_seq) as share:
+        together = max(1, min(ROWS // max(1, n_rows), n_seq // self.threads.count))
+        n_units = -(-n_seq // together)
+        with self.threads.share(n_units) as share:
             for start in range(0, n_vocab, step):
                 end = min(start + step, n_vocab)
                 for each in opened:
                     each.prepare(start, end)
 
-                def show(seq: int, start: int = start, end: int = end) -> None:
+                def show(unit: int, start: int = start, end: int = end) -> None:
+                    seqs = slice(unit * together, min((unit + 1) * together, n_seq))
+                    n = seqs.stop - seqs.start
                     for row in range(0, n_rows, ROWS):
                         rows = slice(row, min(row + ROWS, n_rows))
                         for at in range(start, end, TILE):
                             to = min(at + TILE, end)
                             tiles = []
                             for i, each in enumerate(opened):
-                                out = self.threads.workspace.take(f"tile {i}", rows.stop - row, to - at)
-                                each.compute(seq, rows, at, to, out)
+                                out = self.threads.workspace.take(f"tile {i}", n, rows.stop - row, to - at)
+                                each.compute(seqs, rows, at, to, out)
                                 tiles.append(out)
-                            visit(seq, rows, at, tiles)
+                            for i in range(n):
+                                visit(seqs.start + i, rows, at, [tile[i] for tile in tiles])
 
-                share.outer(show, n_seq)
+                share.outer(show, n_units)
 
     def logits(self, tokens: np.ndarray, first: int = 0, stop: int | None = None) -> np.ndarray:
         """Logits at positions `first` to `stop` of each sequence.

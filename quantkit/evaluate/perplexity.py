@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate import logit_kernels
 from quantkit.evaluate.backends import AnyModel, load
 from quantkit.evaluate.model import Model
-from quantkit.evaluate.settings import Chunking, Compute, Estimate
+from quantkit.evaluate.settings import Chunking, Compute, Estimate, Progress
 from quantkit.formats.atomic import OutputFile
 from quantkit.formats.logits import LogitsWriter, empty_rows, first_scored, parts
 from quantkit.sources.source import TensorSource
@@ -94,15 +94,15 @@ def perplexity(
     chunking: Chunking = Chunking(),  # noqa: B008
     compute: Compute | None = None,
     save_logits: str | os.PathLike[str] | OutputFile | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> PerplexityResult:
     """The perplexity of `text`, a string or token ids, under `model`: a loaded model, a source, or a path.
 
     The method is llama-perplexity's: the whole text is tokenized once, special tokens not parsed, and cut into chunks
     as `chunking` says, the first token of each replaced by BOS where the vocabulary adds one; the second half of each
     chunk is scored. `compute` says what computes. `save_logits` names a file to write the log-probabilities of the
-    scored positions to, for `divergence` or llama-perplexity to compare with. After each chunk
-    `progress(chunks done, chunks, estimate)` is called.
+    scored positions to, for `divergence` or llama-perplexity to compare with. `progress` is told of chunks
+    and of the estimate so far.
 
     Raises QuantkitError for a text that is too short, and when the model's logits are NaN.
     """
@@ -124,7 +124,13 @@ def perplexity(
     chunk_nll: list[float] = []
     running: list[float] = []
     began = time.perf_counter()
+
+    def within(share: float) -> None:
+        if progress is not None:
+            progress(at + share * len(some), len(tokens), running[-1] if running else None)
+
     with ExitStack() as stack:
+        stack.enter_context(model.telling(within))
         writer = None
         if save_logits is not None:
             writer = stack.enter_context(LogitsWriter(save_logits, raw, model.spec.n_vocab))
@@ -143,8 +149,8 @@ def perplexity(
                 squares += float(np.square(chunk).sum())
                 chunk_nll.append(float(chunk.mean()))
                 running.append(Estimate(nll / (len(chunk_nll) * n_scored), 0.0).exp().value)
-                if progress is not None:
-                    progress(len(running), len(tokens), running[-1])
+            if progress is not None:
+                progress(len(running), len(tokens), running[-1])
     seconds = time.perf_counter() - began
     count = len(tokens) * n_scored
     mean = nll / count

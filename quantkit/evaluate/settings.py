@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from quantkit.errors import QuantkitError
+
+# Told how far a measurement is: what is done, of how much, and the result so far, None before there is one. Within a
+# batch what is done is a fraction.
+Progress = Callable[[float, int, "float | None"], None]
 
 BACKENDS = ("numpy", "torch")
 DEVICES = ("cpu", "cuda", "mps")

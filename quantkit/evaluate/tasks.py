@@ -21,7 +21,7 @@ import numpy as np
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import AnyModel, load
 from quantkit.evaluate.model import Model
-from quantkit.evaluate.settings import Compute, Estimate
+from quantkit.evaluate.settings import Compute, Estimate, Progress
 from quantkit.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -276,12 +276,12 @@ def tasks(
     *,
     kind: str = "tasks",
     compute: Compute | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> TasksResult:
     """Let `model` (a loaded model, a source, or a path) choose the likeliest text of each of `items` (`read_tasks`).
 
     The score of a text is the mean log-likelihood of its scored tokens; the first of equal ones wins, in Winogrande
-    the last. `compute` says what computes. After each batch `progress(tasks done, tasks, accuracy)` is called.
+    the last. `compute` says what computes. `progress` is told of tasks, and of the accuracy so far.
 
     Raises QuantkitError without tasks, for tasks without tokens to score, and when logits are NaN.
     """
@@ -293,7 +293,12 @@ def tasks(
     scores: list[list[float]] = [[] for _ in items]
     # Tasks alike in where their scored tokens begin and end run together: little is padded, few logits are for nothing.
     order = sorted(range(len(items)), key=lambda i: prepared[i].extent)
-    done = right = 0
+    done = right = count = 0
+
+    def within(share: float) -> None:
+        if progress is not None:
+            progress(done + share * count, len(order), right / done if done else None)
+
     while done < len(order):
         count = n_texts = 0
         for i in order[done:]:
@@ -303,7 +308,9 @@ def tasks(
                 break
             count += 1
         some = order[done : done + count]
-        for i, own in zip(some, _score(model, [prepared[i] for i in some]), strict=True):
+        with model.telling(within):
+            found = _score(model, [prepared[i] for i in some])
+        for i, own in zip(some, found, strict=True):
             scores[i] = own
             right += _choose(items[i], own) in items[i].right
         done += count

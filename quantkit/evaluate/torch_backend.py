@@ -34,6 +34,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate.inputs import InputSum, Key
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Compute
+from quantkit.evaluate.threads import blas_name
 from quantkit.evaluate.transformer import refuse_unsupported, rope_tables
 from quantkit.evaluate.weights import Weights
 from quantkit.machine import peak_memory
@@ -51,7 +52,9 @@ _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 # Logits that stand in memory together.
 _LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}
 # Tokens that go through the layers together.
-_TOKENS = {"cpu": 4096, "cuda": 32768, "mps": 8192}
+_TOKENS = {"cpu": 1024, "cuda": 32768, "mps": 8192}
+# Tokens for each thread of a CPU: their activations stay near its processor.
+_TOKENS_OF_A_THREAD = 512
 
 # What a sum of shares is at least when they are divided by it, as in the kernels.
 _LEAST_SUM = 6.103515625e-5
@@ -133,7 +136,9 @@ class TorchTransformer(Model):
         self._device = _open_device(device, self._kind)
         self._dtype, self._keep, self._held = _DTYPES[precision], keep, -1
         self.backend, self.precision = f"torch {device}", precision
-        self.blas = _library(self._kind)
+        # torch brings MKL, which leaves AVX-512 unused on other processors than Intel's; numpy's BLAS does not.
+        self._through_numpy = self._kind == "cpu" and self._dtype == torch.float32
+        self.blas = blas_name() if self._through_numpy else _library(self._kind)
         refuse_unsupported(self.spec, source.label)
         for part in unknown_parts(self.spec):
             raise QuantkitError(f"{source.label}: the torch backend does not know {part}: use the default backend")
@@ -233,7 +238,10 @@ class TorchTransformer(Model):
         widest = max((self._width(layer) for layer in self.spec.layers), default=0)
         per_token = 4 * (6 * self.spec.n_embd + widest)
         free = torch.cuda.mem_get_info(self._device)[0] // 2 if self._kind == "cuda" else self.memory // 2
-        return max(1, min(-(-_TOKENS[self._kind] // n_ctx), int(free) // (per_token * n_ctx)))
+        wanted = _TOKENS[self._kind]
+        if self._kind == "cpu":
+            wanted = max(wanted, _TOKENS_OF_A_THREAD * self.threads.count)
+        return max(1, min(-(-wanted // n_ctx), int(free) // (per_token * n_ctx)))
 
     def open_logits(self, tokens: np.ndarray, first: int, stop: int) -> _Logits:
         """See `Model`."""
@@ -362,7 +370,7 @@ class TorchTransformer(Model):
                 return torch.mm(x, weight.t(), out_dtype=torch.float32)
             except TypeError:  # torch before 2.8
                 pass
-        return functional.linear(x, weight).float()
+        return self._linear(x, weight).float()
 
     def _hidden(self, tokens: np.ndarray, first: int, stop: int) -> Any:
         """The last layer's output, normalised, at positions `first` to `stop`: float32 [n_seq, positions, n_embd]."""
@@ -374,6 +382,7 @@ class TorchTransformer(Model):
                 span = slice(first, stop)
             self._hold(i)
             x = self._layer(layer, x, span)
+            self._layer_done(i)
         return self._normed(spec.output_norm, x if spec.layers else x[:, first:stop])
 
     def _embedded(self, tokens: np.ndarray) -> Any:
@@ -537,7 +546,7 @@ class TorchTransformer(Model):
 
     def _expert(self, ff: Experts, name: str, biases: str | None, e: int, x: Any) -> Any:
         bias = None if biases is None else self._weight(biases)[e]
-        return functional.linear(x, self._weight(name).view(ff.n_expert, -1, x.shape[1])[e], bias)
+        return self._linear(x, self._weight(name).view(ff.n_expert, -1, x.shape[1])[e], bias)
 
     def _route(self, ff: Experts, logits: Any) -> tuple[Any, Any]:
         """The experts that each row of `logits` [rows, experts] chooses, and their shares: [rows, experts used]."""
@@ -568,13 +577,32 @@ class TorchTransformer(Model):
         present = [linear for linear in linears if linear is not None]
         self._observe(tuple(linear.weight for linear in present), x)
         return [
-            functional.linear(
+            self._linear(
                 x,
                 self._weight(linear.weight),
                 None if linear.bias is None else self._tensors[linear.bias].to(x.dtype),
             )
             for linear in present
         ]
+
+    def _linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
+        """`x` [..., n_in] times the rows of `weight`, plus `bias`."""
+        if not self._through_numpy:
+            return functional.linear(x, weight, bias)
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty(len(rows), len(weight))
+        step = max(1, -(-len(rows) // self.threads.count))
+        a, w, to = rows.numpy(), weight.numpy().T, out.numpy()
+
+        def multiply(i: int) -> None:
+            part = slice(i * step, (i + 1) * step)
+            np.matmul(a[part], w, out=to[part])
+
+        for _ in self.threads.map(multiply, range(-(-len(rows) // step))):
+            pass
+        if bias is not None:
+            out += bias
+        return out.view(*x.shape[:-1], len(weight))
 
     def _observe(self, names: tuple[str, ...], x: Any, expert: int | None = None) -> None:
         if self.observer is not None and x.numel():
@@ -600,7 +628,8 @@ class TorchTransformer(Model):
     def _running(self) -> Iterator[None]:
         """Run through torch: no gradients, exact float32 products, and one line where the memory is too small."""
         try:
-            with torch.inference_mode(), _exact_products():
+            # Tasks of ours share the products, each on one thread of BLAS.
+            with torch.inference_mode(), _exact_products(), self.threads.alone():
                 yield
         except torch.OutOfMemoryError:
             raise self._too_small() from None
@@ -629,9 +658,9 @@ class _Logits:
             scores = self._model._scores(self._rows, start, stop, self._matrix).cpu().numpy()
         self._start, self._scores = start, scores.reshape(*self._shape, stop - start)
 
-    def compute(self, seq: int, rows: slice, start: int, stop: int, out: np.ndarray) -> None:
+    def compute(self, seqs: slice, rows: slice, start: int, stop: int, out: np.ndarray) -> None:
         """See `model.Logits`."""
-        out[:] = self._scores[seq, rows, start - self._start : stop - self._start]
+        out[:] = self._scores[seqs, rows, start - self._start : stop - self._start]
 
 
 class TorchInputSums:

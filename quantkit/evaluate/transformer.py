@@ -120,7 +120,8 @@ class Transformer(Model):
         copies = 4 if any(isinstance(layer.feed_forward, Experts) for layer in self.spec.layers) else 2
         bytes_per_sequence = n_ctx * self.spec.n_embd * 4 * copies
         wanted = -(-4096 // n_ctx) if self._keep else -(-32768 // n_ctx)
-        wanted = -(-wanted // self.threads.count) * self.threads.count
+        at_once = self.threads.count * max(1, ROWS // n_ctx)
+        wanted = -(-wanted // at_once) * at_once
         return max(1, min(wanted, self.memory // 4 // bytes_per_sequence))
 
     # -- the forward pass
@@ -130,7 +131,7 @@ class Transformer(Model):
         n_seq, n_ctx = tokens.shape
         spec = self.spec
         x = self.embedded(tokens)
-        units = self._units(n_seq, n_ctx)
+        units = self._units(n_seq, n_ctx, self.threads.count)
         last = np.empty((n_seq, stop - first, spec.n_embd), np.float32)
         with self.threads.share(len(units)) as share:
             for i in range(len(spec.layers)):
@@ -138,6 +139,7 @@ class Transformer(Model):
                 in_place = i + 1 < len(spec.layers)
                 span, to = ((0, n_ctx), x) if in_place else ((first, stop), last)
                 self._run_layer(runner, x, units, span, to, share)
+                self._layer_done(i)
             if not spec.layers:
                 last[:] = x[:, first:stop]
             share.outer(lambda u: self._normalise(spec.output_norm, last[units[u]]), len(units))
@@ -182,9 +184,9 @@ class Transformer(Model):
         return _Logits(self, hidden)
 
     @staticmethod
-    def _units(n_seq: int, n_ctx: int) -> list[slice]:
-        """The sequences that a thread takes at a time."""
-        n_together = max(1, ROWS // n_ctx)
+    def _units(n_seq: int, n_ctx: int, n_threads: int = 1) -> list[slice]:
+        """The sequences that a thread takes at a time: enough for large products, so few that all threads get some."""
+        n_together = max(1, min(ROWS // n_ctx, n_seq // n_threads))
         return [slice(at, min(at + n_together, n_seq)) for at in range(0, n_seq, n_together)]
 
     def _runner(self, index: int, n_ctx: int, start: int = 0) -> LayerRunner:
@@ -352,9 +354,10 @@ class _Logits:
         """See `model.Logits`."""
         self._start, self._product = start, self._model._output(start, stop, self._weights)
 
-    def compute(self, seq: int, rows: slice, start: int, stop: int, out: np.ndarray) -> None:
+    def compute(self, seqs: slice, rows: slice, start: int, stop: int, out: np.ndarray) -> None:
         """See `model.Logits`."""
         matrix, bias, names = self._product
         part = slice(start - self._start, stop - self._start)
         product = Product(matrix[part], None if bias is None else bias[part], names)
-        self._model._scores(self._hidden[seq, rows], product, out)
+        x = self._hidden[seqs, rows].reshape(-1, self._hidden.shape[2])
+        self._model._scores(x, product, out.reshape(len(x), -1))

@@ -27,7 +27,7 @@ from quantkit.evaluate.generate import Generation, generate
 from quantkit.evaluate.importance import importance_matrix
 from quantkit.evaluate.needed_kernels import measuring_kernels
 from quantkit.evaluate.perplexity import chunked, tokenize
-from quantkit.evaluate.settings import Chunking, Compute
+from quantkit.evaluate.settings import Chunking, Compute, Progress
 from quantkit.formats.atomic import OutputGroup, write_whole
 from quantkit.pipeline.execute import execute, quantizing_kernels
 from quantkit.pipeline.mixtures import FileType, file_type
@@ -153,7 +153,7 @@ class Ladder:
                 plan.split_by(o.largest_file)
         return plans
 
-    def calibrate(self, progress: Callable[[int, int], None] | None = None) -> None:
+    def calibrate(self, progress: Progress | None = None) -> None:
         """Compute the importance matrix from the calibration text, and keep it beside the files."""
         o = self.options
         if o.calibration is None or o.rounding != "nearest":
@@ -245,7 +245,7 @@ class Ladder:
 
         execute(self.source, outputs, threads=o.compute.threads, progress=advance, group=group)
 
-    def measure(self, progress: Callable[[int, int, float], None] | None = None) -> None:
+    def measure(self, progress: Progress | None = None) -> None:
         """What each file lost on each text, and of each tensor, where it is not known yet."""
         o = self.options
         for text in o.texts:

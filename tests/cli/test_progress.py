@@ -141,3 +141,13 @@ def test_a_bar_on_a_terminal() -> None:
     done = [bar for bar in bars if re.search(r"\| \d+/70 chunk \[\d\d:\d\d, \d+ s left, PPL = ", bar)]
     assert done and "PPL = 15.3374 ±" in shown
     assert "perplexity:" not in on_a_terminal("perplexity", TINYLM, "--text", TEXT, "--chunks", 4, "-q")
+
+
+def test_a_batch_under_way_counts_in_part(clock: Clock) -> None:
+    progress = Progress("perplexity", "chunk")
+    at(clock, 4)
+    progress.update(0.5, 10)  # half of the layers of the first batch
+    at(clock, 6)
+    progress.update(1.5, 10)
+    assert progress.seconds_left() == pytest.approx(17)
+    assert progress.state() == "perplexity: 1 of 10 chunks, 17 s left"

@@ -43,7 +43,7 @@ def chunks_of(tokens: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("process_output", [False, True])
 def test_sums_of_squares_of_what_the_plain_forward_pass_multiplies(model_path: Path, process_output: bool) -> None:
     tokens = some_tokens(5)
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[float, int, float | None]] = []
     matrix = importance_matrix(
         GGUFSource(model_path), tokens, chunking=CUT, process_output=process_output, dataset="a.txt",
         progress=lambda *a: seen.append(a),
@@ -61,7 +61,7 @@ def test_sums_of_squares_of_what_the_plain_forward_pass_multiplies(model_path: P
         np.testing.assert_allclose(matrix.entries[name].sums, sums[None], rtol=2e-5)
         assert matrix.entries[name].counts.tolist() == [5 * N_CTX]
     assert (matrix.chunk_count, matrix.chunk_size, matrix.datasets) == (5, N_CTX, ["a.txt"])
-    assert seen[-1] == (5, 5)
+    assert seen[-1] == (5, 5, None) and 0 < seen[0][0] < 5
 
 
 def test_results_do_not_depend_on_batch_or_threads(model_path: Path) -> None:
