@@ -312,7 +312,7 @@ def test_nan_of_an_expert_names_its_layer(tmp_path):
         ("granite", "logit_scale", 0),
         ("granite", "expert_count", 4),
         ("phi3", "expert_count", 4),
-        ("qwen2", "nextn_predict_layers", 2),
+        ("qwen2", "nextn_predict_layers", 9),
     ],
 )
 def test_what_is_not_supported_is_refused_in_one_line(tmp_path, name, key, value):
