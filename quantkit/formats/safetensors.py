@@ -1,8 +1,9 @@
-"""Safetensors checkpoints: the tensors of a directory, one file or many shards, read through memory maps.
+"""Safetensors checkpoints: the tensors of a directory, one file or many shards.
 
-Source of the layout: the safetensors format (8 bytes of header length, a JSON header, the data). Files are
-untrusted: every length, count and offset is checked against the size of the file before it is used, and the shards
-against the index that lists them.
+Files are untrusted. The safetensors library opens each one and checks its header: types, shapes, and offsets that
+fill the file without a gap. The shards are checked here against the index that lists them. What the library does not
+give to numpy is read here, at the places that it has checked: bfloat16 and 8-bit floats, which numpy does not have, and
+parts of tensors without a copy, by position, so that a file that shrinks meanwhile is an error and no SIGBUS.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import math
 import mmap
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from quantkit.errors import QuantkitError
 from quantkit.formats.reading import InputFile
@@ -88,10 +90,6 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
-
-
 class _File:
     """One safetensors file, mapped."""
 
@@ -101,6 +99,12 @@ class _File:
         size = self.file.nbytes
         if size < 10:
             raise QuantkitError(f"{path}: truncated: only {size} bytes; download it again")
+        length = int.from_bytes(self.file.read(0, 8), "little")
+        if length > MAX_JSON:
+            raise QuantkitError(f"{path}: not a safetensors file: it announces a header of {length} bytes")
+        if 8 + length > size:
+            raise QuantkitError(f"{path}: truncated: its header ends at byte {8 + length} of {size}; download it again")
+        self.tensors = {tensor.name: tensor for tensor in sorted(self._checked(8 + length), key=lambda t: t.name)}
         try:
             with open(path, "rb") as file:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -108,43 +112,31 @@ class _File:
             raise QuantkitError(f"{path}: cannot be mapped: {getattr(error, 'strerror', error)}") from None
         self.file.check()
         self.address = int(np.frombuffer(self.map, np.uint8).__array_interface__["data"][0])
-        length = int.from_bytes(self.file.read(0, 8), "little")
-        if length > MAX_JSON:
-            raise QuantkitError(f"{path}: not a safetensors file: it announces a header of {length} bytes")
-        if 8 + length > size:
-            raise QuantkitError(f"{path}: truncated: its header ends at byte {8 + length} of {size}; download it again")
-        header = parse_json(self.file.read(8, length), path)
-        header.pop("__metadata__", None)
-        self.tensors = {name: self._tensor(name, header[name], 8 + length, size) for name in sorted(header)}
-        self._refuse_overlap()
 
-    def _tensor(self, name: str, entry: Any, data: int, size: int) -> StoredTensor:
-        problem = f"{self.path}: tensor {name!r}"
-        if not isinstance(entry, dict):
-            raise QuantkitError(f"{problem}: its header entry is not an object")
-        dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-        if not isinstance(dtype, str) or dtype not in _BITS:
-            raise QuantkitError(f"{problem} has the unknown type {dtype!r}")
-        if not isinstance(shape, list) or len(shape) > 16 or not all(map(_is_count, shape)):
-            raise QuantkitError(f"{problem} has the impossible shape {str(shape)[:80]}")
-        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-            raise QuantkitError(f"{problem} has the impossible data offsets {str(offsets)[:80]}")
-        begin, end = offsets
-        nbytes, rest = divmod(math.prod(shape) * _BITS[dtype], 8)
-        if rest or end - begin != nbytes:
-            raise QuantkitError(f"{problem} spans {end - begin} bytes, but {dtype} of shape {shape} takes {nbytes}")
-        if data + end > size:
+    def _checked(self, start: int) -> Iterator[StoredTensor]:
+        """The tensors, after the library has checked the header; `start` is where it ends."""
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                # In the order of their places: the library has made sure that each begins where the last one ends.
+                for name in file.offset_keys():
+                    entry = file.get_slice(name)
+                    dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
+                    if dtype not in _BITS:
+                        raise QuantkitError(f"{self.path}: tensor {name!r} has the unknown type {dtype!r}")
+                    if len(shape) > 16:
+                        raise QuantkitError(f"{self.path}: tensor {name!r} has {len(shape)} axes, more than any tensor")
+                    nbytes = math.prod(shape) * _BITS[dtype] // 8
+                    yield StoredTensor(name, dtype, shape, self.path, start, nbytes)
+                    start += nbytes
+        except (SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0].removeprefix("Error while deserializing header: ")
+            if "ncomplete" in reason:
+                reason = "its tensors do not end where it does; download it again"
+            raise QuantkitError(f"{self.path}: not a whole safetensors file: {reason[:200]}") from None
+        if start != self.file.nbytes:
             raise QuantkitError(
-                f"{self.path}: truncated: tensor {name!r} ends at byte {data + end} of {size}; download it again"
+                f"{self.path}: its tensors end at byte {start} of {self.file.nbytes}; download it again"
             )
-        return StoredTensor(name, dtype, tuple(shape), self.path, data + begin, nbytes)
-
-    def _refuse_overlap(self) -> None:
-        last: StoredTensor | None = None
-        for tensor in sorted((t for t in self.tensors.values() if t.nbytes), key=lambda t: t.start):
-            if last is not None and tensor.start < last.start + last.nbytes:
-                raise QuantkitError(f"{self.path}: tensors {last.name!r} and {tensor.name!r} overlap")
-            last = tensor
 
 
 class SafetensorsCheckpoint:

@@ -87,28 +87,32 @@ def test_tensors_come_by_file_then_by_name(tmp_path: Path) -> None:
     assert list(SafetensorsCheckpoint(tmp_path).tensors) == ["layers.10", "layers.2", "z", "a", "b"]
 
 
+# What the library finds wrong it says in its own words, which change between its versions.
+MALFORMED = "not a whole safetensors file: ."
 BAD_HEADERS = {
     "empty file": (b"", "truncated: only 0 bytes"),
     "short file": (b"\x10\0\0\0", "truncated: only 4 bytes"),
     "huge header": (encode({}, length=1 << 62), "announces a header"),
     "header past the end": (encode({"a": entry([1], [0, 4])}, length=4000), "its header ends at byte 4008"),
-    "not JSON": (encode(b"{nonsense}"), "not valid JSON"),
-    "not UTF-8": (encode(b'{"\xff\xfe": 1}'), "not valid JSON"),
-    "deep JSON": (encode(b'{"a":' + b"[" * 100_000), "not valid JSON"),
-    "endless number": (encode(b'{"a":' + b"9" * 10_000 + b"}"), "not valid JSON|not an object"),
-    "not an object": (encode(b"[1, 2]  "), "not a JSON object"),
-    "entry not an object": (encode({"a": 3}), "'a': its header entry is not an object"),
-    "unknown type": (encode({"a": entry([1], [0, 4], "Q7")}, bytes(4)), "'a' has the unknown type 'Q7'"),
-    "type not a string": (encode({"a": entry([1], [0, 4], [])}, bytes(4)), "'a' has the unknown type"),
-    "negative shape": (encode({"a": entry([-1, -1], [0, 4])}, bytes(4)), "'a' has the impossible shape"),
-    "fractional shape": (encode({"a": {**entry([1], [0, 4]), "shape": [1.0]}}, bytes(4)), "impossible shape"),
-    "overflowing shape": (encode({"a": entry([1 << 40, 1 << 40], [0, 4])}, bytes(4)), "spans 4 bytes, but F32"),
-    "too many axes": (encode({"a": entry([1] * 20, [0, 4])}, bytes(4)), "impossible shape"),
-    "one offset": (encode({"a": entry([1], [0])}, bytes(4)), "impossible data offsets"),
-    "offsets backwards": (encode({"a": entry([1], [4, 0])}, bytes(4)), "spans -4 bytes"),
-    "wrong size": (encode({"a": entry([3], [0, 8])}, bytes(8)), r"spans 8 bytes, but F32 of shape \[3\] takes 12"),
-    "past the end": (encode({"a": entry([4], [0, 16])}, bytes(12)), "truncated: tensor 'a' ends at byte"),
-    "overlap": (encode({"a": entry([2], [0, 8]), "b": entry([2], [4, 12])}, bytes(12)), "'a' and 'b' overlap"),
+    "not JSON": (encode(b"{nonsense}"), MALFORMED),
+    "not UTF-8": (encode(b'{"\xff\xfe": 1}'), MALFORMED),
+    "deep JSON": (encode(b'{"a":' + b"[" * 100_000), MALFORMED),
+    "endless number": (encode(b'{"a":' + b"9" * 10_000 + b"}"), MALFORMED),
+    "not an object": (encode(b"[1, 2]  "), MALFORMED),
+    "entry not an object": (encode({"a": 3}), MALFORMED),
+    "unknown type": (encode({"a": entry([1], [0, 4], "Q7")}, bytes(4)), MALFORMED),
+    "type not a string": (encode({"a": entry([1], [0, 4], [])}, bytes(4)), MALFORMED),
+    "negative shape": (encode({"a": entry([-1, -1], [0, 4])}, bytes(4)), MALFORMED),
+    "fractional shape": (encode({"a": {**entry([1], [0, 4]), "shape": [1.0]}}, bytes(4)), MALFORMED),
+    "overflowing shape": (encode({"a": entry([1 << 40, 1 << 40], [0, 4])}, bytes(4)), MALFORMED),
+    "too many axes": (encode({"a": entry([1] * 20, [0, 4])}, bytes(4)), "'a' has 20 axes"),
+    "one offset": (encode({"a": entry([1], [0])}, bytes(4)), MALFORMED),
+    "offsets backwards": (encode({"a": entry([1], [4, 0])}, bytes(4)), MALFORMED),
+    "wrong size": (encode({"a": entry([3], [0, 8])}, bytes(8)), MALFORMED),
+    "past the end": (encode({"a": entry([4], [0, 16])}, bytes(12)), "its tensors do not end where it does"),
+    "bytes after the last": (encode({"a": entry([1], [0, 4])}, bytes(5)), "its tensors do not end where it does"),
+    "gap": (encode({"a": entry([1], [0, 4]), "b": entry([1], [8, 12])}, bytes(12)), MALFORMED),
+    "overlap": (encode({"a": entry([2], [0, 8]), "b": entry([2], [4, 12])}, bytes(12)), MALFORMED),
     "name twice": (
         encode(
             b'{"a":'
@@ -118,7 +122,7 @@ BAD_HEADERS = {
             + b"}",
             bytes(8),
         ),
-        "'a' occurs twice",
+        MALFORMED,
     ),
     "no tensors": (encode({"__metadata__": {}}), "hold no tensors"),
 }
