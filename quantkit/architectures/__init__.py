@@ -45,6 +45,7 @@ from quantkit.architectures.qwen2 import Qwen2
 from quantkit.architectures.qwen2_moe import Qwen2Moe
 from quantkit.architectures.qwen3 import Qwen3
 from quantkit.architectures.qwen3_moe import Qwen3Moe
+from quantkit.architectures.qwen3_next import Qwen3Next, Qwen35, Qwen35Moe
 from quantkit.architectures.seed_oss import SeedOss
 from quantkit.architectures.smollm3 import SmolLM3
 from quantkit.architectures.stablelm import StableLm
@@ -99,6 +100,9 @@ FAMILIES: tuple[type[Architecture], ...] = (
     Bailing,
     Bailing2,
     DeepSeek2,
+    Qwen3Next,
+    Qwen35,
+    Qwen35Moe,
 )
 
 BY_CLASS: dict[str, type[Architecture]] = {

@@ -16,6 +16,7 @@ import numpy as np
 from quantkit.architectures.config import Config
 from quantkit.architectures.experts import Stack
 from quantkit.architectures.forward import MAX_HEAD, MAX_LAYERS, ForwardSpec
+from quantkit.architectures.gguf_gaps import more_names
 from quantkit.architectures.parameters import SHARED, Parameter
 from quantkit.architectures.rotary_config import RotaryConfig
 from quantkit.errors import QuantkitError
@@ -29,13 +30,15 @@ if TYPE_CHECKING:
 # axes, a slice), never a copy. It sees raw bits (bfloat16 as uint16), so it may move values and not change them.
 # The view's last axis is a row. Axes that it adds in front are merged again, unless the transform says how many stay.
 Rearrange = Callable[[Config, np.ndarray], np.ndarray]
+# The order of the numbers of each row, from the family's config: where in the stored row each is.
+Columns = Callable[[Config], np.ndarray]
 # Arithmetic on a tensor's values, row by row: float32, or float16 where the checkpoint is.
 Arithmetic = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Transform:
-    """How a stored tensor is converted: first its values are rearranged, then they may be changed.
+    """How a stored tensor is converted: its values are rearranged, within a row last, then they may be changed.
 
     The rows of several rearrangements are concatenated. The GGUF tensor has as many axes as the stored one,
     or `n_axes`.
@@ -44,6 +47,7 @@ class Transform:
     rearrange: Rearrange | tuple[Rearrange, ...] | None = None
     arithmetic: Arithmetic | None = None
     n_axes: int | None = None
+    columns: Columns | None = None
 
 
 @dataclass(frozen=True)
@@ -293,7 +297,9 @@ class Architecture:
         import gguf
 
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf_name)
-        return gguf.get_tensor_name_map(arch, self.n_layers)
+        names = gguf.get_tensor_name_map(arch, self.n_layers)
+        names.mapping.update(more_names(self.gguf_name, self.n_layers))
+        return names
 
     def gguf_tensor_name(self, name: str) -> str:
         """The GGUF name of the checkpoint's tensor `name`, from the gguf package's table."""

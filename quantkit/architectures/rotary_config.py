@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quantkit.architectures.config import Config
+from quantkit.architectures.config import MAX_INTEGER, Config
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
@@ -79,6 +79,16 @@ class RotaryConfig:
             raise QuantkitError(f"{self.config.path}: rope scaling {self.type!r} lacks {name}")
         return value
 
+    @property
+    def sections(self) -> list[int] | None:
+        """How many pairs turn with each of four positions, in models that see images; None for others."""
+        values = self.full.get("mrope_section")
+        if values is None:
+            return None
+        if not isinstance(values, list) or not all(type(n) is int and 0 <= n < MAX_INTEGER for n in values):
+            raise self.config.wrong(("mrope_section",), values, "a list of whole numbers")
+        return [*values, 0, 0, 0, 0][:4]
+
     def write(self, writer: GGUFWriter) -> None:
         """Add the keys of `{arch}.rope.*` in the reference converter's order."""
         from gguf import RopeScalingType
@@ -101,8 +111,10 @@ class RotaryConfig:
                     add(value)
         elif self.type in ("su", "longrope"):
             writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
-        elif self.type not in (None, "default", "dynamic", "llama3"):
+        elif self.type not in (None, "default", "dynamic", "llama3", "mrope"):
             raise QuantkitError(f"{self.config.path}: the rope scaling {self.type!r} is not supported")
+        if self.sections is not None:
+            writer.add_rope_dimension_sections(self.sections)
         if (theta := self.number("rope_theta")) is not None:
             writer.add_rope_freq_base(theta)
         if (theta := self.local.get("rope_theta")) is not None:

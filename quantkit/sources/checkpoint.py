@@ -315,6 +315,8 @@ class CheckpointSource:
             )
             return repacked_mxfp4(codes, scales)
         rows = self._gather(name, start, stop)
+        if assembly.transform.columns is not None:
+            rows = np.take(rows, assembly.transform.columns(self.architecture.config), axis=1)
         if assembly.transform.arithmetic is not None:
             # torch, and so the reference, has arithmetic for float16, which rounds each result to it.
             values = rows if rows.dtype == np.float16 else _float32(rows)

@@ -55,6 +55,38 @@ def _rope(theta: float, **values: Any) -> dict[str, Any]:
 LONG = [round(1 + i * i / 37, 6) for i in range(32)]
 SHORT = [round(1 + i / 53, 6) for i in range(32)]
 GLM_TOKENS = ["<|endoftext|>", "[gMASK]", "<|user|>", "<|observation|>"]
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4, "rope_parameters": _rope(1e7, partial_rotary_factor=0.25),
+}  # fmt: skip
+DENSE_BLOCK = {"gate_proj.weight": "512 256", "up_proj.weight": "512 256", "down_proj.weight": "256 512"}
+EXPERT = dict.fromkeys(("gate_proj.weight", "up_proj.weight", "down_proj.weight"), "256 256")
+EXPERTS = {f"experts.{i}.{name}": shape for i in range(4) for name, shape in EXPERT.items()}
+# Qwen's layer that predicts several tokens, as it is published.
+MTP = {
+    f"mtp.{name}": shape
+    for name, shape in {
+        "fc.weight": "256 512",
+        "norm.weight": "256",
+        "pre_fc_norm_embedding.weight": "256",
+        "pre_fc_norm_hidden.weight": "256",
+        "layers.0.input_layernorm.weight": "256",
+        "layers.0.post_attention_layernorm.weight": "256",
+        "layers.0.self_attn.q_proj.weight": "512 256",
+        "layers.0.self_attn.k_proj.weight": "128 256",
+        "layers.0.self_attn.v_proj.weight": "128 256",
+        "layers.0.self_attn.o_proj.weight": "256 256",
+        "layers.0.self_attn.q_norm.weight": "64",
+        "layers.0.self_attn.k_norm.weight": "64",
+    }.items()
+}
+MTP_MOE = {
+    **MTP,
+    **{f"mtp.layers.0.mlp.{name}": shape for name, shape in EXPERTS.items()},
+    **{f"mtp.layers.0.mlp.shared_expert.{name}": shape for name, shape in EXPERT.items()},
+    "mtp.layers.0.mlp.gate.weight": "4 256",
+    "mtp.layers.0.mlp.shared_expert_gate.weight": "1 256",
+}
 MODELS = {
     "tiny-qwen2-moe": Model(
         "Qwen2MoeForCausalLM",
@@ -320,6 +352,31 @@ MODELS = {
             "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "head_dim": 64, "attention_chunk_size": 8192,
             "rope_parameters": _rope(5e5), "use_qk_norm": True, "max_position_embeddings": 512,
         },
+    ),
+    "tiny-qwen3-next": Model(
+        "Qwen3NextForCausalLM",
+        {
+            "num_hidden_layers": 4, "head_dim": 64, "moe_intermediate_size": 256, "num_experts": 4,
+            "num_experts_per_tok": 2, "shared_expert_intermediate_size": 256, **DELTA,
+        },
+        {"more": MTP_MOE},
+    ),
+    "tiny-qwen35": Model(
+        "Qwen3_5ForCausalLM",
+        {
+            "num_hidden_layers": 4, "head_dim": 64, **DELTA, "mtp_num_hidden_layers": 1,
+            "rope_parameters": _rope(1e7, partial_rotary_factor=0.25, mrope_section=[3, 3, 2], mrope_interleaved=True),
+        },
+        {"more": {**MTP, **{f"mtp.layers.0.mlp.{name}": shape for name, shape in DENSE_BLOCK.items()}}},
+    ),
+    "tiny-qwen35-moe": Model(
+        "Qwen3_5MoeForCausalLM",
+        {
+            "num_hidden_layers": 4, "head_dim": 64, "moe_intermediate_size": 256, "num_experts": 4,
+            "num_experts_per_tok": 2, "shared_expert_intermediate_size": 256, **DELTA, "intermediate_size": "absent",
+            "mtp_num_hidden_layers": 1,
+        },
+        {"more": MTP_MOE, "added": ["<|endoftext|>"]},
     ),
 }  # fmt: skip
 
