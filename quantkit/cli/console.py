@@ -71,6 +71,12 @@ Revision = Annotated[
     str | None,
     typer.Option(metavar="REV", rich_help_panel=COMMON, help="Branch, tag or commit of a model on the hub."),
 ]
+Remote = Annotated[
+    bool,
+    typer.Option(
+        "--remote", rich_help_panel=COMMON, help="Read a hub model's weights by HTTP as needed; keep none on disk."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", rich_help_panel=COMMON, help="Print the result as JSON.")]
 Verbose = Annotated[
     int,

@@ -11,6 +11,7 @@ from quantkit.cli.console import (
     Force,
     Pre,
     Quiet,
+    Remote,
     Revision,
     Threads,
     Verbose,
@@ -52,6 +53,7 @@ def command(
     model_name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the model, for general.name.")] = None,
     pre: Pre = None,
     revision: Revision = None,
+    remote: Remote = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Accept weights that are NaN or infinite.")
     ] = False,
@@ -69,11 +71,13 @@ def command(
     from quantkit.pipeline.execute import execute
     from quantkit.pipeline.naming import Destination, home_of
     from quantkit.pipeline.plan import plan_copy
-    from quantkit.sources.checkpoint import CheckpointSource, output_name
-    from quantkit.sources.hub import resolve
+    from quantkit.sources.checkpoint import output_name
+    from quantkit.sources.source import open_checkpoint
 
-    directory = resolve(checkpoint, revision)
-    source = CheckpointSource(directory, outtype.value, pre, model_name, allow_nonfinite)
+    source = open_checkpoint(
+        checkpoint, revision=revision, remote=remote,
+        outtype=outtype.value, pre=pre, name=model_name, allow_nonfinite=allow_nonfinite,
+    )  # fmt: skip
     destination = Destination.of(output, home_of(checkpoint))
     path = destination.file(output_name(source.metadata, source.kind))
     plan = plan_copy(source)

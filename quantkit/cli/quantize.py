@@ -20,6 +20,7 @@ from quantkit.cli.console import (
     Pre,
     Precision,
     Quiet,
+    Remote,
     Revision,
     SplitSize,
     SplitTensors,
@@ -181,6 +182,7 @@ def command(
     ] = False,
     pre: Pre = None,
     revision: Revision = None,
+    remote: Remote = False,
     threads: Threads = None,
     as_json: Json = False,
     verbose: Verbose = 0,
@@ -231,7 +233,7 @@ def command(
         split_max_size=None if split_max_size is None else parse_size(split_max_size),
         split_max_tensors=split_max_tensors,
     )
-    model = open_model(source, revision=revision, pre=pre, allow_nonfinite=allow_nonfinite)
+    model = open_model(source, revision=revision, remote=remote, pre=pre, allow_nonfinite=allow_nonfinite)
     destination = Destination.of(output, home_of(source))
     paths = output_paths(destination, model, names, "" if rounding == "nearest" else rounding)
     compute = Compute(backend=backend, device=device, precision=precision, threads=threads)

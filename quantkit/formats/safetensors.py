@@ -13,10 +13,10 @@ import math
 import mmap
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -90,12 +90,24 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
-class _File:
-    """One safetensors file, mapped."""
+class Shards(Protocol):
+    """Safetensors files that are elsewhere, and are read through files of the same size with the same header."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file = InputFile(path)
+    @property
+    def names(self) -> Sequence[str]:
+        """Their names."""
+        ...
+
+    def open(self, name: str) -> InputFile:
+        """The file `name`."""
+        ...
+
+
+class _File:
+    """One safetensors file, mapped. `file` reads it; `path` is what it is called."""
+
+    def __init__(self, path: Path, file: InputFile) -> None:
+        self.path, self.file = path, file
         size = self.file.nbytes
         if size < 10:
             raise QuantkitError(f"{path}: truncated: only {size} bytes; download it again")
@@ -106,8 +118,8 @@ class _File:
             raise QuantkitError(f"{path}: truncated: its header ends at byte {8 + length} of {size}; download it again")
         self.tensors = {tensor.name: tensor for tensor in sorted(self._checked(8 + length), key=lambda t: t.name)}
         try:
-            with open(path, "rb") as file:
-                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with open(file.path, "rb") as opened:
+                self.map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise QuantkitError(f"{path}: cannot be mapped: {getattr(error, 'strerror', error)}") from None
         self.file.check()
@@ -116,7 +128,7 @@ class _File:
     def _checked(self, start: int) -> Iterator[StoredTensor]:
         """The tensors, after the library has checked the header; `start` is where it ends."""
         try:
-            with safe_open(self.path, framework="numpy") as file:
+            with safe_open(self.file.path, framework="numpy") as file:
                 # In the order of their places: the library has made sure that each begins where the last one ends.
                 for name in file.offset_keys():
                     entry = file.get_slice(name)
@@ -147,8 +159,8 @@ class SafetensorsCheckpoint:
     tensor, for anything missing or malformed.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Map every shard of `directory` and check it against its header and the index."""
+    def __init__(self, directory: Path, elsewhere: Shards | None = None) -> None:
+        """Map every shard of `directory`, or `elsewhere`, and check it against its header and the index."""
         self.directory = directory
         index = directory / INDEX
         self._files: dict[Path, _File] = {}
@@ -156,12 +168,13 @@ class SafetensorsCheckpoint:
         self._lock = threading.Lock()
         self._whole: tuple[str, np.ndarray] | None = None
         weight_map = self._weight_map(index) if index.is_file() else None
-        names = sorted(set(weight_map.values())) if weight_map is not None else self._unindexed()
+        names = sorted(set(weight_map.values())) if weight_map is not None else self._unindexed(elsewhere)
         for name in names:
             path = directory / name
-            if not path.is_file():
+            if not path.is_file() if elsewhere is None else name not in elsewhere.names:
                 raise QuantkitError(f"{index}: lists the shard {name!r}, which is not there; download it")
-            file = self._files[path] = _File(path)
+            opened = InputFile(path) if elsewhere is None else elsewhere.open(name)
+            file = self._files[path] = _File(path, opened)
             if weight_map is not None:
                 self._compare(file, {key for key, shard in weight_map.items() if shard == name})
             for key, tensor in file.tensors.items():
@@ -182,9 +195,10 @@ class SafetensorsCheckpoint:
                 raise QuantkitError(f"{index}: it puts tensor {key!r} into {str(name)[:120]!r}, which names no shard")
         return weight_map
 
-    def _unindexed(self) -> list[str]:
+    def _unindexed(self, elsewhere: Shards | None) -> list[str]:
         try:
-            present = sorted(path.name for path in self.directory.iterdir())
+            found = {path.name for path in self.directory.iterdir()}
+            present = sorted(found.union(() if elsewhere is None else elsewhere.names))
         except OSError as error:
             raise QuantkitError(f"{self.directory}: {error.strerror or error}") from None
         names = [name for name in present if name.startswith("model") and name.endswith(".safetensors")]

@@ -21,7 +21,7 @@ from quantkit.architectures import Architecture, Assembly, load_architecture
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import MAX_DIMENSIONS, Metadata, TensorInfo, Value, ValueType
-from quantkit.formats.safetensors import NUMPY_TYPES, SafetensorsCheckpoint, StoredTensor, take_rows
+from quantkit.formats.safetensors import NUMPY_TYPES, SafetensorsCheckpoint, Shards, StoredTensor, take_rows
 from quantkit.sources.gguf_gaps import complete_sampling
 from quantkit.sources.hub import FILES, repo_id_of
 
@@ -66,7 +66,7 @@ class CheckpointSource:
 
     `outtype` is the type of its matrices; "auto" keeps 16-bit weights in the type that they have and makes F32 ones
     F16. `pre` names the pre-tokenizer where its definition is not recognised; `name` overrides `general.name`;
-    `allow_nonfinite` lets NaN and infinity into blocks.
+    `allow_nonfinite` lets NaN and infinity into blocks. `elsewhere` has the shards where `directory` has not.
     Raises QuantkitError for a checkpoint that is incomplete, malformed or of an unknown architecture.
     """
 
@@ -77,13 +77,14 @@ class CheckpointSource:
         pre: str | None = None,
         name: str | None = None,
         allow_nonfinite: bool = False,
+        elsewhere: Shards | None = None,
     ) -> None:
         """Read the headers and lay out the tensors; no weight is read yet."""
         self.directory, self._pre, self._name = Path(directory), pre, name
-        self._allow_nonfinite = allow_nonfinite
+        self._allow_nonfinite, self._elsewhere = allow_nonfinite, elsewhere
         self.architecture: Architecture = load_architecture(self.directory)
         self._refuse_quantized()
-        self._checkpoint = SafetensorsCheckpoint(self.directory)
+        self._checkpoint = SafetensorsCheckpoint(self.directory, elsewhere)
         stored = self._checkpoint.tensors
         self.type = self._guess(stored) if outtype == "auto" else GGMLType.parse(outtype)
         self._assemblies: dict[str, Assembly] = {}
@@ -108,7 +109,7 @@ class CheckpointSource:
 
     def seen_as(self, outtype: OutType) -> CheckpointSource:
         """The same checkpoint with matrices of another type."""
-        return CheckpointSource(self.directory, outtype, self._pre, self._name, self._allow_nonfinite)
+        return CheckpointSource(self.directory, outtype, self._pre, self._name, self._allow_nonfinite, self._elsewhere)
 
     def _refuse_quantized(self) -> None:
         quantization = self.architecture.config.find("quantization_config")
@@ -174,6 +175,8 @@ class CheckpointSource:
         rearrange = assembly.transform.rearrange
         if rearrange is None:
             return [data]
+        if data.ndim == 1:
+            data = self._checkpoint.read(part, data.reshape(1, -1), 0, 1)[0]
         try:
             views = [
                 step(self.architecture.config, data)

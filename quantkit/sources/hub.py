@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
@@ -45,15 +47,37 @@ def resolve(checkpoint: str, revision: str | None = None) -> Path:
         raise QuantkitError(f"{checkpoint}: a file; a checkpoint is the directory with config.json and *.safetensors")
     if not _REPO_ID.fullmatch(checkpoint):
         raise QuantkitError(f"{checkpoint}: no such directory, and not a hub id like org/name")
-    return _download(checkpoint, revision)
+    return download(checkpoint, revision)
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
+def is_hub_id(name: str) -> bool:
+    """Whether `name` looks like a hub id, and is no local directory."""
+    return _REPO_ID.fullmatch(name) is not None and not Path(name).is_dir()
 
-    at = repo_id if revision is None else f"{repo_id} at revision {revision}"
+
+def download(repo_id: str, revision: str | None, patterns: Sequence[str] = FILES) -> Path:
+    """The directory of the hub's cache with the files of a repository that `patterns` name. See `resolve`."""
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(repo_id, revision):
+        directory = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
+    if not (directory / "config.json").is_file():
+        raise QuantkitError(f"{_at(repo_id, revision)}: it has no config.json, so it is not a transformers checkpoint")
+    return directory
+
+
+def _at(repo_id: str, revision: str | None) -> str:
+    return repo_id if revision is None else f"{repo_id} at revision {revision}"
+
+
+@contextmanager
+def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Convert errors of huggingface_hub to QuantkitErrors that say what to do."""
+    from huggingface_hub import errors
+
+    at = _at(repo_id, revision)
     try:
-        directory = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES)))
+        yield
     except errors.GatedRepoError:
         raise QuantkitError(f"{repo_id}: gated: accept its terms on the hub, then run `hf auth login`") from None
     except errors.RepositoryNotFoundError:
@@ -70,9 +94,6 @@ def _download(repo_id: str, revision: str | None) -> Path:
         raise QuantkitError(f"{at}: the hub refused: {_line(error)}") from None
     except OSError as error:
         raise QuantkitError(f"{at}: the download failed: {_line(error)}") from None
-    if not (directory / "config.json").is_file():
-        raise QuantkitError(f"{at}: it has no config.json, so it is not a transformers checkpoint")
-    return directory
 
 
 def _line(error: Exception) -> str:

@@ -17,7 +17,7 @@ from quantkit.wording import count_text
 if TYPE_CHECKING:
     import numpy as np
 
-    from quantkit.sources.checkpoint import OutType
+    from quantkit.sources.checkpoint import CheckpointSource, OutType
 
 MAX_SHARDS = 65535  # split.count is a 16-bit number
 log = logging.getLogger(__name__)
@@ -135,12 +135,14 @@ def open_model(
     outtype: OutType = "auto",
     pre: str | None = None,
     allow_nonfinite: bool = False,
+    remote: bool = False,
 ) -> TensorSource:
     """Open a model: a GGUF file (any shard), a checkpoint directory, or a hub id `org/name`.
 
     For a checkpoint, `outtype` is the type that its matrices are seen in ("auto": as they are stored), `pre` names its
     pre-tokenizer where that is not recognised, and `allow_nonfinite` accepts weights that are NaN or infinite;
-    `revision` is a branch, tag or commit on the hub. A model that is open already is returned as it is.
+    `revision` is a branch, tag or commit on the hub; with `remote` the weights of a model there are read by HTTP when
+    they are needed, and not kept on disk. A model that is open already is returned as it is.
     Raises QuantkitError when there is no such model.
     """
     if not isinstance(model, (str, os.PathLike)):
@@ -154,17 +156,32 @@ def open_model(
         return file
     if str(model).endswith(".gguf"):
         raise QuantkitError(f"{model}: no such file")
-    from quantkit.sources.checkpoint import CheckpointSource
-    from quantkit.sources.hub import resolve
-
-    directory = resolve(str(model), revision)
-    checkpoint = CheckpointSource(directory, outtype=outtype, pre=pre, allow_nonfinite=allow_nonfinite)
+    checkpoint = open_checkpoint(
+        str(model), revision=revision, outtype=outtype, pre=pre, allow_nonfinite=allow_nonfinite, remote=remote
+    )
     log.info(
         "%s: checkpoint%s, %s, matrices as %s",
-        model, "" if Path(model) == directory else f" in {directory}",
+        model, "" if path == checkpoint.directory else f" in {checkpoint.directory}",
         count_text(len(checkpoint.tensors), "tensor"), checkpoint.type.name,
     )  # fmt: skip
     return checkpoint
+
+
+def open_checkpoint(
+    checkpoint: str, *, revision: str | None = None, remote: bool = False, **options: Any
+) -> CheckpointSource:
+    """Open a checkpoint directory or a model on the hub; `options` are as for `CheckpointSource`. See `open_model`."""
+    from quantkit.sources.checkpoint import CheckpointSource
+    from quantkit.sources.hub import is_hub_id, resolve
+
+    if not remote:
+        return CheckpointSource(resolve(checkpoint, revision), **options)
+    if not is_hub_id(checkpoint):
+        raise QuantkitError(f"{checkpoint}: only a model on the hub, named org/name, can be read from there")
+    from quantkit.sources.remote import RemoteShards
+
+    shards = RemoteShards(checkpoint, revision)
+    return CheckpointSource(shards.directory, elsewhere=shards, **options)
 
 
 def open_source(model: TensorSource | str | os.PathLike[str], **options: Any) -> TensorSource:
