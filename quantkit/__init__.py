@@ -13,7 +13,7 @@ from quantkit.machine import Processor, choose_openblas_kernels
 if TYPE_CHECKING:
     import numpy as np
 
-    from quantkit.calibration.run import quantize
+    from quantkit.calibration.run import choose_types, quantize
     from quantkit.evaluate.divergence import DivergenceResult, divergence, divergences
     from quantkit.evaluate.generate import Generation, generate
     from quantkit.evaluate.importance import importance_matrix
@@ -47,6 +47,7 @@ __all__ = [
     "QuantkitError",
     "TasksResult",
     "TensorSource",
+    "choose_types",
     "compare",
     "convert",
     "dequantize",
@@ -70,7 +71,7 @@ choose_openblas_kernels(Processor.here(), os.environ, "numpy" in sys.modules)
 
 # Loaded when first asked for, so that `import quantkit` is quick.
 _ELSEWHERE = {
-    "calibration.run": ("quantize",),
+    "calibration.run": ("choose_types", "quantize"),
     "evaluate.divergence": ("DivergenceResult", "divergence", "divergences"),
     "evaluate.generate": ("Generation", "generate"),
     "evaluate.importance": ("importance_matrix",),

@@ -20,12 +20,13 @@ from quantkit import blocks
 from quantkit.blocks.types import GGMLType
 from quantkit.calibration.feedback import SUPPORTED, Curvature, round_with_feedback
 from quantkit.calibration.moments import Activations, LayerMoments, Moments, MomentsPass, SharedInput
-from quantkit.calibration.spool import Spool
+from quantkit.calibration.progress import Step
+from quantkit.calibration.spool import Spool, WorkDirectory
 from quantkit.calibration.text import CalibrationText
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.model import Model
 from quantkit.formats.atomic import OutputGroup
-from quantkit.formats.gguf import TensorInfo, ValueType, encode_header
+from quantkit.formats.gguf import TensorInfo, encode_header
 from quantkit.pipeline.execute import FLOAT_TYPES, execute
 from quantkit.pipeline.plan import Plan
 from quantkit.sources.overlay import Overlay
@@ -56,27 +57,13 @@ class RoundedTensor:
     note: str
 
 
-@dataclass(frozen=True)
-class Step:
-    """Where a run is: in layer `layer` of `n_layer` (which is the output matrix) at tensor `tensor`, "" between them.
-
-    `done` of `total` units of work, of about the same time each, are done.
-    """
-
-    layer: int
-    n_layer: int
-    tensor: str
-    done: float
-    total: float
-
-
 def execute_with_feedback(
     model: Model,
     outputs: Sequence[tuple[Plan, Path]],
     text: CalibrationText,
     *,
     damping: float = 0.01,
-    resume: bool = False,
+    work: WorkDirectory | None = None,
     threads: int | None = None,
     allow_nonfinite: bool = False,
     max_buffer_size: int | None = None,
@@ -85,26 +72,30 @@ def execute_with_feedback(
 ) -> list[list[RoundedTensor]]:
     """Write every (plan, path) of `outputs`, in one pass of `text` through `model`; says how the tensors came out.
 
-    `damping` is added to the diagonal of the moments, as a share of its mean. Finished layers are kept in a directory
-    beside the first output until all files are written; `resume` goes on with it. `group` is as for `execute`.
+    `damping` is added to the diagonal of the moments, as a share of its mean. Finished layers are kept in `work`, by
+    default a directory beside the first output, until all files are written. `group` is as for `execute`.
     Raises QuantkitError as `pipeline.execute` does, for a text that is too short, for activations that are not finite,
-    and when another run's directory is in the way.
+    and when the work directory is in the way, or another run's.
     """
     run = _Run(model, outputs, text, damping, threads, allow_nonfinite, progress)
     text.require(max((run.infos[name].n_per_row for name in run.wanted), default=0))
     with ExitStack() as stack:
-        return _write(run, outputs, group or stack.enter_context(OutputGroup()), resume, max_buffer_size)
+        group = group or stack.enter_context(OutputGroup())
+        return _write(run, outputs, group, work or WorkDirectory(Path(outputs[0][1])), max_buffer_size)
 
 
 def _write(
-    run: _Run, outputs: Sequence[tuple[Plan, Path]], group: OutputGroup, resume: bool, max_buffer_size: int | None
+    run: _Run,
+    outputs: Sequence[tuple[Plan, Path]],
+    group: OutputGroup,
+    work: WorkDirectory,
+    max_buffer_size: int | None,
 ) -> list[list[RoundedTensor]]:
     group.protect(run.source.files)
     for plan, path in outputs:
         for name, _, _ in plan.files(path):
             group.check(name)
-    first = outputs[0][1]
-    spool = Spool(first.with_name(first.name + ".unfinished"), run.digest, resume)
+    spool = Spool(work, run.digest)
     run.round_layers(spool)
     reports = []
     for plan, path in outputs:
@@ -126,20 +117,8 @@ def _write(
             group=group,
         )
         reports.append(run.report(plan))
-    group.then(spool.remove)
+    group.then(work.remove)
     return reports
-
-
-def describe(plan: Plan, text: CalibrationText) -> None:
-    """Say in the metadata of `plan` how the file is made."""
-    for key, kind, value in (
-        ("rounding", ValueType.STRING, "gptq"),
-        ("calibration.text", ValueType.STRING, text.name),
-        ("calibration.sha256", ValueType.STRING, text.sha256),
-        ("calibration.chunks", ValueType.UINT32, text.n_chunks),
-        ("calibration.context_length", ValueType.UINT32, text.n_ctx),
-    ):
-        plan.metadata.set(f"quantkit.{key}", kind, value)
 
 
 class _Run:
@@ -296,7 +275,7 @@ class _Run:
     def _tell(self, tensor: str) -> None:
         if self._progress is not None:
             n_layer = len(self._model.spec.layers)
-            self._progress(Step(self._layer, n_layer, tensor, min(self._done, self._total), self._total))
+            self._progress(Step("quantize", self._layer, n_layer, tensor, min(self._done, self._total), self._total))
 
     def _through(self, tokens: int) -> None:
         self._done += tokens * self._per_token.get(self._layer, 0.0)

@@ -1,38 +1,192 @@
-"""Quantizing in one call, with a calibration text or without."""
+"""Quantizing with a calibration text, and choosing types by one, in single calls."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError
-from quantkit.evaluate.settings import Chunking, Compute
+from quantkit.evaluate.settings import Chunking, Compute, Progress
 from quantkit.formats.atomic import OutputGroup
 from quantkit.pipeline import run as pipeline
+from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import file_type
 from quantkit.pipeline.naming import Destination, home_of, output_paths
 from quantkit.pipeline.options import QuantizeOptions
-from quantkit.pipeline.plan import plan_all
+from quantkit.pipeline.plan import Plan, plan_all, weights_for
 from quantkit.sources.source import TensorSource, open_model
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from quantkit.calibration.planning import ChosenPlan, Target, Wishes
+    from quantkit.calibration.progress import Step
+    from quantkit.calibration.rounding import RoundedTensor
+    from quantkit.calibration.spool import WorkDirectory
+    from quantkit.calibration.survey import TensorCosts
+    from quantkit.calibration.text import CalibrationText
+    from quantkit.formats.imatrix import ImportanceMatrix
 
 ROUNDINGS = ("nearest", "gptq")
+# Chunks of a text that second moments are taken of, unless told otherwise: more gain little.
+_CHUNKS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A text, and what is made of it.
+
+    `text` is a string or token ids, `name` what files call it. `rounding` is nearest, with the importance of the
+    columns, or gptq: error feedback by second moments. The text is cut as `chunking` says, by default into chunks of
+    512 tokens, of which 128 are used for second moments and all for importance; `compute` says what computes. Raises
+    QuantkitError for an unknown rounding.
+    """
+
+    text: str | np.ndarray = field(repr=False)
+    name: str = ""
+    rounding: str = "nearest"
+    chunking: Chunking = field(default_factory=Chunking)
+    compute: Compute = field(default_factory=Compute)
+
+    def __post_init__(self) -> None:
+        check_rounding(self.rounding)
+
+    def cut(self, source: TensorSource) -> CalibrationText:
+        """The text as the model `source` reads it."""
+        from quantkit.calibration.text import CalibrationText
+
+        chunking = self.chunking
+        return CalibrationText.of(
+            source, self.text, replace(chunking, chunks=chunking.chunks or _CHUNKS), Path(self.name).name
+        )
+
+    def importance(
+        self, source: TensorSource, output: bool = False, progress: Progress | None = None
+    ) -> ImportanceMatrix:
+        """The importance matrix of `source` over the text, with `output` of output.weight too."""
+        from quantkit.evaluate.importance import importance_matrix
+
+        return importance_matrix(
+            source,
+            self.text,
+            chunking=self.chunking,
+            compute=self.compute,
+            process_output=output,
+            dataset=self.name,
+            progress=progress,
+        )
+
+
+def check_rounding(rounding: str) -> None:
+    """Raise QuantkitError for an unknown rounding."""
+    if rounding not in ROUNDINGS:
+        raise QuantkitError(f"there is no rounding {rounding!r}: use {' or '.join(ROUNDINGS)}")
+
+
+class CalibratedRun:
+    """Files to be written by a calibration: their types, whether named or chosen, and their writing.
+
+    `types` are file types or plans; with `targets` types are chosen for these sizes instead, within `wishes`. Without a
+    `calibration` only plans can be had, and not written. `progress` is told of every step.
+
+    Raises QuantkitError for sizes that cannot be reached, before anything is computed.
+    """
+
+    def __init__(
+        self,
+        model: TensorSource,
+        calibration: Calibration | None,
+        options: QuantizeOptions,
+        *,
+        types: Sequence[str | Plan] = (),
+        targets: Sequence[Target] = (),
+        wishes: Wishes | None = None,
+        progress: Callable[[Step], None] | None = None,
+    ) -> None:
+        from quantkit.calibration.planning import ChosenPlan, Target, TypeChooser, Wishes
+
+        self._model, self._calibration, self._options, self._progress = model, calibration, options, progress
+        rounding = "" if calibration is None or calibration.rounding == "nearest" else calibration.rounding
+        self._chooser = None
+        if targets:
+            if calibration is None:
+                raise QuantkitError(f"{model.label}: choosing types needs a calibration text", option="calibration")
+            text = calibration.cut(model)
+            self._chooser = TypeChooser(model, targets, options, text, calibration.rounding, wishes or Wishes())
+            self.names, marks = self._chooser.labels, self._chooser.marks
+        else:
+            self.names = [kind.name if isinstance(kind, Plan) else file_type(kind).name for kind in types]
+            marks = [Target.parse(kind.target).mark if isinstance(kind, ChosenPlan) else "" for kind in types]
+        self.marks = ["-".join(filter(None, (rounding, mark))) for mark in marks]
+        self._types = list(types)
+
+    def plans(self, work: WorkDirectory | None = None, costs: Mapping[str, TensorCosts] | None = None) -> list[Plan]:
+        """The plan of each file. Types are chosen by a survey of the model, unless its `costs` are known.
+
+        Unfinished work is kept in `work`; without one the plans are for show: nothing is computed for files whose types
+        are named.
+        """
+        from quantkit.evaluate.backends import load
+
+        calibration, options = self._calibration, replace(self._options, calibrated=self._calibration is not None)
+        if self._chooser is not None and calibration is not None:
+            if costs is None:
+                model = load(self._model, calibration.compute, keep=False)
+                costs = self._chooser.survey(model, work=work, progress=self._progress)
+            self._types = list(self._chooser.choose(costs))
+        matrix = None
+        if work is not None and calibration is not None and calibration.rounding == "nearest":
+            matrix = self._importance(calibration)
+            options = replace(options, imatrix=matrix)
+        made = iter(plan_all(self._model, [kind for kind in self._types if isinstance(kind, str)], options))
+        plans = []
+        for kind in self._types:
+            plan = kind if isinstance(kind, Plan) else next(made)
+            if matrix is not None and isinstance(kind, Plan):
+                weigh(self._model, plan, matrix)
+            plans.append(plan)
+        return plans
+
+    def write(
+        self, outputs: Sequence[tuple[Plan, Path]], work: WorkDirectory, group: OutputGroup, **options: Any
+    ) -> list[list[RoundedTensor]]:
+        """Write the plans that `plans` gave; says how tensors with error feedback came out.
+
+        `options` are those of `execute`, but for progress.
+        """
+        from quantkit.calibration.rounding import execute_with_feedback
+        from quantkit.evaluate.backends import load
+
+        if self._calibration is None or self._calibration.rounding == "nearest":
+            execute(self._model, outputs, group=group, **options)
+            group.then(work.remove)
+            return []
+        text = self._calibration.cut(self._model)
+        for plan, _ in outputs:
+            text.describe(plan.metadata, self._calibration.rounding)
+        model = load(self._model, self._calibration.compute, keep=False)
+        return execute_with_feedback(model, outputs, text, work=work, group=group, progress=self._progress, **options)
+
+    def _importance(self, calibration: Calibration) -> ImportanceMatrix:
+        def advance(done: float, total: int, _: float | None) -> None:
+            if self._progress is not None:
+                self._progress(Step("calibrate", 0, 0, "", done, total))
+
+        from quantkit.calibration.progress import Step
+
+        return calibration.importance(self._model, any(isinstance(kind, Plan) for kind in self._types), advance)
 
 
 def quantize(
     source: TensorSource | str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
-    type: str | Sequence[str],
+    type: str | Plan | Sequence[str | Plan],
     rounding: str = "nearest",
     calibration: str | np.ndarray | os.PathLike[str] | None = None,
-    calibration_name: str = "",
     chunking: Chunking | None = None,
     compute: Compute | None = None,
     resume: bool = False,
@@ -46,52 +200,94 @@ def quantize(
 ) -> list[Path]:
     """Quantize a GGUF file, a checkpoint directory or a hub id to one file type or several, in one reading.
 
-    `out` is as for `pipeline.run.quantize`: a file, or a directory, in which files are named by model and type.
+    `out` is the file, or a directory: one that exists, or a name that ends in a slash. Several types need a directory,
+    in which files are named after the model and the type; left out, it is that of the model. `force` replaces files.
+    `type` names file types, or is what `plan` or `choose_types` made, to be carried out with this calibration.
+
     `rounding` is nearest, as llama-quantize rounds, or gptq: error feedback by the second moments of `calibration`.
-    That is a text, token ids or the path of a text file, of which `chunks` chunks are taken (a good number if None);
-    `calibration_name` is what the files call it. With nearest rounding it takes the place of an importance matrix.
-    `resume` goes on after a stop of a run with error feedback. `progress` is called as by `pipeline.execute`, with
-    error feedback with a `rounding.Step`. `options` and `changes` are as for `plan`, the others as for
-    `pipeline.execute`. Returns the files written. Raises QuantkitError.
+    That is a text, token ids, or the path of a text file; `chunking` and `compute` are as for `Calibration`. With
+    nearest rounding it takes the place of an importance matrix. `resume` goes on after a stop of a run with feedback.
+    `progress` is called as by `execute`, with a calibration with a `Step`. `options` and `changes` are as for `plan`,
+    the others as for `execute`. Returns the files written. Raises QuantkitError.
     """
-    if rounding not in ROUNDINGS:
-        raise QuantkitError(f"there is no rounding {rounding!r}: use {' or '.join(ROUNDINGS)}")
-    options = replace(options or QuantizeOptions(), **changes)
-    model = source
-    if isinstance(model, (str, os.PathLike)):
-        model = open_model(model, allow_nonfinite=allow_nonfinite)
-    compute = Compute(threads=threads) if compute is None else compute
+    kinds = [type] if isinstance(type, (str, Plan)) else list(type)
     common: dict[str, Any] = {"threads": threads, "allow_nonfinite": allow_nonfinite}
-    common |= {"max_buffer_size": max_buffer_size, "progress": progress}
+    common["max_buffer_size"] = max_buffer_size
     if calibration is None:
+        check_rounding(rounding)
         if rounding != "nearest":
-            raise QuantkitError(f"{model.label}: rounding {rounding} needs a calibration text")
-        return pipeline.quantize(model, out, type=type, force=force, options=options, **common)
-    if isinstance(calibration, os.PathLike):
-        calibration_name = calibration_name or Path(calibration).name
-        calibration = Path(calibration).read_text("utf-8")
-    if rounding == "nearest":
-        from quantkit.evaluate.importance import importance_matrix
-
-        matrix = importance_matrix(
-            model, calibration, chunking=chunking or Chunking(), compute=compute, dataset=calibration_name
+            raise QuantkitError(f"rounding {rounding} needs a calibration text", option="calibration")
+        names = [kind for kind in kinds if isinstance(kind, str)]
+        if len(names) < len(kinds):
+            raise QuantkitError("a plan needs its calibration text, or `execute`", option="calibration")
+        return pipeline.quantize(
+            source, out, type=names, progress=progress, force=force, options=options, **common, **changes
         )
-        options = replace(options, imatrix=matrix)
-        return pipeline.quantize(model, out, type=type, force=force, options=options, **common)
-    from quantkit.calibration.rounding import describe, execute_with_feedback
-    from quantkit.calibration.text import CHUNKING, CalibrationText
-    from quantkit.evaluate.backends import load
+    from quantkit.calibration.spool import WorkDirectory
 
-    names = [file_type(name).name for name in ([type] if isinstance(type, str) else type)]
-    named = os.fspath(source) if isinstance(source, (str, os.PathLike)) else model.label
-    destination = Destination.of(out, home_of(named))
-    paths = output_paths(destination, model, names, rounding)
-    text = CalibrationText.of(model, calibration, chunking or CHUNKING, name=calibration_name)
-    plans = plan_all(model, names, replace(options, calibrated=True))
-    for plan in plans:
-        describe(plan, text)
-    outputs = list(zip(plans, paths, strict=True))
-    loaded = load(model, compute, keep=False)
+    options = replace(options or QuantizeOptions(), **changes)
+    model = open_model(source, allow_nonfinite=allow_nonfinite)
+    used = calibration_of(calibration, rounding, chunking, compute or Compute(threads=threads))
+    run = CalibratedRun(model, used, options, types=kinds, progress=progress)
+    destination = Destination.of(out, home_of(source if isinstance(source, (str, os.PathLike)) else model.label))
+    paths = output_paths(destination, model, run.names, run.marks)
     with OutputGroup(force=force, directory=destination.directory) as group:
-        execute_with_feedback(loaded, outputs, text, resume=resume, group=group, **common)
+        for path in paths:
+            group.check(path)
+        work = WorkDirectory(paths[0], resume)
+        outputs = list(zip(run.plans(work), paths, strict=True))
+        run.write(outputs, work, group, **common)
     return [path for plan, target in outputs for path, _, _ in plan.files(target)]
+
+
+def choose_types(
+    source: TensorSource | str | os.PathLike[str],
+    target: str | Target,
+    calibration: str | np.ndarray | os.PathLike[str],
+    *,
+    rounding: str = "gptq",
+    wishes: Wishes | None = None,
+    chunking: Chunking | None = None,
+    compute: Compute | None = None,
+    progress: Callable[[Step], None] | None = None,
+    options: QuantizeOptions | None = None,
+    **changes: Any,
+) -> ChosenPlan:
+    """A plan whose types lose least on `calibration` within the bytes of `target`, for `quantize` to carry out.
+
+    `target` is a size such as 5.2GB, bits per weight such as 4.5bpw, or a file type such as Q4_K_M for the size of
+    that. `wishes` bound the types and tie tensors; tensors whose type `options` or `changes` name keep it. The others
+    are as for `quantize`. Raises QuantkitError for a size that cannot be reached.
+    """
+    from quantkit.calibration.planning import ChosenPlan, Target
+
+    model = open_model(source)
+    used = calibration_of(calibration, rounding, chunking, compute or Compute())
+    targets = [Target.parse(target) if isinstance(target, str) else target]
+    options = replace(options or QuantizeOptions(), **changes)
+    (plan,) = CalibratedRun(model, used, options, targets=targets, wishes=wishes, progress=progress).plans()
+    assert isinstance(plan, ChosenPlan)
+    return plan
+
+
+def calibration_of(
+    text: str | np.ndarray | os.PathLike[str], rounding: str, chunking: Chunking | None, compute: Compute
+) -> Calibration:
+    """What the arguments of `quantize` and `choose_types` say. Raises QuantkitError where a file cannot be read."""
+    name = ""
+    if isinstance(text, os.PathLike):
+        name = os.fspath(text)
+        try:
+            text = Path(text).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            problem = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise QuantkitError(f"{name}: {problem}") from None
+    return Calibration(text=text, name=name, rounding=rounding, chunking=chunking or Chunking(), compute=compute)
+
+
+def weigh(model: TensorSource, plan: Plan, matrix: ImportanceMatrix) -> None:
+    """Give the tensors of `plan` the importance of `matrix`."""
+    weights = matrix.weights()
+    for line in plan:
+        if not line.is_copy:
+            line.weights = weights_for(line.info, line.source_name, weights, model.label)

@@ -9,6 +9,7 @@ import numpy as np
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.settings import Chunking
 from quantkit.evaluate.texts import text_sha256
+from quantkit.formats.gguf import Metadata, ValueType
 from quantkit.sources.source import TensorSource
 from quantkit.vocabulary import Vocabulary
 
@@ -55,6 +56,17 @@ class CalibrationText:
     def n_ctx(self) -> int:
         """Tokens of a chunk."""
         return int(self.tokens.shape[1])
+
+    def describe(self, metadata: Metadata, rounding: str) -> None:
+        """Say in the `metadata` of a file how it was made."""
+        for key, kind, value in (
+            ("rounding", ValueType.STRING, rounding),
+            ("calibration.text", ValueType.STRING, self.name),
+            ("calibration.sha256", ValueType.STRING, self.sha256),
+            ("calibration.chunks", ValueType.UINT32, self.n_chunks),
+            ("calibration.context_length", ValueType.UINT32, self.n_ctx),
+        ):
+            metadata.set(f"quantkit.{key}", kind, value)
 
     def require(self, widest: int) -> None:
         """Raise QuantkitError where the text is too short for second moments of rows of `widest` weights."""

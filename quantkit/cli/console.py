@@ -16,8 +16,6 @@ from quantkit.errors import QuantkitError
 from quantkit.wording import printable
 
 if TYPE_CHECKING:
-    from quantkit.evaluate.settings import Chunking, Compute
-    from quantkit.formats.imatrix import ImportanceMatrix
     from quantkit.sources.source import TensorSource
 
 # Help lists the options of every command in these sections, those without one first.
@@ -213,22 +211,6 @@ def measured_ahead(
 
     needed = measuring_kernels(model, (), comparing) if backend == "numpy" else []
     return compiled_ahead(needed, threads or default_threads())
-
-
-def computed_imatrix(model: TensorSource, text: str, chunking: Chunking, compute: Compute) -> ImportanceMatrix:
-    """The importance matrix of `model` over the text that `text` names."""
-    from quantkit.evaluate.importance import importance_matrix
-
-    words = read_text(text)
-    with measured_ahead(model, compute.threads, compute.backend), measure_progress("calibrate") as progress:
-        return importance_matrix(
-            model,
-            words,
-            chunking=chunking,
-            compute=compute,
-            dataset=text,
-            progress=progress,
-        )
 
 
 def read_text(name: str) -> str:

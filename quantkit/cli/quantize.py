@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,13 +24,11 @@ from quantkit.cli.console import (
     Threads,
     Verbose,
     byte_progress,
-    computed_imatrix,
     emit,
-    measured_ahead,
     note,
     read_text,
     setup,
-    work_progress,
+    split_list,
 )
 from quantkit.cli.hints import hinted
 from quantkit.cli.type_options import FileTypes, complete_file_type, complete_tensor_type, positional
@@ -42,7 +37,9 @@ from quantkit.wording import count_text, size_text
 
 if TYPE_CHECKING:
     from quantkit.calibration.rounding import RoundedTensor
-    from quantkit.evaluate.settings import Chunking, Compute
+    from quantkit.formats.atomic import OutputGroup
+    from quantkit.pipeline.naming import Destination
+    from quantkit.pipeline.options import QuantizeOptions
     from quantkit.pipeline.plan import Plan
     from quantkit.sources.source import TensorSource
 
@@ -52,6 +49,7 @@ Rounding = Literal["nearest", "gptq"]
 # Sections of the help.
 IMPORTANCE = "Importance matrix"
 CALIBRATION = "Calibration"
+CHOICE = "Choice of types"
 TENSORS = "Types of tensors"
 
 
@@ -114,13 +112,14 @@ def command(
         ),
     ] = None,
     rounding: Annotated[
-        Rounding,
+        Rounding | None,
         typer.Option(
             metavar="NAME",
+            show_default="nearest",
             rich_help_panel=CALIBRATION,
             help="Rounding: nearest, or gptq (error feedback from the calibration text).",
         ),
-    ] = "nearest",
+    ] = None,
     n_ctx: Annotated[
         int, typer.Option("--n-ctx", min=4, metavar="N", rich_help_panel=CALIBRATION, help="Tokens in a chunk.")
     ] = 512,
@@ -138,6 +137,58 @@ def command(
         bool,
         typer.Option("--resume", rich_help_panel=CALIBRATION, help="Continue an interrupted run of the same options."),
     ] = False,
+    target_size: Annotated[
+        Names,
+        typer.Option(
+            metavar="SIZE|TYPE",
+            rich_help_panel=CHOICE,
+            help="Choose types for a file of this size, such as 5.2GB, or of that of a file type, such as Q4_K_M.",
+        ),
+    ] = [],  # noqa: B006
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="BITS", rich_help_panel=CHOICE, help="The same, by bits per weight."),
+    ] = None,
+    min_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE", rich_help_panel=CHOICE, autocompletion=complete_tensor_type, help="Smallest type to choose."
+        ),
+    ] = None,
+    max_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE", rich_help_panel=CHOICE, autocompletion=complete_tensor_type, help="Largest type to choose."
+        ),
+    ] = None,
+    tie: Annotated[
+        Names,
+        typer.Option(
+            metavar="REGEX",
+            rich_help_panel=CHOICE,
+            help=r"One type for all tensors for which REGEX captures the same, such as 'blk\.(\d+)\.attn_[qkv]'.",
+        ),
+    ] = [],  # noqa: B006
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="ENGINE",
+            rich_help_panel=CHOICE,
+            help="Only types that ENGINE (llama.cpp, ollama, vllm) loads.",
+        ),
+    ] = None,
+    save_plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", rich_help_panel=CHOICE, help="Write the chosen plan as JSON.")
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=CHOICE,
+            help="Use the types of a saved plan; with a size, choose anew by its costs.",
+        ),
+    ] = None,
     backend: Backend = "numpy",
     device: Device = "cpu",
     precision: Precision = "f32",
@@ -190,31 +241,34 @@ def command(
 ) -> None:
     """Quantize a checkpoint or a GGUF file; the bytes are those that llama-quantize writes.
 
-    With --rounding gptq and a --calibration text, types and sizes stay the same, but less quality is lost.
+    With --rounding gptq and a --calibration text, types and sizes stay the same, but less quality is lost; with
+    --target-size the types, too, are chosen by the calibration, to lose the least in that many bytes.
     Types can follow the model, with or without an output, as llama-quantize takes them. Several types are written in
     one reading of the source. Without an output, files are named after the model and the type and written beside a
     local source, or into the current directory for a checkpoint from the hub.
     """
     setup(verbose, quiet)
+    from quantkit.cli.calibrated import CalibrationOptions, summary, wishes_of
     from quantkit.cli.parsing import parse_layers, parse_override, parse_size, parse_tensor_types
-    from quantkit.compile.ahead import compiled_ahead
     from quantkit.evaluate.settings import Chunking, Compute
     from quantkit.formats.atomic import OutputGroup
-    from quantkit.machine import default_threads
-    from quantkit.pipeline.execute import execute, quantizing_kernels
-    from quantkit.pipeline.mixtures import file_type
-    from quantkit.pipeline.naming import Destination, home_of, output_paths
+    from quantkit.pipeline.naming import Destination, home_of
     from quantkit.pipeline.options import QuantizeOptions
-    from quantkit.pipeline.plan import plan_all
     from quantkit.sources.source import open_model
 
     given = positional(rest or [], types)
-    if not given.types:
+    sizes = [*split_list(target_size), *([] if target_bpw is None else [f"{target_bpw}bpw"])]
+    if not given.types and not sizes and plan is None:
         raise typer.BadParameter("Name a file type after the model or with --type, such as Q4_K_M.")
+    if given.types and (sizes or plan is not None):
+        raise typer.BadParameter("Name file types, or have types chosen by --target-size or --plan, not both.")
     if given.output is not None and output is not None:
         raise typer.BadParameter("Give the output after the model or with --output, not both.")
+    if plan is None and not sizes:
+        for name, value in (("--min-type", min_type), ("--max-type", max_type), ("--tie", tie), ("--for", engine)):
+            if value:
+                raise typer.BadParameter(f"{name} needs a --target-size: it bounds what is chosen.")
     output, threads = given.output if output is None else output, threads or given.threads
-    names = [file_type(name).name for name in given.types]
     listed = read_text(str(tensor_type_file)).split() if tensor_type_file else []
     options = QuantizeOptions(
         imatrix=imatrix,
@@ -235,101 +289,70 @@ def command(
     )
     model = open_model(source, revision=revision, remote=remote, pre=pre, allow_nonfinite=allow_nonfinite)
     destination = Destination.of(output, home_of(source))
-    paths = output_paths(destination, model, names, "" if rounding == "nearest" else rounding)
-    compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
-    chunking = Chunking(n_ctx=n_ctx, chunks=chunks)
-    if rounding != "nearest" or calibration is not None:
-        _check_calibration(calibration, rounding, imatrix, prune_layers)
-    if rounding == "nearest" and calibration is not None and not dry_run:
-        options = replace(options, imatrix=computed_imatrix(model, calibration, chunking, compute))
-    plans = plan_all(model, names, options)
+    settings = CalibrationOptions(
+        calibration, rounding, Chunking(n_ctx=n_ctx, chunks=chunks),
+        Compute(backend=backend, device=device, precision=precision, threads=threads),
+        resume, sizes, plan, save_plan, dry_run,
+    )  # fmt: skip
+    inputs = [path for path in (imatrix, tensor_type_file, plan) if path is not None]
+    common = {
+        "threads": threads,
+        "allow_nonfinite": allow_nonfinite,
+        "max_buffer_size": max_buffer_size * 2**20 if max_buffer_size else None,
+    }
+    with OutputGroup(force=force, inputs=inputs, directory=destination.directory) as group:
+        if settings.wanted:
+            wishes = wishes_of(min_type, max_type, tie, engine)
+            outputs, reports = settings.run(model, given.types, options, wishes, destination, group, **common)
+        else:
+            outputs, reports = _plain(model, given.types, options, destination, group, dry_run, **common)
+    plans = [each for each, _ in outputs]
     if dry_run:
-        for each in plans if calibration is None else []:
-            try:
-                each.check()
-            except QuantkitError as problem:
-                note(f"warning: {hinted(problem)}")
         planned = [{"path": None, **each.as_dict()} for each in plans]
         emit("\n\n".join(map(str, plans)), {"model": model.label, "files": planned}, as_json)
         return
-    outputs = list(zip(plans, paths, strict=True))
-    total = sum(info.nbytes for info in model.tensors.values())
-    inputs = [path for path in (imatrix, tensor_type_file) if path is not None]
-    buffer = max_buffer_size * 2**20 if max_buffer_size else None
-    reports: list[list[RoundedTensor]] = []
-    with OutputGroup(force=force, inputs=inputs, directory=destination.directory) as group:
-        if rounding == "nearest" or calibration is None:
-            ahead = compiled_ahead(quantizing_kernels(plans), threads or default_threads())
-            with ahead, byte_progress(total, "quantize") as progress:
-                execute(
-                    model,
-                    outputs,
-                    threads=threads,
-                    allow_nonfinite=allow_nonfinite,
-                    max_buffer_size=buffer,
-                    progress=progress,
-                    group=group,
-                )
-        else:
-            reports = _with_feedback(
-                model, outputs, calibration, chunking, compute, resume=resume, allow_nonfinite=allow_nonfinite,
-                max_buffer_size=buffer, group=group,
-            )  # fmt: skip
     for each, path in outputs:
         files = [file for file, _, _ in each.files(path)]
         shards = f" in {count_text(len(files), 'shard')}" if len(files) > 1 else ""
         note(f"{files[0]}: {size_text(each.file_size)}{shards}, {each.bits_per_weight:.2f} bits per weight")
     for (_, path), report in zip(outputs, reports, strict=False):
-        for line in _summary(report):
+        for line in summary(report):
             note(f"{path}: {line}")
     if as_json:
         written = [{"path": path, **each.as_dict()} for each, path in outputs]
         emit("", {"model": model.label, "files": written}, True)
 
 
-def _check_calibration(calibration: str | None, rounding: str, imatrix: Path | None, prune_layers: str | None) -> None:
-    """Raise BadParameter for options that do not go together."""
-    if calibration is None:
-        raise typer.BadParameter(f"--rounding {rounding} needs a text: name one with --calibration.")
-    if imatrix is not None:
-        raise typer.BadParameter("--calibration takes the place of --imatrix: use one of them.")
-    if prune_layers:
-        raise typer.BadParameter("--calibration runs the whole model: prune layers first, then quantize the result.")
-
-
-def _with_feedback(
+def _plain(
     model: TensorSource,
-    outputs: list[tuple[Plan, Path]],
-    calibration: str,
-    chunking: Chunking,
-    compute: Compute,
-    **options: Any,
-) -> list[list[RoundedTensor]]:
-    from quantkit.calibration.rounding import Step, describe, execute_with_feedback
-    from quantkit.calibration.text import CHUNKING, CalibrationText
-    from quantkit.evaluate.backends import load
+    types: list[str],
+    options: QuantizeOptions,
+    destination: Destination,
+    group: OutputGroup,
+    dry_run: bool,
+    **common: Any,
+) -> tuple[list[tuple[Plan, Path]], list[list[RoundedTensor]]]:
+    """Quantize without a calibration: what llama-quantize writes."""
+    from quantkit.compile.ahead import compiled_ahead
+    from quantkit.machine import default_threads
+    from quantkit.pipeline.execute import execute, quantizing_kernels
+    from quantkit.pipeline.mixtures import file_type
+    from quantkit.pipeline.naming import output_paths
+    from quantkit.pipeline.plan import plan_all
 
-    chunking = replace(chunking, chunks=chunking.chunks or CHUNKING.chunks)
-    text = CalibrationText.of(model, read_text(calibration), chunking, Path(calibration).name)
-    for each, _ in outputs:
-        describe(each, text)
-    loaded = load(model, compute, keep=False)
-    with measured_ahead(model, compute.threads, compute.backend), work_progress("quantize") as bar:
-
-        def advance(step: Step) -> None:
-            layer = "output" if step.layer == step.n_layer else f"layer {step.layer + 1} of {step.n_layer}"
-            bar(step.done / step.total, f"{layer} {step.tensor}".rstrip())
-
-        return execute_with_feedback(loaded, outputs, text, threads=compute.threads, progress=advance, **options)
-
-
-def _summary(report: list[RoundedTensor]) -> Iterator[str]:
-    """What to say of how tensors came out, a line each."""
-    losses = [(each.loss, each.plain_loss) for each in report if each.loss is not None and each.plain_loss]
-    if losses:
-        kept = math.exp(sum(math.log(max(loss, 1e-30) / plain) for loss, plain in losses) / len(losses))
-        yield f"{len(losses)} tensors with feedback, their errors {1 - kept:.0%} smaller than to the nearest"
-    for reason in dict.fromkeys(each.note for each in report if each.note):
-        names = [each.name for each in report if each.note == reason]
-        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        yield f"{reason}: {some}"
+    names = [file_type(name).name for name in types]
+    paths = output_paths(destination, model, names)
+    plans = plan_all(model, names, options)
+    outputs = list(zip(plans, paths, strict=True))
+    if dry_run:
+        for each in plans:
+            try:
+                each.check()
+            except QuantkitError as problem:
+                note(f"warning: {hinted(problem)}")
+        return outputs, []
+    total = sum(info.nbytes for info in model.tensors.values())
+    ahead = compiled_ahead(quantizing_kernels(plans), common["threads"] or default_threads())
+    with ahead, byte_progress(total, "quantize") as progress:
+        execute(model, outputs, progress=progress, group=group, **common)
+    return outputs, []

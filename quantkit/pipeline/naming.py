@@ -55,21 +55,24 @@ def home_of(model: str | os.PathLike[str]) -> Path:
     return path.parent if path.is_file() else path if path.is_dir() else Path()
 
 
-def output_paths(destination: Destination, source: TensorSource, types: Sequence[str], mark: str = "") -> list[Path]:
+def output_paths(
+    destination: Destination, source: TensorSource, types: Sequence[str], marks: Sequence[str] = ()
+) -> list[Path]:
     """The path of each type's file. Raises QuantkitError when several types would go to one file.
 
-    Default names end with the type, where the hub and Ollama look for it; `mark` comes before it.
+    Default names end with the type, where the hub and Ollama look for it; what `marks` has for a type, if not "",
+    comes before it.
     """
-    if len(set(types)) != len(types):
-        raise QuantkitError(f"a type is named twice: {', '.join(types)}")
+    names = ["-".join(filter(None, each)) for each in zip(marks or [""] * len(types), types, strict=True)]
+    if len(set(names)) != len(names):
+        raise QuantkitError(f"a type is named twice: {', '.join(names)}")
     if not types:
         raise QuantkitError("no file type is named")
     if len(types) > 1 and not destination.is_directory:
         raise QuantkitError(
             f"{destination.path}: one file for {len(types)} types; name a directory: {destination.path}/"
         )
-    start = f"{stem(source)}-{mark}" if mark else stem(source)
-    return [destination.file(f"{start}-{name}.gguf") for name in types]
+    return [destination.file(f"{stem(source)}-{name}.gguf") for name in names]
 
 
 def stem(source: TensorSource) -> str:

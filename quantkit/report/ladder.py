@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import quantkit
-from quantkit.calibration.rounding import describe, execute_with_feedback
+from quantkit.calibration.rounding import execute_with_feedback
 from quantkit.calibration.run import ROUNDINGS
+from quantkit.calibration.spool import WorkDirectory
 from quantkit.calibration.text import CalibrationText
 from quantkit.compile.ahead import KernelJob
 from quantkit.errors import QuantkitError
@@ -224,13 +225,13 @@ class Ladder:
             words = o.calibration
             text = CalibrationText.of(self.source, words.text, o.calibration_chunking, words.name)
             for plan, _ in outputs:
-                describe(plan, text)
+                text.describe(plan.metadata, o.rounding)
             model = load(self.source, o.compute, keep=False)
             execute_with_feedback(
                 model,
                 outputs,
                 text,
-                resume=True,
+                work=WorkDirectory(outputs[0][1], resume=True),
                 threads=o.compute.threads,
                 progress=lambda step: tell(step.done / step.total, step.tensor),
                 group=group,

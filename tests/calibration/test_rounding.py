@@ -17,7 +17,9 @@ from quantkit.blocks import decode
 from quantkit.blocks.types import GGMLType
 from quantkit.calibration import spool
 from quantkit.calibration.moments import MomentsPass, batches, shrunk
-from quantkit.calibration.rounding import RoundedTensor, Step, execute_with_feedback
+from quantkit.calibration.progress import Step
+from quantkit.calibration.rounding import RoundedTensor, execute_with_feedback
+from quantkit.calibration.spool import WorkDirectory
 from quantkit.calibration.text import CalibrationText, least_tokens
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import load
@@ -27,7 +29,8 @@ from quantkit.pipeline.run import plan
 from quantkit.sources.checkpoint import CheckpointSource
 from quantkit.sources.source import GGUFSource, TensorSource
 
-CALIBRATION = (ROOT / "fixtures" / "tinylm-calib.txt").read_text("utf-8")
+CALIBRATION_FILE = ROOT / "fixtures" / "tinylm-calib.txt"
+CALIBRATION = CALIBRATION_FILE.read_text("utf-8")
 TEST = (ROOT / "fixtures" / "tinylm-test.txt").read_text("utf-8")
 SOME = Chunking(n_ctx=256, chunks=80)
 TYPES = ("Q4_K_M", "IQ2_XS")
@@ -49,13 +52,15 @@ def stop_in(layer: int) -> Callable[[Step], None]:
 
 
 def rounded(
-    source: TensorSource, folder: Path, types: tuple[str, ...], compute: Compute | None = None, **options: Any
-) -> list[list[RoundedTensor]]:
+    source: TensorSource, folder: Path, types: tuple[str, ...], compute: Compute | None = None, resume: bool = False,
+    **options: Any,
+) -> list[list[RoundedTensor]]:  # fmt: skip
     """Write `types` with feedback into `folder`, named after them."""
     folder.mkdir(exist_ok=True)
     text = CalibrationText.of(source, CALIBRATION, SOME)
     outputs = [(plan(source, name, calibrated=True), folder / f"{name}.gguf") for name in types]
-    return execute_with_feedback(load(source, compute, keep=False), outputs, text, **options)
+    work = WorkDirectory(outputs[0][1], resume)
+    return execute_with_feedback(load(source, compute, keep=False), outputs, text, work=work, **options)
 
 
 def assert_same_files(folder: Path, other: Path, types: tuple[str, ...]) -> None:
@@ -131,7 +136,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tinylm: CheckpointSource, files
         rounded(tinylm, tmp_path, TYPES, progress=stop_in(1))
     (unfinished,) = tmp_path.iterdir()
     assert unfinished.name == "Q4_K_M.gguf.unfinished"
-    with pytest.raises(QuantkitError, match=r"stopped here after 1 layers: resume it, or remove"):
+    with pytest.raises(QuantkitError, match="holds the work of a run that was stopped"):
         rounded(tinylm, tmp_path, TYPES)
     with pytest.raises(QuantkitError, match=r"belongs to a run with another model, text, types or options"):
         rounded(tinylm, tmp_path, ("Q4_K_M", "Q5_K_M"), resume=True)
@@ -164,9 +169,9 @@ def test_a_run_goes_on_from_kept_activations(
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda folder: (folder / "progress.json").write_text("{"), r"progress\.json: damaged"),
-        (lambda folder: (folder / "progress.json").write_text('{"layers": 3}'), r"progress\.json: damaged"),
-        (lambda folder: (folder / "progress.json").unlink(), "is in the way"),
+        (lambda folder: (folder / "progress.json").write_text("{"), r"progress\.json: missing or damaged"),
+        (lambda folder: (folder / "progress.json").write_text('{"layers": 3}'), r"progress\.json: missing or damaged"),
+        (lambda folder: (folder / "quantkit-unfinished").unlink(), "is in the way"),
         (lambda folder: next(folder.glob("*.Q4_K")).write_bytes(b"x"), "missing or damaged"),
     ],
 )
@@ -217,14 +222,13 @@ def test_moments_of_few_tokens_are_drawn_towards_those_of_all() -> None:
 
 def test_what_a_file_says_of_how_it_was_made(tinylm: CheckpointSource, tmp_path: Path) -> None:
     (path,) = quantkit.quantize(
-        TINYLM, tmp_path, type="Q4_K_M", rounding="gptq", calibration=CALIBRATION, calibration_name="calib.txt",
-        chunking=SOME,
-    )  # fmt: skip
+        TINYLM, tmp_path, type="Q4_K_M", rounding="gptq", calibration=CALIBRATION_FILE, chunking=SOME
+    )
     assert path.name.endswith("-gptq-Q4_K_M.gguf")
     metadata = GGUFSource(path).metadata
     assert {key: metadata[key].value for key in metadata if key.startswith("quantkit.")} == {
         "quantkit.rounding": "gptq",
-        "quantkit.calibration.text": "calib.txt",
+        "quantkit.calibration.text": "tinylm-calib.txt",
         "quantkit.calibration.sha256": CalibrationText.of(tinylm, CALIBRATION).sha256,
         "quantkit.calibration.chunks": 80,
         "quantkit.calibration.context_length": 256,
@@ -233,11 +237,9 @@ def test_what_a_file_says_of_how_it_was_made(tinylm: CheckpointSource, tmp_path:
 
 
 def test_a_calibration_text_takes_the_place_of_an_importance_matrix(tmp_path: Path) -> None:
-    matrix = quantkit.importance_matrix(TINYLM, CALIBRATION, chunking=SOME, dataset="calib.txt")
+    matrix = quantkit.importance_matrix(TINYLM, CALIBRATION, chunking=SOME, dataset=str(CALIBRATION_FILE))
     (a,) = quantkit.quantize(TINYLM, tmp_path / "a.gguf", type="IQ2_XS", imatrix=matrix)
-    (b,) = quantkit.quantize(
-        TINYLM, tmp_path / "b.gguf", type="IQ2_XS", calibration=CALIBRATION, calibration_name="calib.txt", chunking=SOME
-    )
+    (b,) = quantkit.quantize(TINYLM, tmp_path / "b.gguf", type="IQ2_XS", calibration=CALIBRATION_FILE, chunking=SOME)
     assert a.read_bytes() == b.read_bytes()
 
 
