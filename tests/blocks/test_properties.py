@@ -90,8 +90,8 @@ def test_error_is_bounded(kind: GGMLType, data: st.DataObject) -> None:
     assert np.isfinite(decoded).all()
     if kind in BOUNDS:
         largest = np.abs(rows).max(axis=1, keepdims=True)
-        # Of the smallest numbers, float16 scales lose what is below 2**-24.
-        lost = 6 * 2**-10 if small else 1e-5
+        # A float16 scale loses up to half of 2**-24, and is multiplied with up to 4096: in Q6_K with 128 and 32.
+        lost = 6 * 2**-10 if small else 4096 * 2**-25
         assert (np.abs(decoded - rows) <= BOUNDS[kind] * largest + lost).all()
 
 

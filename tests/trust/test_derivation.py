@@ -16,7 +16,7 @@ from support.tiny import write_gguf
 from quantkit.formats.gguf import GGUFFile, ValueType
 from quantkit.formats.imatrix import Importance, ImportanceMatrix
 from quantkit.pipeline.execute import execute
-from quantkit.pipeline.mixtures import FILE_TYPES, NEEDS_IMATRIX
+from quantkit.pipeline.mixtures import FILE_TYPES
 from quantkit.pipeline.run import plan
 from quantkit.sources.source import GGUFSource, open_model
 from quantkit.trust.derivation import derive
@@ -59,7 +59,7 @@ def flipped(path: Path, name: str, row: int, to: Path) -> Path:
 @pytest.mark.parametrize("kind", FILE_TYPES)
 def test_what_llama_quantize_makes_is_exact(f16: Path, tmp_path: Path, kind: str) -> None:
     source, path = GGUFSource(f16), tmp_path / "theirs.gguf"
-    weights = matrix(source, 1) if FILE_TYPES[kind].default in NEEDS_IMATRIX else None
+    weights = matrix(source, 1) if any(line.needs_weights for line in plan(source, kind)) else None
     options = {} if weights is None else {"imatrix": {k: v.reshape(-1) for k, v in weights.weights().items()}}
     assert llama_quantize(f16, path, kind, **options) == 0
     found = derive(GGUFSource(path), source, weights)
