@@ -14,7 +14,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -384,6 +384,53 @@ def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _packed(name: str, parts: Callable[[int, int], dict[str, str]], **quantization: Any) -> Recipe:
+    """The recipe `name` with the `parts` of quantized matrices, by their ends, for those of its layers."""
+    recipe, tensors = (RECIPES | FAMILIES)[name], {}
+    for tensor, (dtype, shape) in _stored(recipe).items():
+        if tensor.endswith("_proj.weight"):
+            for ending, said in parts(shape[0], shape[1]).items():
+                tensors[tensor.removesuffix(".weight") + ending] = said
+        else:
+            tensors[tensor] = " ".join(map(str, (dtype, *shape)))
+    config = {**recipe.config, "quantization_config": quantization}
+    return replace(recipe, config=config, tensors=tensors, letters=None, shards=1)
+
+
+def _fp8(high: int, wide: int) -> Callable[[int, int], dict[str, str]]:
+    def parts(rows: int, columns: int) -> dict[str, str]:
+        scales = f"F32 {-(-rows // high)} {-(-columns // wide)}"
+        return {".weight": f"F8_E4M3 {rows} {columns}", ".weight_scale_inv": scales}
+
+    return parts
+
+
+def _gptq(bits: int) -> Callable[[int, int], dict[str, str]]:
+    def parts(rows: int, columns: int) -> dict[str, str]:
+        groups = columns // 32
+        return {
+            ".qweight": f"I32 {columns * bits // 32} {rows}",
+            ".qzeros": f"I32 {groups} {rows * bits // 32}",
+            ".scales": f"F16 {groups} {rows}",
+            ".g_idx": f"I32 {columns}",
+        }
+
+    return parts
+
+
+# Checkpoints that are quantized already.
+PACKED = {
+    "tiny-packed-fp8": _packed("tiny-qwen3-moe", _fp8(128, 128), quant_method="fp8", weight_block_size=[128, 128]),
+    "tiny-packed-fp8-uneven": _packed("tiny-yarn", _fp8(32, 40), quant_method="fp8", weight_block_size=[32, 40]),
+    "tiny-packed-gptq": _packed(
+        "tiny-llama3-scaling", _gptq(4), quant_method="gptq", bits=4, group_size=32, desc_act=True, sym=False
+    ),
+    "tiny-packed-gptq-v2": _packed(
+        "tiny-qwen3", _gptq(8), quant_method="gptq", bits=8, group_size=32, checkpoint_format="gptq_v2", sym=False
+    ),
+}
+
+
 def _weights(name: str, shape: tuple[int, ...], dtype: str, norm_at: float) -> np.ndarray:
     """Weights of about the size of trained ones, some exactly halfway between two narrower values."""
     count = int(np.prod(shape))
@@ -391,6 +438,15 @@ def _weights(name: str, shape: tuple[int, ...], dtype: str, norm_at: float) -> n
     if dtype == "U8":  # codes of four bits, or scales: powers of two from 2^-8 to 2^-5
         bytes_ = (raw >> np.uint64(40)).astype(np.uint8)
         return (119 + bytes_ % 4 if name.endswith("_scales") else bytes_).astype(np.uint8).reshape(shape)
+    if dtype == "F8_E4M3":  # all but the two codes that are no number
+        codes = (raw >> np.uint64(40)).astype(np.uint8)
+        return np.where(codes & 127 == 127, codes - 1, codes).reshape(shape)
+    if dtype in ("I8", "I32"):
+        if name.endswith(".g_idx"):  # groups of 32 columns, which stand in another order
+            return (np.arange(count) * 7 % count // 32).astype(np.int32)
+        return (
+            (raw >> np.uint64(32)).astype(np.uint32).astype(f"<{dtype.lower()[0]}{int(dtype[1:]) // 8}").reshape(shape)
+        )
     values = (raw >> np.uint64(40)).astype(np.int64) - (1 << 23)
     weights = np.ldexp(values.astype(np.float32), -27)  # exact: 24 bits, within 1/16
     weights.view(np.uint32)[::7] = weights.view(np.uint32)[::7] & 0xFFFF8000 | 0x8000
@@ -414,7 +470,7 @@ def _safetensors(tensors: dict[str, tuple[str, np.ndarray]]) -> bytes:
 
 def make_checkpoint(name: str, parent: Path) -> Path:
     """Write the checkpoint called `name` into a directory of that name under `parent`, and return it."""
-    recipe, directory = (RECIPES | FAMILIES)[name], parent / name
+    recipe, directory = (RECIPES | FAMILIES | PACKED)[name], parent / name
     directory.mkdir(parents=True)
 
     def write(file: str, value: object) -> None:
@@ -442,5 +498,5 @@ def make_checkpoint(name: str, parent: Path) -> Path:
 
 
 if __name__ == "__main__":
-    for recipe_name in RECIPES | FAMILIES:
+    for recipe_name in RECIPES | FAMILIES | PACKED:
         make_checkpoint(recipe_name, Path(sys.argv[1]))

@@ -88,4 +88,7 @@ def command(
         execute(
             source, [(plan, path)], threads=threads, allow_nonfinite=allow_nonfinite, progress=progress, group=group
         )
-    note(f"{path}: {size_text(plan.file_size)}, {count_text(len(plan.tensors), 'tensor')}, {source.type.name}")
+    note(
+        f"{path}: {size_text(plan.file_size)}, {count_text(len(plan.tensors), 'tensor')}, {source.type.name}"
+        + (f", {source.dequantized}" if source.dequantized else "")
+    )

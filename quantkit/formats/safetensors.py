@@ -24,6 +24,11 @@ from safetensors import SafetensorError, safe_open
 from quantkit.errors import QuantkitError
 from quantkit.formats.reading import InputFile
 
+# How old checkpoints become ones in safetensors: transformers reads only the numbers of pickles.
+_CONVERT = (
+    'Convert pytorch_model.bin: python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('{0}', dtype='auto').save_pretrained('{0}-safetensors')\""
+)
 INDEX = "model.safetensors.index.json"
 MAX_JSON = 100 * 1024 * 1024  # the format's own bound on a header
 
@@ -33,8 +38,13 @@ _BITS = {
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-# numpy has no bfloat16: its bits travel as uint16.
+# numpy has no bfloat16: its bits travel as uint16, those of 8-bit floats as uint8.
 NUMPY_TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_BIT_TYPES = NUMPY_TYPES | {
+    name: np.dtype(f"<{'i' if name[0] == 'I' else 'u'}{bits // 8}")
+    for name, bits in _BITS.items()
+    if name[0] in "IU" or name.startswith("F8")
+}
 
 
 @dataclass(frozen=True)
@@ -205,6 +215,8 @@ class SafetensorsCheckpoint:
         if not names:
             others = [name for name in present if name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
             instead = f", only {_listed(others)}" if others else ""
+            if any(name.endswith(".bin") for name in others) or self.directory.parent.name == "snapshots":
+                instead += "; pickled weights are not read, as they can run code. " + _CONVERT.format(self.directory)
             raise QuantkitError(f"{self.directory}: it holds no model*.safetensors{instead}")
         for name in names:
             if (shard := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name)) is not None:
@@ -219,6 +231,11 @@ class SafetensorsCheckpoint:
         if extra := sorted(file.tensors.keys() - listed):
             raise QuantkitError(f"{file.path}: {INDEX} does not put {_listed(extra)} there; download both again")
 
+    @property
+    def paths(self) -> set[Path]:
+        """The files."""
+        return set(self._files)
+
     def data(self, name: str) -> np.ndarray:
         """Tensor `name` in its shape: float32, float16, or uint16 that holds bfloat16's bits.
 
@@ -226,17 +243,32 @@ class SafetensorsCheckpoint:
         any other type of element.
         """
         tensor = self.tensors[name]
-        dtype = NUMPY_TYPES.get(tensor.dtype)
-        if dtype is None:
+        if tensor.dtype not in NUMPY_TYPES:
             raise QuantkitError(
                 f"{tensor.path}: tensor {name!r} is {tensor.dtype}; only F32, F16 and BF16 can be read: "
                 "take the unquantized checkpoint"
             )
+        return self.bits(name)
+
+    def bits(self, name: str) -> np.ndarray:
+        """Tensor `name` in its shape, of any type: whole numbers, floats, or unsigned ones that hold a float's bits.
+
+        Otherwise as `data`. Raises QuantkitError for types of less than 8 bits, and the rarest ones.
+        """
+        tensor = self.tensors[name]
+        dtype = _BIT_TYPES.get(tensor.dtype)
+        if dtype is None:
+            raise QuantkitError(f"{tensor.path}: tensor {name!r} is {tensor.dtype}, which cannot be read")
         source = self._files[tensor.path].map
         flat: np.ndarray = np.frombuffer(
             source, dtype=dtype, count=tensor.nbytes // dtype.itemsize, offset=tensor.start
         )
         return flat.reshape(tensor.shape)
+
+    def whole(self, name: str) -> np.ndarray:
+        """All of tensor `name` as `bits` has it, but in memory: a new array. Raises QuantkitError as `read`."""
+        view = self.bits(name)
+        return self.read(name, view.reshape(1, -1), 0, 1).reshape(view.shape) if view.size else view.copy()
 
     def read(self, name: str, view: np.ndarray, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of `view`, counted through all axes but the last: contiguous, (rows, row length).
@@ -280,14 +312,6 @@ class SafetensorsCheckpoint:
                 file.file.read_into(tensor.start, data)
                 self._whole = name, data
             return self._whole[1]
-
-    def packed(self, name: str) -> np.ndarray:
-        """Tensor `name` of bytes in which narrower numbers are packed: uint8, otherwise as `data`."""
-        tensor = self.tensors[name]
-        if tensor.dtype != "U8":
-            raise QuantkitError(f"{tensor.path}: tensor {name!r} is {tensor.dtype}, not packed into U8")
-        source = self._files[tensor.path].map
-        return np.frombuffer(source, dtype=np.uint8, count=tensor.nbytes, offset=tensor.start).reshape(tensor.shape)
 
     def release(self, name: str) -> None:
         """Give back what is held of tensor `name`; it can be read again. Raises QuantkitError if its file changed."""

@@ -16,7 +16,7 @@ from quantkit.formats.gguf import Metadata, TensorInfo, ValueType, encode_header
 from quantkit.pipeline.mixtures import FILE_TYPES, FileType, ModelFacts, file_type
 from quantkit.pipeline.options import Override, QuantizeOptions, encodable
 from quantkit.pipeline.recipe import Recipe, needs_imatrix
-from quantkit.sources.source import MAX_SHARDS, GGUFSource, TensorSource, split_name
+from quantkit.sources.source import MAX_SHARDS, GGUFSource, TensorSource, split_name, stored_as
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +30,8 @@ MAX_TEXT = 127  # bytes of a metadata string that llama-quantize can set
 @dataclass
 class PlannedTensor:
     """One line of a plan: tensor `source_name` of the source becomes `info`, and why, where it is not the default.
+
+    `reason` begins with how a checkpoint stores it where that is quantized already.
 
     `weights` are its importance weights: float32 of n_per_row for each matrix, or None. `needs_weights` says that
     it would be unusable without them.
@@ -196,7 +198,7 @@ class Plan:
 
 def plan_copy(source: TensorSource, name: str = "COPY") -> Plan:
     """Every tensor as the source has it, in the source's order: what `convert` writes."""
-    lines = [PlannedTensor(t.name, t.type, t) for t in source.tensors.values()]
+    lines = [PlannedTensor(t.name, t.type, t, stored_as(source, t.name)) for t in source.tensors.values()]
     return Plan(name, Metadata(source.metadata), lines)
 
 
@@ -317,7 +319,8 @@ def _plan(
         if importance is not None and importance.weights and changes:
             weights = weights_for(info, original, importance.weights, source.label)
         needs = changes and needs_imatrix(info.name, choice.type, file)
-        lines.append(PlannedTensor(original, info.type, becomes, choice.reason, weights, needs))
+        reason = ", ".join(filter(None, (stored_as(source, original), choice.reason)))
+        lines.append(PlannedTensor(original, info.type, becomes, reason, weights, needs))
     decisive |= recipe.decisive
     return Plan(file.name, metadata, lines, split)
 

@@ -24,6 +24,8 @@ from quantkit.formats.gguf import MAX_DIMENSIONS, Metadata, TensorInfo, Value, V
 from quantkit.formats.safetensors import NUMPY_TYPES, SafetensorsCheckpoint, Shards, StoredTensor, take_rows
 from quantkit.sources.gguf_gaps import complete_sampling
 from quantkit.sources.hub import FILES, repo_id_of
+from quantkit.sources.packed import UnpackedCheckpoint, quantization_of, unpacked
+from quantkit.wording import count_text
 
 if TYPE_CHECKING:
     import gguf
@@ -83,8 +85,7 @@ class CheckpointSource:
         self.directory, self._pre, self._name = Path(directory), pre, name
         self._allow_nonfinite, self._elsewhere = allow_nonfinite, elsewhere
         self.architecture: Architecture = load_architecture(self.directory)
-        self._refuse_quantized()
-        self._checkpoint = SafetensorsCheckpoint(self.directory, elsewhere)
+        self._checkpoint = self._open()
         stored = self._checkpoint.tensors
         self.type = self._guess(stored) if outtype == "auto" else GGMLType.parse(outtype)
         self._assemblies: dict[str, Assembly] = {}
@@ -111,15 +112,29 @@ class CheckpointSource:
         """The same checkpoint with matrices of another type."""
         return CheckpointSource(self.directory, outtype, self._pre, self._name, self._allow_nonfinite, self._elsewhere)
 
-    def _refuse_quantized(self) -> None:
-        quantization = self.architecture.config.find("quantization_config")
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    def _open(self) -> SafetensorsCheckpoint | UnpackedCheckpoint:
+        """The stored tensors, those that are quantized as plain ones unless GGUF can keep them as they are."""
+        quantization = quantization_of(self.directory, self.architecture.config)
+        method = quantization.find("quant_method") if quantization is not None else None
         self._is_packed = method == "mxfp4" and bool(self.architecture.packed)
-        if quantization and not self._is_packed:
-            raise QuantkitError(
-                f"{self.architecture.config.path}: the weights are quantized already ({method}); "
-                "take the original checkpoint"
-            )
+        raw = SafetensorsCheckpoint(self.directory, self._elsewhere)
+        return raw if quantization is None or self._is_packed else unpacked(raw, quantization)
+
+    @property
+    def dequantized(self) -> str:
+        """What is quantized already and dequantized while it is read, in words; empty where nothing is."""
+        if not isinstance(self._checkpoint, UnpackedCheckpoint):
+            return ""
+        kinds = self._checkpoint.kinds
+        whole = count_text(sum(kinds.values()), "tensor")
+        return f"{whole} dequantized: " + ", ".join(f"{kind} ({n})" for kind, n in kinds.items())
+
+    def stored_as(self, name: str) -> str:
+        """How the checkpoint keeps tensor `name` where it is quantized already, in words."""
+        parts = self._assemblies[name].parts
+        if not parts or not isinstance(self._checkpoint, UnpackedCheckpoint):
+            return ""
+        return self._checkpoint.kind_of(parts[0])
 
     def _guess(self, stored: Mapping[str, StoredTensor]) -> GGMLType:
         """The type of the first 16-bit matrix, which is more reliable than config.json."""
@@ -158,7 +173,7 @@ class CheckpointSource:
 
     def _arrange_packed(self, assembly: Assembly, rows: slice) -> tuple[int, ...]:
         """Prepare a tensor that is quantized already, in MXFP4: sixteen bytes of codes and a scale for each block."""
-        codes, scales = (self._checkpoint.packed(part) for part in assembly.parts)
+        codes, scales = (self._codes(part) for part in assembly.parts)
         if codes.ndim != 4 or codes.shape[3] != MXFP4_CODES or codes.shape[:3] != scales.shape:
             raise QuantkitError(
                 f"{self.directory}: tensors {assembly.parts[0]!r} of shape {codes.shape} and {assembly.parts[1]!r} of "
@@ -168,6 +183,13 @@ class CheckpointSource:
         codes, scales = codes.reshape(*codes.shape[:2], -1)[:, rows], scales[:, rows]
         self._packed[assembly.name] = codes, scales
         return (*codes.shape[:2], n_blocks * GGMLType.MXFP4.block_size)
+
+    def _codes(self, part: str) -> np.ndarray:
+        """The stored tensor `part`, which must be of bytes."""
+        tensor = self._checkpoint.tensors[part]
+        if tensor.dtype != "U8":
+            raise QuantkitError(f"{tensor.path}: tensor {part!r} is {tensor.dtype}, not packed into U8")
+        return self._checkpoint.bits(part)
 
     def _rearranged(self, assembly: Assembly, part: str) -> list[np.ndarray]:
         """The views of the stored tensor `part` whose rows stand below each other in `assembly`."""
@@ -207,8 +229,7 @@ class CheckpointSource:
     @property
     def files(self) -> list[Path]:
         """See TensorSource: the shards, and whatever else in the directory a conversion may read."""
-        shards = {tensor.path for tensor in self._checkpoint.tensors.values()}
-        return sorted(shards | {path for pattern in FILES for path in self.directory.glob(pattern)})
+        return sorted(self._checkpoint.paths | {path for pattern in FILES for path in self.directory.glob(pattern)})
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
+from quantkit.sources.packed import LEGACY_FILES
 
 # Download only what conversion reads: a repository often holds the same weights in several formats.
 FILES = (
@@ -24,6 +25,7 @@ FILES = (
     "README.md",
     "model*.safetensors",
     "model.safetensors.index.json",
+    *LEGACY_FILES,
 )
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

@@ -123,6 +123,12 @@ class GGUFSource:
         self.shards[self.shard_of[name]].check()
 
 
+def stored_as(source: TensorSource, name: str) -> str:
+    """How the file keeps tensor `name` where `source` dequantizes it while reading, in words; empty for others."""
+    told = getattr(source, "stored_as", None)
+    return str(told(name)) if told is not None else ""
+
+
 def split_name(prefix: str, index: int, count: int) -> str:
     """The standard name of shard `index` (from 0) of `count`."""
     return f"{prefix}-{index + 1:05d}-of-{count:05d}.gguf"
@@ -164,6 +170,8 @@ def open_model(
         model, "" if path == checkpoint.directory else f" in {checkpoint.directory}",
         count_text(len(checkpoint.tensors), "tensor"), checkpoint.type.name,
     )  # fmt: skip
+    if checkpoint.dequantized:
+        log.info("%s: %s", model, checkpoint.dequantized)
     return checkpoint
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from make_checkpoints import FAMILIES, RECIPES, make_checkpoint
+from make_checkpoints import FAMILIES, PACKED, RECIPES, make_checkpoint
 
 GOLDENS = Path(__file__).resolve().parents[2] / "tests" / "goldens" / "convert"
 PRE = {"SMOLLM3": "smaug-bpe", "GLM4": "glm4", "GLM4_MOE": "glm4"}
@@ -98,7 +98,7 @@ def main() -> None:
     GOLDENS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        recipes = RECIPES | FAMILIES
+        recipes = RECIPES | FAMILIES | PACKED
         for wanted in sys.argv[2:] or recipes:
             checkpoint = make_checkpoint(wanted, scratch) if wanted in recipes else Path(wanted).resolve()
             made = scratch / "made" / checkpoint.name
