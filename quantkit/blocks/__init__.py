@@ -128,21 +128,27 @@ def largest(rows: np.ndarray) -> float:
 def codec_kernels(encoded: Iterable[tuple[GGMLType, bool]] = (), decoded: Iterable[GGMLType] = ()) -> list[KernelJob]:
     """The kernels to compile for encoding to types, with importance weights or without, and for decoding from others.
 
-    Those of the IQ types with a grid are not among them: they take the grid too.
+    In the order in which they are needed.
     """
     from numba.core import types
 
+    from quantkit.blocks.grids import GridBlock, neighbour_job
     from quantkit.blocks.plain import first_nonfinite as search
     from quantkit.blocks.plain import largest_magnitude
     from quantkit.compile.ahead import KernelJob
 
     floats, raw = (types.Array(kind, 1, "C", readonly=True) for kind in (types.float32, types.uint8))
     result, packed = types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C")
-    found = [KernelJob(block(kind).decode, (raw, result), 0.3) for kind in decoded]
-    encoders = [
-        KernelJob(block(kind).encode, (floats, packed, types.int64, floats if weighted else types.none), 1.5)
-        for kind, weighted in encoded
-    ]
+    encoded, found, encoders = list(encoded), [], []
+    for kind in decoded:
+        kernel, tables = block(kind).decode_kernel()
+        found.append(KernelJob(kernel, (raw, result, *tables), 0.3))
+    for kind, weighted in encoded:
+        kernel, tables = block(kind).encode_kernel()
+        signature = (floats, packed, types.int64, floats if weighted else types.none, *tables)
+        encoders.append(KernelJob(kernel, signature, 3.0 if tables else 1.5))
+    if any(issubclass(block(kind), GridBlock) for kind, _ in encoded):
+        found.append(neighbour_job())
     if encoders:
         found += [KernelJob(search, (floats,), 0.2), *encoders, KernelJob(largest_magnitude, (floats,), 0.2)]
-    return [job for job in found if hasattr(job.kernel, "py_func")]
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from quantkit.blocks.types import GGMLType
 
@@ -26,6 +26,17 @@ class Block:
 
     registry: ClassVar[dict[GGMLType, builtins.type[Block]]] = {}
 
-    def __init_subclass__(cls, type: GGMLType) -> None:
-        cls.type = type
-        Block.registry[type] = cls
+    def __init_subclass__(cls, type: GGMLType | None = None) -> None:
+        if type is not None:  # a base of several formats has none
+            cls.type = type
+            Block.registry[type] = cls
+
+    @classmethod
+    def encode_kernel(cls) -> tuple[Any, tuple[Any, ...]]:
+        """The kernel behind `encode`, and the numba types of what it takes besides."""
+        return cls.encode, ()
+
+    @classmethod
+    def decode_kernel(cls) -> tuple[Any, tuple[Any, ...]]:
+        """The kernel behind `decode`, and the numba types of what it takes besides."""
+        return cls.decode, ()

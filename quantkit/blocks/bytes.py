@@ -1,68 +1,91 @@
-"""Numbers in the bytes of a block: pieces of kernels that several formats share, and how kernels know layouts.
-
-A kernel takes `Layout` as it finds it: as a global, or as an argument of a piece.
-"""
+"""Numbers in the bytes of a block: pieces of kernels that several formats share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba.core import types
-from numba.core.imputils import lower_constant, lower_getattr_generic
-from numba.core.typing.templates import AttributeTemplate, infer_getattr
-from numba.extending import models, register_model, typeof_impl
 
-from quantkit.blocks.lanes import half_bits, half_value
-from quantkit.blocks.layout import Layout
+from quantkit.blocks.lane_memory import address
+from quantkit.blocks.lanes import intrinsic
 from quantkit.compile.kernel import piece
 
 
-class _LayoutType(types.Type):  # type: ignore[misc]
-    """The numba type of one layout, which holds nothing at run time."""
+def _put(convert: Callable[[Any, Any, Any, Any], Any]) -> Callable[..., Any]:
+    """Generate code that stores `convert(context, builder, type, value)` at a byte, wherever that is."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        super().__init__(name=repr(layout))
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        position = context.cast(builder, args[1], sig.args[1], types.intp)
+        pointer = address(context, builder, sig.args[0], args[0], position)
+        number = convert(context, builder, sig.args[2], args[2])
+        builder.store(number, builder.bitcast(pointer, ir.PointerType(number.type)), align=1)
+        return context.get_dummy_value()
 
-
-register_model(_LayoutType)(models.OpaqueModel)
-
-
-@typeof_impl.register(Layout)  # type: ignore[untyped-decorator]
-def _typeof_layout(layout: Layout, context: Any) -> _LayoutType:
-    return _LayoutType(layout)
+    return codegen
 
 
-@lower_constant(_LayoutType)  # type: ignore[untyped-decorator]
-def _no_value(context: Any, builder: Any, kind: _LayoutType, layout: Layout) -> Any:
-    return context.get_dummy_value()
+def _get(element: ir.Type, convert: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Generate code that loads an LLVM `element` from a byte, wherever that is, and converts it."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        position = context.cast(builder, args[1], sig.args[1], types.intp)
+        pointer = address(context, builder, sig.args[0], args[0], position)
+        return convert(builder, builder.load(builder.bitcast(pointer, ir.PointerType(element)), align=1, typ=element))
+
+    return codegen
 
 
-@infer_getattr
-class _FieldsOfLayout(AttributeTemplate):  # type: ignore[misc]
-    key = _LayoutType
-
-    def generic_resolve(self, typ: _LayoutType, attr: str) -> Any:  # type: ignore[override]
-        return types.intp if attr == "nbytes" or attr in typ.layout.offsets else None
+def _low_bits(kind: types.Type) -> Callable[[Any, Any, Any, Any], Any]:
+    return lambda context, builder, source, value: context.cast(builder, value, source, kind)
 
 
-@lower_getattr_generic(_LayoutType)  # type: ignore[untyped-decorator]
-def _offset(context: Any, builder: Any, kind: _LayoutType, value: Any, field: str) -> Any:
-    return context.get_constant(types.intp, getattr(kind.layout, field))
+_SHORT, _WORD, _HALF = ir.IntType(16), ir.IntType(32), ir.HalfType()
 
 
-@piece
-def put_short(out: Any, at: Any, value: Any) -> None:
-    """Store the low 16 bits of `value` at byte `at`, the lower byte first."""
-    out[at] = np.uint8(value & 0xFF)
-    out[at + 1] = np.uint8((value >> 8) & 0xFF)
+@intrinsic
+def put_short(typingctx: Any, out: Any, at: Any, value: Any) -> Any:
+    """Store the low 16 bits of an integer at byte `at`, the lower byte first."""
+    return types.void(out, at, value), _put(_low_bits(types.uint16))
 
 
-@piece
-def get_short(data: Any, at: Any) -> Any:
+@intrinsic
+def put_word(typingctx: Any, out: Any, at: Any, value: Any) -> Any:
+    """Store the low 32 bits of an integer at byte `at`, the lowest byte first."""
+    return types.void(out, at, value), _put(_low_bits(types.uint32))
+
+
+@intrinsic
+def put_half(typingctx: Any, out: Any, at: Any, value: Any) -> Any:
+    """Store a float32 at byte `at` as the nearest float16 (halves to even, overflow to infinity)."""
+    return types.void(out, at, types.float32), _put(lambda context, builder, _, x: builder.fptrunc(x, _HALF))
+
+
+@intrinsic
+def get_short(typingctx: Any, data: Any, at: Any) -> Any:
     """Load two bytes at `at` as an integer that is not negative, the lower first."""
-    return np.int64(data[at]) | (np.int64(data[at + 1]) << 8)
+    return types.int64(data, at), _get(_SHORT, lambda builder, x: builder.zext(x, ir.IntType(64)))
+
+
+@intrinsic
+def get_word(typingctx: Any, data: Any, at: Any) -> Any:
+    """Load four bytes at `at` as uint32, the lowest first."""
+    return types.uint32(data, at), _get(_WORD, lambda builder, x: x)
+
+
+@intrinsic
+def get_half(typingctx: Any, data: Any, at: Any) -> Any:
+    """Load the float16 at byte `at` as float32."""
+    return types.float32(data, at), _get(_HALF, lambda builder, x: builder.fpext(x, ir.FloatType()))
+
+
+@piece
+def clear(out: Any, at: Any, n: Any) -> None:
+    """Make `n` bytes from byte `at` on zero."""
+    for i in range(n):
+        out[at + i] = 0
 
 
 @piece
@@ -72,37 +95,9 @@ def get_nibble(data: Any, at: Any, j: Any) -> Any:
 
 
 @piece
-def put_half(out: Any, at: Any, value: Any) -> None:
-    """Store a float32 as float16 at byte `at`."""
-    put_short(out, at, half_bits(value))
-
-
-@piece
-def get_half(data: Any, at: Any) -> Any:
-    """Load the float16 at byte `at` as float32."""
-    return half_value(np.uint16(get_short(data, at)))
-
-
-@piece
 def get_values(data: Any, at: Any, n: Any, table: Any, scale: Any, out: Any, to: Any) -> None:
     """Entries of a table of 16, times `scale`, that `n` bytes at `at` choose: by the low nibbles, then by the high."""
     for i in range(n):
         byte = data[at + i]
         out[to + i] = scale * table[byte & 15]
         out[to + n + i] = scale * table[byte >> 4]
-
-
-@piece
-def put_word(out: Any, at: Any, value: Any) -> None:
-    """Store the low 32 bits of `value` at byte `at`, the lowest byte first."""
-    for i in range(4):
-        out[at + i] = np.uint8((value >> np.uint32(8 * i)) & 0xFF)
-
-
-@piece
-def get_word(data: Any, at: Any) -> Any:
-    """Load four bytes at `at` as uint32, the lowest first."""
-    value = np.uint32(0)
-    for i in range(4):
-        value |= np.uint32(np.uint32(data[at + i]) << np.uint32(8 * i))
-    return value

@@ -13,8 +13,19 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_values
-from quantkit.blocks.lane_memory import load, store
-from quantkit.blocks.lanes import LANES, ZERO, absolute, bits_float, float_bits, largest, maximum, select, splat
+from quantkit.blocks.lane_memory import load, scratch, store
+from quantkit.blocks.lanes import (
+    LANES,
+    ZERO,
+    absolute,
+    bits_float,
+    float_bits,
+    largest,
+    maximum,
+    minimum,
+    select,
+    splat,
+)
 from quantkit.blocks.types import GGMLType
 from quantkit.compile.kernel import kernel, piece
 
@@ -48,7 +59,7 @@ def slow_index(x: Any, scale: Any) -> Any:
 def put_levels(x: Any, start: Any, scale: Any, amax: Any, levels: Any, to: Any) -> None:
     """The indices of sixteen weights, whose block has the largest magnitude `amax`."""
     # Beyond these limits the reference's distances overflow or are rounded.
-    if scale > ZERO and amax < min(np.float32(65536) * scale, np.float32(2.0**126)):
+    if scale > ZERO and amax < minimum(np.float32(65536) * scale, np.float32(2.0**126)):
         store(levels, to, indices(load(x, start), scale))
     else:
         for i in range(LANES):
@@ -84,7 +95,7 @@ class MXFP4(Block, type=GGMLType.MXFP4):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_mxfp4_ref."""
-        levels = np.empty(2 * LANES, np.uint8)
+        levels = scratch(np.uint8, 2)
         for block in range(x.size // 32):
             at, start = block * MX.nbytes, block * 32
             amax = largest(maximum(absolute(load(x, start)), absolute(load(x, start + LANES))))
@@ -110,10 +121,10 @@ def to_ue4m3(x: Any) -> Any:
     """A number, not negative, as an unsigned float of 4 exponent and 3 mantissa bits, as ggml_fp32_to_ue4m3 rounds."""
     if not x > ZERO:
         return 0
-    bits = np.int64(float_bits(min(x, np.float32(448))))
+    bits = np.int64(float_bits(minimum(np.float32(448), x)))
     exponent = (bits >> 23) - 120
     if exponent <= 0:
-        return min(7, np.int64(x * np.float32(512) + np.float32(0.5)))
+        return minimum(7, np.int64(x * np.float32(512) + np.float32(0.5)))
     # Rounded up, a mantissa may carry into the exponent. What rounds to 256 or more is taken for the largest, 448.
     code = (exponent << 3) + ((bits >> 20) & 7) + ((bits >> 19) & 1)
     return code if code < 0x78 else 0x7E
@@ -137,7 +148,7 @@ class NVFP4(Block, type=GGMLType.NVFP4):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_nvfp4_ref."""
-        levels = np.empty(LANES, np.uint8)
+        levels = scratch(np.uint8, 1)
         for block in range(x.size // 64):
             for j in range(4):
                 start, at = block * 64 + j * LANES, block * NV.nbytes

@@ -13,21 +13,37 @@ holds for rounded sums as well when the others are farther by more than the roun
 at most 8 terms `w * (s*q - x)**2` these are below `2**-19 * S`, S being the sum of `w * (s*q_max + |x|)**2` (sixteen
 units in the last place, doubled for safety). Scales differ by less than a factor 2, so a margin of `2**-16 * S` at both
 ends is enough. So with a neighbour in each lane, the search of a run starts at its ends, and goes on in the middle
-while they disagree.
+while they disagree:
+
+    trials     4   5   6   7   8   9  10  11  12      codes of one group in one lane: a run of nine equal ones
+    search     a                               b      the ends: different points
+                               a                      the middle: as on the left, so 5 to 7 are a without a search
+                                       b              the middle of what is left: as on the right, so 11 is b
+                                   ?                  between a and b: one more search
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from quantkit.blocks.bytes import put_word
-from quantkit.blocks.lane_memory import load, store
+from quantkit.blocks.grids import Grid
+from quantkit.blocks.lane_memory import load, scratch, store
 from quantkit.blocks.lanes import (
     LANES,
     ONE,
     ZERO,
+    Bytes,
+    Codes,
+    F32x16,
+    Floats,
+    I32x16,
+    Ints,
+    Longs,
+    Mask16,
     absolute,
     bits,
     first_lane,
@@ -45,7 +61,8 @@ from quantkit.blocks.lanes import (
 )
 from quantkit.blocks.searches import level_of, nearest_ints, weigh
 from quantkit.blocks.tiles import SUPER, block_starts, spread
-from quantkit.compile.kernel import piece
+from quantkit.compile.fixed import Fixed
+from quantkit.compile.kernel import piece, step
 
 HALF = np.float32(0.5)
 INFINITY = np.float32(np.inf)
@@ -58,8 +75,122 @@ ROUND_ALL, ROUND_ANY, ROUND_REPLACED = 0, 1, 2
 REPLACED = 1 << 16  # a code with this bit is of a point that took the place of levels outside the grid
 
 
+@dataclass(frozen=True)
+class Shape(Fixed):
+    """The groups of a grid: their weights, the bits of a level in a code, and the highest level."""
+
+    dim: int
+    width: int
+    top: int
+
+    @property
+    def center(self) -> int:
+        """What the highest level stands for: levels are 1, 3, 5..."""
+        return 2 * self.top + 1
+
+
+@dataclass(frozen=True)
+class GridFormat(Fixed):
+    """A format with a grid, as `encode_on_grid` needs it."""
+
+    shape: Shape
+    n: int  # weights of a sub-block
+    even: bool  # whether only seven signs of eight are stored
+    factor: np.float32  # sigma is so many mean squares of the super-block
+    share: np.float32  # of sigma that is added to the square of a weight, in place of importance weights
+    n_trials: int
+    spacing: np.float32  # between the inverse scales that are tried
+    again: int  # what is rounded once more with the best scale
+    epsilon: np.float32  # a sub-block with nothing larger is empty
+    start: Any  # piece(tile, trials, largest, format): extreme and first scale of each lane, and which lanes are empty
+    put: Any  # piece(out, block, lane, tile, codes, found, index): lay out a super-block, whose lanes begin at `lane`
+
+    @property
+    def supers(self) -> int:
+        """How many super-blocks fill the lanes."""
+        return LANES * self.n // SUPER
+
+    @property
+    def code_vectors(self) -> int:
+        """Room for the codes of all trials."""
+        return self.n // self.shape.dim * self.n_trials
+
+    @property
+    def scale_vectors(self) -> int:
+        """Room for the scales of all trials of each lane, to the end of the last vector that begins with one."""
+        return self.n_trials + 2 * LANES
+
+
+class Tile(NamedTuple):
+    """Sixteen sub-blocks of `n` weights, one in each lane."""
+
+    n: int
+    even: bool  # see GridFormat
+    xs: Floats  # weights, of which `take_signs` leaves the magnitudes
+    ws: Floats  # their importance
+    roots: Floats  # of the importance: distances from grid points are weighted by these
+    signs: Ints  # eight bits for each group of eight weights
+    empty: Ints  # 1 in the lanes of empty sub-blocks
+    starts: Longs  # where the sub-blocks begin
+    columns: Longs  # and in their rows
+    sigmas: Floats
+
+
+class Trials(NamedTuple):
+    """What `n` scales make of a tile.
+
+    - `codes`: of group k in trial t, in lanes from `16 * (k * n + t)` on.
+    - `scales`: of trial t in lane l, at `l * (n + 16) + t`: sixteen trials of a lane are a vector.
+    """
+
+    n: int
+    codes: Ints
+    scales: Floats
+
+
+class Work(NamedTuple):
+    """Scratch of a search."""
+
+    slack: Floats  # by group, in lanes: how much farther the second nearest must be to be sure of the nearest
+    tables: Floats  # eight terms of each weight of a group
+    terms: Floats
+    winners: Ints
+    ends: Longs
+    sure: Bytes
+
+
+class Run(NamedTuple):
+    """Trials first..end-1, in which `group` of `lane` has the same levels, whose neighbours are at `place`."""
+
+    group: int
+    lane: int
+    first: int
+    end: int
+    place: int  # see Grid.where
+
+
 @piece
-def sum_of_squares(x: Any, start: Any) -> Any:
+def code_position(trials: Trials, group: int, trial: int) -> int:
+    """Where the codes of a group in a trial begin."""
+    return (group * trials.n + trial) * LANES
+
+
+@piece
+def scale_position(trials: Trials, lane: int, trial: int) -> int:
+    """Where the scale of a lane in a trial is."""
+    return lane * (trials.n + LANES) + trial
+
+
+@piece
+def put_scales(trials: Trials, trial: int, scale: F32x16, work: Work) -> None:
+    """Keep the scales of a trial, each with its lane's."""
+    store(work.terms, 0, scale)
+    for lane in range(LANES):
+        trials.scales[scale_position(trials, lane, trial)] = work.terms[lane]
+
+
+@piece
+def sum_of_squares(x: Floats, start: int) -> np.float32:
     """The sum of the squares of a super-block, one after another."""
     total = ZERO
     for i in range(SUPER):
@@ -67,96 +198,103 @@ def sum_of_squares(x: Any, start: Any) -> Any:
     return total
 
 
-@piece
-def tile_space(n: Any) -> Any:
-    """What `take_tile` fills: weights and their importance; and its scratch."""
-    return (
-        np.empty(n * LANES, np.float32),
-        np.empty(n * LANES, np.float32),
-        (np.empty(LANES, np.int64), np.empty(LANES, np.int64), np.empty(LANES, np.float32)),
-    )
-
-
-@piece
-def take_tile(x: Any, first: Any, n: Any, n_per_row: Any, weights: Any, factor: Any, share: Any, tile: Any) -> Any:
-    """Sixteen sub-blocks of `n` weights, from super-block `first` on. Returns how many super-blocks these are.
+@step
+def take_tile(
+    x: Floats, first: int, n_per_row: int, weights: Floats | None, factor: np.float32, share: np.float32, tile: Tile
+) -> int:
+    """Fill `tile` from super-block `first` on. Returns how many super-blocks that took.
 
     sigma is `factor` times the mean square of the super-block. Importance weights are multiplied by the root of sigma
     plus the square of the weight; without them, that square plus `share` of sigma stands for them. Lanes beyond the
     last sub-block repeat it.
     """
-    xs, ws, (starts, columns, sigmas) = tile
+    n, xs, ws, sigmas = tile.n, tile.xs, tile.ws, tile.sigmas
     lanes = SUPER // n  # of a super-block
-    used = block_starts(first * lanes, x.size // n, n, n_per_row, starts, columns)
-    spread(x, starts, 0, n, xs)
-    if weights is not None or share != 0:
+    used = block_starts(first * lanes, x.size // n, n, n_per_row, tile.starts, tile.columns)
+    spread(x, tile.starts, 0, n, xs)
+    if weights is not None or share != ZERO:
         for lane in range(0, LANES, lanes):
-            start = starts[lane] // SUPER * SUPER
-            sigmas[lane : lane + lanes] = np.float32(factor) * sum_of_squares(x, start) / np.float32(SUPER)
+            sigma = factor * sum_of_squares(x, tile.starts[lane] // SUPER * SUPER) / np.float32(SUPER)
+            for i in range(lanes):
+                sigmas[lane + i] = sigma
     if weights is None:
         for i in range(n):
             v = load(xs, i * LANES)
-            store(ws, i * LANES, splat(np.float32(share)) * load(sigmas, 0) + v * v if share != 0 else v * v)
+            store(ws, i * LANES, splat(share) * load(sigmas, 0) + v * v if share != ZERO else v * v)
     else:
-        spread(weights, columns, 0, n, ws)
+        spread(weights, tile.columns, 0, n, ws)
         weigh(xs, ws, n, load(sigmas, 0))
     return used // lanes
 
 
 @piece
-def take_signs(xs: Any, ws: Any, n: Any, even: Any, signs: Any) -> Any:
-    """Make `xs` magnitudes, and write 8 sign bits for every group of 8 to `signs`. Returns the largest of each lane.
+def hide_odd_sign(tile: Tile, first: int, sign: I32x16, odd: I32x16) -> I32x16:
+    """Make the signs of eight weights from `first` on even: the weight that matters least keeps the wrong one.
 
-    With `even`, only seven bits are stored because each group has an even number of signs; where it has not, the
-    weight that matters least keeps the wrong sign: its magnitude becomes negative.
+    Its magnitude becomes negative. `odd` is 1 in lanes where that is needed. Returns the signs, of which seven count.
     """
+    least, least_at = splat(INFINITY), splat(0)
+    for i in range(8):
+        x = load(tile.xs, (first + i) * LANES)
+        loss = load(tile.ws, (first + i) * LANES) * x * x
+        if i == 0:
+            least = loss
+        else:
+            less = loss < least
+            least = select(less, loss, least)
+            least_at = select(less, splat(i), least_at)
+    for i in range(8):
+        x = load(tile.xs, (first + i) * LANES)
+        store(tile.xs, (first + i) * LANES, select((odd == splat(1)) & (least_at == splat(i)), -x, x))
+    return (sign ^ (odd << least_at)) & splat(127)
+
+
+@step
+def take_signs(tile: Tile) -> F32x16:
+    """Make the weights of `tile` magnitudes, and keep their signs. Returns the largest of each lane."""
     zero = splat(ZERO)
     largest = zero
-    for k in range(n // 8):
-        sign = splat(0)
-        odd = splat(0)
-        least = zero
-        least_at = splat(0)
+    for k in range(tile.n // 8):
+        sign, odd = splat(0), splat(0)
         for i in range(8):
             at = (8 * k + i) * LANES
-            x = load(xs, at)
+            x = load(tile.xs, at)
             flipped = select(x >= zero, splat(0), splat(1))
             sign = sign | (flipped << splat(i))
             odd = odd ^ flipped
-            if even:
-                loss = load(ws, at) * x * x
-                if i == 0:
-                    least = loss
-                else:
-                    less = loss < least
-                    least = select(less, loss, least)
-                    least_at = select(less, splat(i), least_at)
-            store(xs, at, select(x >= zero, x, -x))
-        if even:
-            sign = (sign ^ (odd << least_at)) & splat(127)
-            for i in range(8):
-                at = (8 * k + i) * LANES
-                x = load(xs, at)
-                store(xs, at, select((odd == splat(1)) & (least_at == splat(i)), -x, x))
-        store(signs, k * LANES, sign)
+            store(tile.xs, at, select(x >= zero, x, -x))
+        if tile.even:
+            sign = hide_odd_sign(tile, 8 * k, sign, odd)
+        store(tile.signs, k * LANES, sign)
         for i in range(8):
-            x = load(xs, (8 * k + i) * LANES)
-            largest = x if k == 0 and i == 0 else maximum(largest, x)
+            largest = maximum(largest, load(tile.xs, (8 * k + i) * LANES))
     return largest
 
 
 @piece
-def rounded_code(xs: Any, first: Any, inverse: Any, dim: Any, width: Any, top: Any) -> Any:
+def rounded_code(xs: Floats, first: int, inverse: F32x16, shape: Shape) -> I32x16:
     """The code of the group of weights from `first` on, rounded to levels 0..top, which stand for 1, 3, 5..."""
     code = splat(0)
-    for i in range(dim):
+    for i in range(shape.dim):
         level = nearest_ints(splat(HALF) * (inverse * load(xs, (first + i) * LANES) - splat(ONE)))
-        code = code | (maximum(splat(0), minimum(splat(top), level)) << splat(width * i))
+        code = code | (maximum(splat(0), minimum(splat(shape.top), level)) << splat(shape.width * i))
     return code
 
 
 @piece
-def nearest_point(lists: Any, place: Any, tables: Any, dim: Any, width: Any) -> Any:
+def square_terms(
+    xs: Floats, us: Floats, first: int, lane: int, scale: np.float32, levels: F32x16, tables: Floats, dim: int
+) -> None:
+    """The terms `u * (scale * level - x)**2` of one lane's group from weight `first` on, for eight levels each."""
+    scaled = splat(scale) * levels
+    for i in range(0, dim, 2):
+        at = (first + i) * LANES + lane
+        diff = scaled - pair(xs[at], xs[at + LANES])
+        store(tables, 8 * i, pair(us[at], us[at + LANES]) * diff * diff)
+
+
+@piece
+def nearest_point(lists: Codes, place: int, tables: Floats, dim: int, width: int) -> tuple[int, np.float32]:
     """The nearest of the neighbours at `place` (see Grid.where), and how much farther the second is.
 
     `tables` holds for each weight of the group eight terms, one a level, whose sum in order is the distance.
@@ -187,47 +325,34 @@ def nearest_point(lists: Any, place: Any, tables: Any, dim: Any, width: Any) -> 
 
 
 @piece
-def square_terms(xs: Any, us: Any, first: Any, lane: Any, scale: Any, levels: Any, tables: Any, dim: Any) -> None:
-    """The terms `w * (scale * level - x)**2` of one lane's group from weight `first` on, for eight levels each."""
-    scaled = splat(scale) * levels
-    for i in range(0, dim, 2):
-        at = (first + i) * LANES + lane
-        diff = scaled - pair(xs[at], xs[at + LANES])
-        store(tables, 8 * i, pair(us[at], us[at + LANES]) * diff * diff)
+def nearest_points(run: Run, start: int, trials: Trials, tile: Tile, lists: Codes, shape: Shape, terms: Floats) -> Any:
+    """The nearest neighbours of sixteen trials from `start` on: a trial in each lane.
 
-
-@piece
-def nearest_points(
-    lists: Any, place: Any, xs: Any, us: Any, first: Any, lane: Any, scales: Any, at: Any, terms: Any, shape: Any
-) -> Any:
-    """The nearest of the neighbours at `place` for sixteen scales, from `scales[at]` on: a trial in each lane.
-
-    Candidates come one after another, so that their order decides between equals. `terms` is scratch.
+    Candidates come one after another, so that their order decides between equals.
     """
-    dim, width, top = shape
-    mask = (1 << width) - 1
-    scale = load(scales, at)
-    for level in range(top + 1):
+    mask, first = (1 << shape.width) - 1, run.group * shape.dim
+    scale = load(trials.scales, scale_position(trials, run.lane, start))
+    for level in range(shape.top + 1):
         scaled = scale * splat(np.float32(2 * level + 1))
-        if dim == 4:  # too many levels to keep the terms of all
+        if shape.dim == 4:  # too many levels to keep the terms of all
             store(terms, level * LANES, scaled)
         else:
-            for i in range(dim):
-                source = (first + i) * LANES + lane
-                diff = scaled - splat(xs[source])
-                store(terms, (i * (mask + 1) + level) * LANES, splat(us[source]) * diff * diff)
-    start = np.int64(place >> 10) * LANES
+            for i in range(shape.dim):
+                source = (first + i) * LANES + run.lane
+                diff = scaled - splat(tile.xs[source])
+                store(terms, (i * (mask + 1) + level) * LANES, splat(tile.roots[source]) * diff * diff)
+    at = np.int64(run.place >> 10) * LANES
     best = splat(INFINITY)
-    codes = splat(np.int32(lists[start]))
-    for j in range(start, start + np.int64(place & 1023)):
+    codes = splat(np.int32(lists[at]))
+    for j in range(at, at + np.int64(run.place & 1023)):
         code = np.int64(lists[j])
         distance = splat(ZERO)
-        for i in range(dim):
-            level = (code >> (width * i)) & mask
-            if dim == 4:
-                source = (first + i) * LANES + lane
-                diff = load(terms, level * LANES) - splat(xs[source])
-                term = splat(us[source]) * diff * diff
+        for i in range(shape.dim):
+            level = (code >> (shape.width * i)) & mask
+            if shape.dim == 4:
+                source = (first + i) * LANES + run.lane
+                diff = load(terms, level * LANES) - splat(tile.xs[source])
+                term = splat(tile.roots[source]) * diff * diff
             else:
                 term = load(terms, (i * (mask + 1) + level) * LANES)
             distance = term if i == 0 else distance + term
@@ -238,203 +363,250 @@ def nearest_points(
 
 
 @piece
-def replace_by_points(
-    codes: Any,
-    scales: Any,
-    n_trials: Any,
-    slack: Any,
-    searched: Any,
-    xs: Any,
-    us: Any,
-    n: Any,
-    tables: Any,
-    grid: Any,
-    shape: Any,
-) -> None:
-    """Replace the codes that are no grid points by their nearest neighbours, in all trials of all lanes."""
-    where, lists = grid.where, grid.lists
-    dim, width, _ = shape
-    ends, sure, terms, winners = searched
-    stride = n_trials + LANES
-    levels = to_float(((lane_numbers() & splat((1 << width) - 1)) << splat(1)) + splat(1))
-    for k in range(n // dim):
-        for lane in range(LANES):
-            base = k * n_trials * LANES + lane
-            trial = 0
-            while trial < n_trials:
-                code = codes[base + trial * LANES]
-                end = trial + 1
-                while end < n_trials and codes[base + end * LANES] == code:
-                    end += 1
-                place = where[code]
-                if place >= 0 and end - trial > 1 and place & 1023 <= LANES:
-                    for part in range(trial, end, LANES):
-                        start = lane * stride + part
-                        best_codes = nearest_points(lists, place, xs, us, k * dim, lane, scales, start, terms, shape)
-                        store(winners, 0, best_codes | splat(REPLACED))
-                        for at in range(min(LANES, end - part)):
-                            codes[base + (part + at) * LANES] = winners[at]
-                elif place >= 0:
-                    # The run's ends first; then halve what lies between two trials until they agree for sure.
-                    low, at, depth = trial, trial, 0
-                    ends[0] = end - 1
-                    while True:
-                        here = base + at * LANES
-                        if codes[here] < REPLACED:
-                            square_terms(xs, us, k * dim, lane, scales[lane * stride + at], levels, tables, dim)
-                            best, margin = nearest_point(lists, place, tables, dim, width)
-                            codes[here] = best | REPLACED
-                            sure[at] = margin > slack[k * LANES + lane]
-                        if at - low > 1:
-                            if codes[here] == codes[base + low * LANES] and sure[at] and sure[low]:
-                                for between in range(low + 1, at):
-                                    codes[base + between * LANES] = codes[here]
-                                low = at
-                                depth -= 1
-                            else:
-                                depth += 1
-                                ends[depth] = (low + at) // 2
-                        elif at > low:
-                            low = at
-                            depth -= 1
-                        if low == end - 1:
-                            break
-                        at = ends[depth]
-                trial = end
+def search_all(run: Run, trials: Trials, tile: Tile, work: Work, grid: Grid, shape: Shape) -> None:
+    """Replace the codes of a run by a search for each of its trials, sixteen at a time."""
+    for start in range(run.first, run.end, LANES):
+        codes = nearest_points(run, start, trials, tile, grid.lists, shape, work.terms)
+        store(work.winners, 0, codes | splat(REPLACED))
+        for i in range(minimum(LANES, run.end - start)):
+            trials.codes[code_position(trials, run.group, start + i) + run.lane] = work.winners[i]
 
 
 @piece
-def fit(codes: Any, n_trials: Any, trial: Any, xs: Any, ws: Any, n: Any, shape: Any) -> Any:
+def search_ends(run: Run, trials: Trials, tile: Tile, work: Work, grid: Grid, shape: Shape) -> None:
+    """Replace the codes of a run by searches at its ends, and between ends that do not agree for sure.
+
+    `known` is the last trial up to which all is done, `ends` a stack of the trials to go on with, the next on top.
+    """
+    levels = to_float(((lane_numbers() & splat((1 << shape.width) - 1)) << splat(1)) + splat(1))
+    slack = work.slack[run.group * LANES + run.lane]
+    work.ends[0], work.ends[1], depth, known = run.end - 1, run.first, 1, run.first
+    while depth >= 0:
+        end = work.ends[depth]
+        here = code_position(trials, run.group, end) + run.lane
+        if trials.codes[here] < REPLACED:
+            scale = trials.scales[scale_position(trials, run.lane, end)]
+            first = run.group * shape.dim
+            square_terms(tile.xs, tile.roots, first, run.lane, scale, levels, work.tables, shape.dim)
+            point, margin = nearest_point(grid.lists, run.place, work.tables, shape.dim, shape.width)
+            trials.codes[here] = point | REPLACED
+            work.sure[end] = 1 if margin > slack else 0
+        known_at = code_position(trials, run.group, known) + run.lane
+        alike = trials.codes[here] == trials.codes[known_at] and work.sure[end] + work.sure[known] == 2
+        if alike or end - known <= 1:
+            for at in range(known_at + LANES, here, LANES):
+                trials.codes[at] = trials.codes[here]
+            known = end
+            depth -= 1
+        else:
+            depth += 1
+            work.ends[depth] = (known + end) // 2
+
+
+@step
+def replace_by_points(trials: Trials, tile: Tile, work: Work, grid: Grid, shape: Shape) -> None:
+    """Replace the codes that are no grid points by their nearest neighbours, in all trials of all lanes."""
+    for group in range(tile.n // shape.dim):
+        for lane in range(LANES):
+            base = code_position(trials, group, 0) + lane
+            first = 0
+            while first < trials.n:
+                code = trials.codes[base + first * LANES]
+                end = first + 1
+                while end < trials.n and trials.codes[base + end * LANES] == code:
+                    end += 1
+                place = grid.where[code]
+                if place >= 0:
+                    run = Run(group, lane, first, end, place)
+                    if end - first > 1 and place & 1023 <= LANES:
+                        search_all(run, trials, tile, work, grid, shape)
+                    else:
+                        search_ends(run, trials, tile, work, grid, shape)
+                first = end
+
+
+@piece
+def fit(trials: Trials, trial: int, tile: Tile, shape: Shape) -> tuple[F32x16, F32x16]:
     """The sums of w*x*q and of w*q*q for the codes of one trial."""
-    dim, width, _ = shape
     sum_qx, sum_q2 = splat(ZERO), splat(ZERO)
-    for k in range(n // dim):
-        doubled = load(codes, (k * n_trials + trial) * LANES) << splat(1)
-        for i in range(dim):
-            at = (k * dim + i) * LANES
-            q = to_float(((doubled >> splat(width * i)) & splat(2 * (1 << width) - 2)) | splat(1))
-            w = load(ws, at)
-            sum_qx = sum_qx + w * load(xs, at) * q
+    for k in range(tile.n // shape.dim):
+        doubled = load(trials.codes, code_position(trials, k, trial)) << splat(1)
+        for i in range(shape.dim):
+            at = (k * shape.dim + i) * LANES
+            q = to_float(((doubled >> splat(shape.width * i)) & splat(2 * (1 << shape.width) - 2)) | splat(1))
+            w = load(tile.ws, at)
+            sum_qx = sum_qx + w * load(tile.xs, at) * q
             sum_q2 = sum_q2 + w * q * q
     return sum_qx, sum_q2
 
 
 @piece
-def grid_search(
-    xs: Any,
-    ws: Any,
-    us: Any,
-    n: Any,
-    shape: Any,
-    extreme: Any,
-    scale: Any,
-    n_trials: Any,
-    step: Any,
-    refit: Any,
-    grid: Any,
-    work: Any,
-) -> Any:
-    """The scales of sixteen sub-blocks of `n` weights; the codes of their grid points are left in `work`.
-
-    `xs` magnitudes, `ws` weights, `us` scratch. `shape` is weights in a group, bits of a level and highest level.
-    `extreme` stands for the highest level in the middle one of `n_trials` inverse scales, which are `step` apart;
-    `scale` answers where no trial fits. After the trials, the best scale is used to round once more, see `refit`:
-    ROUND_ALL, ROUND_ANY (also where no trial fits) or ROUND_REPLACED.
-    """
-    dim, width, top = shape
-    codes, scales, slack, tables, chosen, searched = work
-    scales_of_trial = searched[2]  # free until the search
-    groups = n // dim
-    center = np.float32(2 * top + 1)
-    half = n_trials // 2
-    zero, one = splat(ZERO), splat(ONE)
-    longest = one / (splat(center - np.float32(half) * step) / extreme) * splat(center)
-    for k in range(groups):
-        total = zero
-        most = zero
-        for i in range(dim):
-            at = (k * dim + i) * LANES
-            w = sqrt(load(ws, at))
-            store(us, at, w)
-            reach = longest + absolute(load(xs, at))
+def weigh_distances(tile: Tile, work: Work, shape: Shape, longest: F32x16) -> None:
+    """The roots of the importance, and the slack of each group: see the top. `longest` is the largest scaled level."""
+    for k in range(tile.n // shape.dim):
+        total, most = splat(ZERO), splat(ZERO)
+        for i in range(shape.dim):
+            at = (k * shape.dim + i) * LANES
+            root = sqrt(load(tile.ws, at))
+            store(tile.roots, at, root)
+            reach = longest + absolute(load(tile.xs, at))
             most = maximum(most, reach)
-            total = total + w * reach * reach
+            total = total + root * reach * reach
         safe = (total > splat(LEAST_SUM)) & (most < splat(MOST))
-        store(slack, k * LANES, select(safe, total * splat(MARGIN), splat(INFINITY)))
-    for trial in range(n_trials):
-        inverse = splat(center + np.float32(trial - half) * step) / extreme
-        store(scales_of_trial, 0, one / inverse)
-        for lane in range(LANES):
-            scales[lane * (n_trials + LANES) + trial] = scales_of_trial[lane]
-        for k in range(groups):
-            store(codes, (k * n_trials + trial) * LANES, rounded_code(xs, k * dim, inverse, dim, width, top))
-    replace_by_points(codes, scales, n_trials, slack, searched, xs, us, n, tables, grid, shape)
+        store(work.slack, k * LANES, select(safe, total * splat(MARGIN), splat(INFINITY)))
 
-    best = zero
+
+@piece
+def round_trials(
+    trials: Trials, tile: Tile, work: Work, shape: Shape, extreme: F32x16, middle: int, spacing: np.float32
+) -> None:
+    """The scale of each trial and the codes that it rounds to. `extreme` is the highest level's in the middle trial."""
+    for trial in range(trials.n):
+        inverse = splat(np.float32(shape.center) + np.float32(trial - middle) * spacing) / extreme
+        put_scales(trials, trial, splat(ONE) / inverse, work)
+        for k in range(tile.n // shape.dim):
+            code = rounded_code(tile.xs, k * shape.dim, inverse, shape)
+            store(trials.codes, code_position(trials, k, trial), code)
+
+
+@piece
+def choose_trial(trials: Trials, chosen: Trials, tile: Tile, shape: Shape, scale: F32x16, again: int) -> F32x16:
+    """The scale that fits best, `scale` where none does. Its codes become the `chosen` ones."""
+    best = splat(ZERO)
+    groups = tile.n // shape.dim
     for k in range(groups):
-        store(chosen, k * LANES, splat(REPLACED if refit == ROUND_ANY else 0))
-    for trial in range(n_trials):
-        sum_qx, sum_q2 = fit(codes, n_trials, trial, xs, ws, n, shape)
-        better = (sum_q2 > zero) & (sum_qx * sum_qx > best * sum_q2)
+        store(chosen.codes, k * LANES, splat(REPLACED if again == ROUND_ANY else 0))
+    for trial in range(trials.n):
+        sum_qx, sum_q2 = fit(trials, trial, tile, shape)
+        better = (sum_q2 > splat(ZERO)) & (sum_qx * sum_qx > best * sum_q2)
         if bits(better):
             this_scale = sum_qx / sum_q2
             scale = select(better, this_scale, scale)
             best = select(better, this_scale * sum_qx, best)
             for k in range(groups):
-                code = load(codes, (k * n_trials + trial) * LANES)
-                store(chosen, k * LANES, select(better, code, load(chosen, k * LANES)))
-
-    again = scale > zero
-    if refit != ROUND_ALL:
-        replaced = splat(0)
-        for k in range(groups):
-            replaced = replaced | load(chosen, k * LANES)
-        again = again & (replaced >= splat(REPLACED))
-    inverse = one / scale
-    store(scales_of_trial, 0, scale)
-    for lane in range(LANES):
-        scales[lane * (1 + LANES)] = scales_of_trial[lane]
-    for k in range(groups):
-        old = load(chosen, k * LANES)
-        new = rounded_code(xs, k * dim, inverse, dim, width, top)
-        use = again & (old >= splat(REPLACED)) if refit == ROUND_REPLACED else again
-        store(chosen, k * LANES, select(use, new, old & splat(REPLACED - 1)))
-    replace_by_points(chosen, scales, 1, slack, searched, xs, us, n, tables, grid, shape)
-    sum_qx, sum_q2 = fit(chosen, 1, 0, xs, ws, n, shape)
-    return select(again & (sum_q2 > zero), sum_qx / sum_q2, scale)
+                code = load(trials.codes, code_position(trials, k, trial))
+                store(chosen.codes, k * LANES, select(better, code, load(chosen.codes, k * LANES)))
+    return scale
 
 
 @piece
-def settle(scale: Any, empty: Any, signs: Any, n_signs: Any, mask: Any, codes: Any, n_codes: Any) -> Any:
+def round_again(chosen: Trials, tile: Tile, work: Work, shape: Shape, scale: F32x16, again: int) -> Mask16:
+    """Round the chosen codes that `again` says with the scale that was best for them. Returns in which lanes."""
+    groups = tile.n // shape.dim
+    lanes = scale > splat(ZERO)
+    if again != ROUND_ALL:
+        replaced = splat(0)
+        for k in range(groups):
+            replaced = replaced | load(chosen.codes, k * LANES)
+        lanes = lanes & (replaced >= splat(REPLACED))
+    put_scales(chosen, 0, scale, work)
+    for k in range(groups):
+        old = load(chosen.codes, k * LANES)
+        new = rounded_code(tile.xs, k * shape.dim, splat(ONE) / scale, shape)
+        use = lanes & (old >= splat(REPLACED)) if again == ROUND_REPLACED else lanes
+        store(chosen.codes, k * LANES, select(use, new, old & splat(REPLACED - 1)))
+    return lanes
+
+
+@step
+def grid_search(
+    tile: Tile,
+    trials: Trials,
+    chosen: Trials,
+    work: Work,
+    grid: Grid,
+    shape: Shape,
+    extreme: F32x16,
+    scale: F32x16,
+    spacing: np.float32,
+    again: int,
+) -> F32x16:
+    """The scales of sixteen sub-blocks; the codes of their grid points are the `chosen` ones.
+
+    `extreme` stands for the highest level in the middle one of the trials, whose inverse scales are `spacing` apart;
+    `scale` answers where no trial fits. Then the best scale rounds once more: what, `again` says (ROUND_ALL, ROUND_ANY,
+    which is also where no trial fits, or ROUND_REPLACED), and the scale is fitted to what came of it.
+    """
+    center, middle = np.float32(shape.center), trials.n // 2
+    largest_scale = splat(ONE) / (splat(center - np.float32(middle) * spacing) / extreme)
+    weigh_distances(tile, work, shape, largest_scale * splat(center))
+    round_trials(trials, tile, work, shape, extreme, middle, spacing)
+    replace_by_points(trials, tile, work, grid, shape)
+    scale = choose_trial(trials, chosen, tile, shape, scale, again)
+    lanes = round_again(chosen, tile, work, shape, scale, again)
+    replace_by_points(chosen, tile, work, grid, shape)
+    sum_qx, sum_q2 = fit(chosen, 0, tile, shape)
+    return select(lanes & (sum_q2 > splat(ZERO)), sum_qx / sum_q2, scale)
+
+
+@step
+def settle(scale: F32x16, empty: Mask16, tile: Tile, codes: Ints, groups: int) -> F32x16:
     """Make scales positive, turning the signs round, and make empty lanes zero: their signs, codes and scales."""
     zero = splat(ZERO)
     negative = scale < zero
-    for k in range(n_signs):
-        sign = load(signs, k * LANES)
-        sign = select(negative, (sign ^ splat(-1)) & splat(mask), sign)
-        store(signs, k * LANES, select(empty, splat(0), sign))
-    for k in range(n_codes):
+    for k in range(tile.n // 8):
+        sign = load(tile.signs, k * LANES)
+        sign = select(negative, (sign ^ splat(-1)) & splat(127 if tile.even else 255), sign)
+        store(tile.signs, k * LANES, select(empty, splat(0), sign))
+    for k in range(groups):
         store(codes, k * LANES, select(empty, splat(0), load(codes, k * LANES) & splat(REPLACED - 1)))
+    store(tile.empty, 0, select(empty, splat(1), splat(0)))
     return select(empty, zero, select(negative, -scale, scale))
 
 
 @piece
-def most_of(found: Any, first: Any, n: Any) -> Any:
+def start_with_largest(tile: Tile, trials: Trials, largest: F32x16, fmt: GridFormat) -> tuple[F32x16, F32x16, Mask16]:
+    """The largest magnitude is the highest level."""
+    empty = largest < splat(fmt.epsilon)
+    extreme = select(empty, splat(ONE), largest)
+    return extreme, extreme / splat(np.float32(fmt.shape.center)), empty
+
+
+@piece
+def encode_on_grid(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None, grid: Grid, fmt: GridFormat) -> None:
+    """Encode super-blocks, as many at a time as fill the lanes."""
+    tile = Tile(
+        fmt.n, fmt.even,
+        scratch(np.float32, fmt.n), scratch(np.float32, fmt.n), scratch(np.float32, fmt.n),
+        scratch(np.int32, 4), scratch(np.int32, 1),
+        scratch(np.int64, 1), scratch(np.int64, 1), scratch(np.float32, 1),
+    )  # fmt: skip
+    trials = Trials(fmt.n_trials, scratch(np.int32, fmt.code_vectors), scratch(np.float32, fmt.scale_vectors))
+    chosen = Trials(1, scratch(np.int32, 8), scratch(np.float32, 33))
+    work = Work(
+        scratch(np.float32, 8), scratch(np.float32, 5), scratch(np.float32, 32),
+        scratch(np.int32, 1), scratch(np.int64, 1), scratch(np.uint8, 2),
+    )  # fmt: skip
+    found = scratch(np.float32, 1)
+    groups = fmt.n // fmt.shape.dim
+    for first in range(0, x.size // SUPER, fmt.supers):
+        count = take_tile(x, first, n_per_row, weights, fmt.factor, fmt.share, tile)
+        extreme, initial, empty = fmt.start(tile, trials, take_signs(tile), fmt)
+        scale = grid_search(
+            tile, trials, chosen, work, grid, fmt.shape, extreme, initial, fmt.spacing, np.int64(fmt.again)
+        )
+        store(found, 0, settle(scale, empty, tile, chosen.codes, np.int64(groups)))
+        for i in range(count):
+            fmt.put(out, first + i, i * LANES // fmt.supers, tile, chosen.codes, found, grid.index_of)
+
+
+@piece
+def most_of(found: Floats, first: int, n: int) -> np.float32:
     """The largest of `n` scales, none below zero."""
     most = ZERO
     for j in range(n):
-        most = max(most, found[first + j])
+        most = maximum(found[first + j], most)
     return most
 
 
 @piece
-def scale_code(scale: Any, inverse: Any, top: Any) -> Any:
+def scale_code(scale: np.float32, inverse: np.float32, top: int) -> int:
     """A sub-block's scale as a level 0..top, which stand for 1, 3, 5... of the super-block's."""
     return level_of(inverse * scale, HALF, ONE, 0, top)
 
 
 @piece
-def put_scale_codes(found: Any, first: Any, n: Any, inverse: Any, out: Any, at: Any) -> None:
+def put_scale_codes(found: Floats, first: int, n: int, inverse: np.float32, out: Bytes, at: int) -> None:
     """The codes 0..15 of `n` scales, two in a byte."""
     for j in range(0, n, 2):
         low, high = scale_code(found[first + j], inverse, 15), scale_code(found[first + j + 1], inverse, 15)
@@ -442,27 +614,9 @@ def put_scale_codes(found: Any, first: Any, n: Any, inverse: Any, out: Any, at: 
 
 
 @piece
-def put_signs_and_scale(signs: Any, lane: Any, scale: Any, inverse: Any, out: Any, at: Any) -> None:
+def put_signs_and_scale(signs: Ints, lane: int, scale: np.float32, inverse: np.float32, out: Bytes, at: int) -> None:
     """Four bytes: the signs of four groups, 7 bits each, and in the highest bits the code 0..15 of the scale."""
     word = np.int64(scale_code(scale, inverse, 15)) << 28
     for k in range(4):
         word |= np.int64(signs[k * LANES + lane]) << (7 * k)
     put_word(out, at, word)
-
-
-@piece
-def work_space(n_groups: Any, n_trials: Any) -> Any:
-    """Scratch for `grid_search`: codes, scales, slack, tables, chosen codes, and what was searched."""
-    return (
-        np.empty(n_groups * n_trials * LANES, np.int32),
-        np.zeros((n_trials + 2 * LANES) * LANES, np.float32),
-        np.empty(n_groups * LANES, np.float32),
-        np.empty(8 * 8 + LANES, np.float32),
-        np.empty(n_groups * LANES, np.int32),
-        (
-            np.empty(n_trials, np.int64),
-            np.empty(n_trials, np.bool_),
-            np.empty(8 * 4 * LANES, np.float32),
-            np.empty(LANES, np.int32),
-        ),
-    )

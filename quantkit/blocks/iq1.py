@@ -8,32 +8,39 @@ equal weights to the C library. Ours is that of glibc, whose qsort is a merge so
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from quantkit.blocks.base import Block
-from quantkit.blocks.bytes import get_half, get_short, put_half, put_short
-from quantkit.blocks.grid_searches import most_of, nearest_point, scale_code, square_terms, take_tile, tile_space
-from quantkit.blocks.grids import grid, require_weights
-from quantkit.blocks.lane_memory import load, store
+from quantkit.blocks.bytes import clear, get_half, get_short, put_half, put_short
+from quantkit.blocks.grid_searches import Tile, most_of, nearest_point, scale_code, square_terms, take_tile
+from quantkit.blocks.grids import Grid, GridBlock
+from quantkit.blocks.lane_memory import load, scratch, store
 from quantkit.blocks.lanes import (
     LANES,
     ONE,
     ZERO,
+    Bytes,
+    F32x16,
+    Floats,
+    I32x16,
+    Ints,
+    Mask16,
+    Shorts,
     absolute,
     bits,
     half_bits,
     half_value,
     lane_numbers,
     maximum,
+    minimum,
     select,
     splat,
     to_float,
 )
 from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
-from quantkit.compile.kernel import kernel, piece
+from quantkit.compile.kernel import kernel, piece, step
 
 S, M = GGMLType.IQ1_S.layout, GGMLType.IQ1_M.layout
 DELTA = np.float32(0.125)
@@ -46,20 +53,46 @@ GROUP_MAX_EPS_IQ1_M = np.float32(1e-7)
 MIDDLE = 0xAAAA  # the code whose levels are all 2: minus a code, the code with its levels turned round
 
 
-@piece
-def _sort(xs: Any, ws: Any, order: Any, n: Any) -> None:
-    """Sort the weights of each lane, their importance in `ws` with them, by Batcher's network.
+class Sorted(NamedTuple):
+    """The `n` weights of each lane in order of size, the importance of each, and where it was."""
 
-    `order` receives where each weight was. Equal weights stay in order, because positions are compared as well.
+    n: int
+    xs: Floats
+    ws: Floats
+    order: Ints
+
+
+class Replaced(NamedTuple):
+    """What grid points are chosen with and become, in each lane.
+
+    `codes` are of the groups, one after another; `shifts` are an eighth or minus that: `shift_step` is 16 where each
+    group has its own and 0 where all share the first; `tables` is scratch.
     """
+
+    codes: Ints
+    scales: Floats
+    shifts: Floats
+    shift_step: int
+    tables: Floats
+
+
+@step
+def _sort(tile: Tile, result: Sorted) -> None:
+    """Sort the weights of each lane, their importance with them, by Batcher's network.
+
+    Equal weights stay in order, because positions are compared as well.
+    """
+    n, xs, ws, order = result.n, result.xs, result.ws, result.order
     for i in range(n):
+        store(xs, i * LANES, load(tile.xs, i * LANES))
+        store(ws, i * LANES, load(tile.ws, i * LANES))
         store(order, i * LANES, splat(i))
     size = 1
     while size < n:
         gap = size
         while gap >= 1:
             for start in range(gap % size, n - gap, 2 * gap):
-                for at in range(start, min(start + gap, n - gap)):
+                for at in range(start, minimum(start + gap, n - gap)):
                     if at // (2 * size) != (at + gap) // (2 * size):
                         continue
                     low, high = at * LANES, (at + gap) * LANES
@@ -77,81 +110,90 @@ def _sort(xs: Any, ws: Any, order: Any, n: Any) -> None:
         size *= 2
 
 
-@piece
-def _collect_codes(order: Any, border1: Any, border2: Any, negative: Any, n: Any, codes: Any) -> None:
+@step
+def _collect_codes(by_size: Sorted, border1: I32x16, border2: I32x16, negative: Mask16, codes: Ints) -> None:
     """The codes of the groups, from the borders between levels in sorted order; `negative` lanes are turned round."""
-    for k in range(n // 8):
+    for k in range(by_size.n // 8):
         code = splat(0)
-        for i in range(n):
-            position = load(order, i * LANES)
+        for i in range(by_size.n):
+            position = load(by_size.order, i * LANES)
             level = select(splat(i) < border1, splat(0), select(splat(i) < border2, splat(1), splat(2)))
             mine = (position >> splat(3)) == splat(k)
             code = code | select(mine, level << ((position & splat(7)) << splat(1)), splat(0))
         store(codes, k * LANES, select(negative, splat(MIDDLE) - code, code))
 
 
-@piece
-def _replace_by_points(
-    codes: Any, scales: Any, shifts: Any, xs: Any, ws: Any, n: Any, n_shifts: Any, tables: Any, grid: Any
-) -> Any:
-    """Replace the codes that are no grid points by the nearest neighbours. Returns the lanes where that happened.
-
-    `shifts` holds an eighth or minus that, for each lane, and with `n_shifts` 2 for each group.
-    """
-    where, lists = grid.where, grid.lists
+@step
+def _replace_by_points(found: Replaced, tile: Tile, grid: Grid) -> Mask16:
+    """Replace the codes that are no grid points by the nearest neighbours. Returns the lanes where that happened."""
     lanes = 0
     levels = to_float((lane_numbers() & splat(3)) - splat(1))
-    for k in range(n // 8):
+    for k in range(tile.n // 8):
         for lane in range(LANES):
-            place = where[codes[k * LANES + lane]]
+            place = grid.where[found.codes[k * LANES + lane]]
             if place >= 0:
-                shift = splat(shifts[(k if n_shifts == 2 else 0) * LANES + lane])
-                square_terms(xs, ws, 8 * k, lane, scales[lane], levels + shift, tables, 8)
-                code, _ = nearest_point(lists, place, tables, 8, 2)
-                codes[k * LANES + lane] = code
+                shift = splat(found.shifts[k * found.shift_step + lane])
+                square_terms(tile.xs, tile.ws, 8 * k, lane, found.scales[lane], levels + shift, found.tables, 8)
+                code, _ = nearest_point(grid.lists, place, found.tables, 8, 2)
+                found.codes[k * LANES + lane] = code
                 lanes |= 1 << lane
     return ((splat(lanes) >> lane_numbers()) & splat(1)) == splat(1)
 
 
 @piece
-def _level(code: Any, i: Any, shift: Any) -> Any:
+def _level(code: I32x16, i: int, shift: F32x16) -> F32x16:
     """The level of weight `i` of a group: -1, 0 or 1, shifted."""
     return to_float(((code >> splat(2 * i)) & splat(3)) - splat(1)) + shift
 
 
-@piece
-def _refit(codes: Any, shifts: Any, xs: Any, ws: Any, n: Any, n_shifts: Any, moved: Any, scale: Any) -> Any:
+@step
+def _refit(found: Replaced, tile: Tile, moved: Mask16, scale: F32x16) -> F32x16:
     """The best scale for the codes, in the lanes `moved` and where it is positive; elsewhere `scale`."""
     zero = splat(ZERO)
     sum_qx, sum_q2 = zero, zero
-    for k in range(n // 8):
-        code = load(codes, k * LANES)
-        shift = load(shifts, (k if n_shifts == 2 else 0) * LANES)
+    for k in range(tile.n // 8):
+        code = load(found.codes, k * LANES)
+        shift = load(found.shifts, k * found.shift_step)
         for i in range(8):
             q = _level(code, i, shift)
-            w = load(ws, (8 * k + i) * LANES)
-            sum_qx = sum_qx + w * q * load(xs, (8 * k + i) * LANES)
+            w = load(tile.ws, (8 * k + i) * LANES)
+            sum_qx = sum_qx + w * q * load(tile.xs, (8 * k + i) * LANES)
             sum_q2 = sum_q2 + w * q * q
     return select(moved & (sum_qx > zero) & (sum_q2 > zero), sum_qx / sum_q2, scale)
 
 
 @piece
-def _largest_magnitude(xs: Any, n: Any) -> Any:
-    largest = absolute(load(xs, 0))
-    for i in range(1, n):
-        largest = maximum(largest, absolute(load(xs, i * LANES)))
-    return largest
+def _take_points(found: Replaced, tile: Tile, grid: Grid, scale: F32x16, empty: Mask16) -> None:
+    """Replace codes by grid points and scales by those that fit them; empty lanes become zero."""
+    store(found.scales, 0, scale)
+    moved = _replace_by_points(found, tile, grid)
+    store(found.scales, 0, select(empty, splat(ZERO), _refit(found, tile, moved, scale)))
+    for k in range(tile.n // 8):
+        store(found.codes, k * LANES, select(empty, splat(0), load(found.codes, k * LANES)))
 
 
 @piece
-def _split_s(sorted_x: Any, sorted_w: Any, n: Any, largest: Any, px: Any, pw: Any, up: Any, down: Any) -> Any:
-    """The best borders of a sub-block, with the scale and shift that they are best with. A shift of 0: none fit."""
-    zero = splat(ZERO)
+def _largest_magnitude(tile: Tile) -> F32x16:
+    largest = absolute(load(tile.xs, 0))
+    for i in range(1, tile.n):
+        largest = maximum(largest, absolute(load(tile.xs, i * LANES)))
+    return largest
+
+
+@step
+def _split_s(
+    by_size: Sorted, largest: F32x16, px: Floats, pw: Floats, up: Floats, down: Floats
+) -> tuple[F32x16, F32x16, I32x16, I32x16]:
+    """The best borders of a sub-block, with the scale and shift that they are best with. A shift of 0: none fit.
+
+    `px` and `pw` are scratch for prefix sums, `up` and `down` for what lies beyond a border.
+    """
+    zero, n = splat(ZERO), by_size.n
     store(px, 0, zero)
     store(pw, 0, zero)
     for i in range(n):
-        w = load(sorted_w, i * LANES)
-        store(px, (i + 1) * LANES, load(px, i * LANES) + w * load(sorted_x, i * LANES))
+        w = load(by_size.ws, i * LANES)
+        store(px, (i + 1) * LANES, load(px, i * LANES) + w * load(by_size.xs, i * LANES))
         store(pw, (i + 1) * LANES, load(pw, i * LANES) + w)
     all_x, all_w = load(px, n * LANES), load(pw, n * LANES)
     for i in range(n + 1):
@@ -192,71 +234,72 @@ def _split_s(sorted_x: Any, sorted_w: Any, n: Any, largest: Any, px: Any, pw: An
     return scale, shift, border1, border2
 
 
-@kernel
-def _encode_s(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None:
-    tile = tile_space(32)
-    xs, ws, _ = tile
-    sorted_x, sorted_w = np.empty(32 * LANES, np.float32), np.empty(32 * LANES, np.float32)
-    order = np.empty(32 * LANES, np.int32)
-    px, pw = np.empty(33 * LANES, np.float32), np.empty(33 * LANES, np.float32)
-    up, down = np.empty(66 * LANES, np.float32), np.empty(66 * LANES, np.float32)
-    codes = np.empty(4 * LANES, np.int32)
-    shifts, found = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    tables = np.empty(8 * 8 + LANES, np.float32)
-    zero = splat(ZERO)
-    for first in range(0, x.size // SUPER, 2):
-        count = take_tile(x, first, 32, n_per_row, weights, 2, 0, tile)
-        largest = _largest_magnitude(xs, 32)
-        sorted_x[:] = xs
-        sorted_w[:] = ws
-        _sort(sorted_x, sorted_w, order, 32)
-        scale, shift, border1, border2 = _split_s(sorted_x, sorted_w, 32, largest, px, pw, up, down)
-        empty = (largest < splat(GROUP_MAX_EPS_IQ1_S)) | (shift == zero)
-        negative = scale < zero
-        _collect_codes(order, border1, border2, negative, 32, codes)
-        scale = select(negative, -scale, scale)
-        store(shifts, 0, select(negative, -shift, shift))
-        store(found, 0, scale)
-        moved = _replace_by_points(codes, found, shifts, xs, ws, 32, 1, tables, grid)
-        store(found, 0, select(empty, zero, _refit(codes, shifts, xs, ws, 32, 1, moved, scale)))
-        for k in range(4):
-            store(codes, k * LANES, select(empty, splat(0), load(codes, k * LANES)))
-        store(shifts, 0, select(empty, splat(DELTA), load(shifts, 0)))
-        for half in range(count):
-            at = (first + half) * S.nbytes
-            lane = half * 8
-            most = most_of(found, lane, 8)
-            step = most / np.float32(15)
-            inverse = ONE / step
-            put_half(out, at + S.d, step * np.float32(1.125))
-            for j in range(8):
-                word = np.int32(0)
-                for k in range(4):
-                    point = np.int32(grid.index_of[codes[k * LANES + lane + j]])
-                    out[at + S.qs + 4 * j + k] = np.uint8(point & 0xFF)
-                    word |= (point >> 8) << np.int32(3 * k)
-                if most != ZERO:
-                    code = scale_code(found[lane + j], inverse, 7)
-                    word |= (code | (8 if shifts[lane + j] < ZERO else 0)) << 12
-                put_short(out, at + S.qh + 2 * j, word)
-
-
 @piece
-def _split_m(sorted_x: Any, sorted_w: Any, order: Any, n: Any, largest: Any, px: Any, pw: Any, tails: Any) -> Any:
+def _put_s(out: Bytes, block: int, lane: int, found: Replaced, index: Shorts) -> None:
+    at = block * S.nbytes
+    most = most_of(found.scales, lane, 8)
+    step = most / np.float32(15)
+    inverse = ONE / step
+    put_half(out, at + S.d, step * np.float32(1.125))
+    for j in range(8):
+        word = np.int32(0)
+        for k in range(4):
+            point = np.int32(index[found.codes[k * LANES + lane + j]])
+            out[at + S.qs + 4 * j + k] = np.uint8(point & 0xFF)
+            word |= (point >> 8) << np.int32(3 * k)
+        if most != ZERO:
+            code = scale_code(found.scales[lane + j], inverse, 7)
+            word |= (code | (8 if found.shifts[lane + j] < ZERO else 0)) << 12
+        put_short(out, at + S.qh + 2 * j, word)
+
+
+@kernel
+def _encode_s(x: Floats, out: Bytes, n_per_row: int, weights: Floats, grid: Grid) -> None:
+    """Two super-blocks of 8 sub-blocks fill the lanes."""
+    tile = Tile(
+        32, False, scratch(np.float32, 32), scratch(np.float32, 32), scratch(np.float32, 1), scratch(np.int32, 1),
+        scratch(np.int32, 1), scratch(np.int64, 1), scratch(np.int64, 1), scratch(np.float32, 1),
+    )  # fmt: skip
+    by_size = Sorted(32, scratch(np.float32, 32), scratch(np.float32, 32), scratch(np.int32, 32))
+    px, pw, up, down = (
+        scratch(np.float32, 33), scratch(np.float32, 33), scratch(np.float32, 66), scratch(np.float32, 66)
+    )  # fmt: skip
+    found = Replaced(
+        scratch(np.int32, 4), scratch(np.float32, 1), scratch(np.float32, 1), 0, scratch(np.float32, 5)
+    )  # fmt: skip
+    for first in range(0, x.size // SUPER, 2):
+        count = take_tile(x, first, n_per_row, weights, np.float32(2), ZERO, tile)
+        largest = _largest_magnitude(tile)
+        _sort(tile, by_size)
+        scale, shift, border1, border2 = _split_s(by_size, largest, px, pw, up, down)
+        empty = (largest < splat(GROUP_MAX_EPS_IQ1_S)) | (shift == splat(ZERO))
+        negative = scale < splat(ZERO)
+        _collect_codes(by_size, border1, border2, negative, found.codes)
+        store(found.shifts, 0, select(negative, -shift, shift))
+        _take_points(found, tile, grid, select(negative, -scale, scale), empty)
+        store(found.shifts, 0, select(empty, splat(DELTA), load(found.shifts, 0)))
+        for half in range(count):
+            _put_s(out, first + half, 8 * half, found, grid.index_of)
+
+
+@step
+def _split_m(
+    by_size: Sorted, largest: F32x16, px: Floats, pw: Floats, tails: Floats
+) -> tuple[F32x16, I32x16, I32x16, I32x16]:
     """As `_split_s`, where each half of the sub-block has a shift of its own: four choices, in order of their number.
 
     The number is -1 where none fit, else 2 if the first half is shifted down, plus 1 if the second one is. `px` and
     `pw` are prefix sums of both halves in turn.
     """
-    zero = splat(ZERO)
+    zero, n = splat(ZERO), by_size.n
     for half in range(2):
         store(px, half * LANES, zero)
         store(pw, half * LANES, zero)
         for i in range(n):
-            mine = (load(order, i * LANES) >> splat(3)) == splat(half)
-            w = load(sorted_w, i * LANES)
+            mine = (load(by_size.order, i * LANES) >> splat(3)) == splat(half)
+            w = load(by_size.ws, i * LANES)
             old, to = (2 * i + half) * LANES, (2 * i + 2 + half) * LANES
-            store(px, to, select(mine, load(px, old) + w * load(sorted_x, i * LANES), load(px, old)))
+            store(px, to, select(mine, load(px, old) + w * load(by_size.xs, i * LANES), load(px, old)))
             store(pw, to, select(mine, load(pw, old) + w, load(pw, old)))
     # What a weight beyond each border adds to the sum of w*q*q: differences of squared levels.
     up_first, up_second = splat(UP0 * UP0 - UP1 * UP1), splat(UP1 * UP1 - UP2 * UP2)
@@ -309,75 +352,84 @@ def _split_m(sorted_x: Any, sorted_w: Any, order: Any, n: Any, largest: Any, px:
     return scale, choice, border1, border2
 
 
+@piece
+def _fitted_step(codes: Ints, scales: Ints, shifts: Floats, tile: Tile, by_size: Sorted, step: np.float32) -> Any:
+    """The scale of a super-block that fits best what the others have become, one weight after another; else `step`.
+
+    `by_size` is free to be scratch.
+    """
+    factor = to_float((load(scales, 0) << splat(1)) + splat(1))
+    for k in range(2):
+        code, shift = load(codes, k * LANES), load(shifts, k * LANES)
+        for i in range(8):
+            to = (8 * k + i) * LANES
+            q = _level(code, i, shift) * factor
+            weighted = load(tile.ws, to) * q
+            store(by_size.xs, to, weighted * load(tile.xs, to))
+            store(by_size.ws, to, weighted * q)
+    sum_qx, sum_q2 = ZERO, ZERO
+    for j in range(LANES):
+        for i in range(16):
+            sum_qx += by_size.xs[i * LANES + j]
+            sum_q2 += by_size.ws[i * LANES + j]
+    return sum_qx / sum_q2 if sum_q2 > ZERO else step
+
+
+@piece
+def _put_m(out: Bytes, block: int, tile: Tile, by_size: Sorted, found: Replaced, scales: Ints, index: Shorts) -> None:
+    at = block * M.nbytes
+    most = most_of(found.scales, 0, 16)
+    step = most / np.float32(15)
+    inverse = ONE / step
+    for j in range(LANES):
+        scales[j] = scale_code(found.scales[j], inverse, 7)
+        a, b = np.int32(index[found.codes[j]]), np.int32(index[found.codes[LANES + j]])
+        out[at + M.qs + 2 * j] = np.uint8(a & 0xFF)
+        out[at + M.qs + 2 * j + 1] = np.uint8(b & 0xFF)
+        high = (a >> 8) | ((b >> 8) << 4)
+        if most != ZERO:
+            high |= (8 if found.shifts[j] < ZERO else 0) | (0x80 if found.shifts[LANES + j] < ZERO else 0)
+        out[at + M.qh + j] = np.uint8(high)
+    if most == ZERO:
+        clear(out, at + M.scales, M.nbytes - M.scales)
+        return
+    # The float16 of the super-block lies in the highest four bits of four words, of which the others are the scales.
+    half = np.int64(
+        half_bits(_fitted_step(found.codes, scales, found.shifts, tile, by_size, step) * np.float32(1.1125))
+    )
+    for j in range(4):
+        word = ((half >> (4 * j)) & 15) << 12
+        for i in range(4):
+            word |= np.int64(scales[4 * j + i]) << (3 * i)
+        put_short(out, at + M.scales + 2 * j, word)
+
+
 @kernel
-def _encode_m(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None:
-    tile = tile_space(16)
-    xs, ws, _ = tile
-    sorted_x, sorted_w = np.empty(16 * LANES, np.float32), np.empty(16 * LANES, np.float32)
-    order = np.empty(16 * LANES, np.int32)
-    px, pw, tails = np.empty(34 * LANES, np.float32), np.empty(34 * LANES, np.float32), np.empty(68 * LANES, np.float32)
-    codes, scales = np.empty(2 * LANES, np.int32), np.empty(LANES, np.int32)
-    shifts, found = np.empty(2 * LANES, np.float32), np.empty(LANES, np.float32)
-    tables = np.empty(8 * 8 + LANES, np.float32)
-    zero = splat(ZERO)
+def _encode_m(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None, grid: Grid) -> None:
+    """One super-block's 16 sub-blocks fill the lanes."""
+    tile = Tile(
+        16, False, scratch(np.float32, 16), scratch(np.float32, 16), scratch(np.float32, 1), scratch(np.int32, 1),
+        scratch(np.int32, 1), scratch(np.int64, 1), scratch(np.int64, 1), scratch(np.float32, 1),
+    )  # fmt: skip
+    by_size = Sorted(16, scratch(np.float32, 16), scratch(np.float32, 16), scratch(np.int32, 16))
+    px, pw, tails = scratch(np.float32, 34), scratch(np.float32, 34), scratch(np.float32, 68)
+    found = Replaced(
+        scratch(np.int32, 2), scratch(np.float32, 1), scratch(np.float32, 2), LANES, scratch(np.float32, 5)
+    )  # fmt: skip
+    scales = scratch(np.int32, 1)
     for block in range(x.size // SUPER):
-        at = block * M.nbytes
-        take_tile(x, block, 16, n_per_row, weights, 2, 0, tile)
-        largest = _largest_magnitude(xs, 16)
-        sorted_x[:] = xs
-        sorted_w[:] = ws
-        _sort(sorted_x, sorted_w, order, 16)
-        scale, choice, border1, border2 = _split_m(sorted_x, sorted_w, order, 16, largest, px, pw, tails)
+        take_tile(x, block, n_per_row, weights, np.float32(2), ZERO, tile)
+        largest = _largest_magnitude(tile)
+        _sort(tile, by_size)
+        scale, choice, border1, border2 = _split_m(by_size, largest, px, pw, tails)
         empty = (largest < splat(GROUP_MAX_EPS_IQ1_M)) | (choice < splat(0))
-        negative = scale < zero
-        _collect_codes(order, border1, border2, negative, 16, codes)
-        scale = select(negative, -scale, scale)
+        negative = scale < splat(ZERO)
+        _collect_codes(by_size, border1, border2, negative, found.codes)
         choice = select(empty, splat(0), select(negative, splat(3) - choice, choice))
-        store(shifts, 0, select(choice < splat(2), splat(DELTA), splat(-DELTA)))
-        store(shifts, LANES, select((choice & splat(1)) == splat(0), splat(DELTA), splat(-DELTA)))
-        store(found, 0, scale)
-        moved = _replace_by_points(codes, found, shifts, xs, ws, 16, 2, tables, grid)
-        store(found, 0, select(empty, zero, _refit(codes, shifts, xs, ws, 16, 2, moved, scale)))
-        for k in range(2):
-            store(codes, k * LANES, select(empty, splat(0), load(codes, k * LANES)))
-        most = most_of(found, 0, 16)
-        step = most / np.float32(15)
-        inverse = ONE / step
-        for j in range(LANES):
-            scales[j] = scale_code(found[j], inverse, 7)
-            a, b = np.int32(grid.index_of[codes[j]]), np.int32(grid.index_of[codes[LANES + j]])
-            out[at + M.qs + 2 * j] = np.uint8(a & 0xFF)
-            out[at + M.qs + 2 * j + 1] = np.uint8(b & 0xFF)
-            high = (a >> 8) | ((b >> 8) << 4)
-            if most != ZERO:
-                high |= (8 if shifts[j] < ZERO else 0) | (0x80 if shifts[LANES + j] < ZERO else 0)
-            out[at + M.qh + j] = np.uint8(high)
-        if most == ZERO:
-            out[at + M.scales : at + M.nbytes] = 0
-            continue
-        # The super-block's scale is fitted to what the others have become, one weight after another.
-        factor = to_float((load(scales, 0) << splat(1)) + splat(1))
-        for k in range(2):
-            code, shift = load(codes, k * LANES), load(shifts, k * LANES)
-            for i in range(8):
-                to = (8 * k + i) * LANES
-                q = _level(code, i, shift) * factor
-                weighted = load(ws, to) * q
-                store(sorted_x, to, weighted * load(xs, to))
-                store(sorted_w, to, weighted * q)
-        sum_qx, sum_q2 = ZERO, ZERO
-        for j in range(LANES):
-            for i in range(16):
-                sum_qx += sorted_x[i * LANES + j]
-                sum_q2 += sorted_w[i * LANES + j]
-        if sum_q2 > ZERO:
-            step = sum_qx / sum_q2
-        half = np.int64(half_bits(step * np.float32(1.1125)))
-        for j in range(4):
-            word = ((half >> (4 * j)) & 15) << 12
-            for i in range(4):
-                word |= np.int64(scales[4 * j + i]) << (3 * i)
-            put_short(out, at + M.scales + 2 * j, word)
+        store(found.shifts, 0, select(choice < splat(2), splat(DELTA), splat(-DELTA)))
+        store(found.shifts, LANES, select((choice & splat(1)) == splat(0), splat(DELTA), splat(-DELTA)))
+        _take_points(found, tile, grid, select(negative, -scale, scale), empty)
+        _put_m(out, block, tile, by_size, found, scales, grid.index_of)
 
 
 @piece
@@ -418,29 +470,20 @@ def _decode_m(data: Any, out: Any, values: Any) -> None:
                 _put_group(out, block * SUPER + 16 * j + 8 * k, scale, values, point, high & 8)
 
 
-class IQ1_S(Block, type=GGMLType.IQ1_S):
-    """A grid of 2048 points, with a 3-bit scale and a shift for every 32 weights. Needs importance weights."""
+class IQ1_S(GridBlock, type=GGMLType.IQ1_S):
+    """A grid of 2048 points, with a 3-bit scale and a shift for every 32 weights. Needs importance weights.
 
-    @staticmethod
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
-        """See Block; after quantize_row_iq1_s_impl. Raises QuantkitError without weights."""
-        _encode_s(x, out, n_per_row, require_weights(weights, GGMLType.IQ1_S), grid(GGMLType.IQ1_S))
+    After quantize_row_iq1_s_impl and dequantize_row_iq1_s.
+    """
 
-    @staticmethod
-    def decode(data: Any, out: Any) -> None:
-        """See Block; after dequantize_row_iq1_s."""
-        _decode_s(data, out, grid(GGMLType.IQ1_S).values)
+    points, encoder, decoder = GGMLType.IQ1_S, _encode_s, _decode_s
+    needs_weights = True
 
 
-class IQ1_M(Block, type=GGMLType.IQ1_M):
-    """The grid of IQ1_S, with a 3-bit scale for every 16 weights and a shift for every 8."""
+class IQ1_M(GridBlock, type=GGMLType.IQ1_M):
+    """The grid of IQ1_S, with a 3-bit scale for every 16 weights and a shift for every 8.
 
-    @staticmethod
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
-        """See Block; after quantize_row_iq1_m_impl."""
-        _encode_m(x, out, n_per_row, weights, grid(GGMLType.IQ1_S))
+    After quantize_row_iq1_m_impl and dequantize_row_iq1_m.
+    """
 
-    @staticmethod
-    def decode(data: Any, out: Any) -> None:
-        """See Block; after dequantize_row_iq1_m."""
-        _decode_m(data, out, grid(GGMLType.IQ1_S).values)
+    points, encoder, decoder = GGMLType.IQ1_S, _encode_m, _decode_m

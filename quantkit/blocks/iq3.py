@@ -10,68 +10,34 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.blocks.base import Block
-from quantkit.blocks.bytes import get_half, get_nibble, get_word, put_half
+from quantkit.blocks.bytes import clear, get_half, get_nibble, get_word, put_half
 from quantkit.blocks.grid_searches import (
     ROUND_ANY,
     ROUND_REPLACED,
-    grid_search,
+    GridFormat,
+    Shape,
+    Tile,
+    encode_on_grid,
     most_of,
     put_scale_codes,
     put_signs_and_scale,
-    settle,
-    take_signs,
-    take_tile,
-    tile_space,
-    work_space,
+    start_with_largest,
 )
-from quantkit.blocks.grids import even_sign_table, grid, put_group, sign_table
-from quantkit.blocks.lane_memory import store
-from quantkit.blocks.lanes import LANES, ONE, ZERO, select, splat
+from quantkit.blocks.grids import Grid, GridBlock, even_sign_table, put_group, sign_table
+from quantkit.blocks.lanes import LANES, ONE, ZERO, Bytes, Floats, Ints, Shorts
 from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
 from quantkit.compile.kernel import kernel, piece
 
 XXS, S = GGMLType.IQ3_XXS.layout, GGMLType.IQ3_S.layout
-SHAPE = (4, 3, 7)  # weights in a group, bits of a level, highest level
-STEP = np.float32(0.2)  # between the inverse scales that are tried
+SHAPE = Shape(dim=4, width=3, top=7)
+SPACING = np.float32(0.2)
 GROUP_MAX_EPS_IQ3_XXS = np.float32(1e-8)
+ANYTHING = np.float32(2.0**-149)  # the least above zero: for IQ3_S, nothing but zeros is empty
 
 
 @piece
-def _encode(
-    x: Any,
-    out: Any,
-    n_per_row: Any,
-    weights: Any,
-    grid: Any,
-    even: Any,
-    n_trials: Any,
-    refit: Any,
-    put: Any,
-) -> None:
-    """Two super-blocks of 8 sub-blocks fill the lanes. `put` lays out scales, codes and signs."""
-    tile, work = tile_space(32), work_space(8, n_trials)
-    xs, ws, _ = tile
-    us, signs, found = np.empty(32 * LANES, np.float32), np.empty(4 * LANES, np.int32), np.empty(LANES, np.float32)
-    empties = np.empty(LANES, np.int32)
-    codes = work[4]
-    for first in range(0, x.size // SUPER, 2):
-        count = take_tile(x, first, 32, n_per_row, weights, 2, 0, tile)
-        largest = take_signs(xs, ws, 32, even, signs)
-        empty = largest < splat(GROUP_MAX_EPS_IQ3_XXS) if even else largest == splat(ZERO)
-        extreme = select(empty, splat(ONE), largest)
-        initial = extreme / splat(np.float32(15))
-        scale = grid_search(xs, ws, us, 32, SHAPE, extreme, initial, n_trials, STEP, refit, grid, work)
-        store(found, 0, settle(scale, empty, signs, 4, 127 if even else 255, codes, 8))
-        store(empties, 0, select(empty, splat(1), splat(0)))
-        for half in range(count):
-            put(out, first + half, half * 8, (found, empties, codes, signs), grid.index_of)
-
-
-@piece
-def _put_xxs(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> None:
-    found, _, codes, signs = sub_blocks
+def _put_xxs(out: Bytes, block: int, lane: int, tile: Tile, codes: Ints, found: Floats, index: Shorts) -> None:
     at = block * XXS.nbytes
     most = most_of(found, lane, 8)
     step = most / np.float32(31)
@@ -80,28 +46,27 @@ def _put_xxs(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> No
     for j in range(8):
         for k in range(8):
             out[at + XXS.qs + 8 * j + k] = np.uint8(index[codes[k * LANES + lane + j]])
-        put_signs_and_scale(signs, lane + j, found[lane + j], inverse, out, at + XXS.scales_and_signs + 4 * j)
+        put_signs_and_scale(tile.signs, lane + j, found[lane + j], inverse, out, at + XXS.scales_and_signs + 4 * j)
     if most == ZERO:
-        out[at : at + XXS.nbytes] = 0
+        clear(out, at, XXS.nbytes)
 
 
 @piece
-def _put_s(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> None:
-    found, empties, codes, signs = sub_blocks
+def _put_s(out: Bytes, block: int, lane: int, tile: Tile, codes: Ints, found: Floats, index: Shorts) -> None:
     at = block * S.nbytes
-    out[at : at + S.nbytes] = 0
+    clear(out, at, S.nbytes)
     most = most_of(found, lane, 8)
     written = 0
     for j in range(8):
         # As in the reference, a sub-block of zeros leaves no gap: low bits and signs of the others move up.
-        if empties[lane + j] != 0:
+        if tile.empty[lane + j] != 0:
             continue
         for k in range(8):
             point = np.int32(index[codes[k * LANES + lane + j]])
             out[at + S.qs + 8 * written + k] = np.uint8(point & 0xFF)
             out[at + S.qh + j] |= np.uint8((point >> 8) << k)
         for k in range(4):
-            out[at + S.signs + 4 * written + k] = np.uint8(signs[k * LANES + lane + j])
+            out[at + S.signs + 4 * written + k] = np.uint8(tile.signs[k * LANES + lane + j])
         written += 1
     if most != ZERO:
         step = most / np.float32(31)
@@ -110,14 +75,24 @@ def _put_s(out: Any, block: Any, lane: Any, sub_blocks: Any, index: Any) -> None
         put_scale_codes(found, lane, 8, inverse, out, at + S.scales)
 
 
-@kernel
-def _encode_xxs(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None:
-    _encode(x, out, n_per_row, weights, grid, True, 31, ROUND_REPLACED, _put_xxs)
+XXS_FORMAT = GridFormat(
+    shape=SHAPE, n=32, even=True, factor=np.float32(2), share=ZERO, n_trials=31, spacing=SPACING,
+    again=ROUND_REPLACED, epsilon=GROUP_MAX_EPS_IQ3_XXS, start=start_with_largest, put=_put_xxs,
+)  # fmt: skip
+S_FORMAT = GridFormat(
+    shape=SHAPE, n=32, even=False, factor=np.float32(2), share=ZERO, n_trials=19, spacing=SPACING,
+    again=ROUND_ANY, epsilon=ANYTHING, start=start_with_largest, put=_put_s,
+)  # fmt: skip
 
 
 @kernel
-def _encode_s(x: Any, out: Any, n_per_row: Any, weights: Any, grid: Any) -> None:
-    _encode(x, out, n_per_row, weights, grid, False, 19, ROUND_ANY, _put_s)
+def _encode_xxs(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None, grid: Grid) -> None:
+    encode_on_grid(x, out, n_per_row, weights, grid, XXS_FORMAT)
+
+
+@kernel
+def _encode_s(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None, grid: Grid) -> None:
+    encode_on_grid(x, out, n_per_row, weights, grid, S_FORMAT)
 
 
 @piece
@@ -156,29 +131,21 @@ def _decode_s(data: Any, out: Any, values: Any, signs: Any) -> None:
                 _put_pair(out, to, scale, values, a, b, signs, np.int64(data[at + S.signs + 4 * j + k]))
 
 
-class IQ3_XXS(Block, type=GGMLType.IQ3_XXS):
-    """A grid of 256 points, 7 signs for 8 weights, and a 4-bit scale for every 32 weights."""
+class IQ3_XXS(GridBlock, type=GGMLType.IQ3_XXS):
+    """A grid of 256 points, 7 signs for 8 weights, and a 4-bit scale for every 32 weights.
 
-    @staticmethod
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
-        """See Block; after quantize_row_iq3_xxs_impl."""
-        _encode_xxs(x, out, n_per_row, weights, grid(GGMLType.IQ3_XXS))
+    After quantize_row_iq3_xxs_impl and dequantize_row_iq3_xxs.
+    """
 
-    @staticmethod
-    def decode(data: Any, out: Any) -> None:
-        """See Block; after dequantize_row_iq3_xxs."""
-        _decode_xxs(data, out, grid(GGMLType.IQ3_XXS).values, even_sign_table())
+    points, encoder, decoder = GGMLType.IQ3_XXS, _encode_xxs, _decode_xxs
+    signs = even_sign_table
 
 
-class IQ3_S(Block, type=GGMLType.IQ3_S):
-    """A grid of 512 points, a sign for every weight, and a 4-bit scale for every 32 weights."""
+class IQ3_S(GridBlock, type=GGMLType.IQ3_S):
+    """A grid of 512 points, a sign for every weight, and a 4-bit scale for every 32 weights.
 
-    @staticmethod
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
-        """See Block; after quantize_row_iq3_s_impl."""
-        _encode_s(x, out, n_per_row, weights, grid(GGMLType.IQ3_S))
+    After quantize_row_iq3_s_impl and dequantize_row_iq3_s.
+    """
 
-    @staticmethod
-    def decode(data: Any, out: Any) -> None:
-        """See Block; after dequantize_row_iq3_s."""
-        _decode_s(data, out, grid(GGMLType.IQ3_S).values, sign_table())
+    points, encoder, decoder = GGMLType.IQ3_S, _encode_s, _decode_s
+    signs = sign_table

@@ -11,7 +11,7 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, put_half
-from quantkit.blocks.lane_memory import load, store
+from quantkit.blocks.lane_memory import load, part, scratch, store
 from quantkit.blocks.lanes import LANES, ZERO, absolute, maximum, minimum, select, splat, sqrt, to_float
 from quantkit.blocks.searches import (
     affine_search,
@@ -64,7 +64,7 @@ def put_head_6(out: Any, at: Any, d: Any, dmin: Any, codes: Any, lane: Any) -> N
 def put_clamped_head_6(out: Any, at: Any, d: Any, dmin: Any, codes: Any, lane: Any) -> None:
     """`put_head_6` for Q5_K, which alone clamps the codes that a search has wrapped around 0."""
     for j in range(16):
-        codes[j * LANES + lane] = min(np.int32(63), codes[j * LANES + lane])
+        codes[j * LANES + lane] = minimum(np.int32(63), codes[j * LANES + lane])
     put_head_6(out, at, d, dmin, codes, lane)
 
 
@@ -169,17 +169,16 @@ def encode_affine(
     n, nmax, top, factor = sizes
     rmin, nstep, use_mad = plain
     count = SUPER // n
-    starts = np.empty(LANES, np.int64)
-    columns = np.empty(LANES, np.int64)
-    xs = np.empty(SUPER * LANES, np.float32)
-    ws = np.empty(n * LANES, np.float32)
-    ls = np.empty(n * LANES, np.float32)
-    values = np.empty(2 * count * LANES, np.float32)  # scales, then minimums
-    answers = np.empty(2 * count * LANES, np.float32)  # inverse scales and bases of the best levels
-    codes = np.empty(2 * count * LANES, np.int32)
-    sums = np.empty(count * LANES, np.float32)
-    steps = np.empty(2 * LANES, np.float32)
-    levels = np.empty(SUPER, np.uint8)
+    starts, columns = scratch(np.int64, 1), scratch(np.int64, 1)
+    xs = scratch(np.float32, SUPER)
+    # For at most 32 weights in a sub-block, and at most 16 sub-blocks.
+    ws, ls = scratch(np.float32, 32), scratch(np.float32, 32)
+    values = scratch(np.float32, 32)  # scales, then minimums
+    answers = scratch(np.float32, 32)  # inverse scales and bases of the best levels
+    codes = scratch(np.int32, 32)
+    sums = scratch(np.float32, 16)
+    steps = scratch(np.float32, 2)
+    levels = scratch(np.uint8, 16)
     n_blocks = x.size // SUPER
     for first in range(0, n_blocks, LANES):
         used = block_starts(first, n_blocks, SUPER, n_per_row, starts, columns)
@@ -187,25 +186,25 @@ def encode_affine(
         if weights is not None:
             sigma = splat(np.float32(factor)) * sum_of_squares(xs, SUPER) / splat(np.float32(SUPER))
         for j in range(count):
-            part = xs[j * n * LANES : (j + 1) * n * LANES]
+            xs_j = part(xs, j * n * LANES, n * LANES)
             if weights is None:
-                weigh_plain(part, n, ws)
-                found = affine_search(part, ws, ls, n, nmax, rmin, np.float32(0.1), nstep, use_mad)
+                weigh_plain(xs_j, n, ws)
+                found = affine_search(xs_j, ws, ls, n, nmax, rmin, np.float32(0.1), nstep, use_mad)
             else:
                 spread(weights, columns, j * n, n, ws)
-                store(sums, j * LANES, weigh(part, ws, n, sigma))
-                found = affine_search(part, ws, ls, n, nmax, np.float32(-0.9), np.float32(0.05), 36, False)
+                store(sums, j * LANES, weigh(xs_j, ws, n, sigma))
+                found = affine_search(xs_j, ws, ls, n, nmax, np.float32(-0.9), np.float32(0.05), 36, False)
             store(values, j * LANES, found[0])
             store(values, (count + j) * LANES, -found[1])
             store(answers, j * LANES, found[2])
             store(answers, (count + j) * LANES, found[3])
         for which in range(2):  # scales, minimums
-            part = values[which * count * LANES : (which + 1) * count * LANES]
-            part_codes = codes[which * count * LANES : (which + 1) * count * LANES]
+            some = part(values, which * count * LANES, count * LANES)
+            some_codes = part(codes, which * count * LANES, count * LANES)
             if weights is None:
-                store(steps, which * LANES, code_by_largest(part, part_codes, count, top))
+                store(steps, which * LANES, code_by_largest(some, some_codes, count, top))
             else:
-                store(steps, which * LANES, positive_search(part, sums, part_codes, count, top))
+                store(steps, which * LANES, positive_search(some, sums, some_codes, count, top))
         for lane in range(used):
             at, start = (first + lane) * layout.nbytes, (first + lane) * SUPER
             put_head(out, at, steps[lane], steps[LANES + lane], codes, lane)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from quantkit.blocks.base import Block
-from quantkit.blocks.bytes import get_half, put_half
-from quantkit.blocks.lane_memory import load, store
+from quantkit.blocks.bytes import clear, get_half, put_half
+from quantkit.blocks.lane_memory import load, part, scratch, store
 from quantkit.blocks.lanes import LANES, ZERO, maximum, minimum, select, splat, to_float
 from quantkit.blocks.searches import (
     GROUP_MAX_EPS,
@@ -100,34 +100,34 @@ class Q3_K(Block, type=GGMLType.Q3_K):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q3_K_ref and quantize_row_q3_K_impl."""
-        starts = np.empty(LANES, np.int64)
-        columns = np.empty(LANES, np.int64)
-        xs = np.empty(SUPER * LANES, np.float32)
-        ls = np.empty(SUPER * LANES, np.float32)  # weights, or what the refined search found
-        scales = np.empty(16 * LANES, np.float32)
-        sums = np.empty(16 * LANES, np.float32)
-        inverses = np.empty(16 * LANES, np.float32)
-        codes = np.empty(16 * LANES, np.int32)
-        steps = np.empty(LANES, np.float32)
-        levels = np.empty(SUPER, np.uint8)
+        starts = scratch(np.int64, 1)
+        columns = scratch(np.int64, 1)
+        xs = scratch(np.float32, SUPER)
+        ls = scratch(np.float32, SUPER)  # weights, or what the refined search found
+        scales = scratch(np.float32, 16)
+        sums = scratch(np.float32, 16)
+        inverses = scratch(np.float32, 16)
+        codes = scratch(np.int32, 16)
+        steps = scratch(np.float32, 1)
+        levels = scratch(np.uint8, 16)
         n_blocks = x.size // SUPER
         for first in range(0, n_blocks, LANES):
             used = block_starts(first, n_blocks, SUPER, n_per_row, starts, columns)
             spread(x, starts, 0, SUPER, xs)
             if weights is None:
                 for j in range(0, 16, 2):
-                    a, b, c = j * 16 * LANES, (j + 1) * 16 * LANES, (j + 2) * 16 * LANES
-                    scale, other = refined_search(xs[a:b], xs[b:c], ls[a:b], ls[b:c], 16, 4)
+                    a, b, n = j * 16 * LANES, (j + 1) * 16 * LANES, 16 * LANES
+                    scale, other = refined_search(part(xs, a, n), part(xs, b, n), part(ls, a, n), part(ls, b, n), 16, 4)
                     store(scales, j * LANES, scale)
                     store(scales, (j + 1) * LANES, other)
                 store(steps, 0, code_by_extreme(scales, codes))
             else:
                 sigma = splat(np.float32(2)) * sum_of_squares(xs, SUPER) / splat(np.float32(SUPER))
                 for j in range(16):
-                    part = xs[j * 16 * LANES : (j + 1) * 16 * LANES]
+                    xs_j = part(xs, j * 16 * LANES, 16 * LANES)
                     spread(weights, columns, j * 16, 16, ls)
-                    store(sums, j * LANES, weigh(part, ls, 16, sigma))
-                    scale, inverse, _ = signed_search(part, ls, 16, 4)
+                    store(sums, j * LANES, weigh(xs_j, ls, 16, sigma))
+                    scale, inverse, _ = signed_search(xs_j, ls, 16, 4)
                     store(scales, j * LANES, scale)
                     store(inverses, j * LANES, inverse)
                 store(steps, 0, code_by_search(scales, sums, codes))
@@ -157,9 +157,9 @@ class Q3_K(Block, type=GGMLType.Q3_K):
             d = get_half(data, at + Q3.d)
             for j in range(16):
                 step = d * np.float32(get_scale_3(data, at + Q3.scales, j))
-                part, to = (j & 1) * 16, block * SUPER + j * 16
-                high, bit = at + Q3.hmask + part, j // 2
-                low, shift = at + Q3.qs + (j // 8) * 32 + part, (j // 2 & 3) * 2
+                odd, to = (j & 1) * 16, block * SUPER + j * 16
+                high, bit = at + Q3.hmask + odd, j // 2
+                low, shift = at + Q3.qs + (j // 8) * 32 + odd, (j // 2 & 3) * 2
                 top = ((load(data, high) >> splat(bit)) & splat(1)) << splat(2)
                 level = ((load(data, low) >> splat(shift)) & splat(3)) | top
                 store(out, to, splat(step) * to_float(level - splat(4)))
@@ -194,13 +194,13 @@ class Q6_K(Block, type=GGMLType.Q6_K):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q6_K_ref and quantize_row_q6_K_impl. The 16 lanes hold one super-block."""
-        starts = np.empty(LANES, np.int64)
-        columns = np.empty(LANES, np.int64)
-        xs = np.empty(16 * LANES, np.float32)
-        ws = np.empty(16 * LANES, np.float32)
-        scales = np.empty(LANES, np.float32)
-        inverses = np.empty(LANES, np.float32)
-        levels = np.empty(SUPER, np.uint8)
+        starts = scratch(np.int64, 1)
+        columns = scratch(np.int64, 1)
+        xs = scratch(np.float32, 16)
+        ws = scratch(np.float32, 16)
+        scales = scratch(np.float32, 1)
+        inverses = scratch(np.float32, 1)
+        levels = scratch(np.uint8, 16)
         for block in range(x.size // SUPER):
             start, at = block * SUPER, block * Q6.nbytes
             for j in range(16):
@@ -219,13 +219,13 @@ class Q6_K(Block, type=GGMLType.Q6_K):
                 if abs(scales[j]) > max_abs:
                     max_abs, max_scale = abs(scales[j]), scales[j]
             if max_abs < GROUP_MAX_EPS:
-                out[at : at + Q6.nbytes] = 0
+                clear(out, at, Q6.nbytes)
                 continue
             iscale = np.float32(-128) / max_scale
             put_half(out, at + Q6.d, np.float32(1) / iscale)
             d = get_half(out, at + Q6.d)
             for j in range(16):
-                code = min(127, nearest_int(iscale * scales[j]))
+                code = minimum(np.int32(127), nearest_int(iscale * scales[j]))
                 out[at + Q6.scales + j] = np.uint8(code & 0xFF)
                 step = d * np.float32(np.int8(code & 0xFF))
                 if step != ZERO:
@@ -243,10 +243,10 @@ class Q6_K(Block, type=GGMLType.Q6_K):
             at = block * Q6.nbytes
             d = get_half(data, at + Q6.d)
             for j in range(16):
-                half, quarter, part = j // 8, j // 2 & 3, j & 1
+                half, quarter, odd = j // 8, j // 2 & 3, j & 1
                 step = d * np.float32(np.int8(data[at + Q6.scales + j]))
-                low = at + Q6.ql + half * 64 + (quarter & 1) * 32 + part * 16
-                high = at + Q6.qh + half * 32 + part * 16
+                low = at + Q6.ql + half * 64 + (quarter & 1) * 32 + odd * 16
+                high = at + Q6.qh + half * 32 + odd * 16
                 top = ((load(data, high) >> splat(2 * quarter)) & splat(3)) << splat(4)
                 level = ((load(data, low) >> splat(quarter // 2 * 4)) & splat(15)) | top
                 store(out, block * SUPER + j * 16, splat(step) * to_float(level - splat(32)))

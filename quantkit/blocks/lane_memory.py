@@ -1,4 +1,7 @@
-"""Lane vectors from and to arrays. Indices are not checked, and none may be negative: checks cost a loop its speed."""
+"""Lane vectors from and to arrays, and the arrays that a kernel keeps them in.
+
+Indices are not checked, and none may be negative: checks cost a loop its speed.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,65 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 from numba.core.cgutils import gep_inbounds, pack_array, unpack_tuple
-from numba.np.arrayobj import make_array
+from numba.core.errors import RequireLiteralValue
+from numba.np.arrayobj import make_array, populate_array
 
 from quantkit.blocks.lanes import LANES, call_llvm, f32x16, fill, i32x16, intrinsic, llvm_vector
 
 _NARROW = {types.int8: "i8", types.uint8: "i8", types.int16: "i16", types.uint16: "i16"}
 
 
-def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+def address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """LLVM's pointer to an element of a contiguous array; `index` is of 64 bits."""
     return gep_inbounds(builder, make_array(array_type)(context, builder, array).data, index)
 
 
 def _contiguous(array: Any) -> bool:
     return isinstance(array, types.Array) and array.ndim == 1 and array.layout == "C"
+
+
+def _array_at(context: Any, builder: Any, kind: Any, data: Any, n: Any) -> Any:
+    """An array of `n` elements at the pointer `data`, which owns nothing."""
+    array = make_array(kind)(context, builder)
+    itemsize = context.get_constant(types.intp, kind.dtype.bitwidth // 8)
+    populate_array(array, data=data, shape=[n], strides=[itemsize], itemsize=itemsize, meminfo=None)
+    return array._getvalue()
+
+
+@intrinsic
+def scratch(typingctx: Any, dtype: Any, n: Any) -> Any:
+    """Room for `n` vectors, a constant, on the stack: an array of 16 * n numbers, with whatever was there before.
+
+    It is gone when the function that asked for it ends: a piece must not return it. Such arrays compile faster than
+    numpy's, whose users are counted, and LLVM knows that no two of them overlap.
+    """
+    if not isinstance(n, types.IntegerLiteral):
+        raise RequireLiteralValue(n)
+    kind, count = types.Array(dtype.dtype, 1, "C"), n.literal_value * LANES
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        element = context.get_data_type(kind.dtype)
+        with builder.goto_entry_block():
+            room = builder.alloca(ir.ArrayType(element, count))
+            room.align = 4 * LANES
+        data = builder.bitcast(room, ir.PointerType(element))
+        return _array_at(context, builder, kind, data, context.get_constant(types.intp, count))
+
+    return kind(dtype, n), codegen
+
+
+@intrinsic
+def part(typingctx: Any, array: Any, start: Any, n: Any) -> Any:
+    """The `n` elements of a contiguous 1-D array from `start` on: `array[start : start + n]`, unchecked."""
+    if not _contiguous(array):
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        position, count = (context.cast(builder, args[i], sig.args[i], types.intp) for i in (1, 2))
+        data = address(context, builder, sig.args[0], args[0], position)
+        return _array_at(context, builder, array, data, count)
+
+    return array(array, start, n), codegen
 
 
 @intrinsic
@@ -32,7 +81,7 @@ def load(typingctx: Any, array: Any, index: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         position = context.cast(builder, args[1], sig.args[1], types.intp)
-        at = _address(context, builder, sig.args[0], args[0], position)
+        at = address(context, builder, sig.args[0], args[0], position)
         pointer = builder.bitcast(at, ir.PointerType(llvm_vector(element)))
         value = builder.load(pointer, align=array.dtype.bitwidth // 8, typ=llvm_vector(element))
         if element != result.element:
@@ -51,7 +100,7 @@ def store(typingctx: Any, array: Any, index: Any, vector: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         position = context.cast(builder, args[1], sig.args[1], types.intp)
-        at = _address(context, builder, sig.args[0], args[0], position)
+        at = address(context, builder, sig.args[0], args[0], position)
         value = builder.trunc(args[2], llvm_vector(narrow)) if narrow else args[2]
         builder.store(value, builder.bitcast(at, ir.PointerType(value.type)), align=array.dtype.bitwidth // 8)
         return context.get_dummy_value()
@@ -72,7 +121,7 @@ def add_products(typingctx: Any, sums: Any, array: Any, index: Any, stride: Any,
         position, step = (context.cast(builder, args[i], sig.args[i], types.intp) for i in (2, 3))
         results = []
         for total in unpack_tuple(builder, args[0]):
-            scalar = builder.load(_address(context, builder, sig.args[1], args[1], position))
+            scalar = builder.load(address(context, builder, sig.args[1], args[1], position))
             spread = fill(builder, f32x16, scalar)
             results.append(call_llvm(builder, "llvm.fmuladd.v16f32", llvm_vector("float"), spread, args[4], total))
             position = builder.add(position, step)
@@ -90,7 +139,7 @@ def store_all(typingctx: Any, array: Any, index: Any, stride: Any, vectors: Any)
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         position, step = (context.cast(builder, args[i], sig.args[i], types.intp) for i in (1, 2))
         for vector in unpack_tuple(builder, args[3]):
-            at = _address(context, builder, sig.args[0], args[0], position)
+            at = address(context, builder, sig.args[0], args[0], position)
             builder.store(vector, builder.bitcast(at, ir.PointerType(vector.type)), align=4)
             position = builder.add(position, step)
         return context.get_dummy_value()
@@ -117,8 +166,8 @@ def transpose_tile(typingctx: Any, x: Any, starts: Any, at: Any, xs: Any, to: An
         target = context.cast(builder, args[4], sig.args[4], types.intp)
         rows = []
         for k in range(LANES):
-            start = builder.load(_address(context, builder, sig.args[1], args[1], ir.Constant(ir.IntType(64), k)))
-            pointer = _address(context, builder, sig.args[0], args[0], builder.add(start, offset))
+            start = builder.load(address(context, builder, sig.args[1], args[1], ir.Constant(ir.IntType(64), k)))
+            pointer = address(context, builder, sig.args[0], args[0], builder.add(start, offset))
             rows.append(builder.load(builder.bitcast(pointer, ir.PointerType(vector)), align=4, typ=vector))
         # Within quarters of four rows each; then pairs of elements; then quarters go to their places.
         low = [4 * q + i for q in range(4) for i in (0, LANES, 1, LANES + 1)]
@@ -139,7 +188,7 @@ def transpose_tile(typingctx: Any, x: Any, starts: Any, at: Any, xs: Any, to: An
                 ab, cd = _shuffled(builder, a, b, pick), _shuffled(builder, c, d, pick)
                 value = _shuffled(builder, ab, cd, [*range(8), *range(LANES, LANES + 8)])
                 index = builder.add(target, ir.Constant(ir.IntType(64), (4 * quarter + column) * LANES))
-                pointer = _address(context, builder, sig.args[3], args[3], index)
+                pointer = address(context, builder, sig.args[3], args[3], index)
                 builder.store(value, builder.bitcast(pointer, ir.PointerType(vector)), align=4)
         return context.get_dummy_value()
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba import extending
 from numba.core import types
@@ -26,8 +27,64 @@ from numba.core.typing.templates import ConcreteTemplate, infer_global, signatur
 from numba.extending import models, register_model
 
 LANES = 16
+
+# Arrays that kernels take: contiguous, of one dimension.
+Floats: TypeAlias = npt.NDArray[np.float32]
+Ints: TypeAlias = npt.NDArray[np.int32]
+Longs: TypeAlias = npt.NDArray[np.int64]
+Shorts: TypeAlias = npt.NDArray[np.int16]
+Codes: TypeAlias = npt.NDArray[np.uint16]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+
 ALL = np.uint32(0xFFFF)  # the `bits` of a mask that holds in all lanes
 ZERO, ONE = np.float32(0), np.float32(1)
+
+if TYPE_CHECKING:
+    # What annotations call lane vectors.
+
+    class Mask16:
+        """Sixteen truths."""
+
+        def __and__(self, other: Mask16) -> Mask16: ...
+        def __or__(self, other: Mask16) -> Mask16: ...
+        def __xor__(self, other: Mask16) -> Mask16: ...
+        def __invert__(self) -> Mask16: ...
+
+    class F32x16:
+        """Sixteen float32."""
+
+        def __add__(self, other: F32x16) -> F32x16: ...
+        def __sub__(self, other: F32x16) -> F32x16: ...
+        def __mul__(self, other: F32x16) -> F32x16: ...
+        def __truediv__(self, other: F32x16) -> F32x16: ...
+        def __neg__(self) -> F32x16: ...
+        def __lt__(self, other: F32x16) -> Mask16: ...
+        def __le__(self, other: F32x16) -> Mask16: ...
+        def __gt__(self, other: F32x16) -> Mask16: ...
+        def __ge__(self, other: F32x16) -> Mask16: ...
+        def __eq__(self, other: F32x16) -> Mask16: ...  # type: ignore[override]
+        def __ne__(self, other: F32x16) -> Mask16: ...  # type: ignore[override]
+
+    class I32x16:
+        """Sixteen int32."""
+
+        def __add__(self, other: I32x16) -> I32x16: ...
+        def __sub__(self, other: I32x16) -> I32x16: ...
+        def __mul__(self, other: I32x16) -> I32x16: ...
+        def __and__(self, other: I32x16) -> I32x16: ...
+        def __or__(self, other: I32x16) -> I32x16: ...
+        def __xor__(self, other: I32x16) -> I32x16: ...
+        def __lshift__(self, other: I32x16) -> I32x16: ...
+        def __rshift__(self, other: I32x16) -> I32x16: ...
+        def __lt__(self, other: I32x16) -> Mask16: ...
+        def __le__(self, other: I32x16) -> Mask16: ...
+        def __gt__(self, other: I32x16) -> Mask16: ...
+        def __ge__(self, other: I32x16) -> Mask16: ...
+        def __eq__(self, other: I32x16) -> Mask16: ...  # type: ignore[override]
+        def __ne__(self, other: I32x16) -> Mask16: ...  # type: ignore[override]
+else:
+    Mask16 = F32x16 = I32x16 = Any
+
 
 # Typed as a plain callable: numba's own annotation shows the typing context, which callers never pass.
 intrinsic: Callable[..., Any] = extending.intrinsic
@@ -147,25 +204,28 @@ def round_half_away(typingctx: Any, a: Any) -> Any:
     return f32x16(f32x16), _unary_float("round")
 
 
-def _pick(sign: str) -> Callable[..., Any]:
+def _pick(sign: str, a: Any) -> Any:
+    kind = types.unliteral(a)
+    integers = kind == i32x16 or isinstance(kind, types.Integer)
+
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         a, b = args
-        compare = builder.icmp_signed if sig.return_type == i32x16 else builder.fcmp_ordered
+        compare = builder.icmp_signed if integers else builder.fcmp_ordered
         return builder.select(compare(sign, a, b), a, b)
 
-    return codegen
+    return kind(kind, kind), codegen
 
 
 @intrinsic
 def minimum(typingctx: Any, a: Any, b: Any) -> Any:
-    """`a < b ? a : b` of scalars, or in each lane; b where either is NaN."""
-    return a(a, b), _pick("<")
+    """`a < b ? a : b` in each lane, or of scalars, which both take the type of `a`; b where either is NaN."""
+    return _pick("<", a)
 
 
 @intrinsic
 def maximum(typingctx: Any, a: Any, b: Any) -> Any:
-    """`a > b ? a : b` of scalars, or in each lane; b where either is NaN."""
-    return a(a, b), _pick(">")
+    """`a > b ? a : b` in each lane, or of scalars, which both take the type of `a`; b where either is NaN."""
+    return _pick(">", a)
 
 
 @intrinsic

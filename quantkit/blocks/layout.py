@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from quantkit.compile.fixed import Fixed
 
-class Layout:
+
+class Layout(Fixed):
     """Fields of a block: `Layout(d=2, dmin=2, scales=12, qs=128)` says their bytes, and `.qs`, 16, where one begins.
 
-    `nbytes` is the size of the whole block. Kernels use a layout as they find it, and its numbers are constants there.
+    `nbytes` is the size of the whole block.
     """
 
     def __init__(self, **sizes: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_word, put_half, put_word
-from quantkit.blocks.lane_memory import load, store
+from quantkit.blocks.lane_memory import load, scratch, store
 from quantkit.blocks.lanes import (
     ALL,
     LANES,
@@ -129,11 +129,11 @@ def symmetric_levels(x: Any, out: Any, first: Any, count: Any, inverse: Any, lay
 @piece
 def encode_symmetric(x: Any, out: Any, layout: Any, half: Any) -> None:
     """Q4_0 and Q5_0, sixteen blocks at a time so that their divisions overlap."""
-    found = np.zeros(LANES, np.float32)
-    inverse = np.empty(LANES, np.float32)
+    found, inverse = scratch(np.float32, 1), scratch(np.float32, 1)
+    store(found, 0, splat(ZERO))
     n_blocks = x.size // QK
     for first in range(0, n_blocks, LANES):
-        count = min(LANES, n_blocks - first)
+        count = minimum(LANES, n_blocks - first)
         for k in range(count):
             found[k] = extreme(x, (first + k) * QK)
         d = load(found, 0) / splat(np.float32(-half))
@@ -162,12 +162,12 @@ def affine_levels(
 @piece
 def encode_affine(x: Any, out: Any, layout: Any, top: Any, limit: Any) -> None:
     """Q4_1 and Q5_1, sixteen blocks at a time so that their divisions overlap."""
-    least = np.zeros(LANES, np.float32)
-    most = np.zeros(LANES, np.float32)
-    inverse = np.empty(LANES, np.float32)
+    least, most, inverse = scratch(np.float32, 1), scratch(np.float32, 1), scratch(np.float32, 1)
+    store(least, 0, splat(ZERO))
+    store(most, 0, splat(ZERO))
     n_blocks = x.size // QK
     for first in range(0, n_blocks, LANES):
-        count = min(LANES, n_blocks - first)
+        count = minimum(LANES, n_blocks - first)
         for k in range(count):
             least[k], most[k] = span(x, (first + k) * QK)
         settle_zeros(x, first, count, least, most)
@@ -185,20 +185,16 @@ def encode_affine(x: Any, out: Any, layout: Any, top: Any, limit: Any) -> None:
 
 
 @piece
-def row_mean_squares(x: Any, n_per_row: Any, n_rows: Any, out: Any) -> None:
-    """The mean square of each row, added up in order: sixteen rows at once. `out` has room for LANES more."""
-    starts = np.empty(LANES, np.int64)
-    columns = np.empty(LANES, np.int64)
-    xs = np.empty(QK * LANES, np.float32)
-    for first in range(0, n_rows, LANES):
-        total = splat(ZERO)
-        block_starts(first, n_rows, n_per_row, n_per_row, starts, columns)
-        for at in range(0, n_per_row, QK):
-            spread(x, starts, at, QK, xs)
-            for i in range(QK):
-                v = load(xs, i * LANES)
-                total = total + v * v
-        store(out, first, total / splat(np.float32(n_per_row)))
+def row_mean_squares(x: Any, first: Any, n_rows: Any, n_per_row: Any, starts: Any, columns: Any, xs: Any) -> Any:
+    """The mean squares of sixteen rows from `first` on, each added up in order. The rest is scratch."""
+    block_starts(first, n_rows, n_per_row, n_per_row, starts, columns)
+    total = splat(ZERO)
+    for at in range(0, n_per_row, QK):
+        spread(x, starts, at, QK, xs)
+        for i in range(QK):
+            v = load(xs, i * LANES)
+            total = total + v * v
+    return total / splat(np.float32(n_per_row))
 
 
 @piece
@@ -206,25 +202,22 @@ def encode_weighted(
     x: Any, out: Any, n_per_row: Any, weights: Any, layout: Any, low: Any, high: Any, affine: Any
 ) -> None:
     """All four with importance weights: levels low..high, sixteen blocks at a time. `affine` formats have a minimum."""
-    starts = np.empty(LANES, np.int64)
-    columns = np.empty(LANES, np.int64)
-    xs = np.empty(QK * LANES, np.float32)
-    ws = np.empty(QK * LANES, np.float32)
-    ls = np.empty(QK * LANES, np.float32)
-    sigma = np.empty(LANES, np.float32)
-    scales = np.empty(LANES, np.float32)
-    lows = np.empty(LANES, np.float32)
-    inverse = np.empty(LANES, np.float32)
-    base = np.zeros(LANES, np.float32)
-    n_blocks, n_rows = x.size // QK, x.size // n_per_row
-    squares = np.empty(n_rows + LANES, np.float32)
-    row_mean_squares(x, n_per_row, n_rows, squares)
-    for first in range(0, n_blocks, LANES):
-        count = block_starts(first, n_blocks, QK, n_per_row, starts, columns)
+    starts, columns = scratch(np.int64, 1), scratch(np.int64, 1)
+    xs, ws, ls = scratch(np.float32, QK), scratch(np.float32, QK), scratch(np.float32, QK)
+    squares, sigma = scratch(np.float32, 1), scratch(np.float32, 1)
+    scales, lows = scratch(np.float32, 1), scratch(np.float32, 1)
+    inverse, base = scratch(np.float32, 1), scratch(np.float32, 1)
+    store(base, 0, splat(ZERO))
+    n_rows, blocks_per_row = x.size // n_per_row, n_per_row // QK
+    for first in range(0, n_rows * blocks_per_row, LANES):
+        row = first // blocks_per_row
+        if first % (blocks_per_row * LANES) == 0:
+            store(squares, 0, row_mean_squares(x, row, n_rows, n_per_row, starts, columns, xs))
+        count = block_starts(first, n_rows * blocks_per_row, QK, n_per_row, starts, columns)
         spread(x, starts, 0, QK, xs)
         spread(weights, columns, 0, QK, ws)
         for k in range(LANES):
-            sigma[k] = squares[starts[k] // n_per_row]
+            sigma[k] = squares[starts[k] // n_per_row % LANES]
         weigh(xs, ws, QK, load(sigma, 0))
         if affine:
             found = affine_search(xs, ws, ls, QK, high, np.float32(-0.9), np.float32(0.05), 36, False)
@@ -237,7 +230,8 @@ def encode_weighted(
             store(scales, 0, scale)
             store(inverse, 0, best)
         for k in range(count):
-            at, start, scale, zero = (first + k) * layout.nbytes, (first + k) * QK, splat(inverse[k]), splat(base[k])
+            at, start = (first + k) * layout.nbytes, (first + k) * QK
+            scale, zero = splat(inverse[k]), splat(base[k])
             put_half(out, at + D, scales[k])
             if affine:
                 put_half(out, at + M, lows[k])

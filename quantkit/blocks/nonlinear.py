@@ -12,7 +12,7 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_nibble, get_short, get_values, put_half, put_short
-from quantkit.blocks.lane_memory import load, store
+from quantkit.blocks.lane_memory import load, part, scratch, store
 from quantkit.blocks.lanes import LANES, ONE, ZERO, select, splat, to_float
 from quantkit.blocks.searches import clamped_ints, extremes, peak, reciprocals, sum_of_squares, weigh
 from quantkit.blocks.tiles import SUPER, block_starts, spread
@@ -91,12 +91,12 @@ class IQ4_NL(Block, type=GGMLType.IQ4_NL):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_iq4_nl. Sixteen blocks at a time."""
-        starts = np.empty(LANES, np.int64)
-        columns = np.empty(LANES, np.int64)
-        xs = np.empty(QK * LANES, np.float32)
-        ws = np.empty(QK * LANES, np.float32)
-        scales = np.empty(LANES, np.float32)
-        inverses = np.empty(LANES, np.float32)
+        starts = scratch(np.int64, 1)
+        columns = scratch(np.int64, 1)
+        xs = scratch(np.float32, QK)
+        ws = scratch(np.float32, QK)
+        scales = scratch(np.float32, 1)
+        inverses = scratch(np.float32, 1)
         n_blocks = x.size // QK
         for first in range(0, n_blocks, LANES):
             used = block_starts(first, n_blocks, QK, n_per_row, starts, columns)
@@ -130,14 +130,14 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_iq4_xs."""
-        starts = np.empty(LANES, np.int64)
-        columns = np.empty(LANES, np.int64)
-        xs = np.empty(SUPER * LANES, np.float32)
-        ws = np.empty(QK * LANES, np.float32)
-        scales = np.empty(8 * LANES, np.float32)
-        inverses = np.empty(8 * LANES, np.float32)
-        codes = np.empty(8 * LANES, np.int32)
-        steps = np.empty(LANES, np.float32)
+        starts = scratch(np.int64, 1)
+        columns = scratch(np.int64, 1)
+        xs = scratch(np.float32, SUPER)
+        ws = scratch(np.float32, QK)
+        scales = scratch(np.float32, 8)
+        inverses = scratch(np.float32, 8)
+        codes = scratch(np.int32, 8)
+        steps = scratch(np.float32, 1)
         n_blocks = x.size // SUPER
         for first in range(0, n_blocks, LANES):
             used = block_starts(first, n_blocks, SUPER, n_per_row, starts, columns)
@@ -145,13 +145,13 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
             if weights is not None:
                 sigma = sum_of_squares(xs, SUPER) * splat(np.float32(2 / SUPER))
             for j in range(8):
-                part = xs[j * QK * LANES : (j + 1) * QK * LANES]
+                xs_j = part(xs, j * QK * LANES, QK * LANES)
                 if weights is None:
-                    scale = table_search(part, None)
+                    scale = table_search(xs_j, None)
                 else:
                     spread(weights, columns, j * QK, QK, ws)
-                    weigh(part, ws, QK, sigma)
-                    scale = table_search(part, ws)
+                    weigh(xs_j, ws, QK, sigma)
+                    scale = table_search(xs_j, ws)
                 store(scales, j * LANES, scale)
             _, extreme = peak(scales, 8)
             step = -extreme / splat(np.float32(32))

@@ -11,7 +11,7 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_short, get_word, put_half, put_short
-from quantkit.blocks.lane_memory import load, store
+from quantkit.blocks.lane_memory import load, scratch, store
 from quantkit.blocks.lanes import LANES, ONE, ZERO, absolute, bits, largest, maximum, select, splat, to_float
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
@@ -55,10 +55,10 @@ class Q1_0(Block, type=GGMLType.Q1_0):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q1_0_ref. The magnitudes of sixteen blocks are added up side by side."""
-        starts = np.empty(LANES, np.int64)
-        columns = np.empty(LANES, np.int64)
-        xs = np.empty(128 * LANES, np.float32)
-        means = np.empty(LANES, np.float32)
+        starts = scratch(np.int64, 1)
+        columns = scratch(np.int64, 1)
+        xs = scratch(np.float32, 128)
+        means = scratch(np.float32, 1)
         n_blocks = x.size // 128
         for first in range(0, n_blocks, LANES):
             used = block_starts(first, n_blocks, 128, n_per_row, starts, columns)
@@ -92,7 +92,7 @@ class Q2_0(Block, type=GGMLType.Q2_0):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_q2_0_ref."""
-        levels = np.empty(64, np.uint8)
+        levels = scratch(np.uint8, 4)
         for block in range(x.size // 64):
             at, start = block * Q2.nbytes, block * 64
             d = largest_magnitude(x, start, 64)
@@ -149,8 +149,10 @@ class TQ1_0(Block, type=GGMLType.TQ1_0):
     @kernel
     def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
         """See Block; after quantize_row_tq1_0_ref."""
-        tail = np.zeros(4 * LANES, np.float32)
-        last = np.empty(LANES, np.uint8)
+        tail = scratch(np.float32, 4)
+        for j in range(4):
+            store(tail, j * LANES, splat(ZERO))
+        last = scratch(np.uint8, 1)
         for block in range(x.size // SUPER):
             at, start = block * TQ1.nbytes, block * SUPER
             d = largest_magnitude(x, start, SUPER)

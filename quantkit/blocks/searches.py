@@ -381,4 +381,4 @@ def positive_search(xs: Any, ws: Any, codes: Any, n: Any, nmax: Any) -> Any:
 @piece
 def level_of(x: Any, inverse: Any, base: Any, low: Any, high: Any) -> Any:
     """One level of a search's result: `clamp(nearest_int(inverse * (x - base)), low, high)`."""
-    return max(np.int32(low), min(np.int32(high), nearest_int(inverse * (x - base))))
+    return maximum(np.int32(low), minimum(np.int32(high), nearest_int(inverse * (x - base))))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantkit.blocks.lane_memory import transpose_tile
-from quantkit.blocks.lanes import LANES
+from quantkit.blocks.lanes import LANES, minimum
 from quantkit.compile.kernel import piece
 
 SUPER = 256  # weights in a super-block
@@ -21,9 +21,9 @@ def block_starts(first: Any, n_blocks: Any, size: Any, n_per_row: Any, starts: A
     Lanes beyond the last block repeat it.
     """
     for lane in range(LANES):
-        starts[lane] = min(first + lane, n_blocks - 1) * size
+        starts[lane] = minimum(first + lane, n_blocks - 1) * size
         columns[lane] = starts[lane] % n_per_row
-    return min(LANES, n_blocks - first)
+    return minimum(LANES, n_blocks - first)
 
 
 @piece

@@ -1,32 +1,44 @@
-"""How every kernel of quantkit is compiled and announced. `compile.cache` stores the machine code."""
+"""How every kernel of quantkit is compiled and announced. `compile.cache` stores the machine code.
+
+A kernel is what Python calls. It is made of pieces, which are inlined, and of steps, which are called.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from numba import njit
-from numba.core import event
+from numba import njit, typeof
+from numba.core import event, types
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
+from numba.core.imputils import lower_constant, lower_getattr_generic
+from numba.core.typing.templates import AttributeTemplate, infer_getattr
+from numba.extending import models, register_model, typeof_impl
 
 from quantkit.compile.cache import KernelCache
+from quantkit.compile.fixed import Fixed
 from quantkit.compile.observers import kernel_name, tell
 
 log = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # IEEE float32 as written: no reassociation, no fused multiply-add, no traps. No kernel is used as a C callback, so
 # numba need not compile the wrapper for one.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": False, "no_cfunc_wrapper": True}
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+def kernel(function: F) -> F:
     """Compile `function` when it is first called, and keep the machine code on disk for the next run.
 
     Kernels release the GIL, so threads run them in parallel.
     """
-    compiled: Callable[..., Any] = njit(**_OPTIONS)(function)
+    compiled: F = njit(**_OPTIONS)(function)
     try:
         compiled._cache = KernelCache(function)  # type: ignore[attr-defined, no-untyped-call]
     except RuntimeError:
@@ -34,9 +46,104 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
-# A piece of a kernel: always inlined, so that the optimiser sees constant arguments as constants. Python cannot call
-# it, which saves a fifth of the compile time.
-piece: Callable[..., Any] = njit(**_OPTIONS, forceinline=True, no_cpython_wrapper=True)  # type: ignore[call-overload]
+class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
+    """The code of a part of a kernel, which becomes machine code only where it is linked into a kernel.
+
+    numba would optimise and assemble every function by itself too, as if Python could call it.
+    """
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        """No address: there is no machine code."""
+        self._ensure_finalized()  # type: ignore[no-untyped-call]
+        return 0
+
+    @property
+    def codegen(self) -> Any:
+        """What numba tells the environment of the function to, which only its Python wrapper would need."""
+        return _NoEnvironment
+
+
+class _NoEnvironment:
+    @staticmethod
+    def set_env(name: str, environment: Any) -> None:
+        pass
+
+
+class _PartCompiler(Compiler):  # type: ignore[misc]
+    def define_pipelines(self) -> Any:
+        codegen, name = self.state.targetctx.codegen(), self.state.func_id.func_qualname
+        self.state.library = _PartLibrary(codegen, name)  # type: ignore[no-untyped-call]
+        return super().define_pipelines()  # type: ignore[no-untyped-call]
+
+
+_PART: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True, "pipeline_class": _PartCompiler}
+
+
+def piece(function: F) -> F:
+    """A piece of a kernel: always inlined, so that the constants it is given are constants to the optimiser."""
+    inlined: F = njit(**_PART, forceinline=True)(function)
+    return inlined
+
+
+def step(function: F) -> F:
+    """A step of a kernel: called, and so compiled once however often it is used.
+
+    For what takes so long that a call does not matter. What is to be a constant in it is a literal or in a `Fixed`.
+    """
+    called: F = njit(**_PART)(function)
+    return called
+
+
+class _FixedType(types.Type):  # type: ignore[misc]
+    """The numba type of one `Fixed` object. Names of types are in the names of machine code, so they must be alike in
+    all processes for the same object, and different for others."""
+
+    def __init__(self, value: Fixed) -> None:
+        self.value = value
+        digest = hashlib.sha256(_described(value).encode()).hexdigest()[:16]
+        super().__init__(name=f"{type(value).__name__}#{digest}")
+
+
+def _described(value: Any) -> str:
+    """All of a value that matters, in the same words in all processes."""
+    if isinstance(value, Fixed):
+        return f"{type(value).__name__}({', '.join(f'{k}={_described(v)}' for k, v in sorted(vars(value).items()))})"
+    function = getattr(value, "py_func", None)
+    return repr(value) if function is None else f"{function.__module__}.{function.__qualname__}"
+
+
+register_model(_FixedType)(models.OpaqueModel)
+
+
+@typeof_impl.register(Fixed)  # type: ignore[untyped-decorator]
+def _typeof_fixed(value: Fixed, context: Any) -> _FixedType:
+    return _FixedType(value)
+
+
+@lower_constant(_FixedType)  # type: ignore[untyped-decorator]
+def _nothing_at_run_time(context: Any, builder: Any, kind: _FixedType, value: Fixed) -> Any:
+    return context.get_dummy_value()
+
+
+@infer_getattr
+class _Attributes(AttributeTemplate):  # type: ignore[misc]
+    key = _FixedType
+
+    def generic_resolve(self, typ: _FixedType, attr: str) -> Any:  # type: ignore[override]
+        value = getattr(typ.value, attr, None)
+        return None if value is None else types.maybe_literal(value) or typeof(value)
+
+
+@lower_getattr_generic(_FixedType)  # type: ignore[untyped-decorator]
+def _attribute(context: Any, builder: Any, kind: _FixedType, nothing: Any, attr: str) -> Any:
+    value = getattr(kind.value, attr)
+    return context.get_constant_generic(builder, typeof(value), value)
 
 
 class _Announcer(event.Listener):  # type: ignore[misc]

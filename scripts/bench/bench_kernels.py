@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "blocks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from support.block_reference import Ggml  # noqa: E402
 

@@ -34,17 +34,17 @@ def ggml() -> Ggml:
 
 @pytest.mark.parametrize("kind", GRIDS, ids=lambda kind: kind.name)
 def test_neighbours_by_definition(kind: GGMLType) -> None:
-    from quantkit.blocks.grids import grid
+    from quantkit.blocks.grids import grid, grid_values
 
     dim, width, n_levels, n_distances = GRIDS[kind]
-    table = grid(kind)
+    table, values = grid(kind), grid_values(kind)
     shifts = width * np.arange(dim)
     codes = np.flatnonzero(table.index_of >= 0)
     codes = codes[np.argsort(table.index_of[codes])]
-    assert np.array_equal(table.index_of[codes], np.arange(table.values.size // dim))
+    assert np.array_equal(table.index_of[codes], np.arange(values.size // dim))
     points = (codes[:, None] >> shifts) & ((1 << width) - 1)
     assert points.max() < n_levels
-    values = table.values.reshape(-1, dim)
+    values = values.reshape(-1, dim)
     assert all(len(set(values[points == level].tolist())) == 1 for level in range(n_levels))
     places = table.where[table.where >= 0]
     ends = (places >> 10) + -(-(places & 1023) // 16)
