@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba.core import types
 
 from quantkit.blocks.lane_memory import address
-from quantkit.blocks.lanes import intrinsic
+from quantkit.blocks.lanes import Bytes, Floats, intrinsic
 from quantkit.compile.kernel import piece
 
 
@@ -82,20 +82,20 @@ def get_half(typingctx: Any, data: Any, at: Any) -> Any:
 
 
 @piece
-def clear(out: Any, at: Any, n: Any) -> None:
+def clear(out: Bytes, at: int, n: int) -> None:
     """Make `n` bytes from byte `at` on zero."""
     for i in range(n):
         out[at + i] = 0
 
 
 @piece
-def get_nibble(data: Any, at: Any, j: Any) -> Any:
+def get_nibble(data: Bytes, at: int, j: int) -> int:
     """The j-th four bits from byte `at` on, the low ones of a byte first."""
     return (np.int32(data[at + j // 2]) >> (4 * (j & 1))) & 15
 
 
 @piece
-def get_values(data: Any, at: Any, n: Any, table: Any, scale: Any, out: Any, to: Any) -> None:
+def get_values(data: Bytes, at: int, n: int, table: Floats, scale: np.float32, out: Floats, to: int) -> None:
     """Entries of a table of 16, times `scale`, that `n` bytes at `at` choose: by the low nibbles, then by the high."""
     for i in range(n):
         byte = data[at + i]

@@ -6,8 +6,6 @@ values are doubled to make them integers, and scales halved.
 
 from __future__ import annotations
 
-from typing import Any
-
 import gguf
 import numpy as np
 
@@ -17,6 +15,10 @@ from quantkit.blocks.lane_memory import load, scratch, store
 from quantkit.blocks.lanes import (
     LANES,
     ZERO,
+    Bytes,
+    F32x16,
+    Floats,
+    I32x16,
     absolute,
     bits_float,
     float_bits,
@@ -36,7 +38,7 @@ BORDERS = (VALUES[1:8] + VALUES[:7]) / np.float32(2)
 
 
 @piece
-def indices(x: Any, scale: Any) -> Any:
+def indices(x: F32x16, scale: np.float32) -> I32x16:
     """The index of the value that is nearest to x when multiplied by `scale`, both within float32's exact range."""
     size, index = absolute(x), splat(0)
     for i in range(7):
@@ -45,7 +47,7 @@ def indices(x: Any, scale: Any) -> Any:
 
 
 @piece
-def slow_index(x: Any, scale: Any) -> Any:
+def slow_index(x: np.float32, scale: np.float32) -> int:
     """The same for any x and scale, with the reference's rounding errors: the first of the smallest distances."""
     best, least = 0, abs(VALUES[0] * scale - x)
     for i in range(1, 16):
@@ -56,7 +58,7 @@ def slow_index(x: Any, scale: Any) -> Any:
 
 
 @piece
-def put_levels(x: Any, start: Any, scale: Any, amax: Any, levels: Any, to: Any) -> None:
+def put_levels(x: Floats, start: int, scale: np.float32, amax: np.float32, levels: Bytes, to: int) -> None:
     """The indices of sixteen weights, whose block has the largest magnitude `amax`."""
     # Beyond these limits the reference's distances overflow or are rounded.
     if scale > ZERO and amax < minimum(np.float32(65536) * scale, np.float32(2.0**126)):
@@ -67,7 +69,7 @@ def put_levels(x: Any, start: Any, scale: Any, amax: Any, levels: Any, to: Any) 
 
 
 @piece
-def floor_log2(x: Any) -> Any:
+def floor_log2(x: np.float32) -> int:
     """The whole part of `log2f(x)` for x > 0, which is that of the next power of two when x lies just below it."""
     shift = 0
     if x < np.float32(2.0**-126):
@@ -83,7 +85,7 @@ def floor_log2(x: Any) -> Any:
 
 
 @piece
-def half_power(code: Any) -> Any:
+def half_power(code: int) -> np.float32:
     """Half of the power of two that the E8M0 `code` stands for: 2**(code - 128)."""
     return bits_float(np.int32(0x00200000 << code if code < 2 else (code - 1) << 23))
 
@@ -93,7 +95,7 @@ class MXFP4(Block, type=GGMLType.MXFP4):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_mxfp4_ref."""
         levels = scratch(np.uint8, 2)
         for block in range(x.size // 32):
@@ -109,7 +111,7 @@ class MXFP4(Block, type=GGMLType.MXFP4):
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_mxfp4."""
         for block in range(out.size // 32):
             at = block * MX.nbytes
@@ -117,7 +119,7 @@ class MXFP4(Block, type=GGMLType.MXFP4):
 
 
 @piece
-def to_ue4m3(x: Any) -> Any:
+def to_ue4m3(x: np.float32) -> int:
     """A number, not negative, as an unsigned float of 4 exponent and 3 mantissa bits, as ggml_fp32_to_ue4m3 rounds."""
     if not x > ZERO:
         return 0
@@ -131,7 +133,7 @@ def to_ue4m3(x: Any) -> Any:
 
 
 @piece
-def half_ue4m3(code: Any) -> Any:
+def half_ue4m3(code: int) -> np.float32:
     """Half of the number that `code` stands for; its sign bit is ignored, and NaN (0x7F) is 0."""
     if code == 0 or code == 0x7F:
         return ZERO
@@ -146,7 +148,7 @@ class NVFP4(Block, type=GGMLType.NVFP4):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_nvfp4_ref."""
         levels = scratch(np.uint8, 1)
         for block in range(x.size // 64):
@@ -162,7 +164,7 @@ class NVFP4(Block, type=GGMLType.NVFP4):
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_nvfp4."""
         for block in range(out.size // 64):
             at = block * NV.nbytes

@@ -325,7 +325,9 @@ def nearest_point(lists: Codes, place: int, tables: Floats, dim: int, width: int
 
 
 @piece
-def nearest_points(run: Run, start: int, trials: Trials, tile: Tile, lists: Codes, shape: Shape, terms: Floats) -> Any:
+def nearest_points(
+    run: Run, start: int, trials: Trials, tile: Tile, lists: Codes, shape: Shape, terms: Floats
+) -> I32x16:
     """The nearest neighbours of sixteen trials from `start` on: a trial in each lane.
 
     Candidates come one after another, so that their order decides between equals.

@@ -8,7 +8,7 @@ equal weights to the C library. Ours is that of glibc, whose qsort is a merge so
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -353,7 +353,9 @@ def _split_m(
 
 
 @piece
-def _fitted_step(codes: Ints, scales: Ints, shifts: Floats, tile: Tile, by_size: Sorted, step: np.float32) -> Any:
+def _fitted_step(
+    codes: Ints, scales: Ints, shifts: Floats, tile: Tile, by_size: Sorted, step: np.float32
+) -> np.float32:
     """The scale of a super-block that fits best what the others have become, one weight after another; else `step`.
 
     `by_size` is free to be scratch.
@@ -433,7 +435,7 @@ def _encode_m(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None, gri
 
 
 @piece
-def _put_group(out: Any, to: Any, scale: Any, values: Any, point: Any, down: Any) -> None:
+def _put_group(out: Floats, to: int, scale: np.float32, values: Floats, point: int, down: int) -> None:
     """Decode one group: the scale, times the point's values shifted up, or down."""
     shift = -DELTA if down else DELTA
     for i in range(8):
@@ -441,7 +443,7 @@ def _put_group(out: Any, to: Any, scale: Any, values: Any, point: Any, down: Any
 
 
 @kernel
-def _decode_s(data: Any, out: Any, values: Any) -> None:
+def _decode_s(data: Bytes, out: Floats, values: Floats) -> None:
     for block in range(out.size // SUPER):
         at = block * S.nbytes
         d = get_half(data, at + S.d)
@@ -454,7 +456,7 @@ def _decode_s(data: Any, out: Any, values: Any) -> None:
 
 
 @kernel
-def _decode_m(data: Any, out: Any, values: Any) -> None:
+def _decode_m(data: Bytes, out: Floats, values: Floats) -> None:
     for block in range(out.size // SUPER):
         at = block * M.nbytes
         half = np.uint16(0)

@@ -6,8 +6,6 @@ ggml-quants.c. The search itself is in `grid_searches`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from quantkit.blocks.bytes import clear, get_half, get_nibble, get_short, get_word, put_half, put_short
@@ -128,12 +126,12 @@ def _encode_s(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None, gri
 
 
 @piece
-def _scale(d: Any, code: Any) -> Any:
+def _scale(d: np.float32, code: int) -> np.float32:
     return d * (np.float32(0.5) + np.float32(code)) * np.float32(0.25)
 
 
 @kernel
-def _decode_xxs(data: Any, out: Any, values: Any, signs: Any) -> None:
+def _decode_xxs(data: Bytes, out: Floats, values: Floats, signs: Floats) -> None:
     for block in range(out.size // SUPER):
         at = block * XXS.nbytes
         d = get_half(data, at + XXS.d)
@@ -146,7 +144,7 @@ def _decode_xxs(data: Any, out: Any, values: Any, signs: Any) -> None:
 
 
 @kernel
-def _decode_xs(data: Any, out: Any, values: Any, signs: Any) -> None:
+def _decode_xs(data: Bytes, out: Floats, values: Floats, signs: Floats) -> None:
     for block in range(out.size // SUPER):
         at = block * XS.nbytes
         d = get_half(data, at + XS.d)
@@ -158,7 +156,7 @@ def _decode_xs(data: Any, out: Any, values: Any, signs: Any) -> None:
 
 
 @kernel
-def _decode_s(data: Any, out: Any, values: Any, signs: Any) -> None:
+def _decode_s(data: Bytes, out: Floats, values: Floats, signs: Floats) -> None:
     for block in range(out.size // SUPER):
         at = block * S.nbytes
         d = get_half(data, at + S.d)

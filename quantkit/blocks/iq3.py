@@ -6,8 +6,6 @@ search itself is in `grid_searches`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from quantkit.blocks.bytes import clear, get_half, get_nibble, get_word, put_half
@@ -96,14 +94,16 @@ def _encode_s(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None, gri
 
 
 @piece
-def _put_pair(out: Any, to: Any, scale: Any, values: Any, a: Any, b: Any, signs: Any, byte: Any) -> None:
+def _put_pair(
+    out: Floats, to: int, scale: np.float32, values: Floats, a: int, b: int, signs: Floats, byte: int
+) -> None:
     """Decode two groups, points `a` and `b`, which share a byte of signs."""
     put_group(out, to, scale, values, a * 4, 4, signs, byte * 8)
     put_group(out, to + 4, scale, values, b * 4, 4, signs, byte * 8 + 4)
 
 
 @kernel
-def _decode_xxs(data: Any, out: Any, values: Any, signs: Any) -> None:
+def _decode_xxs(data: Bytes, out: Floats, values: Floats, signs: Floats) -> None:
     for block in range(out.size // SUPER):
         at = block * XXS.nbytes
         d = get_half(data, at + XXS.d)
@@ -117,7 +117,7 @@ def _decode_xxs(data: Any, out: Any, values: Any, signs: Any) -> None:
 
 
 @kernel
-def _decode_s(data: Any, out: Any, values: Any, signs: Any) -> None:
+def _decode_s(data: Bytes, out: Floats, values: Floats, signs: Floats) -> None:
     for block in range(out.size // SUPER):
         at = block * S.nbytes
         d = get_half(data, at + S.d)

@@ -5,6 +5,7 @@ Layouts: ggml-common.h. Algorithms: quantize_row_*_ref and quantize_row_*_impl i
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,24 @@ import numpy as np
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, put_half
 from quantkit.blocks.lane_memory import load, part, scratch, store
-from quantkit.blocks.lanes import LANES, ZERO, absolute, maximum, minimum, select, splat, sqrt, to_float
+from quantkit.blocks.lanes import (
+    LANES,
+    ZERO,
+    Bytes,
+    F32x16,
+    Floats,
+    Ints,
+    absolute,
+    maximum,
+    minimum,
+    select,
+    splat,
+    sqrt,
+    to_float,
+)
+from quantkit.blocks.layout import Layout
 from quantkit.blocks.searches import (
+    AffineTrials,
     affine_search,
     clamped_ints,
     level_of,
@@ -24,13 +41,14 @@ from quantkit.blocks.searches import (
 )
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
+from quantkit.compile.fixed import Fixed
 from quantkit.compile.kernel import kernel, piece
 
 Q2, Q4, Q5 = GGMLType.Q2_K.layout, GGMLType.Q4_K.layout, GGMLType.Q5_K.layout
 
 
 @piece
-def put_scales(out: Any, at: Any, j: Any, ls: Any, lm: Any) -> None:
+def put_scales(out: Bytes, at: int, j: int, ls: int, lm: int) -> None:
     """Pack the 6-bit scale and minimum of sub-block `j` into the 12 bytes at `at`, in order of j (Q4_K, Q5_K)."""
     if j < 4:
         out[at + j] = np.uint8(ls)
@@ -42,7 +60,7 @@ def put_scales(out: Any, at: Any, j: Any, ls: Any, lm: Any) -> None:
 
 
 @piece
-def get_scales(data: Any, at: Any, j: Any) -> Any:
+def get_scales(data: Bytes, at: int, j: int) -> tuple[int, int]:
     """The 6-bit scale and minimum of sub-block `j`."""
     if j < 4:
         return np.int32(data[at + j] & 63), np.int32(data[at + j + 4] & 63)
@@ -52,7 +70,7 @@ def get_scales(data: Any, at: Any, j: Any) -> Any:
 
 
 @piece
-def put_head_6(out: Any, at: Any, d: Any, dmin: Any, codes: Any, lane: Any) -> None:
+def put_head_6(out: Bytes, at: int, d: np.float32, dmin: np.float32, codes: Ints, lane: int) -> None:
     """The first 16 bytes of Q4_K and of Q5_K, which are alike: from the codes of 8 scales and 8 minimums in `lane`."""
     put_half(out, at + Q4.d, d)
     put_half(out, at + Q4.dmin, dmin)
@@ -61,7 +79,7 @@ def put_head_6(out: Any, at: Any, d: Any, dmin: Any, codes: Any, lane: Any) -> N
 
 
 @piece
-def put_clamped_head_6(out: Any, at: Any, d: Any, dmin: Any, codes: Any, lane: Any) -> None:
+def put_clamped_head_6(out: Bytes, at: int, d: np.float32, dmin: np.float32, codes: Ints, lane: int) -> None:
     """`put_head_6` for Q5_K, which alone clamps the codes that a search has wrapped around 0."""
     for j in range(16):
         codes[j * LANES + lane] = minimum(np.int32(63), codes[j * LANES + lane])
@@ -69,14 +87,14 @@ def put_clamped_head_6(out: Any, at: Any, d: Any, dmin: Any, codes: Any, lane: A
 
 
 @piece
-def get_step_6(data: Any, at: Any, j: Any) -> Any:
+def get_step_6(data: Bytes, at: int, j: int) -> tuple[np.float32, np.float32]:
     """The scale and the minimum of sub-block `j` of Q4_K and Q5_K, as float32."""
     scale, low = get_scales(data, at + Q4.scales, j)
     return get_half(data, at + Q4.d) * np.float32(scale), get_half(data, at + Q4.dmin) * np.float32(low)
 
 
 @piece
-def put_head_4(out: Any, at: Any, d: Any, dmin: Any, codes: Any, lane: Any) -> None:
+def put_head_4(out: Bytes, at: int, d: np.float32, dmin: np.float32, codes: Ints, lane: int) -> None:
     """The scales, minimums and float16 of Q2_K, from the codes of 16 scales and 16 minimums in `lane`."""
     put_half(out, at + Q2.d, d)
     put_half(out, at + Q2.dmin, dmin)
@@ -85,14 +103,14 @@ def put_head_4(out: Any, at: Any, d: Any, dmin: Any, codes: Any, lane: Any) -> N
 
 
 @piece
-def get_step_4(data: Any, at: Any, j: Any) -> Any:
+def get_step_4(data: Bytes, at: int, j: int) -> tuple[np.float32, np.float32]:
     """The scale and the minimum of sub-block `j` of Q2_K, as float32."""
     code = np.int32(data[at + Q2.scales + j])
     return get_half(data, at + Q2.d) * np.float32(code & 15), get_half(data, at + Q2.dmin) * np.float32(code >> 4)
 
 
 @piece
-def pack_q2(levels: Any, out: Any, at: Any) -> None:
+def pack_q2(levels: Bytes, out: Bytes, at: int) -> None:
     """Four runs of 32 weights share 32 bytes, the first in the lowest bits."""
     for half in range(2):
         for i in range(0, 32, LANES):
@@ -103,7 +121,7 @@ def pack_q2(levels: Any, out: Any, at: Any) -> None:
 
 
 @piece
-def pack_q4(levels: Any, out: Any, at: Any) -> None:
+def pack_q4(levels: Bytes, out: Bytes, at: int) -> None:
     """Two sub-blocks share 32 bytes: the even one in the low nibbles."""
     for pair in range(4):
         for i in range(0, 32, LANES):
@@ -113,7 +131,7 @@ def pack_q4(levels: Any, out: Any, at: Any) -> None:
 
 
 @piece
-def pack_q5(levels: Any, out: Any, at: Any) -> None:
+def pack_q5(levels: Bytes, out: Bytes, at: int) -> None:
     """As Q4_K, the fifth bits apart: sub-block j's are bit j of 32 bytes before."""
     for i in range(0, 32, LANES):
         top = splat(0)
@@ -126,7 +144,7 @@ def pack_q5(levels: Any, out: Any, at: Any) -> None:
 
 
 @piece
-def weigh_by_size(xs: Any, n: Any, ws: Any) -> None:
+def weigh_by_size(xs: Floats, n: int, ws: Floats) -> None:
     """Without importance weights, Q4_K and Q5_K weigh by the sub-block's root mean square plus the magnitude."""
     average = sqrt(sum_of_squares(xs, n) / splat(np.float32(n)))
     for i in range(n):
@@ -134,14 +152,14 @@ def weigh_by_size(xs: Any, n: Any, ws: Any) -> None:
 
 
 @piece
-def weigh_by_magnitude(xs: Any, n: Any, ws: Any) -> None:
+def weigh_by_magnitude(xs: Floats, n: int, ws: Floats) -> None:
     """Without importance weights, Q2_K weighs by the magnitude."""
     for i in range(n):
         store(ws, i * LANES, absolute(load(xs, i * LANES)))
 
 
 @piece
-def code_by_largest(values: Any, codes: Any, n: Any, top: Any) -> Any:
+def code_by_largest(values: Floats, codes: Ints, n: int, top: int) -> F32x16:
     """Quantize the scales (or minimums) of each super-block so that the largest is `top`. Returns the steps."""
     zero, limit = splat(ZERO), splat(np.float32(top))
     most = zero
@@ -154,29 +172,38 @@ def code_by_largest(values: Any, codes: Any, n: Any, top: Any) -> Any:
     return most / limit
 
 
-@piece
-def encode_affine(
-    x: Any, out: Any, n_per_row: Any, weights: Any, layout: Any, sizes: Any, plain: Any,
-    weigh_plain: Any, put_head: Any, get_step: Any, pack: Any,
-) -> None:  # fmt: skip
-    """Encode super-blocks, sixteen at a time.
+@dataclass(frozen=True)
+class AffineFormat(Fixed):
+    """A format with scales and minimums, as `encode_affine` needs it."""
 
-    `sizes` are: the weights of a sub-block, the highest level, the highest code of a scale or minimum, what multiplies
-    the mean square that goes into importance weights. `plain` is (rmin, nstep, use_mad)
-    of the search without importance weights, whose weights are `weigh_plain`'s. `put_head` writes scales and minimums,
-    `get_step` reads them back, `pack` lays out the levels.
-    """
-    n, nmax, top, factor = sizes
-    rmin, nstep, use_mad = plain
-    count = SUPER // n
+    layout: Layout
+    n: int  # weights of a sub-block
+    top_code: int  # the highest code of a scale or minimum
+    factor: np.float32  # importance weights grow with so many mean squares of the super-block
+    plain: AffineTrials  # without importance weights; then weights are those of:
+    weigh_plain: Any  # piece(xs, n, ws)
+    weighted: AffineTrials
+    put_head: Any  # piece(out, at, d, dmin, codes, lane): write scales and minimums
+    get_step: Any  # piece(data, at, j): read those of a sub-block
+    pack: Any  # piece(levels, out, at): lay out the levels
+
+    @property
+    def count(self) -> int:
+        """How many sub-blocks a super-block has."""
+        return SUPER // self.n
+
+
+@piece
+def encode_affine(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None, fmt: AffineFormat) -> None:
+    """Encode super-blocks, sixteen at a time."""
+    n, count, top = fmt.n, fmt.count, fmt.weighted.top
     starts, columns = scratch(np.int64, 1), scratch(np.int64, 1)
     xs = scratch(np.float32, SUPER)
-    # For at most 32 weights in a sub-block, and at most 16 sub-blocks.
-    ws, ls = scratch(np.float32, 32), scratch(np.float32, 32)
-    values = scratch(np.float32, 32)  # scales, then minimums
+    ws, ls = scratch(np.float32, fmt.n), scratch(np.float32, fmt.n)
+    values = scratch(np.float32, 32)  # scales, then minimums, of up to 16 sub-blocks
     answers = scratch(np.float32, 32)  # inverse scales and bases of the best levels
     codes = scratch(np.int32, 32)
-    sums = scratch(np.float32, 16)
+    sums = scratch(np.float32, fmt.count)
     steps = scratch(np.float32, 2)
     levels = scratch(np.uint8, 16)
     n_blocks = x.size // SUPER
@@ -184,45 +211,45 @@ def encode_affine(
         used = block_starts(first, n_blocks, SUPER, n_per_row, starts, columns)
         spread(x, starts, 0, SUPER, xs)
         if weights is not None:
-            sigma = splat(np.float32(factor)) * sum_of_squares(xs, SUPER) / splat(np.float32(SUPER))
+            sigma = splat(fmt.factor) * sum_of_squares(xs, SUPER) / splat(np.float32(SUPER))
         for j in range(count):
             xs_j = part(xs, j * n * LANES, n * LANES)
             if weights is None:
-                weigh_plain(xs_j, n, ws)
-                found = affine_search(xs_j, ws, ls, n, nmax, rmin, np.float32(0.1), nstep, use_mad)
+                fmt.weigh_plain(xs_j, n, ws)
+                found = affine_search(xs_j, ws, ls, n, fmt.plain)
             else:
                 spread(weights, columns, j * n, n, ws)
                 store(sums, j * LANES, weigh(xs_j, ws, n, sigma))
-                found = affine_search(xs_j, ws, ls, n, nmax, np.float32(-0.9), np.float32(0.05), 36, False)
-            store(values, j * LANES, found[0])
-            store(values, (count + j) * LANES, -found[1])
-            store(answers, j * LANES, found[2])
-            store(answers, (count + j) * LANES, found[3])
+                found = affine_search(xs_j, ws, ls, n, fmt.weighted)
+            store(values, j * LANES, found.scale)
+            store(values, (count + j) * LANES, -found.low)
+            store(answers, j * LANES, found.inverse)
+            store(answers, (count + j) * LANES, found.base)
         for which in range(2):  # scales, minimums
             some = part(values, which * count * LANES, count * LANES)
             some_codes = part(codes, which * count * LANES, count * LANES)
             if weights is None:
-                store(steps, which * LANES, code_by_largest(some, some_codes, count, top))
+                store(steps, which * LANES, code_by_largest(some, some_codes, count, fmt.top_code))
             else:
-                store(steps, which * LANES, positive_search(some, sums, some_codes, count, top))
+                store(steps, which * LANES, positive_search(some, sums, some_codes, count, fmt.top_code))
         for lane in range(used):
-            at, start = (first + lane) * layout.nbytes, (first + lane) * SUPER
-            put_head(out, at, steps[lane], steps[LANES + lane], codes, lane)
+            at, start = (first + lane) * fmt.layout.nbytes, (first + lane) * SUPER
+            fmt.put_head(out, at, steps[lane], steps[LANES + lane], codes, lane)
             for j in range(count):
-                step, low = get_step(out, at, j)
+                step, low = fmt.get_step(out, at, j)
                 if step != ZERO:
                     for i in range(j * n, (j + 1) * n, LANES):
-                        level = clamped_ints((load(x, start + i) + splat(low)) / splat(step), 0, nmax)
+                        level = clamped_ints((load(x, start + i) + splat(low)) / splat(step), 0, top)
                         store(levels, i, level)
                 else:  # the search's own levels stay
                     inverse, base = answers[j * LANES + lane], answers[(count + j) * LANES + lane]
                     for i in range(j * n, (j + 1) * n):
-                        levels[i] = level_of(x[start + i], inverse, base, 0, nmax)
-            pack(levels, out, at)
+                        levels[i] = level_of(x[start + i], inverse, base, 0, top)
+            fmt.pack(levels, out, at)
 
 
 @piece
-def decode_6(data: Any, out: Any, layout: Any, five: Any) -> None:
+def decode_6(data: Bytes, out: Floats, layout: Layout, five: bool) -> None:
     """Decode Q4_K and Q5_K, which has the fifth bits between its head and its nibbles."""
     for block in range(out.size // SUPER):
         at = block * layout.nbytes
@@ -236,19 +263,41 @@ def decode_6(data: Any, out: Any, layout: Any, five: Any) -> None:
                 store(out, to + i, splat(step) * to_float(level) - splat(low))
 
 
+def _trials(top: int, first: float, count: int, absolute: bool = False) -> AffineTrials:
+    return AffineTrials(top, np.float32(first), np.float32(0.1), count, absolute)
+
+
+def _weighted_trials(top: int) -> AffineTrials:
+    return AffineTrials(top, np.float32(-0.9), np.float32(0.05), 37)
+
+
+Q2_K_FORMAT = AffineFormat(
+    layout=Q2, n=16, top_code=15, factor=np.float32(1), plain=_trials(3, -0.5, 16, absolute=True),
+    weigh_plain=weigh_by_magnitude, weighted=_weighted_trials(3),
+    put_head=put_head_4, get_step=get_step_4, pack=pack_q2,
+)  # fmt: skip
+Q4_K_FORMAT = AffineFormat(
+    layout=Q4, n=32, top_code=63, factor=np.float32(2), plain=_trials(15, -1, 21), weigh_plain=weigh_by_size,
+    weighted=_weighted_trials(15), put_head=put_head_6, get_step=get_step_6, pack=pack_q4,
+)  # fmt: skip
+Q5_K_FORMAT = AffineFormat(
+    layout=Q5, n=32, top_code=63, factor=np.float32(2), plain=_trials(31, -0.5, 16), weigh_plain=weigh_by_size,
+    weighted=_weighted_trials(31), put_head=put_clamped_head_6, get_step=get_step_6, pack=pack_q5,
+)  # fmt: skip
+
+
 class Q2_K(Block, type=GGMLType.Q2_K):
     """2 bits with 4-bit scales and minimums for every 16 weights."""
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_q2_K_ref and quantize_row_q2_K_impl."""
-        sizes, plain = (16, 3, 15, 1), (np.float32(-0.5), 15, True)
-        encode_affine(x, out, n_per_row, weights, Q2, sizes, plain, weigh_by_magnitude, put_head_4, get_step_4, pack_q2)
+        encode_affine(x, out, n_per_row, weights, Q2_K_FORMAT)
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_q2_K."""
         for block in range(out.size // SUPER):
             at = block * Q2.nbytes
@@ -264,14 +313,13 @@ class Q4_K(Block, type=GGMLType.Q4_K):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_q4_K_ref and quantize_row_q4_K_impl."""
-        sizes, plain = (32, 15, 63, 2), (np.float32(-1), 20, False)
-        encode_affine(x, out, n_per_row, weights, Q4, sizes, plain, weigh_by_size, put_head_6, get_step_6, pack_q4)
+        encode_affine(x, out, n_per_row, weights, Q4_K_FORMAT)
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_q4_K."""
         decode_6(data, out, Q4, False)
 
@@ -281,15 +329,12 @@ class Q5_K(Block, type=GGMLType.Q5_K):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_q5_K_ref and quantize_row_q5_K_impl."""
-        sizes, plain = (32, 31, 63, 2), (np.float32(-0.5), 15, False)
-        encode_affine(
-            x, out, n_per_row, weights, Q5, sizes, plain, weigh_by_size, put_clamped_head_6, get_step_6, pack_q5
-        )
+        encode_affine(x, out, n_per_row, weights, Q5_K_FORMAT)
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_q5_K."""
         decode_6(data, out, Q5, True)

@@ -5,14 +5,12 @@ Layouts: ggml-common.h. Algorithms: quantize_row_*_ref and quantize_row_*_impl i
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import clear, get_half, put_half
 from quantkit.blocks.lane_memory import load, part, scratch, store
-from quantkit.blocks.lanes import LANES, ZERO, maximum, minimum, select, splat, to_float
+from quantkit.blocks.lanes import LANES, ZERO, Bytes, F32x16, Floats, Ints, maximum, minimum, select, splat, to_float
 from quantkit.blocks.searches import (
     GROUP_MAX_EPS,
     clamped_ints,
@@ -33,7 +31,7 @@ Q3, Q6 = GGMLType.Q3_K.layout, GGMLType.Q6_K.layout
 
 
 @piece
-def code_by_extreme(scales: Any, codes: Any) -> Any:
+def code_by_extreme(scales: Floats, codes: Ints) -> F32x16:
     """Quantize 16 scales of each super-block to 0..63 (32 is zero), the scale of largest magnitude to 0 (Q3_K)."""
     zero = splat(ZERO)
     _, extreme = peak(scales, 16)
@@ -47,17 +45,17 @@ def code_by_extreme(scales: Any, codes: Any) -> Any:
 
 
 @piece
-def code_by_search(scales: Any, sums: Any, codes: Any) -> Any:
+def code_by_search(scales: Floats, sums: Floats, codes: Ints) -> F32x16:
     """The same by a search, each sub-block weighed by the sum of its weights."""
-    step, inverse, empty = signed_search(scales, sums, 16, 32)
+    found = signed_search(scales, sums, 16, 32)
     for j in range(16):
-        code = clamped_ints(inverse * load(scales, j * LANES), -32, 31) + splat(32)
-        store(codes, j * LANES, select(empty, splat(0), code))
-    return step
+        code = clamped_ints(found.inverse * load(scales, j * LANES), -32, 31) + splat(32)
+        store(codes, j * LANES, select(found.empty, splat(0), code))
+    return found.scale
 
 
 @piece
-def put_scales_3(out: Any, at: Any, codes: Any, lane: Any) -> None:
+def put_scales_3(out: Bytes, at: int, codes: Ints, lane: int) -> None:
     """Pack 16 scales of 6 bits into 12 bytes: the low nibbles of j and j + 8, then the high pairs of four."""
     for j in range(8):
         low, high = codes[j * LANES + lane], codes[(j + 8) * LANES + lane]
@@ -70,14 +68,14 @@ def put_scales_3(out: Any, at: Any, codes: Any, lane: Any) -> None:
 
 
 @piece
-def get_scale_3(data: Any, at: Any, j: Any) -> Any:
+def get_scale_3(data: Bytes, at: int, j: int) -> int:
     """The scale of sub-block `j` of Q3_K, -32..31."""
     low = (np.int32(data[at + j % 8]) >> (4 * (j // 8))) & 15
     return np.int32(low | (((np.int32(data[at + 8 + j % 4]) >> (2 * (j // 4))) & 3) << 4)) - np.int32(32)
 
 
 @piece
-def pack_q3(levels: Any, out: Any, at: Any) -> None:
+def pack_q3(levels: Bytes, out: Bytes, at: int) -> None:
     """The top bits: run j of 32 weights is bit j of 32 bytes. The low pairs: as in Q2_K."""
     three = splat(3)
     for i in range(0, 32, LANES):
@@ -98,7 +96,7 @@ class Q3_K(Block, type=GGMLType.Q3_K):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_q3_K_ref and quantize_row_q3_K_impl."""
         starts = scratch(np.int64, 1)
         columns = scratch(np.int64, 1)
@@ -127,9 +125,9 @@ class Q3_K(Block, type=GGMLType.Q3_K):
                     xs_j = part(xs, j * 16 * LANES, 16 * LANES)
                     spread(weights, columns, j * 16, 16, ls)
                     store(sums, j * LANES, weigh(xs_j, ls, 16, sigma))
-                    scale, inverse, _ = signed_search(xs_j, ls, 16, 4)
-                    store(scales, j * LANES, scale)
-                    store(inverses, j * LANES, inverse)
+                    found = signed_search(xs_j, ls, 16, 4)
+                    store(scales, j * LANES, found.scale)
+                    store(inverses, j * LANES, found.inverse)
                 store(steps, 0, code_by_search(scales, sums, codes))
             for lane in range(used):
                 at, start = (first + lane) * Q3.nbytes, (first + lane) * SUPER
@@ -150,7 +148,7 @@ class Q3_K(Block, type=GGMLType.Q3_K):
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_q3_K."""
         for block in range(out.size // SUPER):
             at = block * Q3.nbytes
@@ -166,14 +164,14 @@ class Q3_K(Block, type=GGMLType.Q3_K):
 
 
 @piece
-def keep_levels(x: Any, start: Any, j: Any, inverse: Any, nmax: Any, levels: Any) -> None:
+def keep_levels(x: Floats, start: int, j: int, inverse: np.float32, nmax: int, levels: Bytes) -> None:
     """The levels of a signed search for sub-block `j`; an all but empty one has 0, not the middle."""
     for i in range(j * 16, (j + 1) * 16):
         levels[i] = level_of(x[start + i], inverse, ZERO, -nmax, nmax - 1) + nmax if inverse != ZERO else 0
 
 
 @piece
-def pack_q6(levels: Any, out: Any, at: Any) -> None:
+def pack_q6(levels: Bytes, out: Bytes, at: int) -> None:
     """The low nibbles: runs j and j + 2 of each half share 32 bytes. The high pairs: four runs share 32 bytes."""
     low, four = splat(15), splat(4)
     for half in range(2):
@@ -192,7 +190,7 @@ class Q6_K(Block, type=GGMLType.Q6_K):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_q6_K_ref and quantize_row_q6_K_impl. The 16 lanes hold one super-block."""
         starts = scratch(np.int64, 1)
         columns = scratch(np.int64, 1)
@@ -208,12 +206,12 @@ class Q6_K(Block, type=GGMLType.Q6_K):
                 columns[j] = start % n_per_row + j * 16
             spread(x, starts, 0, 16, xs)
             if weights is None:
-                scale, inverse, _ = signed_search(xs, None, 16, 32)
+                found = signed_search(xs, None, 16, 32)
             else:
                 spread(weights, columns, 0, 16, ws)
-                scale, inverse, _ = signed_search(xs, ws, 16, 32)
-            store(scales, 0, scale)
-            store(inverses, 0, inverse)
+                found = signed_search(xs, ws, 16, 32)
+            store(scales, 0, found.scale)
+            store(inverses, 0, found.inverse)
             max_abs, max_scale = ZERO, ZERO
             for j in range(16):
                 if abs(scales[j]) > max_abs:
@@ -237,7 +235,7 @@ class Q6_K(Block, type=GGMLType.Q6_K):
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_q6_K."""
         for block in range(out.size // SUPER):
             at = block * Q6.nbytes

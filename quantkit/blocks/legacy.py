@@ -7,6 +7,7 @@ weights (quantize_row_*_impl) scales are searched for, one block in each lane.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,11 @@ from quantkit.blocks.lanes import (
     LANES,
     ONE,
     ZERO,
+    Bytes,
+    F32x16,
+    Floats,
+    I32x16,
+    Longs,
     absolute,
     bits,
     first_lane,
@@ -33,9 +39,19 @@ from quantkit.blocks.lanes import (
     to_float,
     to_int,
 )
-from quantkit.blocks.searches import affine_search, clamped_ints, reciprocals, signed_search, weigh
+from quantkit.blocks.layout import Layout
+from quantkit.blocks.searches import (
+    Affine,
+    AffineTrials,
+    affine_search,
+    clamped_ints,
+    reciprocals,
+    signed_search,
+    weigh,
+)
 from quantkit.blocks.tiles import block_starts, spread
 from quantkit.blocks.types import GGMLType
+from quantkit.compile.fixed import Fixed
 from quantkit.compile.kernel import kernel, piece
 
 QK = 32
@@ -46,15 +62,60 @@ Q8_0_BYTES = GGMLType.Q8_0.layout
 D, M, QH_BEFORE_QS = Q4_1_BYTES.d, Q4_1_BYTES.m, Q5_0_BYTES.qs - Q5_0_BYTES.qh
 
 
+@dataclass(frozen=True)
+class LegacyFormat(Fixed):
+    """A format of 4 or 5 bits: levels low..high, which with a minimum begin at 0."""
+
+    layout: Layout
+    low: int
+    high: int
+    search: Any  # piece(xs, ws, ls, format): scale and minimum with importance weights
+    limit: int = 0  # what levels without importance weights are clamped to, where there is a minimum
+
+    @property
+    def five(self) -> bool:
+        """Whether the levels have a fifth bit."""
+        return self.high - self.low == 31
+
+    @property
+    def affine(self) -> bool:
+        """Whether there is a minimum."""
+        return self.low == 0
+
+    @property
+    def trials(self) -> AffineTrials:
+        """What the search with importance weights tries, where there is a minimum."""
+        return AffineTrials(self.high, np.float32(-0.9), np.float32(0.05), 37)
+
+
 @piece
-def first_match(x: Any, at: Any, low: Any, high: Any, key: Any) -> Any:
+def search_affine(xs: Floats, ws: Floats, ls: Floats, fmt: LegacyFormat) -> Affine:
+    """Scale and minimum."""
+    return affine_search(xs, ws, ls, QK, fmt.trials)
+
+
+@piece
+def search_signed(xs: Floats, ws: Floats, ls: Floats, fmt: LegacyFormat) -> Affine:
+    """Scale alone."""
+    found = signed_search(xs, ws, QK, -fmt.low)
+    return Affine(found.scale, splat(ZERO), found.inverse, splat(ZERO))
+
+
+Q4_0_FORMAT = LegacyFormat(Q4_0_BYTES, -8, 7, search_signed)
+Q4_1_FORMAT = LegacyFormat(Q4_1_BYTES, 0, 15, search_affine, limit=15)
+Q5_0_FORMAT = LegacyFormat(Q5_0_BYTES, -16, 15, search_signed)
+Q5_1_FORMAT = LegacyFormat(Q5_1_BYTES, 0, 31, search_affine, limit=255)
+
+
+@piece
+def first_match(x: Floats, at: int, low: F32x16, high: F32x16, key: np.float32) -> np.float32:
     """The first of 32 weights at `at` whose entry in the two halves of keys equals `key`."""
     match = bits(low == splat(key)) | (bits(high == splat(key)) << np.uint32(LANES))
     return x[at + first_lane(np.uint32(match))]
 
 
 @piece
-def extreme(x: Any, at: Any) -> Any:
+def extreme(x: Floats, at: int) -> np.float32:
     """The weight of largest magnitude among 32, the first of equals, and 0 for 0."""
     low, high = absolute(load(x, at)), absolute(load(x, at + LANES))
     amax = largest(maximum(low, high))
@@ -62,14 +123,14 @@ def extreme(x: Any, at: Any) -> Any:
 
 
 @piece
-def span(x: Any, at: Any) -> Any:
+def span(x: Floats, at: int) -> tuple[np.float32, np.float32]:
     """The smallest and the largest of 32 weights; zero in either of its forms."""
     low, high = load(x, at), load(x, at + LANES)
     return smallest(minimum(low, high)), largest(maximum(low, high))
 
 
 @piece
-def settle_zeros(x: Any, first: Any, count: Any, least: Any, most: Any) -> None:
+def settle_zeros(x: Floats, first: int, count: int, least: Floats, most: Floats) -> None:
     """Zero has two forms: of a block's zeros, the reference keeps the first that it meets."""
     zero = splat(ZERO)
     if bits((load(least, 0) == zero) | (load(most, 0) == zero)) != 0:
@@ -83,7 +144,7 @@ def settle_zeros(x: Any, first: Any, count: Any, least: Any, most: Any) -> None:
 
 
 @piece
-def inverses(d: Any, out: Any) -> Any:
+def inverses(d: F32x16, out: Floats) -> bool:
     """Store 1/d of sixteen blocks, 0 for 0, and say whether all of d and 1/d are finite."""
     limit = splat(np.float32(np.inf))
     inverse = reciprocals(d)
@@ -92,7 +153,7 @@ def inverses(d: Any, out: Any) -> Any:
 
 
 @piece
-def to_levels(values: Any, limit: Any, tame: Any) -> Any:
+def to_levels(values: F32x16, limit: int, tame: bool) -> I32x16:
     """C's `MIN(limit, (int8_t) value)` as x86-64 compiles it: cut to 32 bits (0 where it does not fit), then to 8.
 
     `tame` values are known to fit 8 bits.
@@ -106,7 +167,7 @@ def to_levels(values: Any, limit: Any, tame: Any) -> Any:
 
 
 @piece
-def put_levels(out: Any, at: Any, low: Any, high: Any, five: Any) -> None:
+def put_levels(out: Bytes, at: int, low: I32x16, high: I32x16, five: bool) -> None:
     """The nibbles qs at `at`, the first half of the block in the low ones; before them, with `five`, the fifth bits."""
     if five:
         sixteen = splat(16)
@@ -116,18 +177,20 @@ def put_levels(out: Any, at: Any, low: Any, high: Any, five: Any) -> None:
 
 
 @piece
-def symmetric_levels(x: Any, out: Any, first: Any, count: Any, inverse: Any, layout: Any, half: Any, tame: Any) -> None:
-    """Levels of `count` blocks: 0 to 2 * half - 1, `half` meaning 0, rounded by cutting."""
-    middle = splat(np.float32(half + 0.5))
+def symmetric_levels(
+    x: Floats, out: Bytes, first: int, count: int, inverse: Floats, fmt: LegacyFormat, tame: bool
+) -> None:
+    """Levels of `count` blocks, counted from 0 and rounded by cutting."""
+    top, middle = fmt.high - fmt.low, splat(np.float32(0.5 - fmt.low))
     for k in range(count):
         start, scale = (first + k) * QK, splat(inverse[k])
-        low = to_levels(load(x, start) * scale + middle, 2 * half - 1, tame)
-        high = to_levels(load(x, start + LANES) * scale + middle, 2 * half - 1, tame)
-        put_levels(out, (first + k) * layout.nbytes + layout.qs, low, high, half == 16)
+        low = to_levels(load(x, start) * scale + middle, top, tame)
+        high = to_levels(load(x, start + LANES) * scale + middle, top, tame)
+        put_levels(out, (first + k) * fmt.layout.nbytes + fmt.layout.qs, low, high, fmt.five)
 
 
 @piece
-def encode_symmetric(x: Any, out: Any, layout: Any, half: Any) -> None:
+def encode_symmetric(x: Floats, out: Bytes, fmt: LegacyFormat) -> None:
     """Q4_0 and Q5_0, sixteen blocks at a time so that their divisions overlap."""
     found, inverse = scratch(np.float32, 1), scratch(np.float32, 1)
     store(found, 0, splat(ZERO))
@@ -136,31 +199,31 @@ def encode_symmetric(x: Any, out: Any, layout: Any, half: Any) -> None:
         count = minimum(LANES, n_blocks - first)
         for k in range(count):
             found[k] = extreme(x, (first + k) * QK)
-        d = load(found, 0) / splat(np.float32(-half))
+        d = load(found, 0) / splat(np.float32(fmt.low))
         tame = inverses(d, inverse)
         for k in range(count):
-            put_half(out, (first + k) * layout.nbytes + D, found[k] / np.float32(-half))
+            put_half(out, (first + k) * fmt.layout.nbytes + D, found[k] / np.float32(fmt.low))
         if tame:
-            symmetric_levels(x, out, first, count, inverse, layout, half, True)
+            symmetric_levels(x, out, first, count, inverse, fmt, True)
         else:
-            symmetric_levels(x, out, first, count, inverse, layout, half, False)
+            symmetric_levels(x, out, first, count, inverse, fmt, False)
 
 
 @piece
 def affine_levels(
-    x: Any, out: Any, first: Any, count: Any, least: Any, inverse: Any, layout: Any, top: Any, limit: Any, tame: Any
+    x: Floats, out: Bytes, first: int, count: int, least: Floats, inverse: Floats, fmt: LegacyFormat, tame: bool
 ) -> None:
-    """Levels of `count` blocks: 0 to `top`; `limit` is what the reference clamps them to."""
+    """Levels of `count` blocks, clamped as the reference does it."""
     rounding = splat(np.float32(0.5))
     for k in range(count):
         start, scale, m = (first + k) * QK, splat(inverse[k]), splat(least[k])
-        low = to_levels((load(x, start) - m) * scale + rounding, limit, tame)
-        high = to_levels((load(x, start + LANES) - m) * scale + rounding, limit, tame)
-        put_levels(out, (first + k) * layout.nbytes + layout.qs, low, high, top == 31)
+        low = to_levels((load(x, start) - m) * scale + rounding, fmt.limit, tame)
+        high = to_levels((load(x, start + LANES) - m) * scale + rounding, fmt.limit, tame)
+        put_levels(out, (first + k) * fmt.layout.nbytes + fmt.layout.qs, low, high, fmt.five)
 
 
 @piece
-def encode_affine(x: Any, out: Any, layout: Any, top: Any, limit: Any) -> None:
+def encode_affine(x: Floats, out: Bytes, fmt: LegacyFormat) -> None:
     """Q4_1 and Q5_1, sixteen blocks at a time so that their divisions overlap."""
     least, most, inverse = scratch(np.float32, 1), scratch(np.float32, 1), scratch(np.float32, 1)
     store(least, 0, splat(ZERO))
@@ -171,21 +234,23 @@ def encode_affine(x: Any, out: Any, layout: Any, top: Any, limit: Any) -> None:
         for k in range(count):
             least[k], most[k] = span(x, (first + k) * QK)
         settle_zeros(x, first, count, least, most)
-        d = (load(most, 0) - load(least, 0)) / splat(np.float32(top))
+        d = (load(most, 0) - load(least, 0)) / splat(np.float32(fmt.high))
         tame = inverses(d, inverse)
         store(most, 0, d)
         for k in range(count):
-            at = (first + k) * layout.nbytes
+            at = (first + k) * fmt.layout.nbytes
             put_half(out, at + D, most[k])
             put_half(out, at + M, least[k])
         if tame:
-            affine_levels(x, out, first, count, least, inverse, layout, top, limit, True)
+            affine_levels(x, out, first, count, least, inverse, fmt, True)
         else:
-            affine_levels(x, out, first, count, least, inverse, layout, top, limit, False)
+            affine_levels(x, out, first, count, least, inverse, fmt, False)
 
 
 @piece
-def row_mean_squares(x: Any, first: Any, n_rows: Any, n_per_row: Any, starts: Any, columns: Any, xs: Any) -> Any:
+def row_mean_squares(
+    x: Floats, first: int, n_rows: int, n_per_row: int, starts: Longs, columns: Longs, xs: Floats
+) -> F32x16:
     """The mean squares of sixteen rows from `first` on, each added up in order. The rest is scratch."""
     block_starts(first, n_rows, n_per_row, n_per_row, starts, columns)
     total = splat(ZERO)
@@ -198,16 +263,14 @@ def row_mean_squares(x: Any, first: Any, n_rows: Any, n_per_row: Any, starts: An
 
 
 @piece
-def encode_weighted(
-    x: Any, out: Any, n_per_row: Any, weights: Any, layout: Any, low: Any, high: Any, affine: Any
-) -> None:
-    """All four with importance weights: levels low..high, sixteen blocks at a time. `affine` formats have a minimum."""
+def encode_weighted(x: Floats, out: Bytes, n_per_row: int, weights: Floats, fmt: LegacyFormat) -> None:
+    """All four with importance weights, sixteen blocks at a time."""
+    low, high, layout = fmt.low, fmt.high, fmt.layout
     starts, columns = scratch(np.int64, 1), scratch(np.int64, 1)
     xs, ws, ls = scratch(np.float32, QK), scratch(np.float32, QK), scratch(np.float32, QK)
     squares, sigma = scratch(np.float32, 1), scratch(np.float32, 1)
     scales, lows = scratch(np.float32, 1), scratch(np.float32, 1)
     inverse, base = scratch(np.float32, 1), scratch(np.float32, 1)
-    store(base, 0, splat(ZERO))
     n_rows, blocks_per_row = x.size // n_per_row, n_per_row // QK
     for first in range(0, n_rows * blocks_per_row, LANES):
         row = first // blocks_per_row
@@ -219,43 +282,39 @@ def encode_weighted(
         for k in range(LANES):
             sigma[k] = squares[starts[k] // n_per_row % LANES]
         weigh(xs, ws, QK, load(sigma, 0))
-        if affine:
-            found = affine_search(xs, ws, ls, QK, high, np.float32(-0.9), np.float32(0.05), 36, False)
-            store(scales, 0, found[0])
-            store(lows, 0, found[1])
-            store(inverse, 0, found[2])
-            store(base, 0, found[3])
-        else:
-            scale, best, _ = signed_search(xs, ws, QK, -low)
-            store(scales, 0, scale)
-            store(inverse, 0, best)
+        best = fmt.search(xs, ws, ls, fmt)
+        store(scales, 0, best.scale)
+        store(lows, 0, best.low)
+        store(inverse, 0, best.inverse)
+        store(base, 0, best.base)
         for k in range(count):
             at, start = (first + k) * layout.nbytes, (first + k) * QK
             scale, zero = splat(inverse[k]), splat(base[k])
             put_half(out, at + D, scales[k])
-            if affine:
+            if fmt.affine:
                 put_half(out, at + M, lows[k])
             offset = splat(-low if inverse[k] != ZERO else 0)  # an all but empty block has levels of 0
             first_half = clamped_ints(scale * (load(x, start) - zero), low, high) + offset
             second_half = clamped_ints(scale * (load(x, start + LANES) - zero), low, high) + offset
-            put_levels(out, at + layout.qs, first_half, second_half, high - low == 31)
+            put_levels(out, at + layout.qs, first_half, second_half, fmt.five)
 
 
 @piece
-def decode_levels(data: Any, out: Any, layout: Any, five: Any, affine: Any) -> None:
-    """Decode all four: levels of 4 bits, with `five` of 5. The middle stands for 0; `affine` formats have a minimum."""
-    middle = splat(0 if affine else 16 if five else 8)
+def decode_levels(data: Bytes, out: Floats, fmt: LegacyFormat) -> None:
+    """Decode all four."""
+    layout = fmt.layout
+    middle = splat(-fmt.low)
     for block in range(out.size // QK):
         at, to = block * layout.nbytes, block * QK
         nibbles = load(data, at + layout.qs)
         low, high = nibbles & splat(15), nibbles >> splat(4)
-        if five:
+        if fmt.five:
             tops = splat(get_word(data, at + layout.qs - QH_BEFORE_QS)) >> lane_numbers()
             low = low | ((tops & splat(1)) << splat(4))
             high = high | ((tops >> splat(12)) & splat(16))
         d = splat(get_half(data, at + D))
         first, second = to_float(low - middle) * d, to_float(high - middle) * d
-        if affine:
+        if fmt.affine:
             m = splat(get_half(data, at + M))
             first, second = first + m, second + m
         store(out, to, first)
@@ -267,18 +326,18 @@ class Q4_0(Block, type=GGMLType.Q4_0):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_q4_0_ref and quantize_row_q4_0_impl."""
         if weights is None:
-            encode_symmetric(x, out, Q4_0_BYTES, 8)
+            encode_symmetric(x, out, Q4_0_FORMAT)
         else:
-            encode_weighted(x, out, n_per_row, weights, Q4_0_BYTES, -8, 7, False)
+            encode_weighted(x, out, n_per_row, weights, Q4_0_FORMAT)
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_q4_0."""
-        decode_levels(data, out, Q4_0_BYTES, False, False)
+        decode_levels(data, out, Q4_0_FORMAT)
 
 
 class Q4_1(Block, type=GGMLType.Q4_1):
@@ -286,18 +345,18 @@ class Q4_1(Block, type=GGMLType.Q4_1):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_q4_1_ref and quantize_row_q4_1_impl."""
         if weights is None:
-            encode_affine(x, out, Q4_1_BYTES, 15, 15)
+            encode_affine(x, out, Q4_1_FORMAT)
         else:
-            encode_weighted(x, out, n_per_row, weights, Q4_1_BYTES, 0, 15, True)
+            encode_weighted(x, out, n_per_row, weights, Q4_1_FORMAT)
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_q4_1."""
-        decode_levels(data, out, Q4_1_BYTES, False, True)
+        decode_levels(data, out, Q4_1_FORMAT)
 
 
 class Q5_0(Block, type=GGMLType.Q5_0):
@@ -305,18 +364,18 @@ class Q5_0(Block, type=GGMLType.Q5_0):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_q5_0_ref and quantize_row_q5_0_impl."""
         if weights is None:
-            encode_symmetric(x, out, Q5_0_BYTES, 16)
+            encode_symmetric(x, out, Q5_0_FORMAT)
         else:
-            encode_weighted(x, out, n_per_row, weights, Q5_0_BYTES, -16, 15, False)
+            encode_weighted(x, out, n_per_row, weights, Q5_0_FORMAT)
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_q5_0."""
-        decode_levels(data, out, Q5_0_BYTES, True, False)
+        decode_levels(data, out, Q5_0_FORMAT)
 
 
 class Q5_1(Block, type=GGMLType.Q5_1):
@@ -324,18 +383,18 @@ class Q5_1(Block, type=GGMLType.Q5_1):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_q5_1_ref (which does not clamp) and quantize_row_q5_1_impl."""
         if weights is None:
-            encode_affine(x, out, Q5_1_BYTES, 31, 255)
+            encode_affine(x, out, Q5_1_FORMAT)
         else:
-            encode_weighted(x, out, n_per_row, weights, Q5_1_BYTES, 0, 31, True)
+            encode_weighted(x, out, n_per_row, weights, Q5_1_FORMAT)
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_q5_1."""
-        decode_levels(data, out, Q5_1_BYTES, True, True)
+        decode_levels(data, out, Q5_1_FORMAT)
 
 
 class Q8_0(Block, type=GGMLType.Q8_0):
@@ -343,7 +402,7 @@ class Q8_0(Block, type=GGMLType.Q8_0):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_q8_0_ref."""
         for block in range(x.size // QK):
             at, start = block * Q8_0_BYTES.nbytes, block * QK
@@ -356,7 +415,7 @@ class Q8_0(Block, type=GGMLType.Q8_0):
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_q8_0."""
         levels = data.view(np.int8)
         for block in range(out.size // QK):

@@ -5,15 +5,13 @@ Layouts: ggml-common.h. Algorithm: quantize_row_iq4_nl_impl in ggml-quants.c.
 
 from __future__ import annotations
 
-from typing import Any
-
 import gguf
 import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_nibble, get_short, get_values, put_half, put_short
 from quantkit.blocks.lane_memory import load, part, scratch, store
-from quantkit.blocks.lanes import LANES, ONE, ZERO, select, splat, to_float
+from quantkit.blocks.lanes import LANES, ONE, ZERO, Bytes, F32x16, Floats, I32x16, select, splat, to_float
 from quantkit.blocks.searches import clamped_ints, extremes, peak, reciprocals, sum_of_squares, weigh
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
@@ -28,7 +26,7 @@ BORDERS = (VALUES[1:] + VALUES[:-1]) / np.float32(2)
 
 
 @piece
-def nearest_values(x: Any) -> Any:
+def nearest_values(x: F32x16) -> F32x16:
     """The table's value nearest to each lane; the largest for NaN."""
     value = splat(VALUES[0])
     for i in range(15):
@@ -37,7 +35,7 @@ def nearest_values(x: Any) -> Any:
 
 
 @piece
-def nearest_indices(x: Any) -> Any:
+def nearest_indices(x: F32x16) -> I32x16:
     """The index of `nearest_values`."""
     index = splat(0)
     for i in range(15):
@@ -46,7 +44,7 @@ def nearest_indices(x: Any) -> Any:
 
 
 @piece
-def table_search(xs: Any, ws: Any) -> Any:
+def table_search(xs: Floats, ws: Floats | None) -> F32x16:
     """Scale for `x ~ scale * value`, of 32 weights; 0 where they are all but zero. `ws` None stands for x squared."""
     zero = splat(ZERO)
     extreme, empty = extremes(xs, QK)
@@ -77,7 +75,7 @@ def table_search(xs: Any, ws: Any) -> Any:
 
 
 @piece
-def put_nibbles(x: Any, start: Any, inverse: Any, out: Any, at: Any) -> None:
+def put_nibbles(x: Floats, start: int, inverse: np.float32, out: Bytes, at: int) -> None:
     """The indices of 32 weights in 16 bytes, the first half in the low nibbles."""
     low = nearest_indices(splat(inverse) * load(x, start))
     high = nearest_indices(splat(inverse) * load(x, start + LANES))
@@ -89,7 +87,7 @@ class IQ4_NL(Block, type=GGMLType.IQ4_NL):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_iq4_nl. Sixteen blocks at a time."""
         starts = scratch(np.int64, 1)
         columns = scratch(np.int64, 1)
@@ -116,7 +114,7 @@ class IQ4_NL(Block, type=GGMLType.IQ4_NL):
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_iq4_nl."""
         for block in range(out.size // QK):
             at = block * NL.nbytes
@@ -128,7 +126,7 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_iq4_xs."""
         starts = scratch(np.int64, 1)
         columns = scratch(np.int64, 1)
@@ -174,7 +172,7 @@ class IQ4_XS(Block, type=GGMLType.IQ4_XS):
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_iq4_xs."""
         for block in range(out.size // SUPER):
             at = block * XS.nbytes

@@ -5,14 +5,27 @@ Layouts: ggml-common.h. Algorithms: quantize_row_*_ref in ggml-quants.c. None of
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_short, get_word, put_half, put_short
 from quantkit.blocks.lane_memory import load, scratch, store
-from quantkit.blocks.lanes import LANES, ONE, ZERO, absolute, bits, largest, maximum, select, splat, to_float
+from quantkit.blocks.lanes import (
+    LANES,
+    ONE,
+    ZERO,
+    Bytes,
+    F32x16,
+    Floats,
+    I32x16,
+    absolute,
+    bits,
+    largest,
+    maximum,
+    select,
+    splat,
+    to_float,
+)
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.blocks.types import GGMLType
 from quantkit.compile.kernel import kernel, piece
@@ -26,7 +39,7 @@ POWERS_OF_3 = np.array([1, 3, 9, 27, 81], np.uint8)
 
 
 @piece
-def largest_magnitude(x: Any, start: Any, n: Any) -> Any:
+def largest_magnitude(x: Floats, start: int, n: int) -> np.float32:
     """The largest magnitude among `n` weights at `start`."""
     most = absolute(load(x, start))
     for i in range(LANES, n, LANES):
@@ -35,13 +48,13 @@ def largest_magnitude(x: Any, start: Any, n: Any) -> Any:
 
 
 @piece
-def reciprocal(d: Any) -> Any:
+def reciprocal(d: np.float32) -> np.float32:
     """1 / d, and 0 for 0. Infinite for the smallest denormals."""
     return ONE / d if d > ZERO else ZERO
 
 
 @piece
-def digits(values: Any, lost: Any) -> Any:
+def digits(values: F32x16, lost: int) -> I32x16:
     """0, 1, 2 for lanes that round (halves away from zero) to -1, 0, 1; `lost` where they are not finite."""
     one, half = splat(1), splat(HALF)
     digit = one + select(values >= half, one, splat(0)) - select(values <= -half, one, splat(0))
@@ -53,7 +66,7 @@ class Q1_0(Block, type=GGMLType.Q1_0):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_q1_0_ref. The magnitudes of sixteen blocks are added up side by side."""
         starts = scratch(np.int64, 1)
         columns = scratch(np.int64, 1)
@@ -75,7 +88,7 @@ class Q1_0(Block, type=GGMLType.Q1_0):
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_q1_0."""
         for block in range(out.size // 128):
             at = block * Q1.nbytes
@@ -90,7 +103,7 @@ class Q2_0(Block, type=GGMLType.Q2_0):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_q2_0_ref."""
         levels = scratch(np.uint8, 4)
         for block in range(x.size // 64):
@@ -106,7 +119,7 @@ class Q2_0(Block, type=GGMLType.Q2_0):
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_q2_0."""
         for block in range(out.size // 64):
             at = block * Q2.nbytes
@@ -117,7 +130,7 @@ class Q2_0(Block, type=GGMLType.Q2_0):
 
 
 @piece
-def put_trits(x: Any, start: Any, stride: Any, n: Any, inverse: Any, out: Any, at: Any) -> None:
+def put_trits(x: Floats, start: int, stride: int, n: int, inverse: F32x16, out: Bytes, at: int) -> None:
     """Sixteen bytes of five base-3 digits each, of which the first `n` are weights `stride` apart.
 
     A byte is the five-digit fraction scaled to 256 and rounded up, so that a multiplication brings each digit out.
@@ -133,7 +146,7 @@ def put_trits(x: Any, start: Any, stride: Any, n: Any, inverse: Any, out: Any, a
 
 
 @piece
-def get_trits(data: Any, at: Any, stride: Any, d: Any, out: Any, to: Any) -> None:
+def get_trits(data: Bytes, at: int, stride: int, d: np.float32, out: Floats, to: int) -> None:
     """The weights of `stride` bytes, a multiple of LANES: first all first digits, then all second ones."""
     for j in range(5):
         for i in range(0, stride, LANES):
@@ -147,7 +160,7 @@ class TQ1_0(Block, type=GGMLType.TQ1_0):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_tq1_0_ref."""
         tail = scratch(np.float32, 4)
         for j in range(4):
@@ -170,7 +183,7 @@ class TQ1_0(Block, type=GGMLType.TQ1_0):
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_tq1_0."""
         for block in range(out.size // SUPER):
             at, to = block * TQ1.nbytes, block * SUPER
@@ -187,7 +200,7 @@ class TQ2_0(Block, type=GGMLType.TQ2_0):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after quantize_row_tq2_0_ref."""
         for block in range(x.size // SUPER):
             at, start = block * TQ2.nbytes, block * SUPER
@@ -204,7 +217,7 @@ class TQ2_0(Block, type=GGMLType.TQ2_0):
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_tq2_0."""
         for block in range(out.size // SUPER):
             d = get_half(data, block * TQ2.nbytes + TQ2.d)

@@ -21,7 +21,8 @@ from quantkit.blocks.grids import Grid, grid
 from quantkit.blocks.k_affine import Q2, Q4, Q5, get_scales, pack_q2, pack_q4, pack_q5, put_head_4, put_head_6
 from quantkit.blocks.k_symmetric import Q3, Q6, get_scale_3, pack_q3, pack_q6, put_scales_3
 from quantkit.blocks.lane_memory import load, store
-from quantkit.blocks.lanes import LANES, float_bits, half_bits, half_value, splat
+from quantkit.blocks.lanes import LANES, Bytes, Floats, Ints, float_bits, half_bits, half_value, splat
+from quantkit.blocks.layout import Layout
 from quantkit.blocks.legacy import Q4_0_BYTES, Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES, Q8_0_BYTES, D, M, put_levels
 from quantkit.blocks.nonlinear import XS
 from quantkit.blocks.tiles import SUPER
@@ -59,7 +60,7 @@ class Parts:
 
 
 @piece
-def _to_lane(codes: Any, start: Any, n: Any, offset: Any, lane: Any) -> None:
+def _to_lane(codes: Ints, start: int, n: int, offset: int, lane: Ints) -> None:
     """The codes of one block to the first lane, where the encoders' pieces look for them."""
     for j in range(n):
         lane[j * LANES] = codes[start + j] + offset
@@ -67,7 +68,7 @@ def _to_lane(codes: Any, start: Any, n: Any, offset: Any, lane: Any) -> None:
 
 @piece
 def _put_affine(
-    levels: Any, codes: Any, floats: Any, out: Any, count: Any, layout: Any, put_head: Any, pack: Any
+    levels: Bytes, codes: Ints, floats: Floats, out: Bytes, count: int, layout: Layout, put_head: Any, pack: Any
 ) -> None:
     lane = np.empty(2 * count * LANES, np.int32)
     for block in range(out.size // layout.nbytes):
@@ -78,22 +79,22 @@ def _put_affine(
 
 
 @kernel
-def _put_q2_k(levels: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_q2_k(levels: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     _put_affine(levels, codes, floats, out, 16, Q2, put_head_4, pack_q2)
 
 
 @kernel
-def _put_q4_k(levels: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_q4_k(levels: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     _put_affine(levels, codes, floats, out, 8, Q4, put_head_6, pack_q4)
 
 
 @kernel
-def _put_q5_k(levels: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_q5_k(levels: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     _put_affine(levels, codes, floats, out, 8, Q5, put_head_6, pack_q5)
 
 
 @kernel
-def _take_q2_k(data: Any, codes: Any, floats: Any) -> None:
+def _take_q2_k(data: Bytes, codes: Ints, floats: Floats) -> None:
     for block in range(data.size // Q2.nbytes):
         at = block * Q2.nbytes
         floats[2 * block], floats[2 * block + 1] = get_half(data, at + Q2.d), get_half(data, at + Q2.dmin)
@@ -103,7 +104,7 @@ def _take_q2_k(data: Any, codes: Any, floats: Any) -> None:
 
 
 @piece
-def _take_6(data: Any, codes: Any, floats: Any, layout: Any) -> None:
+def _take_6(data: Bytes, codes: Ints, floats: Floats, layout: Layout) -> None:
     for block in range(data.size // layout.nbytes):
         at = block * layout.nbytes
         floats[2 * block], floats[2 * block + 1] = get_half(data, at + layout.d), get_half(data, at + layout.dmin)
@@ -112,17 +113,17 @@ def _take_6(data: Any, codes: Any, floats: Any, layout: Any) -> None:
 
 
 @kernel
-def _take_q4_k(data: Any, codes: Any, floats: Any) -> None:
+def _take_q4_k(data: Bytes, codes: Ints, floats: Floats) -> None:
     _take_6(data, codes, floats, Q4)
 
 
 @kernel
-def _take_q5_k(data: Any, codes: Any, floats: Any) -> None:
+def _take_q5_k(data: Bytes, codes: Ints, floats: Floats) -> None:
     _take_6(data, codes, floats, Q5)
 
 
 @kernel
-def _put_q3_k(levels: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_q3_k(levels: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     lane = np.empty(16 * LANES, np.int32)
     for block in range(out.size // Q3.nbytes):
         at = block * Q3.nbytes
@@ -133,7 +134,7 @@ def _put_q3_k(levels: Any, codes: Any, floats: Any, out: Any) -> None:
 
 
 @kernel
-def _take_q3_k(data: Any, codes: Any, floats: Any) -> None:
+def _take_q3_k(data: Bytes, codes: Ints, floats: Floats) -> None:
     for block in range(data.size // Q3.nbytes):
         at = block * Q3.nbytes
         floats[2 * block], floats[2 * block + 1] = get_half(data, at + Q3.d), np.float32(0)
@@ -142,7 +143,7 @@ def _take_q3_k(data: Any, codes: Any, floats: Any) -> None:
 
 
 @kernel
-def _put_q6_k(levels: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_q6_k(levels: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     for block in range(out.size // Q6.nbytes):
         at = block * Q6.nbytes
         for j in range(16):
@@ -152,7 +153,7 @@ def _put_q6_k(levels: Any, codes: Any, floats: Any, out: Any) -> None:
 
 
 @kernel
-def _take_q6_k(data: Any, codes: Any, floats: Any) -> None:
+def _take_q6_k(data: Bytes, codes: Ints, floats: Floats) -> None:
     for block in range(data.size // Q6.nbytes):
         at = block * Q6.nbytes
         floats[2 * block], floats[2 * block + 1] = get_half(data, at + Q6.d), np.float32(0)
@@ -161,7 +162,7 @@ def _take_q6_k(data: Any, codes: Any, floats: Any) -> None:
 
 
 @kernel
-def _put_iq4_xs(levels: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_iq4_xs(levels: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     for block in range(out.size // XS.nbytes):
         at = block * XS.nbytes
         put_half(out, at + XS.d, floats[2 * block])
@@ -177,7 +178,7 @@ def _put_iq4_xs(levels: Any, codes: Any, floats: Any, out: Any) -> None:
 
 
 @kernel
-def _take_iq4_xs(data: Any, codes: Any, floats: Any) -> None:
+def _take_iq4_xs(data: Bytes, codes: Ints, floats: Floats) -> None:
     for block in range(data.size // XS.nbytes):
         at = block * XS.nbytes
         floats[2 * block], floats[2 * block + 1] = get_half(data, at + XS.d), np.float32(0)
@@ -188,7 +189,7 @@ def _take_iq4_xs(data: Any, codes: Any, floats: Any) -> None:
 
 
 @piece
-def _put_legacy(levels: Any, floats: Any, out: Any, layout: Any, affine: Any, five: Any) -> None:
+def _put_legacy(levels: Bytes, floats: Floats, out: Bytes, layout: Layout, affine: bool, five: bool) -> None:
     for block in range(out.size // layout.nbytes):
         at = block * layout.nbytes
         put_half(out, at + D, floats[2 * block])
@@ -198,7 +199,7 @@ def _put_legacy(levels: Any, floats: Any, out: Any, layout: Any, affine: Any, fi
 
 
 @piece
-def _take_legacy(data: Any, floats: Any, layout: Any, affine: Any) -> None:
+def _take_legacy(data: Bytes, floats: Floats, layout: Layout, affine: bool) -> None:
     for block in range(data.size // layout.nbytes):
         at = block * layout.nbytes
         floats[2 * block] = get_half(data, at + D)
@@ -206,47 +207,47 @@ def _take_legacy(data: Any, floats: Any, layout: Any, affine: Any) -> None:
 
 
 @kernel
-def _put_q4_0(levels: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_q4_0(levels: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     _put_legacy(levels, floats, out, Q4_0_BYTES, False, False)
 
 
 @kernel
-def _take_q4_0(data: Any, codes: Any, floats: Any) -> None:
+def _take_q4_0(data: Bytes, codes: Ints, floats: Floats) -> None:
     _take_legacy(data, floats, Q4_0_BYTES, False)
 
 
 @kernel
-def _put_q4_1(levels: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_q4_1(levels: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     _put_legacy(levels, floats, out, Q4_1_BYTES, True, False)
 
 
 @kernel
-def _take_q4_1(data: Any, codes: Any, floats: Any) -> None:
+def _take_q4_1(data: Bytes, codes: Ints, floats: Floats) -> None:
     _take_legacy(data, floats, Q4_1_BYTES, True)
 
 
 @kernel
-def _put_q5_0(levels: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_q5_0(levels: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     _put_legacy(levels, floats, out, Q5_0_BYTES, False, True)
 
 
 @kernel
-def _take_q5_0(data: Any, codes: Any, floats: Any) -> None:
+def _take_q5_0(data: Bytes, codes: Ints, floats: Floats) -> None:
     _take_legacy(data, floats, Q5_0_BYTES, False)
 
 
 @kernel
-def _put_q5_1(levels: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_q5_1(levels: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     _put_legacy(levels, floats, out, Q5_1_BYTES, True, True)
 
 
 @kernel
-def _take_q5_1(data: Any, codes: Any, floats: Any) -> None:
+def _take_q5_1(data: Bytes, codes: Ints, floats: Floats) -> None:
     _take_legacy(data, floats, Q5_1_BYTES, True)
 
 
 @kernel
-def _put_q8_0(levels: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_q8_0(levels: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     for block in range(out.size // Q8_0_BYTES.nbytes):
         at = block * Q8_0_BYTES.nbytes
         put_half(out, at + Q8_0_BYTES.d, floats[2 * block])
@@ -255,12 +256,12 @@ def _put_q8_0(levels: Any, codes: Any, floats: Any, out: Any) -> None:
 
 
 @kernel
-def _take_q8_0(data: Any, codes: Any, floats: Any) -> None:
+def _take_q8_0(data: Bytes, codes: Ints, floats: Floats) -> None:
     _take_legacy(data, floats, Q8_0_BYTES, False)
 
 
 @kernel
-def _put_mxfp4(levels: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_mxfp4(levels: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     for block in range(out.size // MX.nbytes):
         at = block * MX.nbytes
         bits = np.int64(float_bits(floats[2 * block]))
@@ -270,7 +271,7 @@ def _put_mxfp4(levels: Any, codes: Any, floats: Any, out: Any) -> None:
 
 
 @kernel
-def _take_mxfp4(data: Any, codes: Any, floats: Any) -> None:
+def _take_mxfp4(data: Bytes, codes: Ints, floats: Floats) -> None:
     for block in range(data.size // MX.nbytes):
         code = np.int32(data[block * MX.nbytes + MX.e])
         floats[2 * block], floats[2 * block + 1] = half_power(code), np.float32(0)

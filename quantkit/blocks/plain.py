@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.lane_memory import load, store
 from quantkit.blocks.lanes import (
     LANES,
+    Bytes,
+    Floats,
     absolute,
     as_float_bits,
     as_int_bits,
@@ -29,7 +29,7 @@ from quantkit.compile.kernel import kernel
 
 
 @kernel
-def first_nonfinite(x: Any) -> Any:
+def first_nonfinite(x: Floats) -> int:
     """The index of the first NaN or infinity in float32 `x`, -1 if there is none."""
     exponent = 0x7F800000
     for start in range(0, x.size - LANES + 1, LANES):
@@ -44,7 +44,7 @@ def first_nonfinite(x: Any) -> Any:
 
 
 @kernel
-def largest_magnitude(x: Any) -> Any:
+def largest_magnitude(x: Floats) -> np.float32:
     """The largest magnitude in float32 `x`, 0 if it is empty."""
     most = splat(np.float32(0))
     for start in range(0, x.size - LANES + 1, LANES):
@@ -60,7 +60,7 @@ class F32(Block, type=GGMLType.F32):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block."""
         to = out.view(np.float32)
         for i in range(x.size):
@@ -68,7 +68,7 @@ class F32(Block, type=GGMLType.F32):
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block."""
         source = data.view(np.float32)
         for i in range(out.size):
@@ -80,7 +80,7 @@ class F16(Block, type=GGMLType.F16):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after ggml_fp32_to_fp16_row."""
         to = out.view(np.uint16)
         for i in range(0, x.size - LANES + 1, LANES):
@@ -90,7 +90,7 @@ class F16(Block, type=GGMLType.F16):
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after ggml_fp16_to_fp32_row."""
         source = data.view(np.uint16)
         for i in range(0, out.size - LANES + 1, LANES):
@@ -104,7 +104,7 @@ class BF16(Block, type=GGMLType.BF16):
 
     @staticmethod
     @kernel
-    def encode(x: Any, out: Any, n_per_row: Any, weights: Any) -> None:
+    def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after ggml_compute_fp32_to_bf16."""
         to = out.view(np.uint16)
         for i in range(x.size):
@@ -116,7 +116,7 @@ class BF16(Block, type=GGMLType.BF16):
 
     @staticmethod
     @kernel
-    def decode(data: Any, out: Any) -> None:
+    def decode(data: Bytes, out: Floats) -> None:
         """See Block; after ggml_bf16_to_fp32_row."""
         source = data.view(np.uint16)
         for i in range(0, out.size - LANES + 1, LANES):

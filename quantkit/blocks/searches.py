@@ -7,7 +7,8 @@ docstring. Sub-blocks are stored transposed: element i of sixteen sub-blocks is 
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,11 @@ from quantkit.blocks.lanes import (
     LANES,
     ONE,
     ZERO,
+    F32x16,
+    Floats,
+    I32x16,
+    Ints,
+    Mask16,
     absolute,
     as_float_bits,
     as_int_bits,
@@ -29,6 +35,7 @@ from quantkit.blocks.lanes import (
     sqrt,
     to_float,
 )
+from quantkit.compile.fixed import Fixed
 from quantkit.compile.kernel import piece
 
 # Adding 1.5 * 2**23 leaves the number, rounded half to even, in the low bits: right up to 2**22 in magnitude.
@@ -38,25 +45,25 @@ GROUP_MAX_EPS = np.float32(1e-15)
 
 
 @piece
-def nearest_int(value: Any) -> Any:
+def nearest_int(value: np.float32) -> int:
     """A float32 rounded half to even as the reference does it, with its results beyond 2**22 and for NaN."""
     return (float_bits(value + MAGIC) & np.int32(0x007FFFFF)) - np.int32(0x00400000)
 
 
 @piece
-def nearest_ints(values: Any) -> Any:
+def nearest_ints(values: F32x16) -> I32x16:
     """`nearest_int` of each lane."""
     return (as_int_bits(values + splat(MAGIC)) & splat(0x007FFFFF)) - splat(0x00400000)
 
 
 @piece
-def clamped_ints(values: Any, low: Any, high: Any) -> Any:
+def clamped_ints(values: F32x16, low: int, high: int) -> I32x16:
     """`nearest_int` of each lane, held between the integers `low` and `high`."""
     return maximum(splat(low), minimum(splat(high), nearest_ints(values)))
 
 
 @piece
-def levels(values: Any, low: Any, high: Any, tame: Any) -> Any:
+def levels(values: F32x16, low: int, high: int, tame: bool) -> F32x16:
     """`clamped_ints` as floats. `tame` values are known to lie within 2**22, which saves two instructions."""
     if not tame:
         return to_float(clamped_ints(values, low, high))
@@ -65,13 +72,13 @@ def levels(values: Any, low: Any, high: Any, tame: Any) -> Any:
 
 
 @piece
-def reciprocals(x: Any) -> Any:
+def reciprocals(x: F32x16) -> F32x16:
     """1 / x, and 0 for 0."""
     return select(x != splat(ZERO), splat(ONE) / x, splat(ZERO))
 
 
 @piece
-def sum_of_squares(xs: Any, n: Any) -> Any:
+def sum_of_squares(xs: Floats, n: int) -> F32x16:
     """The sum of squares of each lane's first `n` elements, added up in order."""
     total = splat(ZERO)
     for i in range(n):
@@ -81,7 +88,7 @@ def sum_of_squares(xs: Any, n: Any) -> Any:
 
 
 @piece
-def weigh(xs: Any, ws: Any, n: Any, sigma: Any) -> Any:
+def weigh(xs: Floats, ws: Floats, n: int, sigma: F32x16) -> F32x16:
     """Turn importances in `ws` into weights: times sqrt(sigma + x squared). Returns their sums."""
     total = splat(ZERO)
     for i in range(n):
@@ -93,7 +100,9 @@ def weigh(xs: Any, ws: Any, n: Any, sigma: Any) -> Any:
 
 
 @piece
-def affine_sums(xs: Any, ws: Any, ls: Any, n: Any, inverse: Any, low: Any, nmax: Any, tame: Any) -> Any:
+def affine_sums(
+    xs: Floats, ws: Floats, ls: Floats, n: int, inverse: F32x16, low: F32x16, nmax: int, tame: bool
+) -> tuple[F32x16, F32x16, F32x16]:
     """Leave the levels of one inverse scale in `ls`; return the sums of w l, w l l and w x l. `tame`: see `levels`."""
     sum_l, sum_l2, sum_xl = splat(ZERO), splat(ZERO), splat(ZERO)
     for i in range(n):
@@ -107,17 +116,40 @@ def affine_sums(xs: Any, ws: Any, ls: Any, n: Any, inverse: Any, low: Any, nmax:
     return sum_l, sum_l2, sum_xl
 
 
-@piece
-def affine_search(
-    xs: Any, ws: Any, ls: Any, n: Any, nmax: Any, rmin: Any, rdelta: Any, nstep: Any, use_mad: Any
-) -> Any:
-    """Scale and minimum for `x ~ scale * l + low`, l in 0..nmax (make_qkx2_quants and make_qkx3_quants).
+@dataclass(frozen=True)
+class AffineTrials(Fixed):
+    """Which inverse scales an affine search tries, and what it counts.
 
-    `ws` are the weights, `ls` scratch of the size of `xs`. Tries `nstep + 1` inverse scales from `rmin` on, `rdelta`
-    apart. `use_mad` weighs absolute instead of square errors. Returns, for each lane, scale, low, and the inverse
-    scale and low that give the best levels: `l = clamp(nearest_int(inverse * (x - base)))`.
+    The smallest weight of a sub-block is level 0. The largest would be the highest level, `top`: it is tried at
+    `top + first`, at one `step` more, and so on, `count` times.
     """
-    zero = splat(ZERO)
+
+    top: int
+    first: np.float32
+    step: np.float32
+    count: int
+    absolute: bool = False  # whether it counts absolute instead of square errors
+
+
+class Affine(NamedTuple):
+    """What an affine search has found, in each lane.
+
+    `x ~ scale * level + low`, and the best levels are `clamp(nearest_int(inverse * (x - base)))`.
+    """
+
+    scale: F32x16
+    low: F32x16
+    inverse: F32x16
+    base: F32x16
+
+
+@piece
+def affine_search(xs: Floats, ws: Floats, ls: Floats, n: int, trials: AffineTrials) -> Affine:
+    """Scale and minimum for `x ~ scale * l + low` (make_qkx2_quants and make_qkx3_quants).
+
+    `ws` are the weights, `ls` scratch of the size of `xs`.
+    """
+    zero, nmax = splat(ZERO), trials.top
     nmaxs = splat(np.float32(nmax))
     x = load(xs, 0)
     w = load(ws, 0)
@@ -143,11 +175,11 @@ def affine_search(
         x = load(xs, i * LANES)
         level = levels(inverse * (x - low), 0, nmax, False)
         diff = scale * level + low - x
-        error = error + load(ws, i * LANES) * (absolute(diff) if use_mad else diff * diff)
+        error = error + load(ws, i * LANES) * (absolute(diff) if trials.absolute else diff * diff)
     best_error = error
 
-    for step in range(nstep + 1):
-        inverse = splat(rmin + rdelta * np.float32(step) + np.float32(nmax)) / (high - low)
+    for trial in range(trials.count):
+        inverse = splat(trials.first + trials.step * np.float32(trial) + np.float32(nmax)) / (high - low)
         # Rounding is monotonic, so when both ends of the data are within 2**22, all of it is.
         ends = maximum(absolute(inverse * (high - low)), absolute(inverse * (lowest - low)))
         if bits(ends <= splat(MAGIC_LIMIT)) == ALL:
@@ -163,7 +195,7 @@ def affine_search(
         error = zero
         for i in range(n):
             diff = this_scale * load(ls, i * LANES) + this_low - load(xs, i * LANES)
-            error = error + load(ws, i * LANES) * (absolute(diff) if use_mad else diff * diff)
+            error = error + load(ws, i * LANES) * (absolute(diff) if trials.absolute else diff * diff)
         better = (determinant > zero) & (error < best_error)
         best_inverse = select(better, inverse, best_inverse)
         best_base = select(better, low, best_base)
@@ -175,11 +207,11 @@ def affine_search(
     low = select(flat, data_low, low)
     best_inverse = select(flat, zero, best_inverse)
     best_base = select(flat, data_low, best_base)
-    return scale, low, best_inverse, best_base
+    return Affine(scale, low, best_inverse, best_base)
 
 
 @piece
-def peak(xs: Any, n: Any) -> Any:
+def peak(xs: Floats, n: int) -> tuple[F32x16, F32x16]:
     """The largest magnitude, and the element that has it, the first of equals."""
     amax, extreme = splat(ZERO), splat(ZERO)
     for i in range(n):
@@ -192,7 +224,7 @@ def peak(xs: Any, n: Any) -> Any:
 
 
 @piece
-def extremes(xs: Any, n: Any) -> Any:
+def extremes(xs: Floats, n: int) -> tuple[F32x16, Mask16]:
     """The element of largest magnitude, the first of equals, and the mask of sub-blocks that are all but zero.
 
     There the extreme is 1, to keep what is computed from it small.
@@ -203,7 +235,9 @@ def extremes(xs: Any, n: Any) -> Any:
 
 
 @piece
-def signed_sums(xs: Any, ws: Any, ls: Any, n: Any, inverse: Any, nmax: Any, tame: Any) -> Any:
+def signed_sums(
+    xs: Floats, ws: Floats | None, ls: Floats | None, n: int, inverse: F32x16, nmax: int, tame: bool
+) -> tuple[F32x16, F32x16]:
     """The sums of w x l and w l l for one inverse scale, whose levels go to `ls` unless it is None.
 
     `ws` are the weights, or None for x squared. `tame` as in `levels`.
@@ -220,12 +254,22 @@ def signed_sums(xs: Any, ws: Any, ls: Any, n: Any, inverse: Any, nmax: Any, tame
     return sum_lx, sum_l2
 
 
+class Signed(NamedTuple):
+    """What a signed search has found, in each lane: `x ~ scale * level`, the best levels being those of `inverse`.
+
+    Sub-blocks that are all but zero are `empty`; there both are 0.
+    """
+
+    scale: F32x16
+    inverse: F32x16
+    empty: Mask16
+
+
 @piece
-def signed_search(xs: Any, ws: Any, n: Any, nmax: Any) -> Any:
+def signed_search(xs: Floats, ws: Floats | None, n: int, nmax: int) -> Signed:
     """Scale for `x ~ scale * l`, l in -nmax..nmax-1 (make_qx_quants with rmse_type 1).
 
-    `ws` are the weights, or None for x squared. Returns scale, the inverse scale that gives the best levels, and the
-    mask of sub-blocks that are all but zero, where both are 0.
+    `ws` are the weights, or None for x squared.
     """
     zero = splat(ZERO)
     extreme, empty = extremes(xs, n)
@@ -248,11 +292,11 @@ def signed_search(xs: Any, ws: Any, n: Any, nmax: Any) -> Any:
             scale = select(better, this_scale, scale)
             best = select(better, this_scale * sum_lx, best)
             best_inverse = select(better, inverse, best_inverse)
-    return select(empty, zero, scale), select(empty, zero, best_inverse), empty
+    return Signed(select(empty, zero, scale), select(empty, zero, best_inverse), empty)
 
 
 @piece
-def first_levels(xs: Any, ls: Any, n: Any, nmax: Any) -> Any:
+def first_levels(xs: Floats, ls: Floats, n: int, nmax: int) -> tuple[F32x16, F32x16, Mask16]:
     """Levels, stored in `ls`, that put the extreme at -nmax; and the sums of w x l and w l l, w being x squared."""
     extreme, empty = extremes(xs, n)
     sum_lx, sum_l2 = signed_sums(xs, None, ls, n, splat(-np.float32(nmax)) / extreme, nmax, False)
@@ -260,7 +304,7 @@ def first_levels(xs: Any, ls: Any, n: Any, nmax: Any) -> Any:
 
 
 @piece
-def refine_level(x: Any, old: Any, sum_lx: Any, sum_l2: Any, nmax: Any) -> Any:
+def refine_level(x: F32x16, old: F32x16, sum_lx: F32x16, sum_l2: F32x16, nmax: int) -> tuple[F32x16, F32x16, F32x16]:
     """Move one level to where the others want it, if that is better. Returns by how much, and the sums."""
     w = x * x
     wx = w * x
@@ -282,7 +326,7 @@ def refine_level(x: Any, old: Any, sum_lx: Any, sum_l2: Any, nmax: Any) -> Any:
 
 
 @piece
-def refined_search(xs: Any, ys: Any, xls: Any, yls: Any, n: Any, nmax: Any) -> Any:
+def refined_search(xs: Floats, ys: Floats, xls: Floats, yls: Floats, n: int, nmax: int) -> tuple[F32x16, F32x16]:
     """Scales for `x ~ scale * l`, l in -nmax..nmax-1, by moving one level at a time (make_q3_quants with do_rmse).
 
     Leaves the levels, counted from 0 (0 too where the sub-block is all but zero), as float32 in `xls`. Each step waits
@@ -311,7 +355,7 @@ def refined_search(xs: Any, ys: Any, xls: Any, yls: Any, n: Any, nmax: Any) -> A
 
 
 @piece
-def positive_search(xs: Any, ws: Any, codes: Any, n: Any, nmax: Any) -> Any:
+def positive_search(xs: Floats, ws: Floats, codes: Ints, n: int, nmax: int) -> F32x16:
     """Scale for `x ~ scale * l`, l in 0..nmax, for x that should not be negative (make_qp_quants).
 
     `ws` are the weights. Leaves the levels, as the 8 bits that the reference keeps, in the int32 `codes`.
@@ -379,6 +423,6 @@ def positive_search(xs: Any, ws: Any, codes: Any, n: Any, nmax: Any) -> Any:
 
 
 @piece
-def level_of(x: Any, inverse: Any, base: Any, low: Any, high: Any) -> Any:
+def level_of(x: np.float32, inverse: np.float32, base: np.float32, low: int, high: int) -> int:
     """One level of a search's result: `clamp(nearest_int(inverse * (x - base)), low, high)`."""
     return maximum(np.int32(low), minimum(np.int32(high), nearest_int(inverse * (x - base))))

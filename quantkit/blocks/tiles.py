@@ -5,17 +5,15 @@ Element e of sixteen blocks is `xs[16 * e : 16 * e + 16]`.
 
 from __future__ import annotations
 
-from typing import Any
-
 from quantkit.blocks.lane_memory import transpose_tile
-from quantkit.blocks.lanes import LANES, minimum
+from quantkit.blocks.lanes import LANES, Floats, Longs, minimum
 from quantkit.compile.kernel import piece
 
 SUPER = 256  # weights in a super-block
 
 
 @piece
-def block_starts(first: Any, n_blocks: Any, size: Any, n_per_row: Any, starts: Any, columns: Any) -> Any:
+def block_starts(first: int, n_blocks: int, size: int, n_per_row: int, starts: Longs, columns: Longs) -> int:
     """Where sixteen blocks of `size` weights begin, in all rows and in their own; returns how many are different.
 
     Lanes beyond the last block repeat it.
@@ -27,7 +25,7 @@ def block_starts(first: Any, n_blocks: Any, size: Any, n_per_row: Any, starts: A
 
 
 @piece
-def spread(x: Any, starts: Any, at: Any, n: Any, xs: Any) -> None:
+def spread(x: Floats, starts: Longs, at: int, n: int, xs: Floats) -> None:
     """Lay out `n` elements (a multiple of 16) of each block, from its element `at` on."""
     for i in range(0, n, LANES):
         transpose_tile(x, starts, at + i, xs, i * LANES)
