@@ -62,7 +62,7 @@ from quantkit.blocks.lanes import (
 from quantkit.blocks.searches import level_of, nearest_ints, weigh
 from quantkit.blocks.tiles import SUPER, block_starts, spread
 from quantkit.compile.fixed import Fixed
-from quantkit.compile.kernel import piece, step
+from quantkit.compile.kernel import piece
 
 HALF = np.float32(0.5)
 INFINITY = np.float32(np.inf)
@@ -112,12 +112,12 @@ class GridFormat(Fixed):
 
     @property
     def code_vectors(self) -> int:
-        """Room for the codes of all trials."""
+        """Space for the codes of all trials."""
         return self.n // self.shape.dim * self.n_trials
 
     @property
     def scale_vectors(self) -> int:
-        """Room for the scales of all trials of each lane, to the end of the last vector that begins with one."""
+        """Space for the scales of all trials of each lane, to the end of the last vector that begins with one."""
         return self.n_trials + 2 * LANES
 
 
@@ -198,7 +198,7 @@ def sum_of_squares(x: Floats, start: int) -> np.float32:
     return total
 
 
-@step
+@piece
 def take_tile(
     x: Floats, first: int, n_per_row: int, weights: Floats | None, factor: np.float32, share: np.float32, tile: Tile
 ) -> int:
@@ -249,7 +249,7 @@ def hide_odd_sign(tile: Tile, first: int, sign: I32x16, odd: I32x16) -> I32x16:
     return (sign ^ (odd << least_at)) & splat(127)
 
 
-@step
+@piece
 def take_signs(tile: Tile) -> F32x16:
     """Make the weights of `tile` magnitudes, and keep their signs. Returns the largest of each lane."""
     zero = splat(ZERO)
@@ -382,7 +382,8 @@ def search_ends(run: Run, trials: Trials, tile: Tile, work: Work, grid: Grid, sh
     """
     levels = to_float(((lane_numbers() & splat((1 << shape.width) - 1)) << splat(1)) + splat(1))
     slack = work.slack[run.group * LANES + run.lane]
-    work.ends[0], work.ends[1], depth, known = run.end - 1, run.first, 1, run.first
+    work.ends[0], work.ends[1] = run.end - 1, run.first
+    depth, known = minimum(run.end - 1 - run.first, 1), run.first
     while depth >= 0:
         end = work.ends[depth]
         here = code_position(trials, run.group, end) + run.lane
@@ -405,7 +406,7 @@ def search_ends(run: Run, trials: Trials, tile: Tile, work: Work, grid: Grid, sh
             work.ends[depth] = (known + end) // 2
 
 
-@step
+@piece
 def replace_by_points(trials: Trials, tile: Tile, work: Work, grid: Grid, shape: Shape) -> None:
     """Replace the codes that are no grid points by their nearest neighbours, in all trials of all lanes."""
     for group in range(tile.n // shape.dim):
@@ -510,7 +511,7 @@ def round_again(chosen: Trials, tile: Tile, work: Work, shape: Shape, scale: F32
     return lanes
 
 
-@step
+@piece
 def grid_search(
     tile: Tile,
     trials: Trials,
@@ -541,9 +542,9 @@ def grid_search(
     return select(lanes & (sum_q2 > splat(ZERO)), sum_qx / sum_q2, scale)
 
 
-@step
+@piece
 def settle(scale: F32x16, empty: Mask16, tile: Tile, codes: Ints, groups: int) -> F32x16:
-    """Make scales positive, turning the signs round, and make empty lanes zero: their signs, codes and scales."""
+    """Make scales positive by inverting signs, and make empty lanes zero: their signs, codes and scales."""
     zero = splat(ZERO)
     negative = scale < zero
     for k in range(tile.n // 8):

@@ -40,7 +40,7 @@ from quantkit.blocks.lanes import (
 )
 from quantkit.blocks.tiles import SUPER
 from quantkit.blocks.types import GGMLType
-from quantkit.compile.kernel import kernel, piece, step
+from quantkit.compile.kernel import kernel, piece
 
 S, M = GGMLType.IQ1_S.layout, GGMLType.IQ1_M.layout
 DELTA = np.float32(0.125)
@@ -50,7 +50,7 @@ DOWN0, DOWN1, DOWN2 = np.float32(-1.125), np.float32(-0.125), np.float32(0.875)
 LOWEST = np.float32(np.finfo(np.float32).min)
 GROUP_MAX_EPS_IQ1_S = np.float32(1e-12)
 GROUP_MAX_EPS_IQ1_M = np.float32(1e-7)
-MIDDLE = 0xAAAA  # the code whose levels are all 2: minus a code, the code with its levels turned round
+MIDDLE = 0xAAAA  # the code whose levels are all 2: minus a code, it is that of the negated weights
 
 
 class Sorted(NamedTuple):
@@ -76,7 +76,7 @@ class Replaced(NamedTuple):
     tables: Floats
 
 
-@step
+@piece
 def _sort(tile: Tile, result: Sorted) -> None:
     """Sort the weights of each lane, their importance with them, by Batcher's network.
 
@@ -110,9 +110,9 @@ def _sort(tile: Tile, result: Sorted) -> None:
         size *= 2
 
 
-@step
+@piece
 def _collect_codes(by_size: Sorted, border1: I32x16, border2: I32x16, negative: Mask16, codes: Ints) -> None:
-    """The codes of the groups, from the borders between levels in sorted order; `negative` lanes are turned round."""
+    """The codes of the groups, from the borders between levels in sorted order; negated in `negative` lanes."""
     for k in range(by_size.n // 8):
         code = splat(0)
         for i in range(by_size.n):
@@ -123,7 +123,7 @@ def _collect_codes(by_size: Sorted, border1: I32x16, border2: I32x16, negative: 
         store(codes, k * LANES, select(negative, splat(MIDDLE) - code, code))
 
 
-@step
+@piece
 def _replace_by_points(found: Replaced, tile: Tile, grid: Grid) -> Mask16:
     """Replace the codes that are no grid points by the nearest neighbours. Returns the lanes where that happened."""
     lanes = 0
@@ -146,7 +146,7 @@ def _level(code: I32x16, i: int, shift: F32x16) -> F32x16:
     return to_float(((code >> splat(2 * i)) & splat(3)) - splat(1)) + shift
 
 
-@step
+@piece
 def _refit(found: Replaced, tile: Tile, moved: Mask16, scale: F32x16) -> F32x16:
     """The best scale for the codes, in the lanes `moved` and where it is positive; elsewhere `scale`."""
     zero = splat(ZERO)
@@ -180,7 +180,7 @@ def _largest_magnitude(tile: Tile) -> F32x16:
     return largest
 
 
-@step
+@piece
 def _split_s(
     by_size: Sorted, largest: F32x16, px: Floats, pw: Floats, up: Floats, down: Floats
 ) -> tuple[F32x16, F32x16, I32x16, I32x16]:
@@ -282,7 +282,7 @@ def _encode_s(x: Floats, out: Bytes, n_per_row: int, weights: Floats, grid: Grid
             _put_s(out, first + half, 8 * half, found, grid.index_of)
 
 
-@step
+@piece
 def _split_m(
     by_size: Sorted, largest: F32x16, px: Floats, pw: Floats, tails: Floats
 ) -> tuple[F32x16, I32x16, I32x16, I32x16]:

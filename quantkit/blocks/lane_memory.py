@@ -37,7 +37,7 @@ def _array_at(context: Any, builder: Any, kind: Any, data: Any, n: Any) -> Any:
 
 @intrinsic
 def scratch(typingctx: Any, dtype: Any, n: Any) -> Any:
-    """Room for `n` vectors, a constant, on the stack: an array of 16 * n numbers, with whatever was there before.
+    """Space for `n` vectors, a constant, on the stack: an array of 16 * n numbers, with whatever was there before.
 
     It is gone when the function that asked for it ends: a piece must not return it. Such arrays compile faster than
     numpy's, whose users are counted, and LLVM knows that no two of them overlap.
@@ -49,9 +49,9 @@ def scratch(typingctx: Any, dtype: Any, n: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         element = context.get_data_type(kind.dtype)
         with builder.goto_entry_block():
-            room = builder.alloca(ir.ArrayType(element, count))
-            room.align = 4 * LANES
-        data = builder.bitcast(room, ir.PointerType(element))
+            space = builder.alloca(ir.ArrayType(element, count))
+            space.align = 4 * LANES
+        data = builder.bitcast(space, ir.PointerType(element))
         return _array_at(context, builder, kind, data, context.get_constant(types.intp, count))
 
     return kind(dtype, n), codegen

@@ -21,7 +21,7 @@ from quantkit.blocks.grids import Grid, grid
 from quantkit.blocks.k_affine import Q2, Q4, Q5, get_scales, pack_q2, pack_q4, pack_q5, put_head_4, put_head_6
 from quantkit.blocks.k_symmetric import Q3, Q6, get_scale_3, pack_q3, pack_q6, put_scales_3
 from quantkit.blocks.lane_memory import load, store
-from quantkit.blocks.lanes import LANES, Bytes, Floats, Ints, float_bits, half_bits, half_value, splat
+from quantkit.blocks.lanes import LANES, Bytes, Codes, Floats, Ints, float_bits, half_bits, half_value, splat
 from quantkit.blocks.layout import Layout
 from quantkit.blocks.legacy import Q4_0_BYTES, Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES, Q8_0_BYTES, D, M, put_levels
 from quantkit.blocks.nonlinear import XS
@@ -334,7 +334,7 @@ class GridParts:
 
 
 @piece
-def _signs_and_scale(signs: Any, at: Any, code: Any) -> Any:
+def _signs_and_scale(signs: Bytes, at: int, code: int) -> int:
     """Seven signs of each of four groups, and a scale of 4 bits."""
     word = np.int64(code) << 28
     for k in range(4):
@@ -343,13 +343,13 @@ def _signs_and_scale(signs: Any, at: Any, code: Any) -> Any:
 
 
 @piece
-def _put_nibbles(codes: Any, first: Any, n: Any, out: Any, at: Any) -> None:
+def _put_nibbles(codes: Ints, first: int, n: int, out: Bytes, at: int) -> None:
     for j in range(0, n, 2):
         out[at + j // 2] = np.uint8(codes[first + j] | (codes[first + j + 1] << 4))
 
 
 @kernel
-def _put_iq2_xxs(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_iq2_xxs(points: Codes, signs: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     for block in range(out.size // IQ2_XXS.nbytes):
         at = block * IQ2_XXS.nbytes
         put_half(out, at + IQ2_XXS.d, floats[block])
@@ -362,7 +362,7 @@ def _put_iq2_xxs(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> 
 
 
 @kernel
-def _take_iq2_xxs(data: Any, signs: Any, codes: Any, floats: Any) -> None:
+def _take_iq2_xxs(data: Bytes, signs: Bytes, codes: Ints, floats: Floats) -> None:
     for block in range(data.size // IQ2_XXS.nbytes):
         floats[block] = get_half(data, block * IQ2_XXS.nbytes + IQ2_XXS.d)
         for j in range(8):
@@ -372,7 +372,7 @@ def _take_iq2_xxs(data: Any, signs: Any, codes: Any, floats: Any) -> None:
 
 
 @kernel
-def _put_iq2_xs(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_iq2_xs(points: Codes, signs: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     for block in range(out.size // IQ2_XS.nbytes):
         at = block * IQ2_XS.nbytes
         put_half(out, at + IQ2_XS.d, floats[block])
@@ -386,7 +386,7 @@ def _put_iq2_xs(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> N
 
 
 @piece
-def _take_nibbles(data: Any, codes: Any, floats: Any, layout: Any, n: Any) -> None:
+def _take_nibbles(data: Bytes, codes: Ints, floats: Floats, layout: Layout, n: int) -> None:
     for block in range(data.size // layout.nbytes):
         floats[block] = get_half(data, block * layout.nbytes + layout.d)
         for j in range(n):
@@ -394,12 +394,12 @@ def _take_nibbles(data: Any, codes: Any, floats: Any, layout: Any, n: Any) -> No
 
 
 @kernel
-def _take_iq2_xs(data: Any, signs: Any, codes: Any, floats: Any) -> None:
+def _take_iq2_xs(data: Bytes, signs: Bytes, codes: Ints, floats: Floats) -> None:
     _take_nibbles(data, codes, floats, IQ2_XS, 16)
 
 
 @kernel
-def _put_iq2_s(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_iq2_s(points: Codes, signs: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     for block in range(out.size // IQ2_S.nbytes):
         at = block * IQ2_S.nbytes
         put_half(out, at + IQ2_S.d, floats[block])
@@ -415,12 +415,12 @@ def _put_iq2_s(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> No
 
 
 @kernel
-def _take_iq2_s(data: Any, signs: Any, codes: Any, floats: Any) -> None:
+def _take_iq2_s(data: Bytes, signs: Bytes, codes: Ints, floats: Floats) -> None:
     _take_nibbles(data, codes, floats, IQ2_S, 16)
 
 
 @kernel
-def _put_iq3_xxs(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_iq3_xxs(points: Codes, signs: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     for block in range(out.size // IQ3_XXS.nbytes):
         at = block * IQ3_XXS.nbytes
         put_half(out, at + IQ3_XXS.d, floats[block])
@@ -435,7 +435,7 @@ def _put_iq3_xxs(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> 
 
 
 @kernel
-def _take_iq3_xxs(data: Any, signs: Any, codes: Any, floats: Any) -> None:
+def _take_iq3_xxs(data: Bytes, signs: Bytes, codes: Ints, floats: Floats) -> None:
     for block in range(data.size // IQ3_XXS.nbytes):
         floats[block] = get_half(data, block * IQ3_XXS.nbytes + IQ3_XXS.d)
         for j in range(8):
@@ -445,7 +445,7 @@ def _take_iq3_xxs(data: Any, signs: Any, codes: Any, floats: Any) -> None:
 
 
 @kernel
-def _put_iq3_s(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_iq3_s(points: Codes, signs: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     for block in range(out.size // IQ3_S.nbytes):
         at = block * IQ3_S.nbytes
         put_half(out, at + IQ3_S.d, floats[block])
@@ -462,12 +462,12 @@ def _put_iq3_s(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> No
 
 
 @kernel
-def _take_iq3_s(data: Any, signs: Any, codes: Any, floats: Any) -> None:
+def _take_iq3_s(data: Bytes, signs: Bytes, codes: Ints, floats: Floats) -> None:
     _take_nibbles(data, codes, floats, IQ3_S, 8)
 
 
 @kernel
-def _put_iq1_s(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_iq1_s(points: Codes, signs: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     for block in range(out.size // IQ1_S.nbytes):
         at = block * IQ1_S.nbytes
         put_half(out, at + IQ1_S.d, floats[block])
@@ -482,7 +482,7 @@ def _put_iq1_s(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> No
 
 
 @kernel
-def _take_iq1_s(data: Any, signs: Any, codes: Any, floats: Any) -> None:
+def _take_iq1_s(data: Bytes, signs: Bytes, codes: Ints, floats: Floats) -> None:
     for block in range(data.size // IQ1_S.nbytes):
         floats[block] = get_half(data, block * IQ1_S.nbytes + IQ1_S.d)
         for j in range(8):
@@ -493,7 +493,7 @@ def _take_iq1_s(data: Any, signs: Any, codes: Any, floats: Any) -> None:
 
 
 @kernel
-def _put_iq1_m(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> None:
+def _put_iq1_m(points: Codes, signs: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
     for block in range(out.size // IQ1_M.nbytes):
         at = block * IQ1_M.nbytes
         for k in range(0, 32, 2):
@@ -512,7 +512,7 @@ def _put_iq1_m(points: Any, signs: Any, codes: Any, floats: Any, out: Any) -> No
 
 
 @kernel
-def _take_iq1_m(data: Any, signs: Any, codes: Any, floats: Any) -> None:
+def _take_iq1_m(data: Bytes, signs: Bytes, codes: Ints, floats: Floats) -> None:
     for block in range(data.size // IQ1_M.nbytes):
         at = block * IQ1_M.nbytes
         half = np.int64(0)

@@ -6,5 +6,5 @@ from __future__ import annotations
 class Fixed:
     """An object that never changes, whose attributes are constants where a kernel reads them: numbers and pieces.
 
-    A kernel finds it as a global or takes it as an argument of a piece or step, and is compiled for this object.
+    A kernel finds it as a global or takes it as an argument of a piece, and is compiled for this object.
     """

@@ -1,6 +1,6 @@
 """How every kernel of quantkit is compiled and announced. `compile.cache` stores the machine code.
 
-A kernel is what Python calls. It is made of pieces, which are inlined, and of steps, which are called.
+A kernel is what Python calls. It is made of pieces, which are inlined.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def kernel(function: F) -> F:
     return compiled
 
 
-class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
-    """The code of a part of a kernel, which becomes machine code only where it is linked into a kernel.
+class _PieceLibrary(JITCodeLibrary):  # type: ignore[misc]
+    """The code of a piece, which becomes machine code only where it is linked into a kernel.
 
     numba would optimise and assemble every function by itself too, as if Python could call it.
     """
@@ -75,29 +75,18 @@ class _NoEnvironment:
         pass
 
 
-class _PartCompiler(Compiler):  # type: ignore[misc]
+class _PieceCompiler(Compiler):  # type: ignore[misc]
     def define_pipelines(self) -> Any:
         codegen, name = self.state.targetctx.codegen(), self.state.func_id.func_qualname
-        self.state.library = _PartLibrary(codegen, name)  # type: ignore[no-untyped-call]
+        self.state.library = _PieceLibrary(codegen, name)  # type: ignore[no-untyped-call]
         return super().define_pipelines()  # type: ignore[no-untyped-call]
-
-
-_PART: dict[str, Any] = {**_OPTIONS, "no_cpython_wrapper": True, "pipeline_class": _PartCompiler}
 
 
 def piece(function: F) -> F:
     """A piece of a kernel: always inlined, so that the constants it is given are constants to the optimiser."""
-    inlined: F = njit(**_PART, forceinline=True)(function)
+    options = {**_OPTIONS, "forceinline": True, "no_cpython_wrapper": True, "pipeline_class": _PieceCompiler}
+    inlined: F = njit(**options)(function)
     return inlined
-
-
-def step(function: F) -> F:
-    """A step of a kernel: called, and so compiled once however often it is used.
-
-    For what takes so long that a call does not matter. What is to be a constant in it is a literal or in a `Fixed`.
-    """
-    called: F = njit(**_PART)(function)
-    return called
 
 
 class _FixedType(types.Type):  # type: ignore[misc]

@@ -86,10 +86,11 @@ def _activate(block: FeedForward | Experts) -> Activate | None:
 
 def _xielu(learned: XIELU) -> Activate:
     positive, negative = (math.log1p(math.exp(-abs(a))) + max(a, 0.0) for a in (learned.alpha_p, learned.alpha_n))
-    numbers = tuple(np.float32(n) for n in (positive, learned.beta + negative, learned.beta, learned.eps))
+    above, below = np.float32(positive), np.float32(learned.beta + negative)
+    beta, eps = np.float32(learned.beta), np.float32(learned.eps)
 
     def activate(x: np.ndarray, out: np.ndarray) -> None:
-        forward_kernels.xielu(x, *numbers, out)
+        forward_kernels.xielu(x, above, below, beta, eps, out)
 
     return activate
 

@@ -7,6 +7,7 @@ import pytest
 from support import block_rows
 
 from quantkit import GGMLType, blocks
+from quantkit.blocks.grids import grid_values
 from quantkit.blocks.parts import grid_parts, parts
 
 each_kind = pytest.mark.parametrize("kind", list(parts()), ids=lambda kind: kind.name)
@@ -75,7 +76,8 @@ def test_a_block_of_points_decodes_to_what_its_parts_say(kind: GGMLType) -> None
     of = grid_parts()[kind]
     random = np.random.default_rng(1)
     n_blocks, count = 37, 256 // of.n_sub
-    values = of.grid.values.reshape(-1, 8 if of.magnitudes is None or len(of.magnitudes) == 3 else 4)
+    values = grid_values(GGMLType.IQ1_S if kind == GGMLType.IQ1_M else kind)
+    values = values.reshape(-1, 8 if of.magnitudes is None or len(of.magnitudes) == 3 else 4)
     points = random.integers(0, len(values), (n_blocks, 256 // values.shape[1])).astype(np.uint16)
     codes = random.integers(0, of.top_scale + 1, (n_blocks, count)).astype(np.int32)
     floats = random.uniform(0.01, 2, n_blocks).astype(np.float16).astype(np.float32)
