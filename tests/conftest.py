@@ -44,6 +44,10 @@ requires_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="torch (quantkit[torch]) is not installed"
 )
 
+requires_dask = pytest.mark.skipif(
+    importlib.util.find_spec("distributed") is None, reason="Dask (quantkit[cluster]) is not installed"
+)
+
 REFERENCE_SOURCE = Path(os.environ.get("QUANTKIT_REFERENCE_SOURCE", "reference source not set"))
 requires_reference_source = pytest.mark.skipif(
     not REFERENCE_SOURCE.is_dir(), reason="the source of llama.cpp (QUANTKIT_REFERENCE_SOURCE) is not here"

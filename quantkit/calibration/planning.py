@@ -19,13 +19,13 @@ from quantkit.architectures.forward import ForwardSpec
 from quantkit.blocks.types import GGMLType
 from quantkit.calibration.choice import SMALLEST, Item, candidates, choose, engine_lacks, tied
 from quantkit.calibration.progress import Step
-from quantkit.calibration.spool import WorkDirectory
 from quantkit.calibration.survey import TensorCosts, survey
 from quantkit.calibration.text import CalibrationText
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.model import Model
 from quantkit.formats.atomic import OutputFile, write_whole
 from quantkit.formats.gguf import ValueType, padded
+from quantkit.formats.unfinished import WorkDirectory
 from quantkit.pipeline.mixtures import ALIASES, FILE_TYPES, FileType, file_type
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import Plan, PlannedTensor, plan_quantize

@@ -21,12 +21,13 @@ from quantkit.blocks.types import GGMLType
 from quantkit.calibration.feedback import SUPPORTED, Curvature, round_with_feedback
 from quantkit.calibration.moments import Activations, LayerMoments, Moments, MomentsPass, SharedInput
 from quantkit.calibration.progress import Step
-from quantkit.calibration.spool import Spool, WorkDirectory
+from quantkit.calibration.spool import Spool
 from quantkit.calibration.text import CalibrationText
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.model import Model
 from quantkit.formats.atomic import OutputGroup
 from quantkit.formats.gguf import TensorInfo, encode_header
+from quantkit.formats.unfinished import WorkDirectory
 from quantkit.pipeline.execute import FLOAT_TYPES, execute
 from quantkit.pipeline.plan import Plan
 from quantkit.sources.overlay import Overlay

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from quantkit.calibration.planning import ChosenPlan, Target, Wishes
     from quantkit.calibration.progress import Step
     from quantkit.calibration.rounding import RoundedTensor
-    from quantkit.calibration.spool import WorkDirectory
     from quantkit.calibration.survey import TensorCosts
     from quantkit.calibration.text import CalibrationText
     from quantkit.formats.imatrix import ImportanceMatrix
+    from quantkit.formats.unfinished import WorkDirectory
 
 ROUNDINGS = ("nearest", "gptq")
 # Chunks of a text that second moments are taken of, unless told otherwise: more gain little.
@@ -223,7 +223,7 @@ def quantize(
         return pipeline.quantize(
             source, out, type=names, progress=progress, force=force, options=options, **common, **changes
         )
-    from quantkit.calibration.spool import WorkDirectory
+    from quantkit.formats.unfinished import WorkDirectory
 
     options = replace(options or QuantizeOptions(), **changes)
     model = open_model(source, allow_nonfinite=allow_nonfinite)

@@ -57,7 +57,7 @@ class CalibrationOptions:
         """Choose types where they are to be, and write the files unless this is a dry run."""
         from quantkit.calibration.planning import ChosenPlan, Target, load_plan, save_plan
         from quantkit.calibration.run import CalibratedRun, Calibration
-        from quantkit.calibration.spool import WorkDirectory
+        from quantkit.formats.unfinished import WorkDirectory
         from quantkit.pipeline.naming import output_paths
 
         self._check(types, options)

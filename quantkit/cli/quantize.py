@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from quantkit.cli.console import (
+    COMMON,
     SPLITTING,
     Backend,
     Device,
@@ -36,7 +38,6 @@ from quantkit.errors import QuantkitError
 from quantkit.wording import count_text, size_text
 
 if TYPE_CHECKING:
-    from quantkit.calibration.rounding import RoundedTensor
     from quantkit.formats.atomic import OutputGroup
     from quantkit.pipeline.naming import Destination
     from quantkit.pipeline.options import QuantizeOptions
@@ -135,7 +136,7 @@ def command(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", rich_help_panel=CALIBRATION, help="Continue an interrupted run of the same options."),
+        typer.Option("--resume", help="Keep what is finished if the run is stopped; go on after it if repeated."),
     ] = False,
     target_size: Annotated[
         Names,
@@ -234,6 +235,14 @@ def command(
     pre: Pre = None,
     revision: Revision = None,
     remote: Remote = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            rich_help_panel=COMMON,
+            help="Dask workers to use: tcp://HOST:8786 of a scheduler, or local:N for N processes here.",
+        ),
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
     verbose: Verbose = 0,
@@ -303,9 +312,12 @@ def command(
     with OutputGroup(force=force, inputs=inputs, directory=destination.directory) as group:
         if settings.wanted:
             wishes = wishes_of(min_type, max_type, tie, engine)
+            if cluster is not None:
+                raise QuantkitError("--cluster cannot be used together with a calibration: its layers run here")
             outputs, reports = settings.run(model, given.types, options, wishes, destination, group, **common)
         else:
-            outputs, reports = _plain(model, given.types, options, destination, group, dry_run, **common)
+            outputs = _plain(model, given.types, options, destination, group, dry_run, resume, cluster, **common)
+            reports = []
     plans = [each for each, _ in outputs]
     if dry_run:
         planned = [{"path": None, **each.as_dict()} for each in plans]
@@ -330,11 +342,15 @@ def _plain(
     destination: Destination,
     group: OutputGroup,
     dry_run: bool,
+    resume: bool,
+    cluster: str | None,
     **common: Any,
-) -> tuple[list[tuple[Plan, Path]], list[list[RoundedTensor]]]:
+) -> list[tuple[Plan, Path]]:
     """Quantize without a calibration: what llama-quantize writes."""
     from quantkit.compile.ahead import compiled_ahead
+    from quantkit.formats.unfinished import WorkDirectory
     from quantkit.machine import default_threads
+    from quantkit.pipeline.cluster import Cluster
     from quantkit.pipeline.execute import execute, quantizing_kernels
     from quantkit.pipeline.mixtures import file_type
     from quantkit.pipeline.naming import output_paths
@@ -350,9 +366,18 @@ def _plain(
                 each.check()
             except QuantkitError as problem:
                 note(f"warning: {hinted(problem)}")
-        return outputs, []
+        return outputs
+    for path in paths:
+        group.check(path)
+    work = WorkDirectory(paths[0], True) if resume else None
     total = sum(info.nbytes for info in model.tensors.values())
-    ahead = compiled_ahead(quantizing_kernels(plans), common["threads"] or default_threads())
-    with ahead, byte_progress(total, "quantize") as progress:
-        execute(model, outputs, progress=progress, group=group, **common)
-    return outputs, []
+    threads = common["threads"] or default_threads()
+    with ExitStack() as stack:
+        if cluster is None:
+            workers = None
+            stack.enter_context(compiled_ahead(quantizing_kernels(plans), threads))
+        else:
+            workers = stack.enter_context(Cluster(cluster))
+        progress = stack.enter_context(byte_progress(total, "quantize"))
+        execute(model, outputs, progress=progress, group=group, work=work, cluster=workers, **common)
+    return outputs

@@ -65,13 +65,15 @@ class OutputGroup:
         """Name further files that no output may replace."""
         self._inputs |= _identities(inputs)
 
-    def add(self, path: Name, nbytes: int = 0) -> OutputFile:
+    def add(self, path: Name, nbytes: int = 0, kept_in: Path | None = None) -> OutputFile:
         """A file to write, of `nbytes` if that is known. Nothing is created before the first byte is written.
 
+        Until it has its name it is in the directory `kept_in`, if one is given, where it stays if the run fails, for
+        another run to go on with.
         Raises QuantkitError when `path` is no name that may be written: something is there that must not be replaced,
         its directory is missing, or another output has it.
         """
-        file = OutputFile(self, Path(path), nbytes)
+        file = OutputFile(self, Path(path), nbytes, kept_in)
         self._refuse(file.path)
         place = _place(file.path)
         if place in self._places:
@@ -121,7 +123,7 @@ class OutputGroup:
             by_disk.setdefault(_existing(file.path.parent).stat().st_dev, []).append(file)
         for files in by_disk.values():
             home = _existing(files[0].path.parent)
-            needed, free = sum(max(0, file.nbytes - file.written) for file in files), shutil.disk_usage(home).free
+            needed, free = sum(max(0, file.nbytes - file.allocated) for file in files), shutil.disk_usage(home).free
             if free < needed:
                 what = f"{files[0].path}: needs" if len(files) == 1 else f"{home}: {len(files)} files need"
                 raise QuantkitError(f"{what} {size_text(needed)}, but only {size_text(free)} are free there")
@@ -194,10 +196,12 @@ class OutputFile:
     `write` appends, `write_at` puts bytes anywhere. Raises QuantkitError when the system refuses.
     """
 
-    def __init__(self, group: OutputGroup, path: Path, nbytes: int) -> None:
+    def __init__(self, group: OutputGroup, path: Path, nbytes: int, kept_in: Path | None = None) -> None:
         self.group, self.path, self.nbytes = group, path, nbytes
         stem = os.fsdecode(os.fsencode(path.name)[:200])
-        self.temporary = path.with_name(f"{stem}.{secrets.token_hex(4)}{SUFFIX}")
+        self._kept = kept_in is not None
+        own = f"{stem}{SUFFIX}" if kept_in is not None else f"{stem}.{secrets.token_hex(4)}{SUFFIX}"
+        self.temporary = (kept_in or path.parent) / own
         self.written = 0
         self.sealed = False
         self._end = 0
@@ -264,6 +268,26 @@ class OutputFile:
         with self.group.lock, _told(self.path, self.nbytes):
             os.ftruncate(self._opened(), nbytes)
 
+    @property
+    def allocated(self) -> int:
+        """Bytes of the disk that the file has already: those written, or those that an earlier run left."""
+        if self._kept and not self.written:
+            with suppress(OSError):
+                status = self.temporary.stat()
+                return min(status.st_size, getattr(status, "st_blocks", 0) * 512)
+        return self.written
+
+    def sync(self) -> None:
+        """See that what has been written is on the disk."""
+        with self.group.lock, _told(self.path, self.nbytes):
+            os.fsync(self._opened())
+
+    def hand_out(self) -> tuple[Path, tuple[int, int]]:
+        """Where other processes may write: the temporary file, of its full size now, and its device and inode."""
+        self.extend(self.nbytes)
+        assert self._identity is not None
+        return self.temporary.absolute(), self._identity
+
     def _opened(self) -> int:
         if self._descriptor is None:
             if self.sealed:
@@ -271,14 +295,17 @@ class OutputFile:
             flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
             if self._identity is None:
                 self.group.make_directory(self.path.parent)
-                flags |= os.O_CREAT | os.O_EXCL
-                _temporaries.add(self.temporary)
+                flags |= os.O_CREAT | (0 if self._kept else os.O_EXCL)
+                if not self._kept:
+                    _temporaries.add(self.temporary)
             try:
                 self._descriptor = os.open(self.temporary, flags, 0o666)
             except FileExistsError:
                 _temporaries.discard(self.temporary)  # somebody else's
                 raise
             status = os.fstat(self._descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                raise QuantkitError(f"{self.temporary}: is in the way: not an unfinished file; remove it")
             identity = status.st_dev, status.st_ino
             if self._identity not in (None, identity):
                 raise QuantkitError(f"{self.temporary}: was replaced while it was written")
@@ -312,8 +339,13 @@ class OutputFile:
         _temporaries.discard(self.temporary)
 
     def discard(self) -> None:
-        """Remove the file, under its temporary name or, where it did not replace another, its final one."""
+        """Remove the file, under its temporary name or, where it did not replace another, its final one.
+
+        A file that is kept stays under its temporary name.
+        """
         self.close()
+        if self._kept and self.temporary.exists():
+            return
         if self.temporary in _temporaries:
             self.temporary.unlink(missing_ok=True)
             _temporaries.discard(self.temporary)
@@ -322,6 +354,49 @@ class OutputFile:
                 status = self.path.lstat()
                 if (status.st_dev, status.st_ino) == self._identity:
                     self.path.unlink()
+
+
+class SharedFile:
+    """The unfinished file `path` of another process, maybe on another machine, to write parts of.
+
+    A context manager; when it ends well, what was written is on the disk. `identity` is the file's device and inode
+    where it was made: the device's number may differ elsewhere, the inode's does not. Raises QuantkitError when it is
+    not there, or another file, or cannot be written.
+    """
+
+    def __init__(self, path: Path, identity: tuple[int, int]) -> None:
+        self.path = path
+        flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        try:
+            self._descriptor = os.open(path, flags)
+        except OSError as error:
+            raise QuantkitError(
+                f"{path}: a worker cannot write it: {error.strerror or error}; it must be where all workers reach it"
+            ) from None
+        if os.fstat(self._descriptor).st_ino != identity[1]:
+            os.close(self._descriptor)
+            raise QuantkitError(f"{path}: is another file for this worker; it must be where all workers reach it")
+
+    def write_at(self, offset: int, data: np.ndarray) -> None:
+        """Write the bytes of a contiguous array at byte `offset`."""
+        view = memoryview(data).cast("B")  # type: ignore[arg-type]
+        with _told(self.path):
+            while view:
+                count = _write_at(self._descriptor, view[:WRITE], offset)
+                view, offset = view[count:], offset + count
+
+    def __enter__(self) -> SharedFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                with _told(self.path):
+                    os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
 
 
 def write_whole(target: Name | OutputFile, data: bytes | str) -> None:

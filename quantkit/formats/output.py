@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,17 @@ class GGUFOutput:
 
     A context manager. `target` is a path, or a file of an `OutputGroup`, which then decides when it appears. `write`
     fills the tensors in header order, `write_tensor_at` any of them anywhere; every byte is written once. When the
-    block ends well, all that the header promises must have been written (ValueError else). Raises QuantkitError when
+    block ends well, all that the header promises must have been written (ValueError else); tensors named in `present`
+    are in the file already, from a run that was stopped. Raises QuantkitError when
     the disk is too small (asked before the first byte) or the file cannot be written.
     """
 
     def __init__(
-        self, target: str | os.PathLike[str] | OutputFile, metadata: Metadata, tensors: Sequence[TensorInfo]
+        self,
+        target: str | os.PathLike[str] | OutputFile,
+        metadata: Metadata,
+        tensors: Sequence[TensorInfo],
+        present: Container[str] = (),
     ) -> None:
         alignment = metadata.alignment if "general.alignment" in metadata else DEFAULT_ALIGNMENT
         self._header = encode_header(metadata, tensors, alignment)
@@ -34,7 +40,7 @@ class GGUFOutput:
         self._missing: dict[str, _Extents] = {}
         for info in tensors:
             self._starts[info.name] = at
-            if info.nbytes:
+            if info.nbytes and info.name not in present:
                 self._missing[info.name] = _Extents(info.nbytes)
             at += padded(info.nbytes, alignment)
         self.nbytes = at
@@ -81,6 +87,28 @@ class GGUFOutput:
             if extents.whole:
                 del self._missing[name]
             self._file.write_at(self._starts[name] + offset, data)
+
+    def place(self, name: str) -> tuple[Path, tuple[int, int], int]:
+        """Where another process may write tensor `name`: the unfinished file, its device and inode, and the offset."""
+        path, identity = self._file.hand_out()
+        return path, identity, self._starts[name]
+
+    def written_elsewhere(self, name: str, offset: int, nbytes: int) -> None:
+        """Take note that another process has written `nbytes` at byte `offset` of tensor `name`, and synced them."""
+        with self._file.group.lock:
+            extents = self._missing.get(name)
+            if extents is None or not extents.add(offset, offset + nbytes):
+                raise ValueError(f"{self.path}: {nbytes} bytes at {offset} of {name!r} written twice")
+            if extents.whole:
+                del self._missing[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the file has a tensor of this name."""
+        return name in self._starts
+
+    def sync(self) -> None:
+        """See that what has been written is on the disk."""
+        self._file.sync()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

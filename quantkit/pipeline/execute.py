@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from quantkit import blocks
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.atomic import OutputGroup
+from quantkit.formats.gguf import encode_header
 from quantkit.formats.output import GGUFOutput
 from quantkit.machine import default_threads
 from quantkit.pipeline.plan import Plan, PlannedTensor
@@ -32,12 +34,16 @@ if TYPE_CHECKING:
     import numpy as np
 
     from quantkit.compile.ahead import KernelJob
+    from quantkit.formats.unfinished import WorkDirectory
+    from quantkit.pipeline.cluster import Cluster
 
 log = logging.getLogger(__name__)
 
 PIECE = 1 << 20  # weights handed to a thread at a time
 BITE = 1 << 16  # weights decoded at a time: as float32 they fit the second-level cache
 MAPPED = 64 << 20  # bytes of a tensor that may stay mapped after being read
+PART = 1 << 26  # weights handed to a worker of a cluster at a time
+SAVED = 2.0  # seconds between two records of what is done
 FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 HALF_MAX = 65504.0
 
@@ -64,13 +70,17 @@ def execute(
     progress: Progress | None = None,
     force: bool = False,
     group: OutputGroup | None = None,
+    work: WorkDirectory | None = None,
+    cluster: Cluster | None = None,
 ) -> list[Path]:
     """Write every (plan, path) of `outputs` in one reading of `source`; returns the paths.
 
     A split plan's shards are named after its path. All plans must hold the same tensors in the same order, as plans for
     one source do. `progress(tensor, nbytes)` is called as bytes of the source are finished. `max_buffer_size`, in
     bytes, bounds the memory of the pieces being processed. An existing file is refused, or replaced with `force`; with
-    `group`, the files belong to that, appear when it does, and its `force` counts.
+    `group`, the files belong to that, appear when it does, and its `force` counts. With `work`, tensors that are done
+    are kept there when the run is stopped, and not done again when it is repeated. With `cluster`, its workers encode
+    and write; `threads` and `max_buffer_size` then do nothing.
     Raises QuantkitError for NaN or infinity in a weight (unless `allow_nonfinite`), for weights that a type cannot
     hold, and when a file cannot be written; no output is left behind then.
     """
@@ -94,18 +104,154 @@ def execute(
         if group is None:
             group = stack.enter_context(OutputGroup(force=force))
         group.protect(source.files)
+        journal = None if work is None else Journal(work, source, plans, group)
+        kept_in, present = (None, frozenset[str]()) if journal is None else (journal.directory, journal.done)
         shards = [
-            [GGUFOutput(group.add(name), metadata, infos) for name, metadata, infos in plan.files(path)]
+            [GGUFOutput(group.add(name, kept_in=kept_in), metadata, infos, present)
+             for name, metadata, infos in plan.files(path)]
             for plan, path in zip(plans, paths, strict=True)
-        ]
+        ]  # fmt: skip
         group.check_space()
-        files = [_Shards([stack.enter_context(shard) for shard in each]) for each in shards]
-        writer = _Writer(files, plans[0], source, min(MAPPED, max_buffer_size or MAPPED), progress)
-        encoded = encode_pieces(source, plans, pieces(plans[0], piece), threads, allow_nonfinite)
-        stack.enter_context(closing(encoded))
-        for p, results in encoded:
-            writer.take(p, results)
+        for each in shards:
+            for shard in each:
+                stack.enter_context(shard)
+        if journal is not None:
+            journal.files = [shard for each in shards for shard in each]
+        for line in plans[0]:
+            if progress is not None and line.info.name in present:
+                progress(line.info.name, source.tensors[line.source_name].nbytes)
+        todo = (p for p in pieces(plans[0], piece if cluster is None else PART)
+                if plans[0].tensors[p.index].info.name not in present)  # fmt: skip
+        if cluster is not None:
+            _execute_on(cluster, source, plans, shards, list(todo), allow_nonfinite, progress, journal)
+        else:
+            files = [_Shards(each) for each in shards]
+            mapped = min(MAPPED, max_buffer_size or MAPPED)
+            writer = _Writer(files, plans[0], source, mapped, progress, journal)
+            encoded = encode_pieces(source, plans, todo, threads, allow_nonfinite)
+            stack.enter_context(closing(encoded))
+            for p, results in encoded:
+                writer.take(p, results)
     return [path for plan, target in zip(plans, paths, strict=True) for path, _, _ in plan.files(target)]
+
+
+class Journal:
+    """Which tensors of a run are whole in all its files, kept in `work`, so that a repeated run goes on after them.
+
+    Raises QuantkitError when the work there is of another run: of another source, other types or other weights.
+    """
+
+    def __init__(self, work: WorkDirectory, source: TensorSource, plans: Sequence[Plan], group: OutputGroup) -> None:
+        self._work, self._digest = work, _identify(source, plans)
+        record = work.load_record(self._digest).get("tensors", [])
+        self.done = frozenset(name for name in record if isinstance(name, str))
+        self.directory = work.make()
+        self.files: Sequence[GGUFOutput] = ()
+        self._names, self._saved = list(self.done), time.monotonic()
+        work.save_record(self._digest, {"tensors": self._names})
+        group.then(work.remove)
+
+    def finish(self, name: str) -> None:
+        """Note that tensor `name` is whole; now and then see what has been noted on the disk, and record it."""
+        self._names.append(name)
+        if time.monotonic() - self._saved >= SAVED:
+            for file in self.files:
+                file.sync()
+            self._work.save_record(self._digest, {"tensors": self._names})
+            self._saved = time.monotonic()
+
+
+def _identify(source: TensorSource, plans: Sequence[Plan]) -> str:
+    """What the bytes of a run depend on, without reading every weight: a digest."""
+    import hashlib
+
+    import numpy as np
+
+    from quantkit import __version__
+
+    digest = hashlib.sha256(__version__.encode())
+    for path in source.files:
+        if path.is_file():
+            status = path.stat()
+            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+    for plan in plans:
+        for path, metadata, infos in plan.files("x.gguf"):
+            digest.update(str(path).encode() + encode_header(metadata, infos, metadata.alignment))
+        for line in plan:
+            digest.update(f"{line.source_name} {line.source_type.name}".encode())
+            if line.weights is not None:
+                digest.update(np.ascontiguousarray(line.weights).tobytes())
+    for line in plans[0]:
+        digest.update(np.ascontiguousarray(source.read(line.source_name, 0, 1)).tobytes())
+    return digest.hexdigest()
+
+
+def _execute_on(
+    cluster: Cluster,
+    source: TensorSource,
+    plans: Sequence[Plan],
+    shards: Sequence[Sequence[GGUFOutput]],
+    parts: Sequence[Piece],
+    allow_nonfinite: bool,
+    progress: Progress | None,
+    journal: Journal | None,
+) -> None:
+    """Have `parts` of tensors encoded and written by the workers of `cluster`."""
+    from quantkit.pipeline.cluster import Task, packed
+
+    what, tasks = packed(source), []
+    for part in parts:
+        lines = [plan.tensors[part.index] for plan in plans]
+        name = lines[0].info.name
+        places = [_file_of(each, name).place(name) for each in shards]
+        label = name if part.start == 0 and part.last else f"{name}[{part.start}:{part.stop}]"
+        tasks.append(Task(label, (what, lines, part, places, allow_nonfinite)))
+    left = Counter(part.index for part in parts)
+
+    def done(number: int, result: None) -> None:
+        part = parts[number]
+        line = plans[0].tensors[part.index]
+        for plan, each in zip(plans, shards, strict=True):
+            info = plan.tensors[part.index].info
+            row = info.type.row_nbytes(info.n_per_row)
+            _file_of(each, info.name).written_elsewhere(info.name, part.start * row, (part.stop - part.start) * row)
+        left[part.index] -= 1
+        if journal is not None and not left[part.index]:
+            journal.finish(line.info.name)
+        if progress is not None:
+            progress(line.info.name, (part.stop - part.start) * line.source_type.row_nbytes(line.info.n_per_row))
+
+    cluster.run(encode_part, tasks, done)
+
+
+def _file_of(shards: Sequence[GGUFOutput], name: str) -> GGUFOutput:
+    return next(file for file in shards if name in file)
+
+
+def encode_part(
+    source: bytes,
+    lines: Sequence[PlannedTensor],
+    part: Piece,
+    places: Sequence[tuple[Path, tuple[int, int], int]],
+    allow_nonfinite: bool,
+) -> None:
+    """Encode `part` of a tensor by `lines`, one of each plan, into unfinished files: what a worker does.
+
+    `source` is packed; `places` are the files, what identifies them, and where the tensor begins in each.
+    """
+    from quantkit.formats.atomic import SharedFile
+    from quantkit.pipeline.cluster import opened
+
+    model = opened(source)
+    step = max(1, PIECE // max(1, lines[0].info.n_per_row))
+    with ExitStack() as stack:
+        files = [stack.enter_context(SharedFile(path, identity)) for path, identity, _ in places]
+        for start in range(part.start, part.stop, step):
+            piece = Piece(part.index, start, min(start + step, part.stop), False)
+            results = _encode_piece(model, lines, piece, allow_nonfinite, lambda: False)
+            for file, (_, _, at), line, data in zip(files, places, lines, results, strict=True):
+                file.write_at(at + start * line.info.type.row_nbytes(line.info.n_per_row), data)
+        model.release(lines[0].source_name)
 
 
 def encode_pieces(
@@ -188,9 +334,15 @@ class _Writer:
     """Takes finished pieces in order: writes them, releases the memory that reading mapped, reports progress."""
 
     def __init__(
-        self, files: Sequence[_Shards], plan: Plan, source: TensorSource, release_after: int, progress: Progress | None
+        self,
+        files: Sequence[_Shards],
+        plan: Plan,
+        source: TensorSource,
+        release_after: int,
+        progress: Progress | None,
+        journal: Journal | None = None,
     ) -> None:
-        self._files, self._plan, self._source = files, plan, source
+        self._files, self._plan, self._source, self._journal = files, plan, source, journal
         self._release_after, self._progress, self._mapped = release_after, progress, 0
 
     def take(self, piece: Piece, results: Sequence[np.ndarray]) -> None:
@@ -204,6 +356,8 @@ class _Writer:
         if piece.last or self._mapped >= self._release_after:
             self._source.release(tensor.source_name)
             self._mapped = 0
+        if piece.last and self._journal is not None:
+            self._journal.finish(tensor.info.name)
         if self._progress is not None:
             self._progress(tensor.info.name, nbytes)
 

@@ -18,7 +18,6 @@ from typing import Any
 import quantkit
 from quantkit.calibration.rounding import execute_with_feedback
 from quantkit.calibration.run import ROUNDINGS
-from quantkit.calibration.spool import WorkDirectory
 from quantkit.calibration.text import CalibrationText
 from quantkit.compile.ahead import KernelJob
 from quantkit.errors import QuantkitError
@@ -30,6 +29,7 @@ from quantkit.evaluate.needed_kernels import measuring_kernels
 from quantkit.evaluate.perplexity import chunked, tokenize
 from quantkit.evaluate.settings import Chunking, Compute, Progress
 from quantkit.formats.atomic import OutputGroup, write_whole
+from quantkit.formats.unfinished import WorkDirectory
 from quantkit.pipeline.execute import execute, quantizing_kernels
 from quantkit.pipeline.mixtures import FileType, file_type
 from quantkit.pipeline.naming import stem

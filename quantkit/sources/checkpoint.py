@@ -103,6 +103,13 @@ class CheckpointSource:
             kind = GGMLType.MXFP4 if assembly.packed is not None else self._type_of(assembly.name, shape)
             self._tensors[assembly.name] = TensorInfo(assembly.name, shape[::-1], kind)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is opened again: by the absolute path, for another process."""
+        outtype = self.type.name.lower()
+        return CheckpointSource, (
+            self.directory.absolute(), outtype, self._pre, self._name, self._allow_nonfinite, self._elsewhere
+        )  # fmt: skip
+
     @property
     def kind(self) -> str:
         """The type in the name of a file of these tensors: that of its matrices, or of experts that stay quantized."""

@@ -53,6 +53,10 @@ class RemoteShards:
         self._home = tempfile.TemporaryDirectory(prefix="quantkit-")
         self.names = sorted(name for name in self._sizes if "/" not in name and name != INDEX)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is the same commit's, and reads the hub from where it is opened again."""
+        return RemoteShards, (self.repo_id, self.commit)
+
     def open(self, name: str) -> RemoteFile:
         """The shard `name`. Its header is read now."""
         return RemoteFile(self.repo_id, self.commit, name, self._sizes[name], Path(self._home.name) / name)

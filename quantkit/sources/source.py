@@ -92,6 +92,10 @@ class GGUFSource:
         for key in SPLIT_KEYS:
             self.metadata.pop(key, None)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is opened again: by the absolute path, for another process."""
+        return GGUFSource, (self.path.absolute(),)
+
     def _shards(self, count: int) -> list[Path]:
         match = _SPLIT_NAME.fullmatch(self.path.name)
         if match is None or int(match["count"]) != count:

@@ -24,12 +24,12 @@ from quantkit.calibration.planning import (
     load_plan,
     save_plan,
 )
-from quantkit.calibration.spool import WorkDirectory
 from quantkit.calibration.survey import TensorCosts
 from quantkit.calibration.text import CalibrationText
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import load
 from quantkit.evaluate.settings import Chunking, Compute
+from quantkit.formats.unfinished import WorkDirectory
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import plan_quantize
 from quantkit.sources.checkpoint import CheckpointSource

@@ -19,12 +19,12 @@ from quantkit.calibration import spool
 from quantkit.calibration.moments import MomentsPass, batches, shrunk
 from quantkit.calibration.progress import Step
 from quantkit.calibration.rounding import RoundedTensor, execute_with_feedback
-from quantkit.calibration.spool import WorkDirectory
 from quantkit.calibration.text import CalibrationText, least_tokens
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import load
 from quantkit.evaluate.inputs import InputSum
 from quantkit.evaluate.settings import Chunking, Compute
+from quantkit.formats.unfinished import WorkDirectory
 from quantkit.pipeline.run import plan
 from quantkit.sources.checkpoint import CheckpointSource
 from quantkit.sources.source import GGUFSource, TensorSource

@@ -1,0 +1,112 @@
+"""Quantizing by the workers of real Dask schedulers: the same bytes, also when a worker is killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINYLM, requires_dask
+from support.conversion import convert
+from support.program import call, listing, refusal
+
+pytestmark = requires_dask
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+TYPES = "Q4_K_M,Q8_0"
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
+    """Start a `dask` process; returns it, and the address that it tells."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def begin(*words: str) -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-m", "distributed.cli.dask_" + words[0], *words[1:]]
+        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        processes.append(process)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if (found := re.search(r"(?:Scheduler at|Start worker at):\s+(tcp://\S+)", line)) is not None:
+                return process, found[1]
+        raise AssertionError("the process ended")
+
+    yield begin
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def scheduler(start: Callable[..., tuple[subprocess.Popen[str], str]]) -> str:
+    return start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")[1]
+
+
+def worker(start: Callable[..., tuple[subprocess.Popen[str], str]], address: str) -> subprocess.Popen[str]:
+    return start("worker", address, "--nthreads", "1", "--no-nanny", "--no-dashboard", "--host", "127.0.0.1")[0]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("alone")
+    call("quantize", TINYLM, "--type", TYPES, "-o", f"{folder}/")
+    return listing(folder)
+
+
+def test_the_same_bytes(start: Callable[..., tuple[subprocess.Popen[str], str]], tmp_path: Path,
+                        alone: dict[str, bytes]) -> None:  # fmt: skip
+    address = scheduler(start)
+    for _ in range(2):
+        worker(start, address)
+    call("quantize", TINYLM, "--type", TYPES, "-o", f"{tmp_path}/out/", "--cluster", address)
+    assert listing(tmp_path / "out") == alone
+    # A GGUF file as the source, and shards.
+    f16 = convert(TINYLM, tmp_path / "f16.gguf", "f16")
+    for name, more in (("here", []), ("there", ["--cluster", address])):
+        call("quantize", f16, "Q5_0", "-o", tmp_path / f"{name}.gguf", "--split-max-tensors", 9, *more)
+    here, there = ({p.name[-21:]: p.read_bytes() for p in tmp_path.glob(f"{name}-*")} for name in ("here", "there"))
+    assert here == there and len(here) > 1
+
+
+def test_a_worker_is_killed_and_another_joins(
+    start: Callable[..., tuple[subprocess.Popen[str], str]], tmp_path: Path, alone: dict[str, bytes]
+) -> None:
+    address = scheduler(start)
+    first = worker(start, address)
+    command = [sys.executable, "-m", "quantkit", "quantize", str(TINYLM), "--type", TYPES]
+    process = subprocess.Popen([*command, "-o", f"{tmp_path}/out/", "--cluster", address], env=ENVIRONMENT)
+    while process.poll() is None and not list(tmp_path.glob("out/*.partial")):
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    worker(start, address)
+    assert process.wait() == 0
+    assert listing(tmp_path / "out") == alone
+
+
+def test_processes_here(tmp_path: Path, alone: dict[str, bytes]) -> None:
+    call("quantize", TINYLM, "--type", TYPES, "-o", f"{tmp_path}/out/", "--cluster", "local:2")
+    assert listing(tmp_path / "out") == alone
+
+
+def test_errors_are_one_line(start: Callable[..., tuple[subprocess.Popen[str], str]], tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    for address, told in (
+        ("localhost", "not a cluster"), ("local:0", "not a cluster"), ("tcp://127.0.0.1:9", "no Dask scheduler"),
+    ):  # fmt: skip
+        assert told in refusal("quantize", TINYLM, "Q4_0", "-o", out, "--cluster", address)
+    lost, address = start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+    command = [sys.executable, "-m", "quantkit", "quantize", str(TINYLM), "Q4_0", "-o", str(out), "--cluster", address]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("*.partial")):
+        time.sleep(0.01)
+    os.killpg(lost.pid, signal.SIGKILL)
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and "scheduler has gone away" in told and "Traceback" not in told
+    assert listing(tmp_path) == {}
