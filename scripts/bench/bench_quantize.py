@@ -90,7 +90,7 @@ def make_model(path: Path) -> None:
 def run(command: list[str]) -> tuple[float, float]:
     """Run a process; returns its seconds and its peak memory in MB."""
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", *command])
+    process = subprocess.Popen([sys.executable, "-c", *command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)
