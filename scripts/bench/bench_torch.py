@@ -1,10 +1,11 @@
 """Time the torch backend, and hold it against numpy's float32.
 
-    python scripts/bench/bench_torch.py MODEL TEXT --device cuda [--chunks N] [--judge-chunks N] [--synthetic]
+    python scripts/bench/bench_torch.py [MODEL TEXT] --device cuda [--chunks N] [--judge-chunks N] [--synthetic 1b,8b]
 
 For float32 and bfloat16: perplexity over all chunks, seconds after loading (the first run, which also starts the
-device, and the second), and on the first chunks the difference from numpy. With --synthetic also the tokens a second
-of a Llama of 1.1 billion weights made up at random.
+device, and the second), and on the first chunks the difference from numpy. With --synthetic, for a Llama of so many
+weights made up at random: seconds to load, tokens a second of perplexity, its time over that of the bare matrix
+products, tokens a second of an importance matrix and of second moments, and the peak memory of the device.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -29,12 +32,14 @@ from quantkit.vocabulary import Vocabulary
 
 
 class SyntheticLlama:
-    """A TensorSource of random F16 weights in the shapes of TinyLlama-1.1B."""
+    """A TensorSource of random F16 weights in the shapes of TinyLlama-1.1B or Llama-3-8B."""
 
     label = "synthetic Llama"
-    n_vocab, n_embd, n_ff, n_layer, n_head, n_head_kv = 32000, 2048, 5632, 22, 32, 4
+    files = ()
+    sizes: ClassVar = {"1b": (32000, 2048, 5632, 22, 32, 4), "8b": (128256, 4096, 14336, 32, 32, 8)}
 
-    def __init__(self) -> None:
+    def __init__(self, size: str) -> None:
+        self.n_vocab, self.n_embd, self.n_ff, self.n_layer, self.n_head, self.n_head_kv = self.sizes[size]
         self.metadata = Metadata()
         self.metadata.set("general.architecture", ValueType.STRING, "llama")
         for key, value in {
@@ -94,18 +99,85 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def main() -> None:
-    """Print one JSON object a line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--chunks", type=int)
-    parser.add_argument("--judge-chunks", type=int, default=16, help="chunks that numpy computes too")
-    parser.add_argument("--synthetic", action="store_true")
-    args = parser.parse_args()
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
-    print(json.dumps({"device": name, "torch": torch.__version__}), flush=True)
+def seconds_of(function: Callable[[], object], device: str, repeats: int = 3) -> float:
+    """Seconds that `function` takes, after one call that is not counted."""
+    function()
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    synchronize(device)
+    return (time.perf_counter() - began) / repeats
+
+
+def bare_products(llama: SyntheticLlama, n_tokens: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """The matrix products of `n_tokens` tokens, half of them scored, and nothing else."""
+    embd, ff, kv = llama.n_embd, llama.n_ff, llama.n_embd // llama.n_head * llama.n_head_kv
+    layer = [(embd, embd), (embd, kv), (embd, kv), (embd, embd), (embd, ff), (embd, ff), (ff, embd)]
+    make = partial(torch.randn, dtype=dtype, device=device)
+    matrices = [make(n_out, n_in) for n_in, n_out in layer]
+    output, x = make(llama.n_vocab, embd), {n: make(n_tokens, n) for n in (embd, ff)}
+
+    def run() -> None:
+        for _ in range(llama.n_layer):
+            for (n_in, _), matrix in zip(layer, matrices, strict=True):
+                torch.mm(x[n_in], matrix.t())
+        for start in range(0, n_tokens // 2, 2048):
+            torch.mm(x[embd][start : start + 2048], output.t())
+
+    return run
+
+
+def observed(model: TorchTransformer, tokens: np.ndarray, full: bool) -> None:
+    """Run `tokens` and sum what the matrices are multiplied with: squares, or all second moments of the first layer."""
+    wanted = {f"blk.0.{name}.weight" for name in ("attn_q", "ffn_gate", "ffn_down")} if full else None
+    sums = model.input_sums(full, wanted=wanted)
+    model.hidden(tokens, 0, tokens.shape[1])
+    sums.take()
+    model.observer = None
+
+
+def synthetic(size: str, device: str) -> None:
+    """Print what a synthetic Llama takes."""
+    llama = SyntheticLlama(size)
+    n_weights = sum(info.n_elements for info in llama.tensors.values())
+    for precision, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
+        began = time.perf_counter()
+        model = TorchTransformer(llama, Compute(backend="torch", device=device, precision=precision))
+        synchronize(device)
+        loading, n_seq = time.perf_counter() - began, model.batch(512)
+        tokens = np.random.default_rng(2).integers(0, llama.n_vocab, (n_seq, 512)).astype(np.int32)
+
+        measured = seconds_of(partial(model.log_likelihoods, tokens, 256), device)
+        floor = seconds_of(bare_products(llama, tokens.size, dtype, device), device)
+        print(
+            json.dumps(
+                {
+                    "weights": n_weights,
+                    "precision": precision,
+                    "loading": round(loading, 1),
+                    "batch": n_seq,
+                    "tokens_per_second": round(tokens.size / measured),
+                    "share_of_bare_products": round(floor / measured, 3),
+                    "imatrix_tokens_per_second": round(
+                        tokens.size / seconds_of(partial(observed, model, tokens, False), device)
+                    ),
+                    "with_moments_of_a_layer_tokens_per_second": round(
+                        tokens.size / seconds_of(partial(observed, model, tokens, True), device, 1)
+                    ),
+                    "peak_memory": model.peak_memory(),
+                }
+            ),
+            flush=True,
+        )
+        del model
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def trained(args: argparse.Namespace) -> None:
+    """Print what a trained model takes, and how it differs from numpy's float32."""
     source = open_model(args.model)
     ids, bos = tokenize(Vocabulary.from_metadata(source.metadata), args.text.read_text(encoding="utf-8"))
     judged = chunked(ids, Chunking(chunks=args.judge_chunks), bos, source.label)
@@ -129,34 +201,24 @@ def main() -> None:
             ),
             flush=True,
         )
-    if not args.synthetic:
-        return
-    llama = SyntheticLlama()
-    n_weights = sum(info.n_elements for info in llama.tensors.values())
-    for precision in ("f32", "bf16"):
-        began = time.perf_counter()
-        model = TorchTransformer(llama, Compute(backend="torch", device=args.device, precision=precision))
-        loading = time.perf_counter() - began
-        n_seq = model.batch(512)
-        tokens = np.random.default_rng(2).integers(0, llama.n_vocab, (n_seq, 512)).astype(np.int32)
-        model.log_likelihoods(tokens, 256)
-        synchronize(args.device)
-        began = time.perf_counter()
-        for _ in range(3):
-            model.log_likelihoods(tokens, 256)
-        seconds = (time.perf_counter() - began) / 3
-        print(
-            json.dumps(
-                {
-                    "weights": n_weights,
-                    "precision": precision,
-                    "loading": round(loading, 1),
-                    "batch": n_seq,
-                    "tokens_per_second": round(tokens.size / seconds),
-                }
-            ),
-            flush=True,
-        )
+
+
+def main() -> None:
+    """Print one JSON object a line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("text", type=Path, nargs="?")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--chunks", type=int)
+    parser.add_argument("--judge-chunks", type=int, default=16, help="chunks that numpy computes too")
+    parser.add_argument("--synthetic", default="", help="sizes, with commas: 1b, 8b")
+    args = parser.parse_args()
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
+    print(json.dumps({"device": name, "torch": torch.__version__}), flush=True)
+    if args.model is not None:
+        trained(args)
+    for size in filter(None, args.synthetic.split(",")):
+        synthetic(size, args.device)
 
 
 if __name__ == "__main__":
