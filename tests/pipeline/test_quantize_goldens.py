@@ -1,4 +1,4 @@
-"""Every file type on two real models, against sha256 that record_quantize_goldens.py got from the reference."""
+"""Every file type on three models, against sha256 that record_quantize_goldens.py got from the reference."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import requires_shared
+from conftest import TINYLM, requires_shared
 from record_quantize_goldens import GOLDENS, importance, sha256
+from support.conversion import convert
 
 from quantkit.errors import QuantkitError
 from quantkit.pipeline.execute import execute
@@ -36,6 +37,16 @@ def assert_recorded(source: GGUFSource, record: dict[str, Any], name: str, direc
     assert outputs
     for _, path in outputs:
         assert sha256(path) == record[path.name][name], f"{name}, {path.name}"
+
+
+@pytest.fixture(scope="module")
+def tinylm(tmp_path_factory: pytest.TempPathFactory) -> GGUFSource:
+    return GGUFSource(convert(TINYLM, tmp_path_factory.mktemp("tinylm") / "tinylm-F16.gguf", "f16"))
+
+
+@pytest.mark.parametrize("name", FILE_TYPES)
+def test_tinylm(tinylm: GGUFSource, tmp_path: Path, name: str) -> None:
+    assert_recorded(tinylm, golden("tinylm"), name, tmp_path)
 
 
 @requires_shared
