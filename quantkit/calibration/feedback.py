@@ -28,6 +28,7 @@ from quantkit.machine import default_threads
 
 ROWS = 256  # rows that are worked on together: in lanes of sixteen, and as the width of matrix products
 PANEL = 256  # columns whose errors reach the others by a matrix product
+DAMPING = 0.01  # of the moments' diagonal, as a share of its mean
 SWEEPS = 3  # how often all sub-blocks are settled again
 _FACTOR_BLOCK = 512
 _SHIFT = np.float32(0.125)  # of the levels of IQ1_S and IQ1_M
@@ -95,7 +96,7 @@ class Curvature:
         self._lock = threading.Lock()
 
     @classmethod
-    def of(cls, moments: np.ndarray, *, damping: float = 0.01) -> Curvature:
+    def of(cls, moments: np.ndarray, *, damping: float = DAMPING) -> Curvature:
         """The curvature that `moments`, the mean of x xT, float64 or float32 [n, n], describe.
 
         `damping` is added to the diagonal, as a share of its mean: moments of few tokens are singular, and what they

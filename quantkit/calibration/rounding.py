@@ -18,7 +18,7 @@ import numpy as np
 
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
-from quantkit.calibration.feedback import SUPPORTED, Curvature, round_with_feedback
+from quantkit.calibration.feedback import DAMPING, SUPPORTED, Curvature, round_with_feedback
 from quantkit.calibration.moments import Activations, LayerMoments, Moments, MomentsPass, SharedInput
 from quantkit.calibration.progress import Step
 from quantkit.calibration.spool import Spool
@@ -63,7 +63,7 @@ def execute_with_feedback(
     outputs: Sequence[tuple[Plan, Path]],
     text: CalibrationText,
     *,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     work: WorkDirectory | None = None,
     threads: int | None = None,
     allow_nonfinite: bool = False,

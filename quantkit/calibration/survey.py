@@ -18,7 +18,7 @@ import numpy as np
 
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
-from quantkit.calibration.feedback import SUPPORTED, Curvature, round_with_feedback
+from quantkit.calibration.feedback import DAMPING, SUPPORTED, Curvature, round_with_feedback
 from quantkit.calibration.moments import Activations, Moments, MomentsPass, SharedInput, batches
 from quantkit.calibration.progress import Step
 from quantkit.calibration.text import CalibrationText
@@ -69,7 +69,7 @@ def survey(
     candidates: Mapping[str, Sequence[GGMLType]],
     *,
     feedback: bool = True,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     chunks: int = _CHUNKS,
     directory: Path | None = None,
     progress: Callable[[Step], None] | None = None,

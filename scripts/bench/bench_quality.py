@@ -2,7 +2,7 @@
 
     python scripts/bench/bench_quality.py --shared ../shared --cache /tmp/quality [--models docs-llama,smollm2]
         [--sizes Q4_K_M,Q3_K_M] [--methods importance,feedback] [--chunks 128] [--test-chunks 80]
-        [--backend torch --device cuda]
+        [--damping 0.01] [--backend torch --device cuda]
 
 For each model and size three files are written from the F16 model with one calibration text, and measured on three
 others: mean and 99.9% percentile of the divergence from the F16 model, ratio of perplexities, and how often the
@@ -31,9 +31,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import quantkit
+from quantkit.calibration.feedback import DAMPING
 from quantkit.calibration.planning import Target, TypeChooser, Wishes, load_plan, save_plan
 from quantkit.calibration.rounding import execute_with_feedback
 from quantkit.calibration.run import Calibration
+from quantkit.calibration.survey import survey
 from quantkit.evaluate.backends import load
 from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.formats.imatrix import ImportanceMatrix
@@ -78,7 +80,7 @@ class Bench:
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         self.name, self.arguments = name, arguments
-        self.cache = arguments.cache / f"{name}-{arguments.chunks or 'all'}"
+        self.cache = arguments.cache / f"{name}-{arguments.chunks or 'all'}-{arguments.damping}"
         self.cache.mkdir(parents=True, exist_ok=True)
         self.sizes, self.methods = arguments.sizes.split(","), arguments.methods.split(",")
         self.source = f16_model(name, arguments.shared, arguments.cache)
@@ -109,12 +111,12 @@ class Bench:
         path = self.cache / f"{size}.plan.json"
         if not path.exists():
             text = self.calibration.cut(self.source)
-            chooser = TypeChooser(
-                self.source, [Target.parse(s) for s in SIZES], QuantizeOptions(), text, "gptq", Wishes()
-            )
+            targets = [Target.parse(each) for each in self.sizes]
+            chooser = TypeChooser(self.source, targets, QuantizeOptions(), text, "gptq", Wishes())
             with seconds(f"{self.name}: costs of types"):
-                costs = chooser.survey(load(self.source, self.compute, keep=False))
-            for each, plan in zip(SIZES, chooser.choose(costs), strict=True):
+                model = load(self.source, self.compute, keep=False)
+                costs = survey(model, text, chooser.candidates, damping=self.arguments.damping)
+            for each, plan in zip(self.sizes, chooser.choose(costs), strict=True):
                 save_plan(plan, self.source, self.cache / f"{each}.plan.json")
         return load_plan(path, self.source)
 
@@ -139,7 +141,8 @@ class Bench:
                 execute(self.source, outputs, threads=self.arguments.threads)
                 return
             text, model = self.calibration.cut(self.source), load(self.source, self.compute, keep=False)
-            execute_with_feedback(model, outputs, text, threads=self.arguments.threads)
+            damping, threads = self.arguments.damping, self.arguments.threads
+            execute_with_feedback(model, outputs, text, damping=damping, threads=threads)
 
     def results(self, text_name: str, tokens: np.ndarray) -> dict[tuple[str, str], dict[str, Any]]:
         """What each method's file of each size loses on a text."""
@@ -249,6 +252,7 @@ def main() -> None:
     parser.add_argument("--texts", default="docs-test,wikitext-2,python code")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--chunks", type=int, help="of the calibration text, for all methods; all by default")
+    parser.add_argument("--damping", type=float, default=DAMPING)
     parser.add_argument("--test-chunks", type=int, default=80)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--backend", default="numpy")

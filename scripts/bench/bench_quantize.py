@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,11 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 """
 
 
-def make_model(path: Path) -> None:
-    """Write the F16 model: normal weights of the usual spread, from one block of random numbers."""
+def make_model(path: Path, tokens: Sequence[str] = ()) -> None:
+    """Write the F16 model: normal weights of the usual spread, from one block of random numbers.
+
+    `tokens` are its vocabulary, which quantizing does without.
+    """
     metadata = Metadata()
     metadata.set("general.architecture", ValueType.STRING, "llama")
     for key, value in {
@@ -53,7 +57,11 @@ def make_model(path: Path) -> None:
     }.items():
         metadata.set(f"llama.{key}", ValueType.UINT32, value)
     metadata.set("llama.attention.layer_norm_rms_epsilon", ValueType.FLOAT32, 1e-5)
-    metadata.set("tokenizer.ggml.model", ValueType.STRING, "no_vocab")
+    metadata.set("tokenizer.ggml.model", ValueType.STRING, "gpt2" if tokens else "no_vocab")
+    if tokens:
+        metadata.set("tokenizer.ggml.pre", ValueType.STRING, "llama-bpe")
+        metadata.set("tokenizer.ggml.tokens", ValueType.ARRAY, list(tokens), ValueType.STRING)
+        metadata.set("tokenizer.ggml.merges", ValueType.ARRAY, [], ValueType.STRING)
     kv = EMBD // HEADS * HEADS_KV
     shapes = {"token_embd": (EMBD, VOCAB), "output_norm": (EMBD,), "output": (EMBD, VOCAB)}
     for i in range(LAYERS):

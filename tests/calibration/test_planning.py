@@ -286,6 +286,21 @@ def test_a_tied_embedding_counts_where_it_is_looked_up_and_multiplied_with(tmp_p
     assert costs["token_embd.weight"].divergence[T.IQ4_NL] == pytest.approx(measured, rel=0.25)
 
 
+def test_types_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    family = FAMILIES["mixtral"]
+    source = GGUFSource(write_gguf(tmp_path / "e.gguf", family.metadata(), family.weights(7)))
+    tokens = np.random.default_rng(1).integers(0, N_VOCAB, 4096)
+    one, three = (
+        quantkit.choose_types(source, "6bpw", tokens, chunking=Chunking(n_ctx=64), compute=Compute(threads=n))
+        for n in (1, 3)
+    )
+    assert types_of(one) == types_of(three)
+    for name, each in one.costs.items():
+        # Products over few rows are cut among BLAS's threads, and their float32 sums with them.
+        assert three.costs[name].sensitivity == pytest.approx(each.sensitivity, rel=1e-5)
+        assert three.costs[name].losses == pytest.approx(each.losses, rel=1e-5)
+
+
 @requires_torch
 def test_torch_measures_the_same_costs(tmp_path: Path) -> None:
     family = FAMILIES["mixtral"]
