@@ -27,11 +27,14 @@ from quantkit.architectures.gpt2 import GPT2
 from quantkit.architectures.gpt_neox import GPTNeoX
 from quantkit.architectures.gpt_oss import GptOss
 from quantkit.architectures.granite import Granite, GraniteMoe
+from quantkit.architectures.granite_hybrid import GraniteHybrid
 from quantkit.architectures.hunyuan import HunyuanDense
 from quantkit.architectures.internlm2 import InternLM2, InternLM3
+from quantkit.architectures.lfm2 import Lfm2, Lfm2Moe
 from quantkit.architectures.llama import Llama
 from quantkit.architectures.llama4 import Llama4
 from quantkit.architectures.minicpm import MiniCPM
+from quantkit.architectures.minimax_m2 import MiniMaxM2
 from quantkit.architectures.mistral3 import Mistral3
 from quantkit.architectures.mixtral import Mixtral
 from quantkit.architectures.nemotron import Nemotron
@@ -103,6 +106,10 @@ FAMILIES: tuple[type[Architecture], ...] = (
     Qwen3Next,
     Qwen35,
     Qwen35Moe,
+    MiniMaxM2,
+    Lfm2,
+    Lfm2Moe,
+    GraniteHybrid,
 )
 
 BY_CLASS: dict[str, type[Architecture]] = {
@@ -148,7 +155,7 @@ def load_architecture(directory: Path) -> Architecture:
             + (f"; the nearest that are: {', '.join(near)}" if near else "")
             + "; `quantkit architectures` lists all, and quantkit/architectures/README.md shows how one is added"
         )
-    return family(config)
+    return family.of(config)
 
 
 def _nearest(name: str) -> list[str]:

@@ -152,6 +152,11 @@ class Architecture:
             defaults = text_models[kind]
         self.config = self.complete(config.with_defaults(defaults))
 
+    @classmethod
+    def of(cls, config: Config) -> Architecture:
+        """The family of a checkpoint of one of these classes: where its hyper-parameters say so, another one."""
+        return cls(config)
+
     def complete(self, config: Config) -> Config:
         """`config` with the fields that follow from others filled in, as its configuration class does."""
         missing = {name: derive(config) for name, derive in self.derived.items() if config.find(name) is None}

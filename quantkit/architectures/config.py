@@ -102,6 +102,13 @@ class Config:
             raise QuantkitError(f"{self.path}: it lacks {names[0]}")
         return value
 
+    def listed(self, name: str, count: int) -> list[Any]:
+        """A list of `count` entries, one for each layer. Raises QuantkitError when there is none, or another."""
+        value = self.find(name)
+        if not isinstance(value, list) or len(value) != count:
+            raise self.wrong((name,), value, f"a list for {count} layers")
+        return value
+
     def table(self, *names: str) -> dict[str, Any] | None:
         """A nested object, or None when there is none. Raises QuantkitError for anything else."""
         value = self.find(*names)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 GLM_TOKENS = {"bos": "[gMASK]", "eot": "<|user|>", "unk": "<|endoftext|>", "eom": "<|observation|>"}
 
 
-def _sigmoid(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
+def sigmoid(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
+    """That scores of experts are sigmoids, each by itself."""
     from gguf import ExpertGatingFuncType
 
     writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
@@ -70,7 +71,7 @@ class Glm4Moe(Architecture):
         EXPERT_FEED_FORWARD,
         SHARED_EXPERTS,
         LEADING_DENSE,
-        _sigmoid,
+        sigmoid,
         EXPERT_SCALE,
         EXPERT_NORM,
         NEXT_LAYERS,

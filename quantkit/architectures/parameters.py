@@ -113,11 +113,9 @@ def rope_unscaled(architecture: Architecture, writer: GGUFWriter, file_type: int
 
 def sliding_layers(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
     """Which layers use a sliding window, as `layer_types` lists them."""
-    kinds = architecture.config.find("layer_types")
-    if kinds is None:
+    if architecture.config.find("layer_types") is None:
         return
-    if not isinstance(kinds, list) or len(kinds) != architecture.n_layers:
-        raise architecture.config.wrong(("layer_types",), kinds, f"a list for {architecture.n_layers} layers")
+    kinds = architecture.config.listed("layer_types", architecture.n_layers)
     writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
 
 

@@ -15,7 +15,7 @@ from quantkit.architectures.experts import EXPERTS
 from quantkit.architectures.gemma2 import plus_one
 from quantkit.architectures.parameters import NEXT_LAYERS, rope_dimensions
 from quantkit.architectures.qwen2_moe import Qwen2Moe
-from quantkit.architectures.rearrangements import STACKED_EXPERTS, in_turn
+from quantkit.architectures.rearrangements import STACKED_EXPERTS, decay_rates, in_turn, kernel
 from quantkit.formats.safetensors import StoredTensor
 
 if TYPE_CHECKING:
@@ -29,20 +29,6 @@ _NEXT_NAMES = {
     "norm": "shared_head.norm",
 }
 _NEXT_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
-
-
-def decay_rates(rows: np.ndarray) -> np.ndarray:
-    """What a state decays with, of the logarithm that checkpoints hold.
-
-    Rounded correctly, which the reference's exponential is not quite: that depends on the machine.
-    """
-    rates: np.ndarray = -np.exp(rows.astype(np.float64)).astype(rows.dtype)
-    return rates
-
-
-def kernel(_config: Config, stored: np.ndarray) -> np.ndarray:
-    """The rows of a convolution's kernel [channels, 1, size], one for each channel."""
-    return stored.reshape(stored.shape[0], stored.shape[-1])
 
 
 def _delta_parts(*which: str) -> tuple[Rearrange, ...]:
@@ -70,11 +56,9 @@ def _write_delta_net(architecture: Architecture, writer: GGUFWriter, file_type: 
     writer.add_ssm_group_count(config.require("linear_num_key_heads"))
     writer.add_ssm_time_step_rank(config.require("linear_num_value_heads"))
     writer.add_ssm_inner_size(config.require("linear_value_head_dim") * config.require("linear_num_value_heads"))
-    kinds, n_layers = config.find("layer_types"), config.require("num_hidden_layers")
-    if kinds is not None:
-        if not isinstance(kinds, list) or len(kinds) != n_layers:
-            raise config.wrong(("layer_types",), kinds, f"a list for {n_layers} layers")
-        recurrent = [kind == "linear_attention" for kind in kinds] + [False] * (architecture.n_layers - n_layers)
+    if config.find("layer_types") is not None:
+        kinds = config.listed("layer_types", config.require("num_hidden_layers"))
+        recurrent = [kind == "linear_attention" for kind in kinds] + [False] * (architecture.n_layers - len(kinds))
         writer.add_array(f"{architecture.gguf_name}.attention.recurrent_layers", recurrent)
     interval = config.integer("full_attention_interval")
     writer.add_full_attention_interval(4 if interval is None else interval)

@@ -95,6 +95,20 @@ def in_turn(*steps: Rearrange) -> Rearrange:
     return rearrange
 
 
+def decay_rates(rows: np.ndarray) -> np.ndarray:
+    """What a state decays with, of the logarithm that checkpoints hold.
+
+    Rounded correctly, which the reference's exponential is not quite: that depends on the machine.
+    """
+    rates: np.ndarray = -np.exp(rows.astype(np.float64)).astype(rows.dtype)
+    return rates
+
+
+def kernel(_config: Config, stored: np.ndarray) -> np.ndarray:
+    """The rows of a convolution's kernel [channels, 1, size], one for each channel."""
+    return stored.reshape(stored.shape[0], stored.shape[-1])
+
+
 # The order of gate and up projections in one tensor.
 HALVES = ("gate", "up")
 # Experts that come stacked, gate and up projections in one tensor, without `.weight`; and with it.

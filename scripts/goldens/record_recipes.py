@@ -39,13 +39,15 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 class Model:
     """A class of transformers, what of its config is not `SIZES`, and the other fields of a recipe.
 
-    `called` is what published checkpoints call the class, where that is not the name that transformers gives it.
+    `called` is what published checkpoints call the class, where that is not the name that transformers gives it, and
+    `said` are fields as these say them, where that is not what transformers saves.
     """
 
     name: str
     config: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     called: str | None = None
+    said: dict[str, Any] = field(default_factory=dict)
 
 
 def _rope(theta: float, **values: Any) -> dict[str, Any]:
@@ -353,6 +355,47 @@ MODELS = {
             "rope_parameters": _rope(5e5), "use_qk_norm": True, "max_position_embeddings": 512,
         },
     ),
+    "tiny-minimax-m2": Model(
+        "MiniMaxM2ForCausalLM",
+        {
+            "head_dim": 64, "intermediate_size": 256, "num_local_experts": 4, "num_experts_per_tok": 2,
+            "rotary_dim": 32, "rope_parameters": _rope(5e6, partial_rotary_factor=0.5), "scoring_func": "sigmoid",
+        },
+    ),
+    "tiny-lfm2": Model(
+        "Lfm2ForCausalLM",
+        {
+            "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": True,
+            "intermediate_size": 768, "rope_parameters": _rope(1e6),
+        },
+    ),
+    "tiny-lfm2-moe": Model(
+        "Lfm2MoeForCausalLM",
+        {
+            "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1,
+            "moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _rope(1e6),
+        },
+    ),
+    "tiny-granite-hybrid": Model(
+        "GraniteMoeHybridForCausalLM",
+        {
+            "num_hidden_layers": 3, "layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 8,
+            "mamba_d_head": 64, "mamba_n_groups": 2, "mamba_d_state": 32, "shared_intermediate_size": 256,
+            "num_local_experts": 4, "num_experts_per_tok": 2, "embedding_multiplier": 12.0, "logits_scaling": 6.0,
+            "residual_multiplier": 0.22, "attention_multiplier": 0.015625,
+        },
+        said={"layer_types": ["mamba", "attention", "mamba"]},
+    ),
+    "tiny-granite-micro": Model(
+        "GraniteMoeHybridForCausalLM",
+        {
+            "layer_types": ["attention", "attention"], "mamba_n_heads": 8, "mamba_d_head": 64,
+            "shared_intermediate_size": 512, "num_local_experts": 0, "num_experts_per_tok": 0,
+            "position_embedding_type": "rope", "embedding_multiplier": 12.0, "logits_scaling": 6.0,
+            "residual_multiplier": 0.22, "attention_multiplier": 0.015625,
+        },
+        said={"layer_types": ["attention", "attention"]},
+    ),
     "tiny-qwen3-next": Model(
         "Qwen3NextForCausalLM",
         {
@@ -428,6 +471,7 @@ def record(model: Model) -> dict[str, Any]:
                     kind = entry["dtype"]
                     plain = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
                     tensors[tensor] = " ".join([kind] * (kind != plain) + [str(n) for n in entry["shape"]])
+    saved |= model.said
     if model.called:
         saved["architectures"] = [model.called]
     recipe = dict(model.recipe)

@@ -10,8 +10,14 @@ from quantkit.architectures import supported
 _CLASSES = {name for row in supported() if row.evaluated for name in row.classes}
 
 
+# Those whose class is of a family that is not evaluated, and whose hyper-parameters make them one that is.
+_OF_ANOTHER_FAMILY = {"tiny-granite-micro"}
 # The checkpoints that have a forward pass here, and those of them that transformers has one for.
-EVALUATED = [name for name, recipe in (RECIPES | FAMILIES).items() if recipe.config["architectures"][0] in _CLASSES]
+EVALUATED = [
+    name
+    for name, recipe in (RECIPES | FAMILIES).items()
+    if recipe.config["architectures"][0] in _CLASSES or name in _OF_ANOTHER_FAMILY
+]
 IN_TRANSFORMERS = [name for name in EVALUATED if name not in OWN_CODE]
 # Those that the pinned llama.cpp does not load, and those that it runs otherwise than the model is meant to be run.
 LLAMA_CPP_LACKS = {"tiny-deepseek-v2-lite": "llama.cpp knows DeepSeek V2 without a latent of queries by its layers"}
