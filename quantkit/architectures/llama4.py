@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from quantkit.architectures.base import Architecture, Transform
+from quantkit.architectures.base import Architecture
 from quantkit.architectures.config import Config
 from quantkit.architectures.forward import (
     Attention,
@@ -20,7 +20,7 @@ from quantkit.architectures.forward import (
 from quantkit.architectures.llama import Llama
 from quantkit.architectures.parameters import Field
 from quantkit.architectures.reader import ModelReader
-from quantkit.architectures.rearrangements import HALVES, in_turn, part, transpose
+from quantkit.architectures.rearrangements import TRANSPOSED_EXPERTS
 from quantkit.formats.gguf import Metadata, TensorInfo
 
 if TYPE_CHECKING:
@@ -72,12 +72,7 @@ class Llama4(Llama):
         _no_window,
     )
     transforms = {}  # noqa: RUF012
-    pieces = {  # noqa: RUF012
-        ".experts.gate_up_proj": {
-            f".experts.{half}_proj.weight": Transform(in_turn(transpose, part(i, 2))) for i, half in enumerate(HALVES)
-        },
-        ".experts.down_proj": {".experts.down_proj.weight": Transform(transpose)},
-    }
+    pieces = TRANSPOSED_EXPERTS
     vocabulary = "bpe"
     usual_pre = "llama4"
     notes = "text part; experts, chunked attention"

@@ -120,3 +120,14 @@ STACKED_EXPERTS: Mapping[str, Pieces] = {
         "down_proj": {".experts.down_proj.weight": Transform()},
     }.items()
 }
+# The same with rows and columns exchanged.
+TRANSPOSED_EXPERTS: Mapping[str, Pieces] = {
+    f".experts.{name}{ending}": pieces
+    for ending in ("", ".weight")
+    for name, pieces in {
+        "gate_up_proj": {
+            f".experts.{half}_proj.weight": Transform(in_turn(transpose, part(i, 2))) for i, half in enumerate(HALVES)
+        },
+        "down_proj": {".experts.down_proj.weight": Transform(transpose)},
+    }.items()
+}

@@ -132,7 +132,8 @@ class CheckpointSource:
         """What is quantized already and dequantized while it is read, in words; empty where nothing is."""
         if not isinstance(self._checkpoint, UnpackedCheckpoint):
             return ""
-        kinds = self._checkpoint.kinds
+        if not (kinds := self._checkpoint.kinds):
+            return ""
         whole = count_text(sum(kinds.values()), "tensor")
         return f"{whole} dequantized: " + ", ".join(f"{kind} ({n})" for kind, n in kinds.items())
 

@@ -89,6 +89,11 @@ MTP_MOE = {
     "mtp.layers.0.mlp.gate.weight": "4 256",
     "mtp.layers.0.mlp.shared_expert_gate.weight": "1 256",
 }
+QWEN3_VISION = {
+    "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 256,
+    "num_position_embeddings": 16,
+}  # fmt: skip
+MROPE = _rope(5e6, mrope_section=[12, 10, 10], mrope_interleaved=True)
 MODELS = {
     "tiny-qwen2-moe": Model(
         "Qwen2MoeForCausalLM",
@@ -395,6 +400,37 @@ MODELS = {
             "residual_multiplier": 0.22, "attention_multiplier": 0.015625,
         },
         said={"layer_types": ["attention", "attention"]},
+    ),
+    "tiny-qwen2-vl": Model(
+        "Qwen2VLForConditionalGeneration",
+        {
+            "text_config": {**SIZES, "rope_parameters": _rope(1e6, mrope_section=[8, 12, 12])},
+            "vision_config": {"depth": 1, "embed_dim": 32, "hidden_size": 256, "num_heads": 2, "mlp_ratio": 1},
+        },
+    ),
+    "tiny-qwen3-vl": Model(
+        "Qwen3VLForConditionalGeneration",
+        {
+            "text_config": {
+                **SIZES, "head_dim": 64, "rope_parameters": MROPE,
+            },
+            "vision_config": {**QWEN3_VISION, "deepstack_visual_indexes": [0]},
+        },
+    ),
+    "tiny-qwen3-vl-moe": Model(
+        "Qwen3VLMoeForConditionalGeneration",
+        {
+            "text_config": {
+                **SIZES, "head_dim": 64, "moe_intermediate_size": 512, "num_experts": 4, "num_experts_per_tok": 2,
+                "rope_parameters": MROPE,
+            },
+            "vision_config": {**QWEN3_VISION, "deepstack_visual_indexes": [0]},
+        },
+        # As it is published; transformers 5 exchanges rows and columns.
+        {"more": {
+            f"model.language_model.layers.{i}.mlp.experts.{name}": shape
+            for i in range(2) for name, shape in {"gate_up_proj": "4 256 1024", "down_proj": "4 512 256"}.items()
+        }},
     ),
     "tiny-qwen3-next": Model(
         "Qwen3NextForCausalLM",

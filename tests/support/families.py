@@ -18,7 +18,9 @@ EVALUATED = [
     for name, recipe in (RECIPES | FAMILIES).items()
     if recipe.config["architectures"][0] in _CLASSES or name in _OF_ANOTHER_FAMILY
 ]
-IN_TRANSFORMERS = [name for name in EVALUATED if name not in OWN_CODE]
+# Those of wrappers whose text model transformers does not run by itself: their forward passes are other families'.
+_WITHIN_WRAPPERS = {"tiny-qwen2-vl", "tiny-qwen3-vl", "tiny-qwen3-vl-moe"}
+IN_TRANSFORMERS = [name for name in EVALUATED if name not in OWN_CODE and name not in _WITHIN_WRAPPERS]
 # Those that the pinned llama.cpp does not load, and those that it runs otherwise than the model is meant to be run.
 LLAMA_CPP_LACKS = {"tiny-deepseek-v2-lite": "llama.cpp knows DeepSeek V2 without a latent of queries by its layers"}
 LLAMA_CPP_RUNS = [name for name in FAMILIES if name not in LLAMA_CPP_LACKS]

@@ -15,7 +15,7 @@ def make_matrix(source: TensorSource, seed: int = 0) -> ImportanceMatrix:
     rng = np.random.default_rng(seed)
     matrix = ImportanceMatrix(datasets=["calibration.txt"], chunk_count=7, chunk_size=512)
     for name, info in source.tensors.items():
-        if len(info.shape) > 1 and "norm" not in name and "token_embd" not in name:
+        if len(info.shape) > 1 and info.n_per_row > 4 and "norm" not in name and "token_embd" not in name:
             n_matrices = info.shape[2] if len(info.shape) > 2 else 1
             sums = np.exp(rng.standard_normal((n_matrices, info.n_per_row)) * 2).astype(np.float32)
             sums[:, 3] = 0

@@ -191,7 +191,7 @@ def _reserve(nbytes: int) -> mmap.mmap:
     return mmap.mmap(-1, size, access=mmap.ACCESS_READ)
 
 
-def unpacked(raw: SafetensorsCheckpoint, quantization: Config) -> SafetensorsCheckpoint | UnpackedCheckpoint:
+def unpacked(raw: SafetensorsCheckpoint, quantization: Config) -> UnpackedCheckpoint:
     """The checkpoint with plain weights, of one that is quantized as `quantization` says.
 
     Raises QuantkitError for a method that is not supported, and for tensors that contradict it.
@@ -208,4 +208,4 @@ def unpacked(raw: SafetensorsCheckpoint, quantization: Config) -> SafetensorsChe
         if matrix.name in matrices or (matrix.name in raw.tensors and matrix.name not in matrix.parts):
             raise QuantkitError(f"{raw.directory}: tensor {matrix.name!r} is there twice, once quantized")
         matrices[matrix.name] = matrix
-    return UnpackedCheckpoint(raw, matrices) if matrices else raw
+    return UnpackedCheckpoint(raw, matrices)
