@@ -82,7 +82,7 @@ class GraniteHybrid(GraniteMoe):
     def of(cls, config: Config) -> Architecture:
         """Where all layers are attention it is Granite, or Granite with experts, with rotary."""
         hybrid = cls(config)
-        if not all(_is_attention(hybrid)):
+        if config.find("layer_types") is None or not all(_is_attention(hybrid)):
             return hybrid
         return (_AllAttentionMoe if config.integer("num_experts_per_tok") else _AllAttention)(config)
 

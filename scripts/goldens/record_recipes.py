@@ -421,7 +421,7 @@ MODELS = {
         "Qwen3VLMoeForConditionalGeneration",
         {
             "text_config": {
-                **SIZES, "head_dim": 64, "moe_intermediate_size": 512, "num_experts": 4, "num_experts_per_tok": 2,
+                **SIZES, "head_dim": 64, "moe_intermediate_size": 512, "num_experts": 4, "num_experts_per_tok": 4,
                 "rope_parameters": MROPE,
             },
             "vision_config": {**QWEN3_VISION, "deepstack_visual_indexes": [0]},

@@ -26,5 +26,6 @@ LLAMA_CPP_LACKS = {"tiny-deepseek-v2-lite": "llama.cpp knows DeepSeek V2 without
 LLAMA_CPP_RUNS = [name for name in FAMILIES if name not in LLAMA_CPP_LACKS]
 LLAMA_CPP_DIFFERS = LLAMA_CPP_LACKS | {
     "tiny-exaone4-window": "llama.cpp knows the models with a window by their 64 layers",
+    "tiny-qwen2-vl": "llama.cpp does not read the epsilon of this family's norms",
     "tiny-gpt-oss-mxfp4": "llama.cpp rounds what it multiplies with MXFP4 weights to 8 bits",
 }
