@@ -143,7 +143,7 @@ class Qwen3Next(Architecture):
 
     @cached_property
     def rope_dimensions(self) -> int:
-        """The part of a head that is turned."""
+        """The part of a head that is rotated."""
         return int(super().rope_dimensions * (self.rope.number("partial_rotary_factor", default=0.25) or 0.0))
 
     def tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[Assembly]:

@@ -123,7 +123,7 @@ class Curvature:
         damped = np.ascontiguousarray(work[::-1, ::-1], np.float32)
         with _single_threaded():
             _factorise(work)
-        # The factor of the matrix turned round, turned round, is the upper triangular one; kept is its transpose.
+        # Reversed, factored and reversed again: the upper triangular factor. Its transpose is kept.
         factor = np.ascontiguousarray(work[::-1, ::-1].T, np.float32)
         return cls(damped, factor, diagonal.astype(np.float32), scale, damping)
 
@@ -380,10 +380,10 @@ class _PointRounding(_Rounding):
         self._kernel = visit_points
         self._rule = padded, borders, (self._group, width, signed, n_shifts), made_of.grid
         self._ranges = np.array([0.5, made_of.top_scale + 0.5, 0, 0], np.float32)
-        # A shift is tried turned round; where there is none, both are 0.
-        turns = (1, -1) if made_of.one_shift else (1,)
+        # A shift is tried with either sign; where there is none, both are 0.
+        signs = (1, -1) if made_of.one_shift else (1,)
         self._trials = tuple(
-            np.array([(scale, turn) for scale in range(-reach, reach + 1) for turn in turns], np.float32).reshape(-1)
+            np.array([(scale, sign) for scale in range(-reach, reach + 1) for sign in signs], np.float32).reshape(-1)
             for reach in (2, 1)
         )  # type: ignore[assignment]
 

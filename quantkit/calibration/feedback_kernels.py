@@ -106,7 +106,7 @@ def choose_signs(
 ) -> None:  # fmt: skip
     """The signs of 8 columns from `j8` on as factors in `signs`, an even number of them minus.
 
-    They are those of the columns rounded in order. Where their number is odd, that one is turned whose turning costs
+    They are those of the columns rounded in order. Where their number is odd, one is inverted: that which then costs
     the least, at the lowest level.
     """
     inverse = reciprocals(scale)
@@ -123,7 +123,7 @@ def choose_signs(
         product = product * sign
     if bits(product < splat(ZERO)) == 0:
         return
-    least, turned = splat(INFINITY), splat(-1)
+    least, inverted = splat(INFINITY), splat(-1)
     for i in range(8):
         q = load(ts, (j8 + i) * LANES) - load(gaps, (j8 + i) * LANES)
         change = q + load(signs, i * LANES) * splat(levels[0]) * scale
@@ -134,11 +134,11 @@ def choose_signs(
             cost = multiply_add(splat(left[first + j8 + k]) * moved, miss + miss + moved, cost)
         less = cost < least
         least = select(less, cost, least)
-        turned = select(less, splat(i), turned)
+        inverted = select(less, splat(i), inverted)
     odd = product < splat(ZERO)
     for i in range(8):
         sign = load(signs, i * LANES)
-        store(signs, i * LANES, select(odd & (turned == splat(i)), -sign, sign))
+        store(signs, i * LANES, select(odd & (inverted == splat(i)), -sign, sign))
 
 
 @piece

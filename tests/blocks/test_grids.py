@@ -23,7 +23,6 @@ GRIDS = {
     GGMLType.IQ3_S: (4, 3, 8, 3),
 }
 KINDS = [*GRIDS, GGMLType.IQ1_M]
-NEED_WEIGHTS = [GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ1_S]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
@@ -66,7 +65,7 @@ def test_neighbours_by_definition(kind: GGMLType) -> None:
         assert count == len(expected) and found == expected + [expected[-1]] * (-len(expected) % 16)
 
 
-@pytest.mark.parametrize("kind", NEED_WEIGHTS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", sorted(block_rows.NEED_WEIGHTS), ids=lambda kind: kind.name)
 def test_formats_that_need_weights_say_so(kind: GGMLType) -> None:
     with pytest.raises(QuantkitError, match=f"{kind.name} cannot be encoded without importance weights"):
         blocks.encode(np.ones((1, 256), np.float32), kind)
@@ -82,7 +81,7 @@ def test_small_numbers_and_ties(ggml: Ggml, kind: GGMLType, data: st.DataObject)
     scale = np.float32(data.draw(st.sampled_from([1, 0.01, 3e-8, 1e-9, 1e-13])))
     weights = data.draw(hnp.arrays(np.int8, 256, elements=st.integers(0, 3), fill=st.integers(0, 1)))
     rows = row[None].astype(np.float32) * scale
-    for importance in [weights.astype(np.float32), *([] if kind in NEED_WEIGHTS else [None])]:
+    for importance in [weights.astype(np.float32), *([] if kind in block_rows.NEED_WEIGHTS else [None])]:
         assert np.array_equal(blocks.encode(rows, kind, importance), ggml.encode(rows, kind, importance))
 
 
@@ -92,7 +91,8 @@ def test_many_blocks_like_a_models(ggml: Ggml, kind: GGMLType) -> None:
     # Enough that choices between nearly equal distances, and sums that differ in the last place, come up.
     random = np.random.default_rng(8)
     rows = (0.02 * random.standard_t(5, (96, 2048))).astype(np.float32)
-    for importance in [random.chisquare(1, 2048).astype(np.float32), *([] if kind in NEED_WEIGHTS else [None])]:
+    weights = random.chisquare(1, 2048).astype(np.float32)
+    for importance in [weights, *([] if kind in block_rows.NEED_WEIGHTS else [None])]:
         assert np.array_equal(blocks.encode(rows, kind, importance), ggml.encode(rows, kind, importance))
 
 

@@ -18,8 +18,6 @@ from quantkit import GGMLType, QuantkitError, blocks
 
 KINDS = blocks.encodable()
 QUANTIZED = [kind for kind in KINDS if kind.is_quantized]
-# Without importance weights ggml refuses these.
-NEED_WEIGHTS = {GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ1_S}
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 each_quantized = pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
 # The largest error of a weight, as a share of the largest weight of its row, for rows of one scale.
@@ -34,7 +32,7 @@ BOUNDS = {
 
 
 def weights_for(kind: GGMLType, n: int) -> np.ndarray | None:
-    return np.linspace(0.1, 3, n, dtype=np.float32) if kind in NEED_WEIGHTS else None
+    return np.linspace(0.1, 3, n, dtype=np.float32) if kind in block_rows.NEED_WEIGHTS else None
 
 
 def finite_rows(n_per_row: int, limit: float = 1e4) -> st.SearchStrategy[np.ndarray]:

@@ -95,12 +95,12 @@ def test_rotation_turns_pairs_and_leaves_the_rest(neighbours):
     forward_kernels.split_heads(x, 7, cos, sin, start, neighbours, np.float32(0.5), out)
     whole = x[:, 7:].reshape(n, groups, heads, size).astype(np.float64)
     a, b = (whole[..., 0:8:2], whole[..., 1:8:2]) if neighbours else (whole[..., :4], whole[..., 4:8])
-    turned = (a + 1j * b) * np.exp(1j * angle[start:, None, None])
+    rotated = (a + 1j * b) * np.exp(1j * angle[start:, None, None])
     expected = whole.copy()
     if neighbours:
-        expected[..., 0:8:2], expected[..., 1:8:2] = turned.real, turned.imag
+        expected[..., 0:8:2], expected[..., 1:8:2] = rotated.real, rotated.imag
     else:
-        expected[..., :4], expected[..., 4:8] = turned.real, turned.imag
+        expected[..., :4], expected[..., 4:8] = rotated.real, rotated.imag
     np.testing.assert_allclose(out[:, start:], expected.transpose(1, 0, 2, 3) * 0.5, rtol=1e-5, atol=1e-6)
     assert np.isnan(out[:, :start]).all()
 

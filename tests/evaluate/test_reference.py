@@ -119,7 +119,7 @@ def test_the_models_that_are_told_by_their_layers(tmp_path, name, n_layer):
 @requires_reference
 @pytest.mark.parametrize("name", ["phi3-long", "llama-long", "olmo3", "gemma3"])
 def test_short_texts_equal_llama_cpps(tmp_path, name):
-    """Within the original context: LongRoPE's other divisors."""
+    """Within the original context: LongRoPE's other frequency factors."""
     family = FAMILIES[name]
     path = write_gguf(tmp_path / "m.gguf", family.metadata(), family.weights(8))
     ids = np.random.default_rng(9).integers(0, N_VOCAB, 40).astype(np.int32)

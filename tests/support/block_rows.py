@@ -9,6 +9,10 @@ from quantkit import GGMLType
 N_PER_ROW = 768  # three super-blocks of 256: an odd number, and every other block size divides it
 
 
+# Without importance weights ggml refuses these.
+NEED_WEIGHTS = {GGMLType.IQ2_XXS, GGMLType.IQ2_XS, GGMLType.IQ1_S}
+
+
 def named_rows(n: int = N_PER_ROW) -> dict[str, np.ndarray]:
     """Single rows of `n` finite float32, each with the property that its name says."""
     random = np.random.default_rng(1)
