@@ -24,7 +24,11 @@ COMPUTING = "Computing"
 SPLITTING = "Splitting"
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="GGUF file (any shard), checkpoint directory, or hub id ORG/NAME.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="GGUF file (any shard), checkpoint directory, or on the hub: ORG/NAME, ORG/NAME:TYPE for GGUF.",
+    ),
 ]
 Text = Annotated[
     str, typer.Option("--text", "--file", "-f", metavar="FILE", help="Text file (UTF-8), or wikitext-2[:SPLIT].")

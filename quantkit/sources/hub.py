@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +30,12 @@ FILES = (
     "model.safetensors.index.json",
     *LEGACY_FILES,
 )
+# A GGUF file on the hub, by its type or its name, and files that are no models.
+_GGUF = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+):(?P<file>[\w-][\w.-]*(?:/[\w-][\w.-]*)*)")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+# An error says so here.
+logging.getLogger("huggingface_hub._snapshot_download").addFilter(lambda record: "No files" not in record.getMessage())
+_NO_MODEL = ("*mmproj*", "*imatrix*")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -52,6 +61,54 @@ def resolve(checkpoint: str, revision: str | None = None) -> Path:
     return download(checkpoint, revision)
 
 
+def gguf_of(name: str, revision: str | None = None) -> Path | None:
+    """The GGUF file that `org/name:TYPE` or `org/name:FILE.gguf` names on the hub, downloaded once and cached.
+
+    None for names of another form. Of a type, only that file, or all shards of that model, are fetched. Raises
+    QuantkitError as `resolve`, and where there is none or more than one.
+    """
+    if (match := _GGUF.fullmatch(name)) is None:
+        return None
+    from huggingface_hub import snapshot_download
+
+    repo_id, wanted = match["repo"], match["file"]
+    patterns = _gguf_patterns(wanted)
+    with hub_errors(repo_id, revision):
+        directory = Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=list(_NO_MODEL))
+        )
+    found = [
+        path
+        for path in sorted(directory.rglob("*.gguf"))
+        if _matches(path.relative_to(directory).as_posix(), patterns)
+        and not _matches(path.relative_to(directory).as_posix(), _NO_MODEL)
+        and not (_SHARD.search(path.name) and "-00001-of-" not in path.name)
+    ]
+    at = _at(repo_id, revision)
+    if not found:
+        raise QuantkitError(f"{at}: it holds no GGUF file of the type or name {wanted!r}")
+    if len(found) > 1:
+        names = ", ".join(path.relative_to(directory).as_posix() for path in found[:4])
+        raise QuantkitError(f"{at}: several GGUF files are {wanted}: {names}; name one: {repo_id}:FILE.gguf")
+    return found[0]
+
+
+def _gguf_patterns(wanted: str) -> list[str]:
+    """Patterns of the files that `wanted` means: a file, or a type, which ends names or is a folder's."""
+    if wanted.lower().endswith(".gguf"):
+        return [glob.escape(wanted)]
+    letters = "".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in wanted)
+    ends = [f"{letters}.gguf", f"{letters}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].gguf"]
+    return [f"{before}{end}" for end in ends for before in ("", "*[-._/]")] + [
+        f"{letters}/*.gguf",
+        f"*/{letters}/*.gguf",
+    ]
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def is_hub_id(name: str) -> bool:
     """Whether `name` looks like a hub id, and is no local directory."""
     return _REPO_ID.fullmatch(name) is not None and not Path(name).is_dir()
@@ -64,7 +121,10 @@ def download(repo_id: str, revision: str | None, patterns: Sequence[str] = FILES
     with hub_errors(repo_id, revision):
         directory = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
     if not (directory / "config.json").is_file():
-        raise QuantkitError(f"{_at(repo_id, revision)}: it has no config.json, so it is not a transformers checkpoint")
+        raise QuantkitError(
+            f"{_at(repo_id, revision)}: it has no config.json, so it is not a transformers checkpoint; a GGUF file "
+            f"there is named by its type, like {repo_id}:Q8_0"
+        )
     return directory
 
 

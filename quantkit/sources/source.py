@@ -147,17 +147,25 @@ def open_model(
     allow_nonfinite: bool = False,
     remote: bool = False,
 ) -> TensorSource:
-    """Open a model: a GGUF file (any shard), a checkpoint directory, or a hub id `org/name`.
+    """Open a model: a GGUF file (any shard), a checkpoint directory, a hub id `org/name`, or a GGUF file on the hub.
 
-    For a checkpoint, `outtype` is the type that its matrices are seen in ("auto": as they are stored), `pre` names its
-    pre-tokenizer where that is not recognised, and `allow_nonfinite` accepts weights that are NaN or infinite;
-    `revision` is a branch, tag or commit on the hub; with `remote` the weights of a model there are read by HTTP when
-    they are needed, and not kept on disk. A model that is open already is returned as it is.
+    The latter is `org/name:TYPE` or `org/name:FILE.gguf`. For a checkpoint, `outtype` is the type that its matrices are
+    seen in ("auto": as they are stored), `pre` names its pre-tokenizer where that is not recognised, and
+    `allow_nonfinite` accepts weights that are NaN or infinite; `revision` is a branch, tag or commit on the hub; with
+    `remote` the weights of a model there are read by HTTP when they are needed, and not kept on disk. A model that is
+    open already is returned as it is.
     Raises QuantkitError when there is no such model.
     """
     if not isinstance(model, (str, os.PathLike)):
         return model
     path = Path(model)
+    if not path.is_file() and ":" in str(model):
+        from quantkit.sources.hub import gguf_of
+
+        found = gguf_of(str(model), revision)
+        if found is not None and remote:
+            raise QuantkitError(f"{model}: of GGUF files the weights cannot be read from the hub while they are needed")
+        path = found or path
     if path.is_file():
         file = GGUFSource(path)
         log.info(

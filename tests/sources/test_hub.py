@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 from support.local_hub import COMMIT, NOWHERE, TinyHub, endpoint_of, output_of, serve
+from support.tiny import FAMILIES as TINY
+from support.tiny import write_gguf
 
 from quantkit.errors import QuantkitError
-from quantkit.sources.hub import repo_id_of, resolve
+from quantkit.formats.gguf import GGUFFile
+from quantkit.sources.hub import gguf_of, repo_id_of, resolve
 
 FILES = {
     "config.json": b'{"architectures": ["LlamaForCausalLM"]}',
@@ -50,6 +53,69 @@ def test_a_revision_is_passed_on(hub: ThreadingHTTPServer, tmp_path: Path) -> No
     assert fetch(tmp_path, endpoint_of(hub), "org/tiny", "no-such") == (
         "refused: org/tiny: the hub has no revision 'no-such' of it"
     )
+
+
+GGUF_FILES = {
+    "Tiny-Q8_0.gguf": b"eight",
+    "Tiny-q4_k_m.gguf": b"four",
+    "Tiny-Q4_K_S.gguf": b"small",
+    "mmproj-Tiny-Q8_0.gguf": b"eyes",
+    "Tiny-imatrix-Q8_0.gguf": b"weights",
+    "BF16/Tiny-BF16-00001-of-00002.gguf": b"one",
+    "BF16/Tiny-BF16-00002-of-00002.gguf": b"two",
+    "Tiny.IQ2_XXS.gguf": b"two bits",
+    "Other-IQ2_XXS.gguf": b"two more",
+    "README.md": b"# A model\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "asked"),
+    [
+        ("Q8_0", "Tiny-Q8_0.gguf", ["Tiny-Q8_0.gguf"]),
+        ("q8_0", "Tiny-Q8_0.gguf", ["Tiny-Q8_0.gguf"]),
+        ("Q4_K_M", "Tiny-q4_k_m.gguf", ["Tiny-q4_k_m.gguf"]),
+        ("BF16", "Tiny-BF16-00001-of-00002.gguf", [name for name in GGUF_FILES if "BF16" in name]),
+        ("Other-IQ2_XXS.gguf", "Other-IQ2_XXS.gguf", ["Other-IQ2_XXS.gguf"]),
+    ],
+)
+def test_a_gguf_file_on_the_hub_is_fetched_alone(tmp_path: Path, name: str, file: str, asked: list[str]) -> None:
+    with serve(TinyHub, files=GGUF_FILES, asked=set()) as server:
+        path = Path(output_of(f"gguf_of('org/tiny:{name}')", tmp_path, endpoint_of(server)).strip())
+        assert path.name == file and path.is_file()
+        assert server.asked == set(asked)
+    assert output_of(f"gguf_of('org/tiny:{name}')", tmp_path, NOWHERE, offline=True).strip() == str(path)
+
+
+def test_a_gguf_file_on_the_hub_is_a_model(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "Tiny-F32.gguf", TINY["qwen2"].metadata(), TINY["qwen2"].weights(1))
+    with serve(TinyHub, files={path.name: path.read_bytes()}, asked=set()) as server:
+        call = "len(__import__('quantkit').open_model('org/tiny:f32').tensors)"
+        assert output_of(call, tmp_path / "home", endpoint_of(server)) == str(len(GGUFFile(path).tensors))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Q2_K", "it holds no GGUF file of the type or name 'Q2_K'"),
+        (
+            "IQ2_XXS",
+            "several GGUF files are IQ2_XXS: Other-IQ2_XXS.gguf, Tiny.IQ2_XXS.gguf; name one: org/tiny:FILE.gguf",
+        ),
+    ],
+)
+def test_no_or_several_gguf_files_on_the_hub(tmp_path: Path, name: str, told: str) -> None:
+    with serve(TinyHub, files=GGUF_FILES, asked=set()) as server:
+        assert (
+            output_of(f"gguf_of('org/tiny:{name}')", tmp_path, endpoint_of(server)).strip()
+            == f"refused: org/tiny: {told}"
+        )
+
+
+@pytest.mark.parametrize("name", ["org/tiny", "./org:Q8_0", "a:b", "org/tiny:", "org/tiny:../../secret", "C:/x.gguf"])
+def test_names_of_another_form_are_no_gguf_files_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    assert gguf_of(name) is None
 
 
 @pytest.mark.parametrize(

@@ -96,11 +96,11 @@ def hub_environment(home: Path, endpoint: str, offline: bool = False) -> dict[st
 
 
 def output_of(call: str, home: Path, endpoint: str, offline: bool = False) -> str:
-    """What `call`, of `resolve` or `read_named`, returns in a fresh process, or "refused: " and the error's line."""
+    """What `call`, of a function that asks the hub, returns in a fresh process, or "refused: " and the error's line."""
     program = (
         "import sys\n"
         "from quantkit.errors import QuantkitError\n"
-        "from quantkit.sources.hub import resolve\n"
+        "from quantkit.sources.hub import gguf_of, resolve\n"
         "from quantkit.evaluate.texts import read_named\n"
         f"try: sys.stdout.buffer.write(str({call}).encode())\n"
         "except QuantkitError as error: print('refused:', error)\n"
