@@ -46,7 +46,9 @@ def main() -> None:
         lister = environment(Path(name) / "lister", "cyclonedx-bom")
         command = [lister, "-m", "cyclonedx_py", "environment", "--pyproject", ROOT / "pyproject.toml"]
         command += ["--output-reproducible", "--short-PURLs", python]
-        listed = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        # From elsewhere, since it lists the working directory's packages too.
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=name)
+        listed = json.loads(done.stdout)
         SBOM.write_text(json.dumps(without_links(listed), indent=1) + "\n")
 
 
