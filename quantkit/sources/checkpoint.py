@@ -438,7 +438,7 @@ def repacked_mxfp4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     out = np.empty((n_rows, n_blocks, MXFP4_CODES + 1), np.uint8)
     out[:, :, 0] = scales
     out[:, :, 1:] = numbers[:, :, :MXFP4_CODES] | numbers[:, :, MXFP4_CODES:] << 4
-    return out.reshape(n_rows, -1)
+    return out.reshape(n_rows, n_blocks * (MXFP4_CODES + 1))
 
 
 def output_name(metadata: Metadata, kind: str) -> str:

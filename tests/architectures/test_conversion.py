@@ -64,6 +64,7 @@ def test_any_rows_are_those_of_the_whole(tiny: dict[str, Path], data: st.DataObj
     start = data.draw(st.integers(0, info.n_rows))
     stop = data.draw(st.integers(start, info.n_rows))
     np.testing.assert_array_equal(source.read(info.name, start, stop), source.read(info.name)[start:stop])
+    assert source.read(info.name, start, start).shape == (0, info.type.row_nbytes(info.n_per_row))
 
 
 def test_the_list_of_families() -> None:
