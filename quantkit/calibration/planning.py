@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from quantkit.architectures.forward import ForwardSpec
 from quantkit.blocks.types import GGMLType
 from quantkit.calibration.choice import SMALLEST, Item, candidates, choose, engine_lacks, tied
 from quantkit.calibration.progress import Step
+from quantkit.calibration.roundings import check_rounding
 from quantkit.calibration.survey import TensorCosts, survey
 from quantkit.calibration.text import CalibrationText
 from quantkit.errors import QuantkitError
@@ -34,6 +35,8 @@ from quantkit.wording import size_text
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _VERSION = 1
+# Bytes that a plan has at most: some hundred for each tensor.
+_LARGEST = 1 << 26
 # File types that a file of chosen types may be called by.
 _LABELS = (
     "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K", "IQ3_XXS", "IQ3_XS", "Q3_K_S", "IQ3_M", "Q3_K_M", "Q3_K_L", "IQ4_XS",
@@ -356,14 +359,22 @@ def load_plan(path: str | os.PathLike[str], source: TensorSource, options: Quant
     Raises QuantkitError for a file that is none, a plan for another model, and types that tensors cannot have.
     """
     try:
-        data = json.loads(Path(path).read_text("utf-8"))
+        with open(path, "rb") as file:
+            text = file.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise ValueError("no plan is as large")
+        data = json.loads(text.decode("utf-8"))
         version, model, name = int(data["quantkit_plan"]), str(data["model"]), str(data["type"])
         target, rounding = str(data["target"]), str(data["rounding"])
         tensors = {str(key): str(kind) for key, kind in data["tensors"].items()}
         costs = {str(key): _costs(source, str(key), entry) for key, entry in data["costs"].items()}
+        Target.parse(target)
+        check_rounding(rounding)
     except OSError as error:
         raise QuantkitError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except QuantkitError as error:
+        raise QuantkitError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise QuantkitError(f"{path}: is not a plan that quantkit has written, or was damaged") from None
     if version != _VERSION:
         raise QuantkitError(f"{path}: a plan of version {version}, but this quantkit reads version {_VERSION}")
@@ -377,6 +388,8 @@ def load_plan(path: str | os.PathLike[str], source: TensorSource, options: Quant
         raise QuantkitError(f"{path}: its tensors are not those of {source.label}: {other!r} is in one of them alone")
     for each, kind_name in tensors.items():
         kind, line = GGMLType.parse(kind_name), lines[each]
+        if kind != line.info.type and (len(line.info.shape) == 1 or kind not in blocks.encodable()):
+            raise QuantkitError(f"{path}: {each!r} is {line.info.type.name}, and cannot become {kind.name}")
         if line.info.n_per_row % kind.block_size:
             raise QuantkitError(
                 f"{path}: {each!r} has rows of {line.info.n_per_row} weights, which {kind.name} does not divide"
@@ -393,5 +406,8 @@ def _as_json(costs: TensorCosts) -> dict[str, Any]:
 def _costs(source: TensorSource, name: str, entry: Mapping[str, Any]) -> TensorCosts:
     info = source.tensors.get(name)
     losses = {GGMLType[str(kind)]: float(loss) for kind, loss in entry["losses"].items()}
+    sensitivity = float(entry["sensitivity"])
+    if not all(0 <= value < math.inf for value in (sensitivity, *losses.values())):
+        raise ValueError("costs are numbers from 0 on")
     nbytes = {} if info is None else {kind: kind.nbytes(info.shape) for kind in losses}
-    return TensorCosts(float(entry["sensitivity"]), losses, nbytes)
+    return TensorCosts(sensitivity, losses, nbytes)

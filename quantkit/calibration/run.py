@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.calibration.roundings import check_rounding
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.settings import Chunking, Compute, Progress
 from quantkit.formats.atomic import OutputGroup
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from quantkit.formats.imatrix import ImportanceMatrix
     from quantkit.formats.unfinished import WorkDirectory
 
-ROUNDINGS = ("nearest", "gptq")
 # Chunks of a text that second moments are taken of, unless told otherwise: more gain little.
 _CHUNKS = 128
 
@@ -78,12 +78,6 @@ class Calibration:
             dataset=self.name,
             progress=progress,
         )
-
-
-def check_rounding(rounding: str) -> None:
-    """Raise QuantkitError for an unknown rounding."""
-    if rounding not in ROUNDINGS:
-        raise QuantkitError(f"there is no rounding {rounding!r}: use {' or '.join(ROUNDINGS)}")
 
 
 class CalibratedRun:

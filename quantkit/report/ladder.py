@@ -17,7 +17,7 @@ from typing import Any
 
 import quantkit
 from quantkit.calibration.rounding import execute_with_feedback
-from quantkit.calibration.run import ROUNDINGS
+from quantkit.calibration.roundings import check_rounding
 from quantkit.calibration.text import CalibrationText
 from quantkit.compile.ahead import KernelJob
 from quantkit.errors import QuantkitError
@@ -117,8 +117,7 @@ class Ladder:
     def __init__(self, source: TensorSource, directory: Path, options: LadderOptions, force: bool = False) -> None:
         if not options.texts:
             raise QuantkitError("name at least one text to measure on")
-        if options.rounding not in ROUNDINGS:
-            raise QuantkitError(f"there is no rounding {options.rounding!r}: use {' or '.join(ROUNDINGS)}")
+        check_rounding(options.rounding)
         if options.rounding != "nearest" and options.calibration is None:
             raise QuantkitError(f"rounding {options.rounding} needs a calibration text", option="calibration")
         self.source, self.directory, self.options, self._force = source, directory, options, force

@@ -214,6 +214,17 @@ def test_a_saved_plan_comes_back_and_can_be_edited(
         (lambda d: d.pop("costs"), "is not a plan that quantkit has written"),
         (lambda d: d.update({"tensors": 5}), "is not a plan that quantkit has written"),
         (lambda d: d["costs"]["output.weight"].update({"losses": {"Q9": 1}}), "is not a plan that quantkit has"),
+        (lambda d: d["costs"]["output.weight"].update({"sensitivity": -1}), "is not a plan that quantkit has"),
+        (
+            lambda d: d["costs"]["output.weight"].update({"sensitivity": float("nan")}),
+            "is not a plan that quantkit has",
+        ),
+        (lambda d: d["costs"]["output.weight"].update({"sensitivity": 10**400}), "is not a plan that quantkit has"),
+        (lambda d: d.update({"quantkit_plan": float("inf")}), "is not a plan that quantkit has"),
+        (lambda d: d.update({"target": "large"}), r"plan\.json: not a size: 'large'"),
+        (lambda d: d.update({"rounding": "best"}), r"plan\.json: there is no rounding 'best'"),
+        (lambda d: d["tensors"].update({"output.weight": "I32"}), r"'output\.weight' is .*, and cannot become I32"),
+        (lambda d: d["tensors"].update({"blk.0.attn_norm.weight": "Q4_K"}), "is F32, and cannot become Q4_K"),
     ],
 )
 def test_plans_that_are_refused(
@@ -230,7 +241,12 @@ def test_plans_that_are_refused(
 
 def test_a_plan_that_is_no_json(tinylm: CheckpointSource, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_bytes(b"\xff\x00")
-    for name, problem in (("plan.json", "is not a plan"), ("none.json", "No such file")):
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    for name, problem in (
+        ("plan.json", "is not a plan"),
+        ("deep.json", "is not a plan"),
+        ("none.json", "No such file"),
+    ):
         with pytest.raises(QuantkitError, match=problem):
             load_plan(tmp_path / name, tinylm)
 

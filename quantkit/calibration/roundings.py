@@ -1,0 +1,13 @@
+"""The ways of rounding."""
+
+from __future__ import annotations
+
+from quantkit.errors import QuantkitError
+
+ROUNDINGS = ("nearest", "gptq")
+
+
+def check_rounding(rounding: str) -> None:
+    """Raise QuantkitError for an unknown rounding."""
+    if rounding not in ROUNDINGS:
+        raise QuantkitError(f"there is no rounding {rounding!r}: use {' or '.join(ROUNDINGS)}")
