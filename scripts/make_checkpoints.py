@@ -475,6 +475,7 @@ def make_checkpoint(name: str, parent: Path) -> Path:
 
     def write(file: str, value: object) -> None:
         text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        (directory / file).parent.mkdir(exist_ok=True)
         (directory / file).write_text(text, encoding="utf-8", newline="\n")
 
     write("config.json", recipe.config)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from quantkit.errors import QuantkitError
+from quantkit.formats.safetensors import parse_json, read_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -119,11 +123,44 @@ def sliding_layers(architecture: Architecture, writer: GGUFWriter, file_type: in
     writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
 
 
+def pooling(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
+    """How vectors of tokens become that of a text, as `sentence-transformers` modules say; nothing without any."""
+    from gguf import PoolingType
+
+    directory = architecture.config.path.parent
+    if not (directory / "modules.json").is_file():
+        return
+    with open(directory / "modules.json", "rb") as file:
+        data = file.read(_MAX_MODULES)
+    modules = parse_json(b'{"modules": %s}' % data, directory / "modules.json")["modules"]
+    for module in modules if isinstance(modules, list) else ():
+        kind, path = (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
+        if not isinstance(kind, str) or not kind.endswith("Pooling"):
+            continue
+        if not isinstance(path, str) or not re.fullmatch(r"[\w-]+", path):
+            raise QuantkitError(f"{directory / 'modules.json'}: the path {str(path)[:80]!r} is no folder beside it")
+        told = read_json(directory / path / "config.json", _MAX_MODULES)
+        mode = next((each for key, each in _POOLING.items() if told.get(key)), told.get("pooling_mode"))
+        kinds = {"mean": PoolingType.MEAN, "cls": PoolingType.CLS, "lasttoken": PoolingType.LAST}
+        if not isinstance(mode, str) or mode not in kinds:
+            raise QuantkitError(
+                f"{directory / path}/config.json: only mean, cls and lasttoken pooling can be expressed"
+            )
+        writer.add_pooling_type(kinds[mode])
+        return
+
+
 def file_type(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
     """The type of most tensors."""
     writer.add_file_type(file_type)
 
 
+_MAX_MODULES = 1 << 20  # bytes
+_POOLING = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "lasttoken",
+}
 CONTEXT = Field(
     "add_context_length",
     ("max_position_embeddings", "n_ctx", "n_positions", "max_length", "max_sequence_length", "model_max_length"),

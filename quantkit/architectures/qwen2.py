@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.forward import ForwardSpec, RopeStyle
+from quantkit.architectures.parameters import SHARED, pooling
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 
@@ -29,6 +30,7 @@ class Qwen2(Architecture):
     checkpoints = {"Qwen2ForCausalLM": _DEFAULTS}  # noqa: RUF012
     wrappers = {"Qwen2AudioForConditionalGeneration": {"qwen2": _DEFAULTS}}  # noqa: RUF012
     derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
+    parameters = (*SHARED, pooling)
     vocabulary = "spm-or-bpe"
     notes = "Qwen2.5 too; attention biases"
 

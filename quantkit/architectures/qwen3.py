@@ -18,7 +18,7 @@ class Qwen3(Qwen2):
         "Qwen3ForCausalLM": {**Qwen2.checkpoints["Qwen2ForCausalLM"], "head_dim": 128},
     }
     wrappers = {}  # noqa: RUF012
-    notes = "QK norms, explicit head size"
+    notes = "QK norms, explicit head size; Qwen3-Embedding with its pooling"
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:

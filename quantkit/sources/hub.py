@@ -28,6 +28,8 @@ FILES = (
     "README.md",
     "model*.safetensors",
     "model.safetensors.index.json",
+    "modules.json",
+    "*_Pooling/config.json",
     *LEGACY_FILES,
 )
 # A GGUF file on the hub, by its type or its name, and files that are no models.

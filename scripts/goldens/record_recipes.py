@@ -432,6 +432,18 @@ MODELS = {
             for i in range(2) for name, shape in {"gate_up_proj": "4 256 1024", "down_proj": "4 512 256"}.items()
         }},
     ),
+    "tiny-qwen3-embedding": Model(
+        "Qwen3Model",
+        {"head_dim": 64, "rope_parameters": _rope(1e6), "tie_word_embeddings": True},
+        {"files": {
+            "modules.json": json.dumps([
+                {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+                {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+            ]),
+            "1_Pooling/config.json": json.dumps({"pooling_mode_cls_token": False, "pooling_mode_lasttoken": True}),
+        }},
+        called="Qwen3ForCausalLM",
+    ),
     "tiny-qwen3-next": Model(
         "Qwen3NextForCausalLM",
         {

@@ -130,6 +130,21 @@ def test_stacked_experts_are_cut_into_the_same_tensors(tiny: dict[str, Path], co
             np.testing.assert_array_equal(stacked.read(name), one_by_one.read(name))
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("modules.json", '[{"type": "a.Pooling", "path": "../up"}]', "the path '../up' is no folder beside it"),
+        ("modules.json", "[", "not valid JSON"),
+        ("1_Pooling/config.json", '{"pooling_mode": "weightedmean"}', "only mean, cls and lasttoken pooling"),
+    ],
+)
+def test_bad_modules_are_refused(copy: Callable[..., Path], file: str, content: str, told: str) -> None:
+    directory = copy("tiny-qwen3-embedding")
+    (directory / file).write_text(content)
+    with pytest.raises(QuantkitError, match=told):
+        assert CheckpointSource(directory).metadata
+
+
 def test_gemmas_padding_is_cut_by_tokenizer_json_too(tiny: dict[str, Path], copy: Callable[..., Path]) -> None:
     directory = copy("tiny-gemma3")
     (directory / "tokenizer.model").unlink()
