@@ -42,13 +42,14 @@ def main() -> None:
         python = environment(Path(name) / "project", str(ROOT))
         freeze = [python, "-m", "pip", "freeze", "--exclude", "quantkit"]
         LOCK.write_text(subprocess.run(freeze, check=True, capture_output=True, text=True).stdout)
-        subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", "quantkit", "setuptools", "pip"], check=True)
+        subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", "setuptools", "pip"], check=True)
         lister = environment(Path(name) / "lister", "cyclonedx-bom")
         command = [lister, "-m", "cyclonedx_py", "environment", "--pyproject", ROOT / "pyproject.toml"]
         command += ["--output-reproducible", "--short-PURLs", python]
-        # From elsewhere, since it lists the working directory's packages too.
-        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=name)
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
         listed = json.loads(done.stdout)
+        listed["components"] = [each for each in listed["components"] if each["name"] != "quantkit"]
+        listed["dependencies"] = [each for each in listed["dependencies"] if not each["ref"].startswith("quantkit==")]
         SBOM.write_text(json.dumps(without_links(listed), indent=1) + "\n")
 
 
