@@ -10,6 +10,7 @@ Here the same is written with the triangular factor of H itself: with `H = R RT`
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -245,7 +246,7 @@ def _round_rows(rows: np.ndarray, curvature: Curvature, kind: GGMLType) -> tuple
     return data, np.where(better, loss, plain_loss), plain_loss
 
 
-class _Rounding:
+class _Rounding(ABC):
     """Some rows on their way to being rounded: arrays of float32 [columns, rows].
 
     The units are the two floats of a block that codes multiply, float32 [blocks, 2, rows], or None.
@@ -307,13 +308,13 @@ class _Rounding:
             errors.reshape(-1), self._trials[again], self._ranges, self._rule, self._n_rows, self._n_sub, again,
         )  # fmt: skip
 
+    @abstractmethod
     def _take(self, data: np.ndarray, block: int) -> None:
         """The scales of one block of every row, as the encoder has chosen them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def packed(self) -> np.ndarray:
         """The rows as blocks: uint8 [n_rows, bytes of a row]."""
-        raise NotImplementedError
 
     def _by_block(self, array: np.ndarray) -> np.ndarray:
         """What sub-blocks have, [sub-blocks, rows], row by row and block by block: [rows, blocks, sub-blocks]."""

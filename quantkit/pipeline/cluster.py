@@ -39,11 +39,11 @@ class Task:
 class Cluster:
     """Workers that run functions: of the Dask scheduler at `address` (tcp://host:8786), or `local:N` processes here.
 
-    A context manager. `threads` is how many threads each local process has. Raises QuantkitError when Dask is not
-    installed, when no scheduler answers, and when its workers run another version of quantkit.
+    A context manager. Raises QuantkitError when Dask is not installed, when no scheduler answers, and when its workers
+    run another version of quantkit.
     """
 
-    def __init__(self, address: str, threads: int = 1) -> None:
+    def __init__(self, address: str) -> None:
         try:
             import distributed
         except ImportError:
@@ -56,7 +56,7 @@ class Cluster:
             if not count.isdecimal() or not 0 < int(count) <= 1024:
                 raise QuantkitError(f"{address}: not a cluster: use local:N for N processes on this machine")
             self._own = distributed.LocalCluster(
-                n_workers=int(count), threads_per_worker=threads, dashboard_address=_dashboard()
+                n_workers=int(count), threads_per_worker=1, dashboard_address=_dashboard()
             )
             address = self._own.scheduler_address
         elif "://" not in address:

@@ -14,7 +14,7 @@ from quantkit.pipeline.mixtures import file_type
 from quantkit.pipeline.naming import Destination, home_of, output_paths
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import Plan, plan_all, plan_copy
-from quantkit.sources.source import TensorSource, open_model
+from quantkit.sources.source import TensorSource, open_checkpoint, open_model
 
 if TYPE_CHECKING:
     from quantkit.sources.checkpoint import OutType
@@ -52,11 +52,12 @@ def convert(
     pre-tokenizer where that is not recognised, `name` the model's name. `force` replaces a file. Returns the file
     written. Raises QuantkitError.
     """
-    from quantkit.sources.checkpoint import CheckpointSource, output_name
-    from quantkit.sources.hub import resolve
+    from quantkit.sources.checkpoint import output_name
 
     named = os.fspath(checkpoint)
-    source = CheckpointSource(resolve(named, revision), outtype, pre, name, allow_nonfinite)
+    source = open_checkpoint(
+        named, revision=revision, outtype=outtype, pre=pre, name=name, allow_nonfinite=allow_nonfinite
+    )
     destination = Destination.of(out, home_of(named))
     path = destination.file(output_name(source.metadata, source.kind))
     with OutputGroup(force=force, directory=destination.directory) as group:
