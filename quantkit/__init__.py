@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from quantkit.pipeline.execute import execute
     from quantkit.pipeline.options import QuantizeOptions
     from quantkit.pipeline.plan import Plan
-    from quantkit.pipeline.run import convert, plan
+    from quantkit.pipeline.run import convert, convert_lora, plan
     from quantkit.report.comparison import Comparison, compare
     from quantkit.sources.dequantized import dequantize
+    from quantkit.sources.merged import merge_lora
     from quantkit.sources.source import TensorSource, open_model
     from quantkit.sources.source import open_source as open_source
 
@@ -50,6 +51,7 @@ __all__ = [
     "choose_types",
     "compare",
     "convert",
+    "convert_lora",
     "dequantize",
     "dequantize_rows",
     "divergence",
@@ -57,6 +59,7 @@ __all__ = [
     "execute",
     "generate",
     "importance_matrix",
+    "merge_lora",
     "open_model",
     "perplexity",
     "plan",
@@ -82,9 +85,10 @@ _ELSEWHERE = {
     "pipeline.execute": ("execute",),
     "pipeline.options": ("QuantizeOptions",),
     "pipeline.plan": ("Plan",),
-    "pipeline.run": ("convert", "plan"),
+    "pipeline.run": ("convert", "convert_lora", "plan"),
     "report.comparison": ("Comparison", "compare"),
     "sources.dequantized": ("dequantize",),
+    "sources.merged": ("merge_lora",),
     "sources.source": ("TensorSource", "open_model", "open_source"),
 }
 _MODULE_OF = {name: module for module, names in _ELSEWHERE.items() for name in names}

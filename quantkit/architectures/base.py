@@ -231,6 +231,10 @@ class Architecture:
                 f"{self.config.path}: it announces {self.n_layers} layers, but there are only {len(stored)} tensors"
             )
         yield from self.computed_tensors()
+        yield from self.assemblies(stored)
+
+    def assemblies(self, stored: Mapping[str, StoredTensor]) -> Iterator[Assembly]:
+        """What the tensors `stored`, all or some of a checkpoint's, become. See `tensors`."""
         for stored_name in stored:
             name = self.canonical_name(stored_name)
             if name is not None and name.endswith("_scales"):

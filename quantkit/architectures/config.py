@@ -30,6 +30,8 @@ class Config:
         """Read `directory`/config.json. Raises QuantkitError when there is none."""
         path = directory / "config.json"
         if not path.is_file():
+            if (directory / "adapter_config.json").is_file():
+                raise QuantkitError(f"{directory}: a LoRA adapter, and no model", option="lora")
             raise QuantkitError(f"{directory}: it has no config.json; a transformers checkpoint directory is needed")
         return cls(read_json(path), path)
 

@@ -39,17 +39,29 @@ def command(
         typer.Option("--output", "-o", "--outfile", metavar="FILE|DIR", help="File to write, or directory."),
     ] = None,
     force: Force = False,
+    lora: Annotated[
+        bool, typer.Option("--lora", help="MODEL is a LoRA adapter, as PEFT saves it: write a GGUF adapter.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            show_default="the one that the adapter names",
+            help="Base model of the adapter: checkpoint directory, or hub id. Only its config is read.",
+        ),
+    ] = None,
     outtype: Annotated[
-        OutTypeName,
+        OutTypeName | None,
         typer.Option(
             "--outtype",
             "--type",
             "--types",
             metavar="TYPE",
             case_sensitive=False,
+            show_default="auto, or f32 for adapters",
             help="f32, f16, bf16, q8_0, or auto: 16-bit weights stay as they are stored.",
         ),
-    ] = OutTypeName.auto,
+    ] = None,
     model_name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the model, for general.name.")] = None,
     pre: Pre = None,
     revision: Revision = None,
@@ -63,6 +75,8 @@ def command(
 ) -> None:
     """Convert a Hugging Face checkpoint to a GGUF file, like llama.cpp's convert_hf_to_gguf.py.
 
+    With --lora, a LoRA adapter as PEFT saves it, like llama.cpp's convert_lora_to_gguf.py.
+
     Without --output, the file is named by the GGUF naming convention and written to the checkpoint's directory, or to
     the current directory for a checkpoint from the hub.
     """
@@ -71,13 +85,25 @@ def command(
     from quantkit.pipeline.execute import execute
     from quantkit.pipeline.naming import Destination, home_of
     from quantkit.pipeline.plan import plan_copy
-    from quantkit.sources.checkpoint import output_name
+    from quantkit.sources.adapter import open_adapter
+    from quantkit.sources.checkpoint import CheckpointSource, output_name
     from quantkit.sources.source import open_checkpoint
 
-    source = open_checkpoint(
-        checkpoint, revision=revision, remote=remote,
-        outtype=outtype.value, pre=pre, name=model_name, allow_nonfinite=allow_nonfinite,
-    )  # fmt: skip
+    source: CheckpointSource
+    if lora:
+        for option, value in (("--pre", pre), ("--revision", revision), ("--remote", remote)):
+            if value:
+                raise typer.BadParameter(f"{option} is of no use for an adapter.")
+        adapter = open_adapter(checkpoint, base, "f32" if outtype is None else outtype.value, model_name)
+        adapter.check_for_file()
+        source = adapter
+    elif base is not None:
+        raise typer.BadParameter("--base is the base model of an adapter: give --lora, too.")
+    else:
+        source = open_checkpoint(
+            checkpoint, revision=revision, remote=remote, outtype="auto" if outtype is None else outtype.value,
+            pre=pre, name=model_name, allow_nonfinite=allow_nonfinite,
+        )  # fmt: skip
     destination = Destination.of(output, home_of(checkpoint))
     path = destination.file(output_name(source.metadata, source.kind))
     plan = plan_copy(source)

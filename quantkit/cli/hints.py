@@ -14,6 +14,8 @@ HINTS = {
     "force": "{option} replaces it",
     "threads": "use fewer {option}",
     "pre": "{option} NAME overrides it",
+    "base": "name it with {option}",
+    "lora": "{option} converts it",
     "resume": "{option} goes on with it",
     "calibration": "name one with {option}",
     "imatrix": "make one with `quantkit imatrix` and pass it with {option}",

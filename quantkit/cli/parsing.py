@@ -36,6 +36,15 @@ def parse_override(text: str) -> Override:
     return key, ValueType.STRING, value
 
 
+def parse_scaled(text: str) -> tuple[str, float]:
+    """A name and a number, 1 where none follows the last colon."""
+    name, colon, number = text.rpartition(":")
+    try:
+        return (name, float(number)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def parse_tensor_types(items: Iterable[str]) -> list[tuple[str, GGMLType]]:
     """Per-tensor types "REGEX=TYPE", as --tensor-type takes them; expressions are made lower case."""
     pairs = []

@@ -86,6 +86,12 @@ def command(
     prune_layers: Annotated[
         str | None, typer.Option(metavar="N,N,...", help="Layers to leave out, such as 20,21,22.")
     ] = None,
+    merge_lora: Annotated[
+        Names,
+        typer.Option(
+            metavar="ADAPTER[:SCALE]", help="Merge a LoRA adapter first: GGUF file, PEFT directory, or hub id."
+        ),
+    ] = [],  # noqa: B006
     max_buffer_size: Annotated[
         int | None, typer.Option(min=1, metavar="MIB", help="Memory for tensor rows, in MiB.")
     ] = None,
@@ -258,7 +264,7 @@ def command(
     """
     setup(verbose, quiet)
     from quantkit.cli.calibrated import CalibrationOptions, summary, wishes_of
-    from quantkit.cli.parsing import parse_layers, parse_override, parse_size, parse_tensor_types
+    from quantkit.cli.parsing import parse_layers, parse_override, parse_scaled, parse_size, parse_tensor_types
     from quantkit.evaluate.settings import Chunking, Compute
     from quantkit.formats.atomic import OutputGroup
     from quantkit.pipeline.naming import Destination, home_of
@@ -297,6 +303,10 @@ def command(
         split_max_tensors=split_max_tensors,
     )
     model = open_model(source, revision=revision, remote=remote, pre=pre, allow_nonfinite=allow_nonfinite)
+    if merge_lora:
+        from quantkit.sources import merged
+
+        model = merged.merge_lora(model, [parse_scaled(each) for each in merge_lora])
     destination = Destination.of(output, home_of(source))
     settings = CalibrationOptions(
         calibration, rounding, Chunking(n_ctx=n_ctx, chunks=chunks),

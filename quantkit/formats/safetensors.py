@@ -169,9 +169,12 @@ class SafetensorsCheckpoint:
     tensor, for anything missing or malformed.
     """
 
-    def __init__(self, directory: Path, elsewhere: Shards | None = None) -> None:
-        """Map every shard of `directory`, or `elsewhere`, and check it against its header and the index."""
-        self.directory = directory
+    def __init__(self, directory: Path, elsewhere: Shards | None = None, stem: str = "model") -> None:
+        """Map every shard of `directory`, or `elsewhere`, and check it against its header and the index.
+
+        The names of the files begin with `stem` where there is no index.
+        """
+        self.directory, self._stem = directory, stem
         index = directory / INDEX
         self._files: dict[Path, _File] = {}
         self.tensors: dict[str, StoredTensor] = {}
@@ -211,13 +214,14 @@ class SafetensorsCheckpoint:
             present = sorted(found.union(() if elsewhere is None else elsewhere.names))
         except OSError as error:
             raise QuantkitError(f"{self.directory}: {error.strerror or error}") from None
-        names = [name for name in present if name.startswith("model") and name.endswith(".safetensors")]
+        names = [name for name in present if name.startswith(self._stem) and name.endswith(".safetensors")]
         if not names:
             others = [name for name in present if name.endswith((".bin", ".pt", ".pth", ".safetensors"))]
             instead = f", only {_listed(others)}" if others else ""
             if any(name.endswith(".bin") for name in others) or self.directory.parent.name == "snapshots":
-                instead += "; pickled weights are not read, as they can run code. " + _CONVERT.format(self.directory)
-            raise QuantkitError(f"{self.directory}: it holds no model*.safetensors{instead}")
+                instead += "; pickled weights are not read, as they can run code"
+                instead += ". " + _CONVERT.format(self.directory) if self._stem == "model" else ""
+            raise QuantkitError(f"{self.directory}: it holds no {self._stem}*.safetensors{instead}")
         for name in names:
             if (shard := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name)) is not None:
                 whole = [f"{shard[1]}-{i + 1:05d}-of-{shard[2]}.safetensors" for i in range(int(shard[2]))]

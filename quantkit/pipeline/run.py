@@ -72,6 +72,35 @@ def convert(
     return path
 
 
+def convert_lora(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    outtype: OutType = "f32",
+    name: str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> Path:
+    """Write a LoRA adapter of PEFT, a directory or a hub id, as a GGUF file: what convert_lora_to_gguf.py writes.
+
+    `base` is the base model's checkpoint, a directory or a hub id, of which only the config is read; left out, it is
+    the one that the adapter names. The others are as for `convert`. Returns the file written. Raises QuantkitError.
+    """
+    from quantkit.sources.adapter import open_adapter
+    from quantkit.sources.checkpoint import output_name
+
+    named = os.fspath(adapter)
+    source = open_adapter(named, None if base is None else os.fspath(base), outtype, name)
+    source.check_for_file()
+    destination = Destination.of(out, home_of(named))
+    path = destination.file(output_name(source.metadata, source.kind))
+    with OutputGroup(force=force, directory=destination.directory) as group:
+        execute(source, [(plan_copy(source), path)], threads=threads, progress=progress, group=group)
+    return path
+
+
 def quantize(
     source: TensorSource | str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,

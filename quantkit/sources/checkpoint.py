@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -88,12 +88,16 @@ class CheckpointSource:
         self._checkpoint = self._open()
         stored = self._checkpoint.tensors
         self.type = self._guess(stored) if outtype == "auto" else GGMLType.parse(outtype)
+        self._lay_out(self.architecture.tensors(stored))
+
+    def _lay_out(self, assemblies: Iterable[Assembly]) -> None:
+        """Prepare the GGUF tensors that `assemblies` describe."""
         self._assemblies: dict[str, Assembly] = {}
         self._packed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._rows: dict[str, list[np.ndarray]] = {}
         self._parts: dict[str, list[str]] = {}  # the stored tensor that each of these is a view of
         self._tensors: dict[str, TensorInfo] = {}
-        for assembly in self.architecture.tensors(stored):
+        for assembly in assemblies:
             if assembly.name in self._tensors:
                 raise QuantkitError(f"{self.directory}: two tensors of the checkpoint become {assembly.name!r}")
             self._assemblies[assembly.name] = assembly
@@ -327,6 +331,8 @@ class CheckpointSource:
         try:
             if kind != ValueType.ARRAY:
                 return Value.of(kind, _text(value.value))
+            if isinstance(value.value, bytes):
+                return Value.of(kind, value.value, ValueType.UINT8)
             items = [_text(item) for item in value.value]
             item = value.sub_type if value.sub_type is not None else _item_type(items[0])
             return Value.of(kind, items, ValueType(item))
@@ -449,8 +455,9 @@ def output_name(metadata: Metadata, kind: str) -> str:
         return metadata.string(f"general.{key}", "") or None
 
     name = gguf.naming_convention(
-        general("name"), general("basename"), general("finetune"), general("version"), general("size_label"), kind
-    )
+        general("name"), general("basename"), general("finetune"), general("version"), general("size_label"), kind,
+        "LoRA" if general("type") == "adapter" else None,
+    )  # fmt: skip
     # The convention replaces slashes in a name only; any other part could lead out of the directory.
     return re.sub(r"[/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]", "-", name).lstrip(".-")[:200] + ".gguf"
 

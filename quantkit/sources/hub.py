@@ -41,12 +41,15 @@ _NO_MODEL = ("*mmproj*", "*imatrix*")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def resolve(checkpoint: str, revision: str | None = None) -> Path:
+def resolve(
+    checkpoint: str, revision: str | None = None, patterns: Sequence[str] = FILES, needed: str = "config.json"
+) -> Path:
     """The directory of `checkpoint`: a local one, or a hub id `org/name`, downloaded once and cached.
 
-    `revision` is a branch, tag or commit of the hub's repository. huggingface_hub's own environment variables
-    apply (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE). Raises QuantkitError when there is no such directory
-    or repository, when access to it is restricted, and when it is neither cached nor reachable.
+    Of a repository only the files that `patterns` name are downloaded, of which `needed` must be one. `revision` is a
+    branch, tag or commit of the hub's repository. huggingface_hub's own environment variables apply (HF_HOME, HF_TOKEN,
+    HF_ENDPOINT, HF_HUB_OFFLINE). Raises QuantkitError when there is no such directory or repository, when access to it
+    is restricted, and when it is neither cached nor reachable.
     """
     try:
         path = Path(checkpoint).expanduser()
@@ -60,7 +63,7 @@ def resolve(checkpoint: str, revision: str | None = None) -> Path:
         raise QuantkitError(f"{checkpoint}: a file; a checkpoint is the directory with config.json and *.safetensors")
     if not _REPO_ID.fullmatch(checkpoint):
         raise QuantkitError(f"{checkpoint}: no such directory, and not a hub id like org/name")
-    return download(checkpoint, revision)
+    return download(checkpoint, revision, patterns, needed)
 
 
 def gguf_of(name: str, revision: str | None = None) -> Path | None:
@@ -116,15 +119,16 @@ def is_hub_id(name: str) -> bool:
     return _REPO_ID.fullmatch(name) is not None and not Path(name).is_dir()
 
 
-def download(repo_id: str, revision: str | None, patterns: Sequence[str] = FILES) -> Path:
+def download(repo_id: str, revision: str | None, patterns: Sequence[str] = FILES, needed: str = "config.json") -> Path:
     """The directory of the hub's cache with the files of a repository that `patterns` name. See `resolve`."""
     from huggingface_hub import snapshot_download
 
     with hub_errors(repo_id, revision):
         directory = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
-    if not (directory / "config.json").is_file():
+    if not (directory / needed).is_file():
+        kind = "a transformers checkpoint" if needed == "config.json" else "an adapter of PEFT"
         raise QuantkitError(
-            f"{_at(repo_id, revision)}: it has no config.json, so it is not a transformers checkpoint; a GGUF file "
+            f"{_at(repo_id, revision)}: it has no {needed}, so it is not {kind}; a GGUF file "
             f"there is named by its type, like {repo_id}:Q8_0"
         )
     return directory

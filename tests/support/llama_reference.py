@@ -125,3 +125,15 @@ def llama_computes(model: Path, text: bytes) -> tuple[dict[str, str], list[int]]
         assert np.isfinite(np.array(llm.scores[: len(ids)])).all()
         assert np.ptp(llm.scores[len(ids) - 1]) > 0
         return llm.metadata, ids
+
+
+def llama_logits_with(model: Path, adapter: Path, scale: float, tokens: Sequence[int]) -> np.ndarray:
+    """Logits as `llama_logits` gives them, with a LoRA adapter at work."""
+    llama_cpp = _llama()
+    with _model(model, len(tokens)) as llm:
+        lora = llama_cpp.llama_adapter_lora_init(llm.model, str(adapter).encode())
+        assert lora, "llama.cpp does not load the adapter"
+        pointers, scales = (type(lora) * 1)(lora), (ctypes.c_float * 1)(scale)
+        assert llama_cpp.llama_set_adapters_lora(llm.ctx, pointers, 1, scales) == 0
+        llm.eval(list(tokens))
+        return np.array(llm.scores[: len(tokens)], np.float32)
