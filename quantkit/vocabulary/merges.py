@@ -50,7 +50,7 @@ class MergeTable:
 
 
 @piece
-def _slot(keys: Array, seed: np.uint64, key: Any) -> Any:
+def slot(keys: Array, seed: np.uint64, key: Any) -> Any:
     """Where `key` is in the open hash table, or the empty place where it would be (the mixing is MurmurHash3's)."""
     mask = np.uint64(keys.size - 1)
     mixed = np.uint64(key) ^ seed
@@ -65,7 +65,7 @@ def _slot(keys: Array, seed: np.uint64, key: Any) -> Any:
 @kernel
 def _fill(keys: Array, entries: Array, seed: np.uint64, pairs: Array, rank: Array, merged: Array) -> None:
     for i in range(pairs.size):
-        at = _slot(keys, seed, pairs[i])
+        at = slot(keys, seed, pairs[i])
         if keys[at] == -1:
             keys[at] = pairs[i]
             entries[at, 0] = rank[i]
@@ -141,7 +141,7 @@ def _merge(
             following[i] = i + 1 if i + 1 < n else -1
             previous[i] = i - 1
             if i > 0:
-                at = _slot(keys, seed, _pair(word, i - 1, i))
+                at = slot(keys, seed, _pair(word, i - 1, i))
                 if keys[at] != -1:
                     size = _push(heap, size, (np.int64(entries[at, 0]) << 32) | np.int64(i - 1))
         while size > 0:
@@ -151,7 +151,7 @@ def _merge(
             right = following[left]
             if word[left] < 0 or right < 0:
                 continue
-            at = _slot(keys, seed, _pair(word, left, right))
+            at = slot(keys, seed, _pair(word, left, right))
             # A queued pair is stale when one of its symbols has been merged; the new symbol has its own entry.
             if keys[at] == -1 or entries[at, 0] != item >> 32:
                 continue
@@ -161,12 +161,12 @@ def _merge(
             following[left] = after
             if after >= 0:
                 previous[after] = left
-                at = _slot(keys, seed, _pair(word, left, after))
+                at = slot(keys, seed, _pair(word, left, after))
                 if keys[at] != -1:
                     size = _push(heap, size, (np.int64(entries[at, 0]) << 32) | np.int64(left))
             before = previous[left]
             if before >= 0:
-                at = _slot(keys, seed, _pair(word, before, left))
+                at = slot(keys, seed, _pair(word, before, left))
                 if keys[at] != -1:
                     size = _push(heap, size, (np.int64(entries[at, 0]) << 32) | np.int64(before))
         for i in range(n):

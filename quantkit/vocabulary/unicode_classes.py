@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import numpy as np
 N_CODE_POINTS = 0x110000
 
 # What stands for a character beyond ASCII. The values are free, but for the white space, which \s has to match.
-_REPRESENTATIVE = {"N": "\xd1", "L": "\xd2", "P": "\xd3", "M": "\xd4", "S": "\xd5", "-": "\xd0"}
+_REPRESENTATIVE = {"N": "\xd1", "L": "\xd2", "P": "\xd3", "M": "\xd4", "S": "\xd5", "-": "\xd0", "C": "\xd0"}
 _WHITE_SPACE = "\x0b"
+_ASCII_WHITE_SPACE = tuple(b" \t\n\v\f\r")
 _WHITE_SPACE_BEYOND_ASCII = (0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000)
 
 # The ASCII members of each category, as they are written inside a bracket expression.
@@ -34,12 +36,69 @@ _ASCII = {
 _PROPERTY = re.compile(r"\\p\{(L|Lu|Ll|Lt|Lm|Lo|N|M|P|S)\}")
 
 
+class Category(IntEnum):
+    """What a character is: its Unicode category in brief, with white space apart."""
+
+    OTHER = 0
+    SPACE = 1
+    CONTROL = 2  # and formats, and what is for private use
+    MARK = 3
+    PUNCTUATION = 4
+    SYMBOL = 5
+
+
+_CATEGORIES = {"C": Category.CONTROL, "M": Category.MARK, "P": Category.PUNCTUATION, "S": Category.SYMBOL}
+
+
+@lru_cache(maxsize=1)
+def _data() -> dict[str, str]:
+    data: dict[str, str] = json.loads((Path(__file__).parent / "unicode_classes.json").read_text())
+    return data
+
+
+@lru_cache(maxsize=1)
+def _category_table() -> np.ndarray:
+    """The `Category` of each code point: uint8 of shape (0x110000,)."""
+    table = np.empty(N_CODE_POINTS, dtype=np.uint8)
+    for run in _data()["runs"].split():
+        table[int(run[:-1], 16) :] = _CATEGORIES.get(run[-1], Category.OTHER)
+    table[[*_ASCII_WHITE_SPACE, *_WHITE_SPACE_BEYOND_ASCII]] = Category.SPACE
+    return table
+
+
+@lru_cache(maxsize=2)
+def _changes(which: str) -> np.ndarray:
+    """What each code point becomes by the runs `lower` or `base`: uint32 of shape (0x110000,)."""
+    table = np.arange(N_CODE_POINTS, dtype=np.uint32)
+    for run in _data()[which].split():
+        first, last, target = (int(part, 16) for part in re.split("[-:]", run))
+        table[first : last + 1] = target + np.arange(last - first + 1) * (which == "lower")
+    return table
+
+
+def categories(codes: np.ndarray) -> np.ndarray:
+    """The `Category` of each of `codes`, uint8 of their shape."""
+    found: np.ndarray = _category_table()[codes]
+    return found
+
+
+def lower_case(codes: np.ndarray) -> np.ndarray:
+    """`codes` in lower case, one for one, uint32 of their shape."""
+    found: np.ndarray = _changes("lower")[codes]
+    return found
+
+
+def base_characters(codes: np.ndarray) -> np.ndarray:
+    """What each of `codes` begins with when it is decomposed (NFD), uint32 of their shape."""
+    found: np.ndarray = _changes("base")[codes]
+    return found
+
+
 @lru_cache(maxsize=1)
 def _table() -> np.ndarray:
     """The byte that stands for each code point: uint8 of shape (0x110000,)."""
-    data = json.loads((Path(__file__).parent / "unicode_classes.json").read_text())
     table = np.empty(N_CODE_POINTS, dtype=np.uint8)
-    for run in data["runs"].split():
+    for run in _data()["runs"].split():
         table[int(run[:-1], 16) :] = ord(_REPRESENTATIVE[run[-1]])
     table[list(_WHITE_SPACE_BEYOND_ASCII)] = ord(_WHITE_SPACE)
     table[:128] = np.arange(128)

@@ -13,14 +13,17 @@ import numpy as np
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, ValueType
 from quantkit.vocabulary import pretokenizers
-from quantkit.vocabulary.attributes import Attribute, attributes
+from quantkit.vocabulary.attributes import Attribute, TokenType, attributes
 from quantkit.vocabulary.encoders import (
+    MAX_TOKEN_LENGTH,
     META_SPACE,
     BytePairEncoder,
     Encoder,
     SentencePieceEncoder,
     byte_alphabet,
 )
+from quantkit.vocabulary.unigram import UnigramEncoder
+from quantkit.vocabulary.wordpiece import WordPieceEncoder
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ _SPECIAL_KEYS = {
     "eos": "eos_token_id",
     "eot": "eot_token_id",
     "eom": "eom_token_id",
+    "unk": "unknown_token_id",
+    "sep": "seperator_token_id",
     "fim_pre": "fim_pre_token_id",
     "fim_suf": "fim_suf_token_id",
     "fim_mid": "fim_mid_token_id",
@@ -42,7 +47,16 @@ _SPECIAL_KEYS = {
     "fim_sep": "fim_sep_token_id",
 }
 _OLDER_KEYS = {"fim_pre": "prefix_token_id", "fim_suf": "suffix_token_id", "fim_mid": "middle_token_id"}
-_MODELS = ("gpt2", "gemma4", "llama")
+_MODELS = ("gpt2", "gemma4", "llama", "bert", "t5")
+# The ids of special tokens that the kinds of vocabularies have where the metadata does not say.
+_DEFAULT_IDS: dict[str, dict[str, int | None]] = {
+    "llama": {"bos": 1, "eos": 2, "unk": 0},
+    "bert": {"bos": 101, "unk": 100, "sep": 102},
+    "t5": {"eos": 1, "unk": 2},
+    "gpt2": {"eos": 11},
+}
+# Of these kinds, tokens write spaces by a stand-in, and bytes are no characters.
+_WITH_SPACES = ("llama", "bert", "t5")
 # Special tokens that may each be looked for in a text, and the characters by which more of them are sorted out first.
 _MANY_SPECIAL = 1024
 _BEGINNING = 8
@@ -64,31 +78,36 @@ class Vocabulary:
         self.model = metadata.string(_PREFIX + "model")
         if self.model not in _MODELS:
             raise QuantkitError(f"the tokenizer model {self.model!r} is not supported, only {', '.join(_MODELS)}")
-        is_spm = self.model == "llama"
+        is_spm, has_spaces = self.model == "llama", self.model in _WITH_SPACES
         self.pre = "gemma4" if self.model == "gemma4" else metadata.string(_PREFIX + "pre", "default")
-        habits = pretokenizers.lookup("default" if is_spm else self.pre or "default")
+        habits = pretokenizers.lookup("default" if has_spaces else self.pre or "default")
         self.tokens: list[str] = _read_tokens(metadata)
         self._ids = {text: token for token, text in enumerate(self.tokens)}
         if len(self._ids) < len(self.tokens):
             twice = next(text for token, text in enumerate(self.tokens) if self._ids[text] != token)
             raise QuantkitError(f"{_PREFIX}tokens has the token {twice!r} twice")
-        special = self._read_special(metadata, is_spm, habits.default_bos)
+        special = self._read_special(metadata, habits.default_bos)
         types = _read_array(metadata, "token_type", (ValueType.INT32,), len(self.tokens))
         name = metadata.string("general.name", "")
         self._attributes = attributes(self._ids, types, special, pre=self.pre, model_name=name)
         self.bos, self.eos, self.eot = special["bos"], special["eos"], special["eot"]
-        self._escapes_spaces = is_spm or habits.escape_spaces
-        self._cleans_spaces = not is_spm and habits.clean_spaces
+        self._escapes_spaces = has_spaces or habits.escape_spaces
+        self._cleans_spaces = self.model == "bert" or (not has_spaces and habits.clean_spaces)
         self._space_prefix = metadata.flag(_PREFIX + "add_space_prefix", is_spm)
-        self.add_bos = metadata.flag(_PREFIX + "add_bos_token", is_spm or habits.add_bos)
-        self.add_eos = metadata.flag(_PREFIX + "add_eos_token", False)
+        adds_bos = self.model in ("llama", "bert") or (self.model != "t5" and habits.add_bos)
+        self.add_bos = metadata.flag(_PREFIX + "add_bos_token", adds_bos)
+        self.add_eos = metadata.flag(_PREFIX + "add_eos_token", self.model == "t5")
+        # WordPiece has its own two tokens around a text, whatever the flags say.
+        around = (special["bos"], special["sep"]) if self.model == "bert" else (self.bos, self.eos)
+        self._first, self._last = around
         self.add_bos = self.add_bos or habits.newlines_whole
-        for role, wanted, token in (("BOS", self.add_bos, self.bos), ("EOS", self.add_eos, self.eos)):
+        self._add_first, self._add_last = (True, True) if self.model == "bert" else (self.add_bos, self.add_eos)
+        for role, wanted, token in (("BOS", self._add_first, around[0]), ("EOS", self._add_last, around[1])):
             if wanted and token is None:
                 raise QuantkitError(f"the vocabulary adds {role} to every text but names no {role} token")
         split_out = np.flatnonzero(self._attributes & _SPLIT_OUT).tolist()
         self._special = sorted(split_out, key=lambda token: -len(self._bytes(token)))
-        self._encoder = self._make_encoder(metadata, is_spm)
+        self._encoder = self._make_encoder(metadata, special["unk"], types)
         self._pieces: list[bytes | None] = [None] * len(self.tokens)
         self._fingerprint_parts = [
             (key, int(value.type), bytes(value.raw))
@@ -98,18 +117,18 @@ class Vocabulary:
 
     @classmethod
     def from_metadata(cls, metadata: Metadata) -> Vocabulary:
-        """The vocabulary that `metadata` describes: `tokenizer.ggml.model` gpt2 or gemma4 (BPE), or llama (SPM).
+        """The vocabulary that `metadata` describes: `tokenizer.ggml.model` gpt2 or gemma4 (BPE), llama (SPM),
+        bert (WordPiece) or t5 (Unigram).
 
         Raises QuantkitError when keys are missing, of the wrong type or contradictory, or the model is another.
         """
         return cls(metadata)
 
-    def _read_special(self, metadata: Metadata, is_spm: bool, default_bos: bool) -> dict[str, int | None]:
+    def _read_special(self, metadata: Metadata, default_bos: bool) -> dict[str, int | None]:
         special: dict[str, int | None] = dict.fromkeys(_SPECIAL_KEYS)
-        if is_spm:
-            special.update(bos=1, eos=2)
-        elif self.model == "gpt2":
-            special.update(bos=11 if default_bos else None, eos=11)
+        special.update(_DEFAULT_IDS.get(self.model, {}))
+        if self.model == "gpt2" and default_bos:
+            special["bos"] = 11
         for role, key in (*_SPECIAL_KEYS.items(), *_OLDER_KEYS.items()):
             default = special[role]
             if default is not None and default >= len(self.tokens):
@@ -125,16 +144,52 @@ class Vocabulary:
                 log.warning("%s%s is %d, but there are only %d tokens: ignored", _PREFIX, key, token, len(self.tokens))
         return special
 
-    def _make_encoder(self, metadata: Metadata, is_spm: bool) -> Encoder:
-        if is_spm:
-            kinds = (ValueType.FLOAT32, ValueType.INT32)
-            scores = _read_array(metadata, "scores", kinds, len(self.tokens))
-            if scores is None:
-                scores = np.zeros(len(self.tokens), dtype=np.float32)
-            if np.isnan(scores).any():
-                raise QuantkitError(f"{_PREFIX}scores has a score that is not a number")
-            return SentencePieceEncoder(self._ids, scores.astype(np.float32))
+    def _make_encoder(self, metadata: Metadata, unknown: int | None, types: Array | None) -> Encoder:
+        if self.model == "llama":
+            return SentencePieceEncoder(self._ids, self._scores(metadata))
+        if self.model in ("bert", "t5"):
+            if unknown is None:
+                raise QuantkitError("the vocabulary names no token for unknown words")
+            if (longest := max(map(len, self.tokens))) > MAX_TOKEN_LENGTH:
+                raise QuantkitError(f"a token has {longest} characters, more than {MAX_TOKEN_LENGTH}")
+        if self.model == "bert":
+            lowercase = metadata.flag(_PREFIX + "normalizer.lowercase", True)
+            accents = metadata.flag(_PREFIX + "normalizer.strip_accents", lowercase)
+            return WordPieceEncoder(self._ids, int(unknown or 0), lowercase, accents)
+        if self.model == "t5":
+            return self._make_unigram(metadata, int(unknown or 0), types)
         return BytePairEncoder(self._ids, metadata.strings(_PREFIX + "merges"), self.pre or "default")
+
+    def _make_unigram(self, metadata: Metadata, unknown: int, types: Array | None) -> UnigramEncoder:
+        scores = self._scores(metadata)
+        kinds = np.full(len(self.tokens), TokenType.NORMAL) if types is None else types
+        normal = scores[kinds == TokenType.NORMAL]
+        found = np.isin(kinds, (TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED))
+        own = self._attributes & Attribute.USER_DEFINED != 0
+        charsmap = b""
+        if (key := _PREFIX + "precompiled_charsmap") in metadata:
+            charsmap = metadata.array(key, (ValueType.UINT8, ValueType.INT8)).tobytes()
+        return UnigramEncoder(
+            [
+                (token, self._bytes(token), 0.0 if own[token] else float(scores[token]))
+                for token in np.flatnonzero(found).tolist()
+            ],
+            [self._bytes(token) for token in np.flatnonzero(kinds == TokenType.USER_DEFINED).tolist()],
+            unknown,
+            float(normal.min(initial=np.inf)) if len(normal) else 0.0,
+            charsmap,
+            self._space_prefix,
+            metadata.flag(_PREFIX + "remove_extra_whitespaces", False),
+        )
+
+    def _scores(self, metadata: Metadata) -> Array:
+        """The scores of all tokens, float32. Raises QuantkitError for one that is no number."""
+        scores = _read_array(metadata, "scores", (ValueType.FLOAT32, ValueType.INT32), len(self.tokens))
+        if scores is None:
+            scores = np.zeros(len(self.tokens), dtype=np.float32)
+        if np.isnan(scores).any():
+            raise QuantkitError(f"{_PREFIX}scores has a score that is not a number")
+        return scores.astype(np.float32)
 
     @property
     def n_tokens(self) -> int:
@@ -171,8 +226,8 @@ class Vocabulary:
         """
         text = re.sub("[\ud800-\udfff]", "\ufffd", text)
         parts: list[Array] = []
-        if add_special and self.add_bos:
-            parts.append(np.array([self.bos], dtype=np.int32))
+        if add_special and self._add_first:
+            parts.append(np.array([self._first], dtype=np.int32))
         after_special = True
         for piece in self._partition(text, parse_special):
             if isinstance(piece, int):
@@ -183,8 +238,8 @@ class Vocabulary:
                 piece = " " + piece
             parts.append(self._encoder.encode(piece))
             after_special = False
-        if add_special and self.add_eos:
-            parts.append(np.array([self.eos], dtype=np.int32))
+        if add_special and self._add_last:
+            parts.append(np.array([self._last], dtype=np.int32))
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
 
     def _partition(self, text: str, parse_special: bool) -> list[str | int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from base64 import b64decode
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from quantkit.errors import QuantkitError
 from quantkit.vocabulary import pretokenizers, recognition
 from quantkit.vocabulary.attributes import TokenType
 from quantkit.vocabulary.checkpoint_files import CheckpointFiles
+from quantkit.vocabulary.sentencepiece_model import Normalizer, read_normalizer
 from quantkit.vocabulary.special_tokens import SpecialTokens
 
 if TYPE_CHECKING:
@@ -45,15 +47,17 @@ def write_vocabulary(
     "bpe" (byte-level BPE from tokenizer.json), "spm" (SentencePiece from tokenizer.model), "llama-hf" (SentencePiece
     from a tokenizer.json with byte fallback), "spm-or-bpe" (spm if there is a tokenizer.model), "gemma" (that, without
     a space in front of text), "spm-prefix" (spm with what tokenizer_config.json says of that space), "gemma1", "phi3",
-    "gemma4", "nemotron", "hunyuan", "internlm2" and "internlm3" (what those families do with one of these), or "auto":
-    the first of spm, llama-hf and bpe whose files are there, with what the reference adds for Llama.
+    "gemma4", "nemotron", "hunyuan", "internlm2" and "internlm3" (what those families do with one of these),
+    "wordpiece" (BERT's), "roberta" (byte-level BPE if there is a tokenizer.json, else WordPiece), "xlm-roberta" and
+    "t5" (Unigram from the SentencePiece models of these), "wordpiece-or-xlm-roberta", or "auto": the first of spm,
+    llama-hf and bpe whose files are there, with what the reference adds for Llama.
     `pre` overrides the name of the pre-tokenizer wherever byte-level BPE is written; `usual_pre`, the family's own
     name, is taken where the name that was found cuts a text in the same way. `special` has the texts of special tokens
     by their roles, for roles that the files of byte-level BPE give no token.
 
     Raises QuantkitError when files are missing or malformed, or the pre-tokenizer is not recognised.
     """
-    if pre is not None:
+    if pre is not None and style != "wordpiece":
         pretokenizers.lookup(pre)
     files = CheckpointFiles(directory, config, special or {})
     if style not in _STYLES:
@@ -212,9 +216,9 @@ class _Pieces:
         self.write_tokens(writer)
         SpecialTokens(files, n_vocab=len(self.tokens)).write(writer)
 
-    def write_tokens(self, writer: gguf.GGUFWriter) -> None:
-        """Add what is there for each token."""
-        writer.add_tokenizer_model("llama")
+    def write_tokens(self, writer: gguf.GGUFWriter, model: str = "llama") -> None:
+        """Add what is there for each token. `model` is the kind of vocabulary."""
+        writer.add_tokenizer_model(model)
         writer.add_tokenizer_pre("default")
         writer.add_token_list(self.tokens)
         writer.add_token_scores(self.scores)
@@ -318,14 +322,22 @@ def _listed_tokens(files: CheckpointFiles) -> dict[int, dict[str, Any]]:
         raise QuantkitError(f"{files.directory / 'tokenizer.json'}: added_tokens is malformed") from None
 
 
-def _read_sentencepiece(files: CheckpointFiles, unused: str | None = None, nul: str | None = None) -> _Pieces:
-    """tokenizer.model, with added_tokens.json.
+def _read_sentencepiece(
+    files: CheckpointFiles,
+    path: Path | None = None,
+    *,
+    unused: str | None = None,
+    nul: str | None = None,
+    at_least: bool = False,
+) -> _Pieces:
+    """tokenizer.model, or `path`, with added_tokens.json.
 
-    Tokens that begin with `unused` count as unused, and the one that is the character NUL gets the text `nul`.
+    With `at_least`, all tokens count, even if config.json announces fewer, and added ones do not. Tokens that begin
+    with `unused` count as unused, and the one that is the character NUL gets the text `nul`.
     """
     from sentencepiece import SentencePieceProcessor
 
-    path = files.directory / "tokenizer.model"
+    path = path or files.directory / "tokenizer.model"
     if not path.is_file():
         raise QuantkitError(f"{path}: not found")
     model = SentencePieceProcessor()
@@ -334,7 +346,8 @@ def _read_sentencepiece(files: CheckpointFiles, unused: str | None = None, nul: 
     except (OSError, RuntimeError) as error:
         raise QuantkitError(f"{path}: not a SentencePiece model: {error}") from None
     n_pieces = model.vocab_size()
-    pieces = _Pieces(_per_layer_vocab_size(files) or files.vocab_size or n_pieces)
+    n_vocab = _per_layer_vocab_size(files) or files.vocab_size or n_pieces
+    pieces = _Pieces(max(n_vocab, n_pieces) if at_least else n_vocab)
     for token in range(min(n_pieces, len(pieces.tokens))):
         kind = TokenType.NORMAL
         for holds, other in (
@@ -352,7 +365,7 @@ def _read_sentencepiece(files: CheckpointFiles, unused: str | None = None, nul: 
         if nul is not None and text == "\0":
             text = nul
         pieces.put(token, text, model.GetScore(token), kind)
-    for text, token in (files.read("added_tokens.json") or {}).items():
+    for text, token in ({} if at_least else files.read("added_tokens.json") or {}).items():
         if not isinstance(token, int):
             raise QuantkitError(f"{files.directory / 'added_tokens.json'}: the token {text!r} has no number")
         pieces.put(token, text, -1000.0, TokenType.USER_DEFINED)
@@ -418,6 +431,131 @@ def _write_gemma4(files: CheckpointFiles, writer: gguf.GGUFWriter, _pre: str | N
     writer.add_bool("tokenizer.ggml.add_bos_token", True)
 
 
+# ---- WordPiece and Unigram
+
+
+# What the reference calls the vocabulary of most English models; no runtime reads it where words are cut by WordPiece.
+_WORDPIECE_PRE = "jina-v2-en"
+_WORDPIECE_SPECIAL = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
+
+
+def _write_wordpiece(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    if files.tokenizer_json is not None:
+        if (kind := files.model.get("type")) != "WordPiece":
+            raise QuantkitError(f"{files.directory / 'tokenizer.json'}: a {kind} tokenizer, where WordPiece is needed")
+        tokens, types = _bpe_tokens(files)
+    else:
+        tokens, types = _listed_words(files)
+    _write_token_types(files, writer)
+    for token, (text, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind != TokenType.CONTROL:
+            tokens[token] = text[2:] if text.startswith("##") else f"\u2581{text}"
+    writer.add_tokenizer_model("bert")
+    writer.add_tokenizer_pre(pre or _WORDPIECE_PRE)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    SpecialTokens(files, n_vocab=len(tokens)).write(writer)
+
+
+def _listed_words(files: CheckpointFiles) -> tuple[list[str], list[int]]:
+    """The tokens of vocab.txt, one in a line, and their types."""
+    text = files.read_text("vocab.txt")
+    if text is None:
+        raise QuantkitError(f"{files.directory}: there is neither tokenizer.json nor vocab.txt")
+    tokens = text.split("\n")[: -1 if text.endswith("\n") else None]
+    special = {*_WORDPIECE_SPECIAL, *files.special_tokens().values()}
+    types = [int(TokenType.CONTROL if token in special else TokenType.NORMAL) for token in tokens]
+    n_vocab = files.vocab_size or len(tokens)
+    _check_size(files, len(tokens), n_vocab)
+    missing = range(len(tokens), n_vocab)
+    return tokens + [f"[PAD{i}]" for i in missing], types + [int(TokenType.UNUSED)] * len(missing)
+
+
+def _write_token_types(files: CheckpointFiles, writer: gguf.GGUFWriter) -> None:
+    """Add how many kinds of segments the model tells apart."""
+    count = files.config.get("type_vocab_size", 1)
+    writer.add_token_type_count(int(count or 0))
+
+
+def _write_roberta(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    if files.tokenizer_json is None:
+        _write_wordpiece(files, writer, pre)
+        return
+    _write_bpe(files, writer, pre)
+    _write_token_types(files, writer)
+
+
+def _write_wordpiece_or_xlm_roberta(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    (_write_xlm_roberta if files.model.get("type") == "Unigram" else _write_wordpiece)(files, writer, pre)
+
+
+def _write_xlm_roberta(files: CheckpointFiles, writer: gguf.GGUFWriter, _pre: str | None) -> None:
+    """Unigram, with the four tokens in front that fairseq put there; or what tokenizer.json says."""
+    path = files.directory / "sentencepiece.bpe.model"
+    if path.is_file():
+        pieces, spec = _read_sentencepiece(files, path, at_least=True), read_normalizer(path)
+        special = ("<s>", "<pad>", "</s>")
+        pieces.tokens = [text.encode() for text in (*special, "<unk>")] + pieces.tokens[3:-1]
+        pieces.scores = [0.0] * 4 + pieces.scores[3:-1]
+        pieces.types = [int(TokenType.CONTROL)] * 3 + [int(TokenType.UNKNOWN)] + pieces.types[3:-1]
+    else:
+        pieces, spec = _unigram_of_json(files)
+    pieces.write_tokens(writer, "t5")
+    writer.add_add_space_prefix(spec.adds_prefix)
+    _write_token_types(files, writer)
+    writer.add_remove_extra_whitespaces(spec.merges_spaces)
+    if spec.charsmap:
+        writer.add_precompiled_charsmap(spec.charsmap)
+    SpecialTokens(files, n_vocab=len(pieces.tokens)).write(writer)
+
+
+def _unigram_of_json(files: CheckpointFiles) -> tuple[_Pieces, Normalizer]:
+    """The tokens of a Unigram tokenizer.json, and how it normalises."""
+    path = files.directory / "tokenizer.json"
+    if files.model.get("type") != "Unigram":
+        raise QuantkitError(f"{path}: no Unigram tokenizer, and there is no sentencepiece.bpe.model")
+    tokenizer, settings = files.tokenizer(), files.tokenizer_config or {}
+    scores = [float(score) for _, score in files.model["vocab"]]
+    texts = {token: text for text, token in tokenizer.ids.items()}
+    pieces = _Pieces(max(files.vocab_size or 0, tokenizer.n_base))
+    unknown = next(
+        (token for token, added in tokenizer.added.items() if added.text == settings.get("unk_token")),
+        files.model.get("unk_id", 3),
+    )
+    special = set(files.special_tokens().values())
+    for token in range(tokenizer.n_base):
+        kind = TokenType.NORMAL
+        if token == unknown:
+            kind = TokenType.UNKNOWN
+        elif texts[token] in special:
+            kind = TokenType.CONTROL
+        elif token in tokenizer.added:
+            kind = TokenType.USER_DEFINED
+        pieces.put(token, texts[token], scores[token], kind)
+    normalizer = (files.tokenizer_json or {}).get("normalizer") or {}
+    charsmap = b64decode(normalizer["precompiled_charsmap"])
+    prefix, cleans = settings.get("add_prefix_space", True), settings.get("clean_up_tokenization_spaces", False)
+    return pieces, Normalizer(bool(prefix), bool(cleans), charsmap)
+
+
+def _write_t5(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    names = ("tokenizer.model", "spiece.model")
+    path = next((files.directory / name for name in names if (files.directory / name).is_file()), None)
+    if path is None:
+        raise QuantkitError(f"{files.directory}: there is neither {' nor '.join(names)}")
+    spec = read_normalizer(path)
+    if spec.is_bpe:
+        _write_sentencepiece(files, writer, pre)
+        return
+    pieces = _read_sentencepiece(files, path)
+    pieces.write_tokens(writer, "t5")
+    writer.add_add_space_prefix(spec.adds_prefix)
+    writer.add_remove_extra_whitespaces(spec.merges_spaces)
+    if spec.charsmap:
+        writer.add_precompiled_charsmap(spec.charsmap)
+    SpecialTokens(files, n_vocab=len(pieces.tokens)).write(writer)
+
+
 _STYLES: dict[str, Callable[[CheckpointFiles, Any, str | None], None]] = {
     "auto": _write_auto,
     "bpe": _write_bpe,
@@ -433,4 +571,9 @@ _STYLES: dict[str, Callable[[CheckpointFiles, Any, str | None], None]] = {
     "internlm3": _write_internlm3,
     "phi3": _write_phi3,
     "gemma4": _write_gemma4,
+    "wordpiece": _write_wordpiece,
+    "roberta": _write_roberta,
+    "xlm-roberta": _write_xlm_roberta,
+    "wordpiece-or-xlm-roberta": _write_wordpiece_or_xlm_roberta,
+    "t5": _write_t5,
 }

@@ -1,9 +1,10 @@
 """Record what the reference converter writes for small vocabularies of every kind, as goldens of the tests.
 
-    python scripts/goldens/record_vocabulary_goldens.py path/to/llama.cpp
+    python scripts/goldens/record_vocabulary_goldens.py path/to/llama.cpp [CASE ...]
 
 Makes tests/goldens/vocabulary/: a directory of tokenizer files for each case, and expected.json with the keys that
-the converter of that llama.cpp adds. Needs torch, transformers and sentencepiece, which the tests do not.
+the converter of that llama.cpp adds. Needs torch, transformers and sentencepiece, which the tests do not. Cases that
+are named are made anew, the others stay.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ def template(tokenizer: Tokenizer, single: str, pair: str, *texts: str) -> Any:
 
 def save(name: str, tokenizer: Tokenizer | None, settings: Any, config: dict[str, Any], **files: Any) -> None:
     """Write the files of a case; in the names of `files` a double underscore stands for a dot."""
+    if name not in wanted():
+        return
     directory = TARGET / name
+    shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     contents = {"config.json": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **config}}
     contents |= {key.replace("__", "."): value for key, value in files.items()}
@@ -107,7 +111,7 @@ def save(name: str, tokenizer: Tokenizer | None, settings: Any, config: dict[str
 
 def make_cases() -> None:
     """Write the tokenizer files of every case."""
-    shutil.rmtree(TARGET, ignore_errors=True)
+    TARGET.mkdir(exist_ok=True)
     bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
     llama3 = byte_level(split(LLAMA3), ignore_merges=True)
@@ -183,6 +187,82 @@ def make_cases() -> None:
     for name in ("gemma4", "gemma_bpe"):
         save(name, gemma, {"tokenizer_class": FAST, **ENDS}, {"vocab_size": 500})
 
+    make_encoders()
+
+
+def make_encoders() -> None:
+    """The cases of WordPiece and Unigram."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    words.normalizer = normalizers.BertNormalizer(lowercase=True)
+    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words.train_from_iterator(
+        [TEXT], trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    )
+    words.post_processor = template(words, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", "[CLS]", "[SEP]")
+    words.decoder = decoders.WordPiece()
+    roles = ("pad", "unk", "cls", "sep", "mask")
+    settings: dict[str, Any] = {f"{role}_token": text for role, text in zip(roles, special, strict=True)}
+    settings |= {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+    count = words.get_vocab_size()
+    config = {"model_type": "bert", "vocab_size": count + 3, "type_vocab_size": 2, "pad_token_id": 0}
+    save("bert", words, settings, config)
+    listed = "\n".join(sorted(words.get_vocab(), key=words.get_vocab().__getitem__)) + "\n"
+    save("bert_txt", None, settings, config | {"vocab_size": count}, vocab__txt=listed)
+
+    model = unigram()
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    size = pieces.vocab_size() + 2
+    roles = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
+    settings = {"tokenizer_class": "XLMRobertaTokenizer", **{f"{role}_token": text for role, text in roles.items()}}
+    ids = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    config = {"model_type": "xlm-roberta", "vocab_size": size, "type_vocab_size": 1, **ids}
+    save("xlmr", None, settings, config, sentencepiece__bpe__model=model)
+
+    listed = [(pieces.id_to_piece(token), pieces.get_score(token)) for token in range(3, pieces.vocab_size())]
+    first = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    json_words = Tokenizer(models.Unigram([*first, *listed, ("<mask>", 0.0)], 3))
+    charsmap = read_normalizer(model)
+    json_words.normalizer = normalizers.Precompiled(charsmap)
+    json_words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    json_words.decoder = decoders.Metaspace()
+    json_words.add_special_tokens([text for text, _ in first] + ["<mask>"])
+    json_words.post_processor = template(json_words, "<s> $A </s>", "<s> $A </s> </s> $B </s>", "<s>", "</s>")
+    save("xlmr_json", json_words, settings | {"clean_up_tokenization_spaces": True}, config)
+
+    t5 = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    added = {"<extra_id_0>": size - 1, "<far>": 5000}
+    config = {"model_type": "t5", "vocab_size": size, "eos_token_id": 1, "pad_token_id": 0}
+    model = unigram(pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    save("t5", None, t5, config, spiece__model=model, added_tokens__json=added)
+
+
+def unigram(**ids: int) -> bytes:
+    """A SentencePiece model of Unigram, with a few replacements of its own."""
+    corpus, rules, prefix = TARGET / "corpus.txt", TARGET / "rules.tsv", TARGET / "unigram"
+    corpus.write_text(TEXT)
+    spaces = [0x9, 0xA, 0xB, 0xC, 0xD, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000]
+    rules.write_text("FB01\t66 69\n41 30A\tE5\n" + "".join(f"{code:X}\t20\n" for code in spaces))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(prefix), vocab_size=160, model_type="unigram",
+        character_coverage=0.98, control_symbols=["<ctl>"], user_defined_symbols=["<own>"], hard_vocab_limit=False,
+        minloglevel=2, normalization_rule_tsv=str(rules), **ids,
+    )  # fmt: skip
+    model = prefix.with_suffix(".model")
+    made = model.read_bytes()
+    for path in (corpus, rules, model, prefix.with_suffix(".vocab")):
+        path.unlink()
+    return made
+
+
+def read_normalizer(model: bytes) -> bytes:
+    """The table of replacements in a SentencePiece model."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model)
+    return bytes(proto.normalizer_spec.precompiled_charsmap)
+
 
 # The style that each case is converted in, and the pre-tokenizer that the reference has to be told.
 CASES = {
@@ -196,17 +276,35 @@ CASES = {
     "phi3": ("phi3", ""),
     "gemma4": ("gemma4", ""),
     "gemma_bpe": ("bpe", "gemma4"),
+    "bert": ("wordpiece", "jina-v2-en"),
+    "bert_txt": ("wordpiece", "jina-v2-en"),
+    "xlmr": ("xlm-roberta", ""),
+    "xlmr_json": ("xlm-roberta", ""),
+    "t5": ("t5", ""),
 }
+
+
+def wanted() -> list[str]:
+    """The cases to make."""
+    return sys.argv[2:] or list(CASES)
 
 
 def convert(directory: Path, style: str, pre: str) -> list[Any]:
     """What the reference converter writes: key, type, and value, of an array its length and a digest."""
+    import conversion.bert
     import conversion.gemma
     import conversion.llama
     import conversion.phi
+    import conversion.t5
     import gguf
 
-    family = {"phi3": conversion.phi.Phi3MiniModel, "gemma4": conversion.gemma.Gemma4Model}
+    family = {
+        "phi3": conversion.phi.Phi3MiniModel,
+        "gemma4": conversion.gemma.Gemma4Model,
+        "wordpiece": conversion.bert.BertModel,
+        "xlm-roberta": conversion.bert.BertModel,
+        "t5": conversion.t5.T5Model,
+    }
     kind = family.get(style, conversion.llama.LlamaModel)
     model = kind.__new__(kind)
     model.dir_model = directory
@@ -215,16 +313,17 @@ def convert(directory: Path, style: str, pre: str) -> list[Any]:
     model.gguf_writer = gguf.GGUFWriter(path=None, arch="llama")
     model.is_mistral_format, model.origin_hf_arch, model.is_eagle3 = False, None, False
     model.get_vocab_base_pre = lambda tokenizer: pre
-    set_vocab = {"bpe": "_set_vocab_gpt2", "spm": "_set_vocab_sentencepiece"}.get(style, "set_vocab")
+    methods = {"bpe": "_set_vocab_gpt2", "spm": "_set_vocab_sentencepiece", "xlm-roberta": "_xlmroberta_set_vocab"}
+    set_vocab = methods.get(style, "set_vocab")
     getattr(model, set_vocab)()
     return [[key, int(value.type), plain(value.value)] for key, value in model.gguf_writer.kv_data[0].items()]
 
 
 def plain(value: Any) -> Any:
     """A value as JSON holds it, long ones as their length and SHA-256."""
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, (list, tuple, bytes)):
         return value
-    items = [item.decode() if isinstance(item, bytes) else item for item in value]
+    items: list[Any] = [item.decode() if isinstance(item, bytes) else item for item in value]
     items = [int(item) if isinstance(item, int) else item for item in items]
     return [len(items), hashlib.sha256(json.dumps(items).encode()).hexdigest()]
 
@@ -234,10 +333,12 @@ def main() -> None:
     source = Path(sys.argv[1]).resolve()
     sys.path[:0] = [str(source), str(source / "gguf-py")]
     make_cases()
-    expected = {
-        name: {"style": style, "values": convert(TARGET / name, style, pre)} for name, (style, pre) in CASES.items()
-    }
-    (TARGET / "expected.json").write_text(json.dumps(expected, indent=1, ensure_ascii=False) + "\n")
+    path = TARGET / "expected.json"
+    expected = json.loads(path.read_text()) if path.is_file() else {}
+    for name in wanted():
+        style, pre = CASES[name]
+        expected[name] = {"style": style, "values": convert(TARGET / name, style, pre)}
+    path.write_text(json.dumps(expected, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import gguf
 import pytest
-from conftest import REFERENCE_SOURCE, SHARED, requires_reference, requires_reference_source, requires_shared
+from conftest import REFERENCE_SOURCE, ROOT, SHARED, requires_reference, requires_reference_source, requires_shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 from support.vocabulary_reference import (
     SAMPLE,
     TEXTS,
@@ -27,11 +29,11 @@ from quantkit.vocabulary import Vocabulary, write_vocabulary
 from quantkit.vocabulary.pretokenizers import PRETOKENIZERS
 
 VOCABULARY_FILES = (
-    "command-r", "deepseek-coder", "deepseek-llm", "falcon", "gemma-4", "gpt-2", "llama-bpe", "llama-spm", "mpt",
-    "phi-3", "qwen2", "qwen35", "refact", "starcoder",
+    "bert-bge", "command-r", "deepseek-coder", "deepseek-llm", "falcon", "gemma-4", "gpt-2", "llama-bpe", "llama-spm",
+    "mpt", "phi-3", "qwen2", "qwen35", "refact", "starcoder",
 )  # fmt: skip
 # These vocabulary files come without recorded cases.
-FILES_WITHOUT_CASES = ("aquila", "baichuan", "gpt-neox")
+FILES_WITHOUT_CASES = ("aquila", "baichuan", "gpt-neox", "nomic-bert-moe")
 SEPARATOR = "\n__ggml_vocab_test__\n"
 UNHURRIED = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -126,17 +128,73 @@ def test_vocabularies_of_characters(make: Callable[[], Metadata], tmp_path: Path
     compare(make(), tmp_path / "vocabulary.gguf", 300)
 
 
-@requires_reference
-@requires_shared
-def test_development_checkpoint(docs_llama: Path, tmp_path: Path) -> None:
+def metadata_of(directory: Path, style: str) -> Metadata:
+    """The vocabulary of a checkpoint as GGUF has it."""
     writer = gguf.GGUFWriter(path=None, arch="llama")
-    write_vocabulary(docs_llama, json.loads((docs_llama / "config.json").read_text()), writer)
+    write_vocabulary(directory, json.loads((directory / "config.json").read_text()), writer, style=style)
     metadata = Metadata()
     for key, value in writer.kv_data[0].items():
         item = None
-        if isinstance(value.value, list):
-            item = ValueType.STRING if isinstance(value.value[0], str) else ValueType.INT32
-        metadata.set(key, ValueType(int(value.type)), value.value, item)
+        if isinstance(value.value, bytes):
+            item = ValueType.UINT8
+        elif isinstance(value.value, list):
+            kinds = {str: ValueType.STRING, bytes: ValueType.STRING, float: ValueType.FLOAT32}
+            item = kinds.get(type(value.value[0]), ValueType.INT32)
+        items = [i.decode() if isinstance(i, bytes) else i for i in value.value] if item else value.value
+        metadata.set(key, ValueType(int(value.type)), items, item)
+    return metadata
+
+
+ENCODERS = {"bert": "wordpiece", "xlmr": "xlm-roberta", "xlmr_json": "xlm-roberta", "t5": "t5"}
+GOLDENS = ROOT / "tests" / "goldens" / "vocabulary"
+
+
+@requires_reference
+@pytest.mark.parametrize("name", ENCODERS)
+def test_wordpiece_and_unigram(name: str, tmp_path: Path) -> None:
+    compare(metadata_of(GOLDENS / name, ENCODERS[name]), tmp_path / "vocabulary.gguf", 300)
+
+
+# Where llama.cpp and the libraries agree: not on controls and characters that are not assigned, nor on the lower case
+# of \u0130 and marks that take room, nor on words of more than a hundred characters, nor on
+# the stand-in for a space.
+AGREED = st.lists(
+    st.one_of(
+        st.sampled_from([*"abeinorst ABEINORST .,!?-()'\t\n12390"]),
+        st.sampled_from(["tokenize", "expect", " the ", "##", "\ufb01", "A\u030a", "\u3000", "\u00e9", "\u00c5"]),
+        st.characters(
+            exclude_categories=["C", "Mc", "Me", "Zl", "Zp"], max_codepoint=0x2FFF, exclude_characters="\u0130\u2581"
+        ),
+        st.characters(min_codepoint=0x3041, max_codepoint=0x9FFF, categories=["Lo"]),
+    ),
+    max_size=90,
+).map("".join)
+
+
+@settings(UNHURRIED, max_examples=300)
+@given(text=AGREED)
+@pytest.mark.parametrize("name", ["bert", "xlmr_json"])
+def test_ids_of_the_tokenizers_library(name: str, text: str) -> None:
+    library = Tokenizer.from_file(str(GOLDENS / name / "tokenizer.json"))
+    assert vocabulary_of(name).encode(text).tolist() == library.encode(text).ids
+
+
+@settings(UNHURRIED, max_examples=300)
+@given(text=AGREED)
+def test_ids_of_the_sentencepiece_library(text: str) -> None:
+    model = SentencePieceProcessor(model_file=str(GOLDENS / "t5" / "spiece.model"))
+    assert vocabulary_of("t5").encode(text, add_special=False).tolist() == model.encode(text)
+
+
+@cache
+def vocabulary_of(name: str) -> Vocabulary:
+    return Vocabulary.from_metadata(metadata_of(GOLDENS / name, ENCODERS[name]))
+
+
+@requires_reference
+@requires_shared
+def test_development_checkpoint(docs_llama: Path, tmp_path: Path) -> None:
+    metadata = metadata_of(docs_llama, "auto")
     text = (SHARED / "data" / "docs-test.txt").read_text()
     # The library's tokenizer always looks for special tokens, so their texts are taken out.
     library = Tokenizer.from_file(str(docs_llama / "tokenizer.json"))

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINYLM
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.tiny import tiny_metadata
 
 from quantkit.errors import QuantkitError
@@ -23,6 +26,7 @@ from quantkit.vocabulary import Vocabulary, pretokenizers
 from quantkit.vocabulary.chat import Message, render
 from quantkit.vocabulary.encoders import SentencePieceEncoder, _expand
 from quantkit.vocabulary.merges import MergeTable
+from quantkit.vocabulary.sentencepiece_model import read_normalizer
 from quantkit.vocabulary.unicode_classes import code_points
 
 KEY = "tokenizer.ggml."
@@ -223,3 +227,63 @@ def test_json_and_yaml_that_nest_or_grow_without_end(copy: Callable[..., Path]) 
     assert "aliases" in refused(directory)
     (directory / "README.md").write_text("---\ntags: " + "[" * 50_000 + "\n---\n")
     assert refused(directory)
+
+
+def unigram_metadata(charsmap: bytes, **changes: Any) -> Metadata:
+    """A Unigram vocabulary of letters, with a table of replacements."""
+    metadata = Metadata()
+    tokens = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdef", "ab", "<own>"]
+    types = [3, 3, 2, *[1] * 8, 4]
+    metadata.set("tokenizer.ggml.model", ValueType.STRING, "t5")
+    metadata.set("tokenizer.ggml.tokens", ValueType.ARRAY, tokens, ValueType.STRING)
+    metadata.set("tokenizer.ggml.token_type", ValueType.ARRAY, types, ValueType.INT32)
+    metadata.set("tokenizer.ggml.scores", ValueType.ARRAY, [-float(i) for i in range(12)], ValueType.FLOAT32)
+    if charsmap:
+        metadata.set("tokenizer.ggml.precompiled_charsmap", ValueType.ARRAY, charsmap, ValueType.UINT8)
+    for key, value in changes.items():
+        metadata.set(f"tokenizer.ggml.{key}", ValueType.UINT32, value)
+    return metadata
+
+
+@settings(max_examples=200, deadline=None)
+@given(units=st.lists(st.integers(0, 2**32 - 1), max_size=300), texts=st.binary(max_size=40), text=st.text(max_size=30))
+def test_any_table_of_replacements(units: list[int], texts: bytes, text: str) -> None:
+    """It is refused in one line, or gives ids of the vocabulary."""
+    table = struct.pack(f"<I{len(units)}I", 4 * len(units), *units) + texts
+    try:
+        ids = Vocabulary.from_metadata(unigram_metadata(table)).encode(text)
+    except QuantkitError as refused:
+        assert "\n" not in str(refused)
+    else:
+        assert all(0 <= token < 12 for token in ids)
+
+
+@pytest.mark.parametrize("table", [b"\1", b"\xff\xff\xff\xff123", struct.pack("<I", 4) + b"1234"])
+def test_a_table_that_is_cut_off(table: bytes) -> None:
+    with pytest.raises(QuantkitError, match="precompiled_charsmap is cut off"):
+        Vocabulary.from_metadata(unigram_metadata(table))
+
+
+def test_no_token_for_unknown_words() -> None:
+    metadata = unigram_metadata(b"")
+    metadata.set("tokenizer.ggml.model", ValueType.STRING, "bert")
+    with pytest.raises(QuantkitError, match="adds BOS to every text but names no BOS token"):
+        Vocabulary.from_metadata(metadata)
+    ids = {"bos_token_id": 0, "seperator_token_id": 1}
+    metadata = unigram_metadata(b"", **ids)
+    metadata.set("tokenizer.ggml.model", ValueType.STRING, "bert")
+    with pytest.raises(QuantkitError, match="names no token for unknown words"):
+        Vocabulary.from_metadata(metadata)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x12", b"\x1a\xff\xff\xff\xff\x0f", b"\x1a\x02\x12\x05", b"\x18\x80" * 40, b"\x0b"]
+)
+def test_damaged_sentencepiece_models(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "spiece.model"
+    path.write_bytes(data)
+    if data:
+        with pytest.raises(QuantkitError, match="not a SentencePiece model"):
+            read_normalizer(path)
+    else:
+        assert read_normalizer(path).adds_prefix
