@@ -145,10 +145,15 @@ def codec_kernels(encoded: Iterable[tuple[GGMLType, bool]] = (), decoded: Iterab
         found.append(KernelJob(kernel, (raw, result, *tables), 0.3))
     for kind, weighted in encoded:
         kernel, tables = block(kind).encode_kernel()
-        signature = (floats, packed, types.int64, floats if weighted else types.none, *tables)
-        encoders.append(KernelJob(kernel, signature, 3.0 if tables else 1.5))
+        on_grid = issubclass(block(kind), GridBlock)  # which takes an empty array for no weights
+        signature = (floats, packed, types.int64, floats if weighted or on_grid else types.none, *tables)
+        encoders.append(KernelJob(kernel, signature, 8.0 if on_grid else 2.0))
     if any(issubclass(block(kind), GridBlock) for kind, _ in encoded):
         found.append(neighbour_job())
     if encoders:
-        found += [KernelJob(search, (floats,), 0.2), *encoders, KernelJob(largest_magnitude, (floats,), 0.2)]
+        found += [
+            KernelJob(search, (floats,), 0.2),
+            *dict.fromkeys(encoders),
+            KernelJob(largest_magnitude, (floats,), 0.2),
+        ]
     return found

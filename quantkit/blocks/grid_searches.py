@@ -200,7 +200,7 @@ def sum_of_squares(x: Floats, start: int) -> np.float32:
 
 @piece
 def take_tile(
-    x: Floats, first: int, n_per_row: int, weights: Floats | None, factor: np.float32, share: np.float32, tile: Tile
+    x: Floats, first: int, n_per_row: int, weights: Floats, factor: np.float32, share: np.float32, tile: Tile
 ) -> int:
     """Fill `tile` from super-block `first` on. Returns how many super-blocks that took.
 
@@ -212,12 +212,12 @@ def take_tile(
     lanes = SUPER // n  # of a super-block
     used = block_starts(first * lanes, x.size // n, n, n_per_row, tile.starts, tile.columns)
     spread(x, tile.starts, 0, n, xs)
-    if weights is not None or share != ZERO:
+    if weights.size or share != ZERO:
         for lane in range(0, LANES, lanes):
             sigma = factor * sum_of_squares(x, tile.starts[lane] // SUPER * SUPER) / np.float32(SUPER)
             for i in range(lanes):
                 sigmas[lane + i] = sigma
-    if weights is None:
+    if weights.size == 0:
         for i in range(n):
             v = load(xs, i * LANES)
             store(ws, i * LANES, splat(share) * load(sigmas, 0) + v * v if share != ZERO else v * v)
@@ -566,7 +566,7 @@ def start_with_largest(tile: Tile, trials: Trials, largest: F32x16, fmt: GridFor
 
 
 @piece
-def encode_on_grid(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None, grid: Grid, fmt: GridFormat) -> None:
+def encode_on_grid(x: Floats, out: Bytes, n_per_row: int, weights: Floats, grid: Grid, fmt: GridFormat) -> None:
     """Encode super-blocks, as many at a time as fill the lanes."""
     tile = Tile(
         fmt.n, fmt.even,

@@ -173,7 +173,8 @@ def put_group(
 class GridBlock(Block):
     """A format with a grid: what it has, its kernels take besides what those of `Block` do.
 
-    - `encoder(x, out, n_per_row, weights, grid)`
+    - `encoder(x, out, n_per_row, weights, grid)`, where no weights are an empty array: these kernels compile for
+      seconds, and so once for both
     - `decoder(data, out, values)`, or with `signs` also the table of signs that this makes.
     """
 
@@ -190,7 +191,7 @@ class GridBlock(Block):
             raise QuantkitError(
                 f"{cls.type.name} cannot be encoded without importance weights: give an importance matrix"
             )
-        cls.encoder(x, out, n_per_row, weights, grid(cls.points))
+        cls.encoder(x, out, n_per_row, _NO_WEIGHTS if weights is None else weights, grid(cls.points))
 
     @classmethod
     def decode(cls, data: Bytes, out: Floats) -> None:
@@ -208,6 +209,8 @@ class GridBlock(Block):
         return cls.decoder, (_FLOATS,) if cls.signs is None else (_FLOATS, _FLOATS)
 
 
+_NO_WEIGHTS = np.empty(0, np.float32)
+_NO_WEIGHTS.flags.writeable = False  # as importance weights are: the same type for numba
 _FLOATS, _SHORTS, _INTS, _CODES = (
     types.Array(dtype, 1, "C") for dtype in (types.float32, types.int16, types.int32, types.uint16)
 )

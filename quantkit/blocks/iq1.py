@@ -407,7 +407,7 @@ def _put_m(out: Bytes, block: int, tile: Tile, by_size: Sorted, found: Replaced,
 
 
 @kernel
-def _encode_m(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None, grid: Grid) -> None:
+def _encode_m(x: Floats, out: Bytes, n_per_row: int, weights: Floats, grid: Grid) -> None:
     """One super-block's 16 sub-blocks fill the lanes."""
     tile = Tile(
         16, False, scratch(np.float32, 16), scratch(np.float32, 16), scratch(np.float32, 1), scratch(np.int32, 1),

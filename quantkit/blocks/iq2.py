@@ -111,17 +111,17 @@ S_FORMAT = GridFormat(
 
 
 @kernel
-def _encode_xxs(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None, grid: Grid) -> None:
+def _encode_xxs(x: Floats, out: Bytes, n_per_row: int, weights: Floats, grid: Grid) -> None:
     encode_on_grid(x, out, n_per_row, weights, grid, XXS_FORMAT)
 
 
 @kernel
-def _encode_xs(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None, grid: Grid) -> None:
+def _encode_xs(x: Floats, out: Bytes, n_per_row: int, weights: Floats, grid: Grid) -> None:
     encode_on_grid(x, out, n_per_row, weights, grid, XS_FORMAT)
 
 
 @kernel
-def _encode_s(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None, grid: Grid) -> None:
+def _encode_s(x: Floats, out: Bytes, n_per_row: int, weights: Floats, grid: Grid) -> None:
     encode_on_grid(x, out, n_per_row, weights, grid, S_FORMAT)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from quantkit.calibration.rounding import RoundedTensor
     from quantkit.calibration.survey import TensorCosts
     from quantkit.calibration.text import CalibrationText
+    from quantkit.compile.ahead import KernelJob
     from quantkit.formats.imatrix import ImportanceMatrix
     from quantkit.formats.unfinished import WorkDirectory
 
@@ -116,6 +117,27 @@ class CalibratedRun:
             marks = [Target.parse(kind.target).mark if isinstance(kind, ChosenPlan) else "" for kind in types]
         self.marks = ["-".join(filter(None, (rounding, mark))) for mark in marks]
         self._types = list(types)
+
+    def kernels(self) -> list[KernelJob]:
+        """The kernels that the run will need, as far as its types are known, to be compiled ahead."""
+        from quantkit import blocks
+        from quantkit.evaluate.needed_kernels import measuring_kernels
+
+        calibration = self._calibration
+        if calibration is None:
+            return []
+        measuring = measuring_kernels(self._model, inputs=True) if calibration.compute.backend == "numpy" else []
+        named = [kind for kind in self._types if isinstance(kind, str)]
+        plans = [kind for kind in self._types if isinstance(kind, Plan)]
+        plans += plan_all(self._model, named, replace(self._options, calibrated=True))
+        # The importance of embeddings and of the output matrix is not measured.
+        encoded = [
+            (t.info.type, "token_embd" not in t.info.name and t.info.name != "output.weight")
+            for plan in plans
+            for t in plan
+            if not t.is_copy
+        ]
+        return [*measuring, *blocks.codec_kernels(dict.fromkeys(encoded))]
 
     def plans(self, work: WorkDirectory | None = None, costs: Mapping[str, TensorCosts] | None = None) -> list[Plan]:
         """The plan of each file. Types are chosen by a survey of the model, unless its `costs` are known.

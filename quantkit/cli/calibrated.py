@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from quantkit.cli.console import measured_ahead, read_text, work_progress
+from quantkit.cli.console import read_text, work_progress
 
 if TYPE_CHECKING:
     from quantkit.calibration.planning import Wishes
@@ -57,7 +57,9 @@ class CalibrationOptions:
         """Choose types where they are to be, and write the files unless this is a dry run."""
         from quantkit.calibration.planning import ChosenPlan, Target, load_plan, save_plan
         from quantkit.calibration.run import CalibratedRun, Calibration
+        from quantkit.compile.ahead import compiled_ahead
         from quantkit.formats.unfinished import WorkDirectory
+        from quantkit.machine import default_threads
         from quantkit.pipeline.naming import output_paths
 
         self._check(types, options)
@@ -73,7 +75,7 @@ class CalibrationOptions:
                 compute=self.compute,
             )
         targets = [Target.parse(size) for size in self.sizes]
-        with _steps() as progress, measured_ahead(model, self.compute.threads, self.compute.backend):
+        with ExitStack() as stack:
             run = CalibratedRun(
                 model,
                 calibration,
@@ -81,8 +83,9 @@ class CalibrationOptions:
                 types=types if saved is None else [saved],
                 targets=targets,
                 wishes=wishes,
-                progress=progress,
+                progress=stack.enter_context(_steps()),
             )
+            stack.enter_context(compiled_ahead(run.kernels(), self.compute.threads or default_threads()))
             paths = output_paths(destination, model, run.names, run.marks)
             work = None
             if not self.dry_run:

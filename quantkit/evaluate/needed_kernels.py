@@ -16,11 +16,13 @@ from quantkit.vocabulary import merges
 _INT, _FLOAT, _DOUBLE = types.int64, types.float32, types.float64
 
 
-def measuring_kernels(source: TensorSource, others: Iterable[GGMLType], comparing: bool) -> list[KernelJob]:
+def measuring_kernels(
+    source: TensorSource, others: Iterable[GGMLType] = (), comparing: bool = False, inputs: bool = False
+) -> list[KernelJob]:
     """The kernels that measuring `source` with numpy will need, the longest to compile last.
 
-    `others` are the types of further models' tensors. `comparing` measures the divergence from another model, else
-    perplexity alone. What only some architectures need is not among them.
+    `others` are the types of further models' tensors. `comparing` measures the divergence from another model, `inputs`
+    only what goes into each matrix, else it is perplexity alone. What only some architectures need is not among them.
     """
     known = set(blocks.encodable())
     kinds = dict.fromkeys([*(info.type for info in source.tensors.values()), *others])
@@ -40,6 +42,8 @@ def measuring_kernels(source: TensorSource, others: Iterable[GGMLType], comparin
         found.append(KernelJob(merges._merge, (ints, entries, types.uint64, small, ints, small, small, _INT), 1.2))
     if comparing:
         found.append(KernelJob(logit_kernels.compare_tile, (matrix, matrix, _INT, small, state, cube, ids), 1.4))
+    elif inputs:
+        found.append(KernelJob(forward_kernels.add_squares, (matrix, doubles), 0.2))
     else:
         found.append(KernelJob(forward_kernels.score_tile, (matrix, _INT, small, doubles, doubles, doubles), 0.6))
     reach = types.UniTuple(_INT, 3)

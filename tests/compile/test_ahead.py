@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINYLM
 
+from quantkit import GGMLType, blocks
 from quantkit.compile.ahead import _HELPER
 
 TEXT = ROOT / "fixtures" / "tinylm-test.txt"
 REPORT = ("report", TINYLM, "--types", "Q4_K_M,Q4_0", "--text", TEXT, "--n-ctx", 64, "--chunks", 2)
 PERPLEXITY = ("perplexity", TINYLM, "--text", TEXT, "--n-ctx", 64, "--chunks", 2)
 QUANTIZE = ("quantize", TINYLM, "--type", "Q4_K_M")
+CALIBRATED = (*QUANTIZE, "--calibration", TEXT, "--n-ctx", 64, "--chunks", 2)
 
 # The command line, which tells at the end of the processes that it started and of the kernels that it compiled.
 COMMAND = """
@@ -39,10 +41,13 @@ from pathlib import Path
 from quantkit.pipeline.mixtures import file_type
 from quantkit.sources.source import open_model
 from quantkit.evaluate import needed_kernels
+from quantkit.calibration.run import CalibratedRun, Calibration
+from quantkit.pipeline.options import QuantizeOptions
 from quantkit.report import ladder
 source = open_model(sys.argv[1])
 wanted = ladder.ladder_kernels(source, [file_type("Q4_K_M"), file_type("Q4_0")])
-for job in [*wanted, *needed_kernels.measuring_kernels(source, (), False)]:
+calibrated = CalibratedRun(source, Calibration(text=""), QuantizeOptions(), types=["Q4_K_M"]).kernels()
+for job in [*wanted, *needed_kernels.measuring_kernels(source), *calibrated]:
     job.kernel.compile(job.signature)
 """
 # Counts the kernels, pieces of kernels aside, that this process compiles.
@@ -111,9 +116,15 @@ def test_jobs_are_what_the_commands_compile(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
     subprocess.run([sys.executable, "-c", ONE_BY_ONE, str(TINYLM)], env=environment, cwd=ROOT, check=True)
-    for command in ((*REPORT, "-o", f"{tmp_path}/out/"), PERPLEXITY):
+    for command in ((*REPORT, "-o", f"{tmp_path}/out/"), PERPLEXITY, (*CALIBRATED, "-o", tmp_path / "a.gguf")):
         said = run(cache, *command, before=COUNT)
         assert "0 started" in said and "compiled:\n" in said, said
+
+
+def test_a_format_with_a_grid_compiles_once() -> None:
+    """With importance weights or without, it is the same kernel: both take seconds."""
+    jobs = blocks.codec_kernels([(GGMLType.IQ3_S, weighted) for weighted in (True, False)])
+    assert [job.kernel for job in jobs].count(blocks.block(GGMLType.IQ3_S).encode_kernel()[0]) == 1
 
 
 def test_one_thread_has_no_helper(tmp_path: Path) -> None:
