@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from quantkit.calibration.run import choose_types, quantize
     from quantkit.evaluate.divergence import DivergenceResult, divergence, divergences
+    from quantkit.evaluate.embeddings import embed
     from quantkit.evaluate.generate import Generation, generate
     from quantkit.evaluate.importance import importance_matrix
     from quantkit.evaluate.perplexity import PerplexityResult, perplexity
@@ -56,6 +57,7 @@ __all__ = [
     "dequantize_rows",
     "divergence",
     "divergences",
+    "embed",
     "execute",
     "generate",
     "importance_matrix",
@@ -76,6 +78,7 @@ choose_openblas_kernels(Processor.here(), os.environ, "numpy" in sys.modules)
 _ELSEWHERE = {
     "calibration.run": ("choose_types", "quantize"),
     "evaluate.divergence": ("DivergenceResult", "divergence", "divergences"),
+    "evaluate.embeddings": ("embed",),
     "evaluate.generate": ("Generation", "generate"),
     "evaluate.importance": ("importance_matrix",),
     "evaluate.perplexity": ("PerplexityResult", "perplexity"),

@@ -273,11 +273,56 @@ def _field(number: int, value: float | str | bytes) -> bytes:
     return bytes([number << 3 | 2, len(data)]) + data
 
 
-def sentencepiece(gemma: bool) -> bytes:
-    """A tokenizer.model of some 310 pieces, BPE with byte fallback: Llama's special tokens first, or Gemma's."""
+WORDPIECE_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def wordpiece() -> dict[str, Any]:
+    """A tokenizer.json: BERT's, with words and letters that begin a word or go on."""
+    words = [merge.replace(" ", "").replace("Ġ", "").lower() for merge in MERGES]
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
+    tokens = list(dict.fromkeys([*WORDPIECE_SPECIAL, *letters, *(f"##{letter}" for letter in letters), *words]))
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    special = {text: {"id": text, "ids": [tokens.index(text)], "tokens": [text]} for text in ("[CLS]", "[SEP]")}
+    begin, end = ({"SpecialToken": {"id": text, "type_id": 0}} for text in ("[CLS]", "[SEP]"))
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": tokens.index(text), "content": text, **flags} for text in WORDPIECE_SPECIAL],
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": None,
+            "lowercase": True,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, first, end],
+            "pair": [begin, first, end, second, {"SpecialToken": {"id": "[SEP]", "type_id": 1}}],
+            "special_tokens": special,
+        },
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+        },
+    }
+
+
+def sentencepiece(gemma: bool, unigram: bool = False) -> bytes:
+    """A tokenizer.model of some 310 pieces, BPE with byte fallback: Llama's special tokens first, or Gemma's.
+
+    With `unigram` a model of that kind.
+    """
     special = ("<pad>", "<eos>", "<bos>", "<unk>") if gemma else ("<unk>", "<s>", "</s>")
     pieces = [(text, 0.0, 2 if text == "<unk>" else 3) for text in special]
-    pieces += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
+    pieces += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(0 if unigram else 256)]
     words = [merge.replace(" ", "").replace("Ġ", "▁") for merge in MERGES[:28]]
     words += sorted({letter for word in words for letter in word})
     pieces += [(word, float(-i), 1) for i, word in enumerate(words)]
@@ -287,6 +332,8 @@ def sentencepiece(gemma: bool) -> bytes:
         for text, score, kind in pieces
     )
     # Of the trainer: its model_type (3) is BPE, and byte_fallback (35, beyond the one-byte tags) is on.
+    if unigram:
+        return model + _field(2, _field(3, 1)) + _field(3, _field(3, 1))
     return model + _field(2, _field(3, 2) + bytes([0x98, 0x02, 1])) + _field(3, _field(3, int(not gemma)))
 
 
@@ -298,6 +345,22 @@ def _write_vocabulary(recipe: Recipe, directory: Path, write: Callable[[str, obj
         special = {"bos_token": ADDED[0][0], "eos_token": ADDED[1][0], "pad_token": ADDED[1][0]}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special, **recipe.tokenizer_config}
         write("tokenizer_config.json", settings)
+        return
+    if recipe.vocabulary == "wordpiece":
+        write("tokenizer.json", wordpiece())
+        roles = zip(("pad", "unk", "cls", "sep", "mask"), WORDPIECE_SPECIAL, strict=True)
+        write("tokenizer_config.json", {"tokenizer_class": "BertTokenizer", **{f"{r}_token": t for r, t in roles}})
+        return
+    if recipe.vocabulary == "unigram":
+        (directory / "sentencepiece.bpe.model").write_bytes(sentencepiece(False, unigram=True))
+        ends = {
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "cls_token": "<s>",
+            "sep_token": "</s>",
+            "mask_token": "<mask>",
+        }
+        write("tokenizer_config.json", {"tokenizer_class": "XLMRobertaTokenizer", "pad_token": "<pad>", **ends})
         return
     gemma = recipe.vocabulary == "gemma"
     (directory / "tokenizer.model").write_bytes(sentencepiece(gemma))

@@ -123,10 +123,11 @@ class Temperature:
 
 @dataclass(frozen=True)
 class Attention:
-    """Causal self-attention of one layer.
+    """Self-attention of one layer, causal unless a query sees later positions too.
 
     Either `q`, `k` and `v` are given, or `qkv`, one product whose rows are q's, then k's, then v's. `scale` multiplies
-    q . k. `window` counts the positions that a query sees, itself included; with `chunk` it sees none before the last
+    q . k. `window` counts the positions that a query sees, itself included; where attention is not causal, half of
+    them, at most, stand on either side. With `chunk` it sees none before the last
     multiple of that. `sinks` names a score of each head that belongs to no position. `softcap` c turns a score s into
     c * tanh(s / c). `q_norm` and `k_norm` run over each head before it is rotated, or after it with `norm_rotated`, and
     with `norm_whole` over all heads together. Queries, keys and values are clamped to `clamp` in magnitude.
@@ -153,6 +154,7 @@ class Attention:
     norm_rotated: bool = False
     clamp: float | None = None
     temperature: Temperature | None = None
+    causal: bool = True
 
 
 @dataclass(frozen=True)
@@ -209,8 +211,8 @@ class Layer:
     """One block of the model.
 
     Usually `x += attention(attention_norm(x))`, then `x += feed_forward(feed_forward_norm(x))`. A norm that is None is
-    left out; the `post_` norms run on a branch before it is added. With `parallel` both branches read the same x.
-    `branch_scale` multiplies each branch before it is added.
+    left out; the `post_` norms run on a branch before it is added, and the `out_` norms on x after that. With
+    `parallel` both branches read the same x. `branch_scale` multiplies each branch before it is added.
     """
 
     attention: Attention
@@ -221,6 +223,8 @@ class Layer:
     post_feed_forward_norm: Norm | None = None
     parallel: bool = False
     branch_scale: float = 1.0
+    out_attention_norm: Norm | None = None
+    out_feed_forward_norm: Norm | None = None
 
     @property
     def inputs(self) -> tuple[tuple[str, ...], ...]:
@@ -242,9 +246,10 @@ class ForwardSpec:
     """The forward pass of a model, from token ids to logits.
 
     `embedding` and `position_embedding` name tensors whose rows are looked up and added; `embedding_scale` multiplies
-    the token's. `output` is the embedding's own tensor where the two are tied. `logit_scale` multiplies logits, then
-    `logit_softcap` bends them as `Attention.softcap` does scores. `idle` are tensors that a forward pass leaves alone:
-    multi-token-prediction layers.
+    the token's. The first row of `segment_embedding` is added to all, and `embedding_norm` runs on the sum. `output` is
+    the embedding's own tensor where the two are tied. `logit_scale` multiplies logits, then `logit_softcap` bends them
+    as `Attention.softcap` does scores. `idle` are tensors that a forward pass leaves alone: multi-token-prediction
+    layers.
     """
 
     architecture: str
@@ -260,6 +265,13 @@ class ForwardSpec:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     idle: tuple[str, ...] = ()
+    segment_embedding: str | None = None
+    embedding_norm: Norm | None = None
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token sees later ones, so that the model can predict what comes next."""
+        return all(layer.attention.causal for layer in self.layers)
 
     @property
     def tied(self) -> bool:

@@ -67,7 +67,7 @@ class ModelReader:
             )
         eps = "layer_norm_rms_epsilon" if norm_kind is NormKind.RMS else "layer_norm_epsilon"
         self.eps = self.number(f"attention.{eps}")
-        self._refuse(not self.flag("attention.causal", True), "attention to later tokens")
+        self.causal = self.flag("attention.causal", True)
 
     # Values
 
@@ -206,6 +206,7 @@ class ModelReader:
             "scale": self.plain_scale,
             "rope": rope,
             "out": self.linear(f"{at}attn_output"),
+            "causal": self.causal,
             **products,
         }
         return Attention(**{**fields, **changes})

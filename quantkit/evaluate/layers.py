@@ -128,6 +128,8 @@ def unsupported(layer: Layer) -> Iterable[str]:
         yield "norms of whole queries and keys after rotation"
     if attention.chunk is not None and attention.chunk < 1:
         yield f"chunks of {attention.chunk} positions"
+    if attention.chunk is not None and not attention.causal:
+        yield "chunks of positions where attention is not causal"
     if attention.clamp is not None and not attention.clamp > 0:
         yield f"queries, keys and values clamped at {attention.clamp}"
 
@@ -238,7 +240,8 @@ class LayerRunner:
     def _sizes(self, layer: Layer, n_q: int, n_k: int) -> Iterable[tuple[Norm, int]]:
         attention = layer.attention
         for norm in (
-            layer.attention_norm, layer.feed_forward_norm, layer.post_attention_norm, layer.post_feed_forward_norm
+            layer.attention_norm, layer.feed_forward_norm, layer.post_attention_norm, layer.post_feed_forward_norm,
+            layer.out_attention_norm, layer.out_feed_forward_norm,
         ):  # fmt: skip
             if norm is not None:
                 yield norm, self.n_embd
@@ -307,7 +310,12 @@ class LayerRunner:
         """
         attention = self.layer.attention
         (_, _, heads, head_k), head_v, stop = q.shape, attention.head_v, past + first + len(out)
-        reach = min(stop, attention.window or stop), 0, attention.chunk or 0
+        if attention.causal:
+            reach = min(stop, attention.window or stop), 0, attention.chunk or 0
+        else:
+            stop = k.shape[1]
+            half = stop if attention.window is None else attention.window // 2
+            reach = half + 1, half, 0
         cap, sinks = np.float32(attention.softcap or 0.0), self._sinks
 
         def mix_group(group: int) -> None:
@@ -397,6 +405,7 @@ class LayerRunner:
             self._dense(normed, branch, at + start)
             self._prepare(branch, layer.post_feed_forward_norm)
             forward_kernels.add(block, branch)
+            self._normed(layer.out_feed_forward_norm, block, block)
 
     def _dense(self, x: np.ndarray, out: np.ndarray, at: int) -> np.ndarray:
         """The dense block, or the one that experts share, of the rows of `x` from row `at` of the batch on."""
@@ -420,10 +429,11 @@ class LayerRunner:
                 out[:] = x
             forward_kernels.add(x, branch)
             return out
-        if norm is not None and norm.kind is NormKind.RMS:
+        if norm is not None and norm.kind is NormKind.RMS and self.layer.out_attention_norm is None:
             forward_kernels.add_rms_norm(x, branch, self._norms[norm][0], norm.eps, out)
             return out
         forward_kernels.add(x, branch)
+        self._normed(self.layer.out_attention_norm, x, x)
         return self._normed(norm, x, out)
 
     # Experts
@@ -507,3 +517,4 @@ class LayerRunner:
         """Add the experts' branch to `x` [rows, n_embd]."""
         self._prepare(routed.branch, self.layer.post_feed_forward_norm)
         forward_kernels.add(x, routed.branch)
+        self._normed(self.layer.out_feed_forward_norm, x, x)

@@ -55,6 +55,15 @@ def rope_tables(rope: Rope, n_positions: int, factors: np.ndarray | None) -> tup
     return (np.cos(angle) * rope.magnitude).astype(np.float32), (np.sin(angle) * rope.magnitude).astype(np.float32)
 
 
+def refuse_encoder(spec: ForwardSpec, label: str) -> None:
+    """Raise QuantkitError for a model that does not predict what comes next."""
+    if not spec.causal:
+        raise QuantkitError(
+            f"{label}: an encoder ({spec.architecture}): its tokens see those after them, so it predicts none, and has "
+            "no perplexity; compare the vectors that it gives texts instead"
+        )
+
+
 def refuse_unsupported(spec: ForwardSpec, label: str) -> None:
     """Raise QuantkitError for what no backend computes, and for sizes that cannot be."""
     for layer in spec.layers:
@@ -203,6 +212,7 @@ class Transformer(Model):
         and for logits that are NaN.
         """
         label = self.source.label
+        refuse_encoder(self.spec, label)
         if len(tokens) == 0:
             raise QuantkitError(f"{label}: nothing to continue: the prompt has no tokens")
         if len(cache.tokens) + len(tokens) > cache.n_ctx:
@@ -260,6 +270,10 @@ class Transformer(Model):
                     f"{learned.n_rows} positions: use a smaller context"
                 )
             x += self._weights.lookup(spec.position_embedding, np.arange(start, stop), spec.n_embd)
+        if spec.segment_embedding is not None:
+            x += self._weights.lookup(spec.segment_embedding, np.zeros(1, np.int64), spec.n_embd)
+        if spec.embedding_norm is not None:
+            self._normalise(spec.embedding_norm, x)
         return x
 
     def _run_layer(
@@ -303,6 +317,7 @@ class Transformer(Model):
 
     def open_logits(self, tokens: np.ndarray, first: int, stop: int) -> _Logits:
         """See `Model`."""
+        refuse_encoder(self.spec, self.source.label)
         return _Logits(self, self.hidden(tokens, first, stop))
 
     def _scores(self, x: np.ndarray, product: Product, out: np.ndarray) -> np.ndarray:

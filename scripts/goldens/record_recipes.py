@@ -94,6 +94,8 @@ QWEN3_VISION = {
     "num_position_embeddings": 16,
 }  # fmt: skip
 MROPE = _rope(5e6, mrope_section=[12, 10, 10], mrope_interleaved=True)
+ENCODER = {"num_key_value_heads": "absent", "bos_token_id": "absent", "eos_token_id": "absent", "pad_token_id": 0}
+POOLED = {"modules.json": json.dumps([{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "1_Pooling"}])}
 MODELS = {
     "tiny-qwen2-moe": Model(
         "Qwen2MoeForCausalLM",
@@ -102,6 +104,26 @@ MODELS = {
             "shared_expert_intermediate_size": 512,
         },
         {"added": ["<|endoftext|>"]},
+    ),
+    "tiny-bert": Model(
+        "BertModel",
+        ENCODER | {"type_vocab_size": 2},
+        {"vocabulary": "wordpiece", "files": POOLED | {"1_Pooling/config.json": '{"pooling_mode_cls_token": true}'}},
+    ),
+    "tiny-bert-classifier": Model(
+        "BertForSequenceClassification",
+        ENCODER | {"id2label": {"0": "no", "1": "maybe", "2": "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}},
+        {"vocabulary": "wordpiece", "dtype": "F32"},
+    ),
+    "tiny-roberta": Model(
+        "RobertaModel",
+        ENCODER | {"pad_token_id": 1, "max_position_embeddings": 258, "type_vocab_size": 1},
+        {"files": POOLED | {"1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}'}},
+    ),
+    "tiny-xlm-roberta": Model(
+        "XLMRobertaModel",
+        ENCODER | {"pad_token_id": 1, "max_position_embeddings": 258, "type_vocab_size": 1},
+        {"vocabulary": "unigram", "files": POOLED | {"1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}'}},
     ),
     "tiny-seed-oss": Model(
         "SeedOssForCausalLM", {"head_dim": 64, "rope_parameters": _rope(1e7), "tie_word_embeddings": False}

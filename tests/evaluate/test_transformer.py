@@ -320,13 +320,13 @@ def test_what_is_not_supported_is_refused_in_one_line(tmp_path, name, key, value
         Transformer(GGUFSource(family_path(tmp_path, name, **{key: value})))
 
 
-def test_attention_to_later_tokens_is_refused(tmp_path):
+def test_logits_of_models_that_see_later_tokens_are_refused(tmp_path):
     family = FAMILIES["qwen3"]
     metadata = family.metadata()
     metadata.set("qwen3.attention.causal", ValueType.BOOL, False)
     path = write_gguf(tmp_path / "m.gguf", metadata, family.weights(1))
-    with pytest.raises(QuantkitError, match="later tokens"):
-        Transformer(GGUFSource(path))
+    with pytest.raises(QuantkitError, match=r"an encoder \(qwen3\)"):
+        Transformer(GGUFSource(path)).logits(np.zeros((1, 8), np.int32))
 
 
 @pytest.mark.parametrize("extra", ["blk.1.attn_q_norm.weight", "blk.0.attn_q.scale", "cls.output.weight"])

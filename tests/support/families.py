@@ -12,19 +12,25 @@ _CLASSES = {name for row in supported() if row.evaluated for name in row.classes
 
 # Those whose class is of a family that is not evaluated, and whose hyper-parameters make them one that is.
 _OF_ANOTHER_FAMILY = {"tiny-granite-micro"}
+# Encoders with a head that no vector of a text needs.
+_CLASSIFIERS = {"tiny-bert-classifier"}
 # The checkpoints that have a forward pass here, and those of them that transformers has one for.
 EVALUATED = [
     name
     for name, recipe in (RECIPES | FAMILIES).items()
-    if recipe.config["architectures"][0] in _CLASSES or name in _OF_ANOTHER_FAMILY
+    if (recipe.config["architectures"][0] in _CLASSES or name in _OF_ANOTHER_FAMILY) and name not in _CLASSIFIERS
 ]
+# Those without logits: they give vectors.
+ENCODERS = [name for name in FAMILIES if "bert" in name]
 # Those of wrappers whose text model transformers does not run by itself: their forward passes are other families'.
 _WITHIN_WRAPPERS = {"tiny-qwen2-vl", "tiny-qwen3-vl", "tiny-qwen3-vl-moe"}
-IN_TRANSFORMERS = [name for name in EVALUATED if name not in OWN_CODE and name not in _WITHIN_WRAPPERS]
+_NO_LOGITS = _WITHIN_WRAPPERS | set(ENCODERS)
+IN_TRANSFORMERS = [name for name in EVALUATED if name not in OWN_CODE and name not in _NO_LOGITS]
 # Those that the pinned llama.cpp does not load, and those that it runs otherwise than the model is meant to be run.
 LLAMA_CPP_LACKS = {"tiny-deepseek-v2-lite": "llama.cpp knows DeepSeek V2 without a latent of queries by its layers"}
 LLAMA_CPP_RUNS = [name for name in FAMILIES if name not in LLAMA_CPP_LACKS]
 LLAMA_CPP_DIFFERS = LLAMA_CPP_LACKS | {
+    **dict.fromkeys(ENCODERS, "there are no logits of encoders"),
     "tiny-exaone4-window": "llama.cpp knows the models with a window by their 64 layers",
     "tiny-qwen2-vl": "llama.cpp does not read the epsilon of this family's norms",
     "tiny-gpt-oss-mxfp4": "llama.cpp rounds what it multiplies with MXFP4 weights to 8 bits",
