@@ -213,10 +213,30 @@ _MISTRAL_TEXT = {
 _WRAPPER = {"transformers_version": "5.23.0", "vision_config": {"hidden_size": 1024, "num_attention_heads": 16}}
 
 # Those that bring their own code, so that transformers has no class for them.
-OWN_CODE = ("tiny-bailing", "tiny-bailing2", "tiny-internlm2", "tiny-internlm3", "tiny-minicpm", "tiny-minicpm4")
+OWN_CODE = (
+    "tiny-bailing", "tiny-bailing2", "tiny-internlm2", "tiny-internlm3", "tiny-minicpm", "tiny-minicpm4",
+    "tiny-nomic-bert",
+)  # fmt: skip
 _SPM_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _MINICPM = {**_without(_SILU, "tie_word_embeddings"), **_SPM_IDS, "scale_emb": 12, "scale_depth": 1.4,
             "dim_model_base": 64}  # fmt: skip
+
+_NOMIC = {
+    "embeddings.token_type_embeddings.weight": "2 E",
+    "embeddings.word_embeddings.weight": "V E",
+    "emb_ln.weight": "E",
+    "emb_ln.bias": "E",
+} | {
+    f"encoder.layers.#.{name}": shape
+    for name, shape in {
+        "attn.Wqkv.weight": "3E E",
+        "attn.out_proj.weight": "E E",
+        "mlp.fc11.weight": "512 E",
+        "mlp.fc12.weight": "512 E",
+        "mlp.fc2.weight": "E 512",
+        **{f"norm{i}.{part}": "E" for i in (1, 2) for part in ("weight", "bias")},
+    }.items()
+}
 
 # By directory name: config.json, shapes, and what of the recipe differs from its defaults.
 FAMILIES: dict[str, tuple[Config, dict[str, str], Config]] = {
@@ -401,6 +421,24 @@ FAMILIES: dict[str, tuple[Config, dict[str, str], Config]] = {
         },
         {f"language_model.{name}": shape for name, shape in _LLAMA.items()} | _VISION,
         {},
+    ),
+    "tiny-nomic-bert": (
+        {
+            "architectures": ["NomicBertModel"], "model_type": "nomic_bert", "activation_function": "swiglu",
+            "bos_token_id": None, "causal": False, "eos_token_id": None, "layer_norm_epsilon": 1e-12,
+            "max_trained_positions": 2048, "mlp_fc1_bias": False, "mlp_fc2_bias": False, "n_embd": 256, "n_head": 4,
+            "n_inner": 512, "n_layer": 2, "n_positions": 8192, "prenorm": False, "qkv_proj_bias": False,
+            "rotary_emb_base": 1000, "rotary_emb_fraction": 1.0, "rotary_emb_interleaved": False,
+            "rotary_emb_scale_base": None, "rotary_scaling_factor": None, "type_vocab_size": 2, "vocab_size": 320,
+        },
+        _NOMIC,
+        {
+            "vocabulary": "wordpiece",
+            "files": {
+                "modules.json": '[{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "1_Pooling"}]',
+                "1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}',
+            },
+        },
     ),
     "tiny-internlm2": (
         _config(

@@ -39,6 +39,7 @@ from quantkit.architectures.minimax_m2 import MiniMaxM2
 from quantkit.architectures.mistral3 import Mistral3
 from quantkit.architectures.mixtral import Mixtral
 from quantkit.architectures.nemotron import Nemotron
+from quantkit.architectures.nomic_bert import NomicBert
 from quantkit.architectures.olmo import Olmo
 from quantkit.architectures.olmo2 import Olmo2
 from quantkit.architectures.olmoe import Olmoe
@@ -118,6 +119,7 @@ FAMILIES: tuple[type[Architecture], ...] = (
     Bert,
     Roberta,
     XlmRoberta,
+    NomicBert,
 )
 
 BY_CLASS: dict[str, type[Architecture]] = {

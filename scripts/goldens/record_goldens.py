@@ -30,7 +30,9 @@ REFERENCE_LOAD_HPARAMS: Any = None
 
 def load_hparams(directory: Path, is_mistral_format: bool) -> dict[str, Any]:
     """What the converter's own function gives, with what it reads for GPT-NeoX and transformers 5 takes away."""
-    stored = json.loads((directory / "config.json").read_text())
+    stored: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    if stored["architectures"] == ["NomicBertModel"]:  # transformers 5 has a class of that name with other fields
+        return stored
     kept = {key: stored[key] for key in ("rotary_pct",) if key in stored}
     return kept | REFERENCE_LOAD_HPARAMS(directory, is_mistral_format)
 
