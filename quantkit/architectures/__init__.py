@@ -38,6 +38,7 @@ from quantkit.architectures.minicpm import MiniCPM
 from quantkit.architectures.minimax_m2 import MiniMaxM2
 from quantkit.architectures.mistral3 import Mistral3
 from quantkit.architectures.mixtral import Mixtral
+from quantkit.architectures.modern_bert import ModernBert
 from quantkit.architectures.nemotron import Nemotron
 from quantkit.architectures.nomic_bert import NomicBert
 from quantkit.architectures.olmo import Olmo
@@ -120,6 +121,7 @@ FAMILIES: tuple[type[Architecture], ...] = (
     Roberta,
     XlmRoberta,
     NomicBert,
+    ModernBert,
 )
 
 BY_CLASS: dict[str, type[Architecture]] = {

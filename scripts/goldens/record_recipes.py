@@ -115,6 +115,15 @@ MODELS = {
         ENCODER | {"id2label": {"0": "no", "1": "maybe", "2": "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}},
         {"vocabulary": "wordpiece", "dtype": "F32"},
     ),
+    "tiny-modern-bert": Model(
+        "ModernBertModel",
+        ENCODER | {
+            "num_hidden_layers": 4, "local_attention": 20, "bos_token_id": 296, "cls_token_id": 296,
+            "eos_token_id": 297, "sep_token_id": 297, "pad_token_id": 297,
+        },
+        {"files": POOLED | {"1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}'}},
+        said={"layer_norm_eps": 1e-5, "global_attn_every_n_layers": 3},
+    ),
     "tiny-roberta": Model(
         "RobertaModel",
         ENCODER | {"pad_token_id": 1, "max_position_embeddings": 258, "type_vocab_size": 1},
