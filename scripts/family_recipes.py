@@ -215,12 +215,33 @@ _WRAPPER = {"transformers_version": "5.23.0", "vision_config": {"hidden_size": 1
 # Those that bring their own code, so that transformers has no class for them.
 OWN_CODE = (
     "tiny-bailing", "tiny-bailing2", "tiny-internlm2", "tiny-internlm3", "tiny-minicpm", "tiny-minicpm4",
-    "tiny-nomic-bert",
+    "tiny-nomic-bert", "tiny-jina-bert",
 )  # fmt: skip
 _SPM_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _MINICPM = {**_without(_SILU, "tie_word_embeddings"), **_SPM_IDS, "scale_emb": 12, "scale_depth": 1.4,
             "dim_model_base": 64}  # fmt: skip
 
+_JINA = {
+    "embeddings.LayerNorm.bias": "E",
+    "embeddings.LayerNorm.weight": "E",
+    "embeddings.token_type_embeddings.weight": "2 E",
+    "embeddings.word_embeddings.weight": "V E",
+} | {
+    f"encoder.layer.#.{name}": shape
+    for name, shape in {
+        **{f"attention.self.{part}.weight": "E E" for part in ("query", "key", "value")},
+        **{f"attention.self.{part}.bias": "E" for part in ("query", "key", "value")},
+        "attention.output.LayerNorm.bias": "E",
+        "attention.output.LayerNorm.weight": "E",
+        "attention.output.dense.bias": "E",
+        "attention.output.dense.weight": "E E",
+        "mlp.gated_layers.weight": "2F E",
+        "mlp.layernorm.bias": "E",
+        "mlp.layernorm.weight": "E",
+        "mlp.wo.bias": "E",
+        "mlp.wo.weight": "E F",
+    }.items()
+}
 _NOMIC = {
     "embeddings.token_type_embeddings.weight": "2 E",
     "embeddings.word_embeddings.weight": "V E",
@@ -421,6 +442,17 @@ FAMILIES: dict[str, tuple[Config, dict[str, str], Config]] = {
         },
         {f"language_model.{name}": shape for name, shape in _LLAMA.items()} | _VISION,
         {},
+    ),
+    "tiny-jina-bert": (
+        {
+            "architectures": ["JinaBertForMaskedLM"], "model_type": "bert", "attention_probs_dropout_prob": 0.0,
+            "emb_pooler": "mean", "feed_forward_type": "geglu", "hidden_act": "gelu", "hidden_size": 256,
+            "intermediate_size": 512, "layer_norm_eps": 1e-12, "max_position_embeddings": 512,
+            "num_attention_heads": 4, "num_hidden_layers": 2, "pad_token_id": 0, "position_embedding_type": "alibi",
+            "type_vocab_size": 2, "vocab_size": 320,
+        },
+        _JINA,
+        {"vocabulary": "wordpiece", "dtype": "F16"},
     ),
     "tiny-nomic-bert": (
         {

@@ -31,6 +31,7 @@ from quantkit.architectures.granite import Granite, GraniteMoe
 from quantkit.architectures.granite_hybrid import GraniteHybrid
 from quantkit.architectures.hunyuan import HunyuanDense
 from quantkit.architectures.internlm2 import InternLM2, InternLM3
+from quantkit.architectures.jina_bert import JinaBert
 from quantkit.architectures.lfm2 import Lfm2, Lfm2Moe
 from quantkit.architectures.llama import Llama
 from quantkit.architectures.llama4 import Llama4
@@ -122,6 +123,7 @@ FAMILIES: tuple[type[Architecture], ...] = (
     XlmRoberta,
     NomicBert,
     ModernBert,
+    JinaBert,
 )
 
 BY_CLASS: dict[str, type[Architecture]] = {

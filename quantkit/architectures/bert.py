@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from gguf import GGUFWriter
 
-_DEFAULTS: dict[str, Any] = {
+# What BERT's configuration class assumes.
+DEFAULTS: dict[str, Any] = {
     "vocab_size": 30522,
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -30,8 +31,8 @@ _DEFAULTS: dict[str, Any] = {
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
 }
-_ROBERTA = _DEFAULTS | {"vocab_size": 50265, "pad_token_id": 1}
-_XLM_ROBERTA = _DEFAULTS | {"pad_token_id": 1}
+_ROBERTA = DEFAULTS | {"vocab_size": 50265, "pad_token_id": 1}
+_XLM_ROBERTA = DEFAULTS | {"pad_token_id": 1}
 
 
 def labels(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
@@ -53,7 +54,7 @@ class Bert(Architecture):
     """BertModel, without the parts that it was trained with, and its classifiers."""
 
     gguf_name = "bert"
-    checkpoints = dict.fromkeys(("BertModel", "BertForMaskedLM", "BertForSequenceClassification"), _DEFAULTS)
+    checkpoints = dict.fromkeys(("BertModel", "BertForMaskedLM", "BertForSequenceClassification"), DEFAULTS)
     parameters = (*SHARED, Constant("add_causal_attention", False), pooling, labels)
     vocabulary = "wordpiece"
     notes = "encoder; pooling as sentence-transformers says; classifiers are converted"

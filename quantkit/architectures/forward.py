@@ -130,7 +130,9 @@ class Attention:
     them, at most, stand on either side. With `chunk` it sees none before the last
     multiple of that. `sinks` names a score of each head that belongs to no position. `softcap` c turns a score s into
     c * tanh(s / c). `q_norm` and `k_norm` run over each head before it is rotated, or after it with `norm_rotated`, and
-    with `norm_whole` over all heads together. Queries, keys and values are clamped to `clamp` in magnitude.
+    with `norm_whole` over all heads together. Queries, keys and values are clamped to `clamp` in magnitude. With
+    `alibi`, scores fall by the distance from query to key, for each head with a slope of its own (ALiBi, Press et al.
+    2022): the last slope of as many heads as the largest power of two among theirs is 2 to the power of minus `alibi`.
     """
 
     n_head: int
@@ -155,6 +157,7 @@ class Attention:
     clamp: float | None = None
     temperature: Temperature | None = None
     causal: bool = True
+    alibi: float | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +73,17 @@ def _temperatures(temperature: Temperature, positions: np.ndarray) -> np.ndarray
     """What queries at these positions are multiplied with: float32 [positions, 1]."""
     grown = 1.0 + temperature.scale * np.log((positions + temperature.offset) // temperature.step + 1.0)
     return grown.astype(np.float32)[:, None]
+
+
+@lru_cache(maxsize=2)
+def _falling(steepest: float, n_head: int, n_positions: int) -> np.ndarray:
+    """What ALiBi adds to scores by the distance from query to key: float32 [n_head, 2 * n_positions - 1]."""
+    whole = 1 << (n_head.bit_length() - 1)
+    powers = [steepest * (h + 1) / whole if h < whole else steepest / 2 * (2 * (h - whole) + 1) / whole
+              for h in range(n_head)]  # fmt: skip
+    distance = np.abs(np.arange(1 - n_positions, n_positions))
+    falling: np.ndarray = -np.exp2(-np.array(powers))[:, None] * distance
+    return falling.astype(np.float32)
 
 
 Activate = Callable[[np.ndarray, np.ndarray], None]
@@ -317,13 +329,15 @@ class LayerRunner:
             half = stop if attention.window is None else attention.window // 2
             reach = half + 1, half, 0
         cap, sinks = np.float32(attention.softcap or 0.0), self._sinks
+        distances = None if attention.alibi is None else _falling(attention.alibi, attention.n_head, k.shape[1])
 
         def mix_group(group: int) -> None:
             scratch = self._take("attention", forward_kernels.attention_scratch(stop, head_k, head_v))
             column = group * heads * head_v
-            own = sinks[group * heads : (group + 1) * heads]
+            mine = slice(group * heads, (group + 1) * heads)
+            far = _NO_DISTANCES if distances is None else distances[mine]
             forward_kernels.attention(
-                q[group], k[group], v[group], first, past, reach, cap, own, _NO_DISTANCES, scratch, out, column
+                q[group], k[group], v[group], first, past, reach, cap, sinks[mine], far, scratch, out, column
             )
 
         each(mix_group, len(q))

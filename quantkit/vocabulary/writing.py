@@ -49,8 +49,9 @@ def write_vocabulary(
     a space in front of text), "spm-prefix" (spm with what tokenizer_config.json says of that space), "gemma1", "phi3",
     "gemma4", "nemotron", "hunyuan", "internlm2" and "internlm3" (what those families do with one of these),
     "wordpiece" (BERT's), "roberta" (byte-level BPE if there is a tokenizer.json, else WordPiece), "xlm-roberta" and
-    "t5" (Unigram from the SentencePiece models of these), "wordpiece-or-xlm-roberta", "modern-bert" (its bpe), or
-    "auto": the first of spm, llama-hf and bpe whose files are there, with what the reference adds for Llama.
+    "t5" (Unigram from the SentencePiece models of these), "wordpiece-or-xlm-roberta", "modern-bert" and "jina-bert"
+    (what these do with one), or "auto": the first of spm, llama-hf and bpe whose files are there, with what the
+    reference adds for Llama.
     `pre` overrides the name of the pre-tokenizer wherever byte-level BPE is written; `usual_pre`, the family's own
     name, is taken where the name that was found cuts a text in the same way. `special` has the texts of special tokens
     by their roles, for roles that the files of byte-level BPE give no token.
@@ -485,6 +486,14 @@ def _write_roberta(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | N
     _write_token_types(files, writer)
 
 
+def _write_jina_bert(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    if files.model.get("type") == "BPE":
+        _write_bpe(files, writer, pre)
+        writer.add_token_type_count(2)
+        return
+    _write_wordpiece(files, writer, pre)
+
+
 def _write_modern_bert(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
     """Byte-level BPE with BERT's tokens around a text."""
     for role in ("bos", "eos", "sep"):
@@ -581,6 +590,7 @@ _STYLES: dict[str, Callable[[CheckpointFiles, Any, str | None], None]] = {
     "wordpiece": _write_wordpiece,
     "roberta": _write_roberta,
     "modern-bert": _write_modern_bert,
+    "jina-bert": _write_jina_bert,
     "xlm-roberta": _write_xlm_roberta,
     "wordpiece-or-xlm-roberta": _write_wordpiece_or_xlm_roberta,
     "t5": _write_t5,
