@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from quantkit.architectures.base import Architecture
+from quantkit.architectures.config import Config
 from quantkit.architectures.forward import ForwardSpec, RopeStyle
 from quantkit.architectures.qwen2 import Qwen2
 from quantkit.architectures.reader import ModelReader
@@ -18,7 +20,14 @@ class Qwen3(Qwen2):
         "Qwen3ForCausalLM": {**Qwen2.checkpoints["Qwen2ForCausalLM"], "head_dim": 128},
     }
     wrappers = {}  # noqa: RUF012
-    notes = "QK norms, explicit head size; Qwen3-Embedding with its pooling"
+    notes = "QK norms, explicit head size; Qwen3-Embedding with its pooling, Qwen3-Reranker"
+
+    @classmethod
+    def of(cls, config: Config) -> Architecture:
+        """See Architecture: rerankers have the same class."""
+        from quantkit.architectures.qwen3_reranker import Qwen3Reranker, is_reranker
+
+        return Qwen3Reranker(config) if cls is Qwen3 and is_reranker(config) else cls(config)
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:

@@ -115,6 +115,10 @@ MODELS = {
         ENCODER | {"id2label": {"0": "no", "1": "maybe", "2": "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}},
         {"vocabulary": "wordpiece", "dtype": "F32"},
     ),
+    "tiny-qwen3-reranker": Model("Qwen3ForCausalLM", {"head_dim": 64}, {"added": ["yes", "no"]}),
+    "tiny-qwen3-reranker-untied": Model(
+        "Qwen3ForCausalLM", {"head_dim": 64, "tie_word_embeddings": False}, {"added": ["yes", "no"], "dtype": "F32"}
+    ),
     "tiny-modern-bert": Model(
         "ModernBertModel",
         ENCODER | {
