@@ -22,6 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import family_recipes
+import projector_recipes
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -494,6 +495,10 @@ PACKED = {
 }
 
 
+# Multimodal ones, of which only the projector is converted.
+PROJECTORS = {name: Recipe(**recipe) for name, recipe in projector_recipes.PROJECTORS.items()}
+
+
 def _weights(name: str, shape: tuple[int, ...], dtype: str, norm_at: float) -> np.ndarray:
     """Weights of about the size of trained ones, some exactly halfway between two narrower values."""
     count = int(np.prod(shape))
@@ -533,7 +538,7 @@ def _safetensors(tensors: dict[str, tuple[str, np.ndarray]]) -> bytes:
 
 def make_checkpoint(name: str, parent: Path) -> Path:
     """Write the checkpoint called `name` into a directory of that name under `parent`, and return it."""
-    recipe, directory = (RECIPES | FAMILIES | PACKED)[name], parent / name
+    recipe, directory = (RECIPES | FAMILIES | PACKED | PROJECTORS)[name], parent / name
     directory.mkdir(parents=True)
 
     def write(file: str, value: object) -> None:
@@ -562,5 +567,5 @@ def make_checkpoint(name: str, parent: Path) -> Path:
 
 
 if __name__ == "__main__":
-    for recipe_name in RECIPES | FAMILIES | PACKED:
+    for recipe_name in RECIPES | FAMILIES | PACKED | PROJECTORS:
         make_checkpoint(recipe_name, Path(sys.argv[1]))

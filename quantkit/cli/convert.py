@@ -42,6 +42,9 @@ def command(
     lora: Annotated[
         bool, typer.Option("--lora", help="MODEL is a LoRA adapter, as PEFT saves it: write a GGUF adapter.")
     ] = False,
+    mmproj: Annotated[
+        bool, typer.Option("--mmproj", help="Write the projector of a multimodal MODEL: what lets the text model see.")
+    ] = False,
     base: Annotated[
         str | None,
         typer.Option(
@@ -75,7 +78,8 @@ def command(
 ) -> None:
     """Convert a Hugging Face checkpoint to a GGUF file, like llama.cpp's convert_hf_to_gguf.py.
 
-    With --lora, a LoRA adapter as PEFT saves it, like llama.cpp's convert_lora_to_gguf.py.
+    With --lora, a LoRA adapter as PEFT saves it, like llama.cpp's convert_lora_to_gguf.py. With --mmproj, the vision
+    tower and the projector of a multimodal checkpoint, to be given to llama.cpp beside the text model.
 
     Without --output, the file is named by the GGUF naming convention and written to the checkpoint's directory, or to
     the current directory for a checkpoint from the hub.
@@ -90,6 +94,10 @@ def command(
     from quantkit.sources.source import open_checkpoint
 
     source: CheckpointSource
+    if lora and mmproj:
+        raise typer.BadParameter("--lora and --mmproj are different files: convert one after the other.")
+    if mmproj and pre:
+        raise typer.BadParameter("--pre is of no use for a projector.")
     if lora:
         for option, value in (("--pre", pre), ("--revision", revision), ("--remote", remote)):
             if value:
@@ -102,7 +110,8 @@ def command(
     else:
         source = open_checkpoint(
             checkpoint, revision=revision, remote=remote, outtype="auto" if outtype is None else outtype.value,
-            pre=pre, name=model_name, allow_nonfinite=allow_nonfinite,
+            name=model_name, allow_nonfinite=allow_nonfinite,
+            **({"projector": True} if mmproj else {"pre": pre}),
         )  # fmt: skip
     destination = Destination.of(output, home_of(checkpoint))
     path = destination.file(output_name(source.metadata, source.kind))

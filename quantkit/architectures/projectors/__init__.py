@@ -1,0 +1,47 @@
+"""The projectors that quantkit converts, one file for each kind: what lets a text model of GGUF see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quantkit.architectures.config import Config
+from quantkit.architectures.projectors.base import Projector
+from quantkit.architectures.projectors.gemma3 import Gemma3Projector
+from quantkit.architectures.projectors.qwen2_vl import Qwen2VlProjector, Qwen25VlProjector
+from quantkit.architectures.projectors.qwen3_vl import Qwen3VlProjector
+from quantkit.architectures.projectors.smolvlm import SmolVlmProjector
+from quantkit.errors import QuantkitError
+
+PROJECTORS: tuple[type[Projector], ...] = (
+    Gemma3Projector,
+    Qwen2VlProjector,
+    Qwen25VlProjector,
+    Qwen3VlProjector,
+    SmolVlmProjector,
+)
+
+_BY_CLASS = {name: projector for projector in PROJECTORS for name in projector.checkpoints}
+
+
+def load_projector(directory: Path) -> Projector:
+    """The projector of the checkpoint in `directory`, from its config.json.
+
+    Raises QuantkitError for a model class whose projector is not known.
+    """
+    config = Config.load(directory)
+    projector = _BY_CLASS.get(config.model_class) or _BY_CLASS.get(_wrapper(config))
+    if projector is None:
+        raise QuantkitError(
+            f"{config.path}: the projector of {config.model_class[:80]} is not supported, only those of "
+            + ", ".join(_BY_CLASS)
+        )
+    return projector(config)
+
+
+def _wrapper(config: Config) -> str:
+    """The class that the root of config.json names, where the text model's part names another."""
+    names = config.find("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
+
+
+__all__ = ["PROJECTORS", "Projector", "load_projector"]

@@ -1,0 +1,134 @@
+"""Projectors (mmproj files) against what the reference converter makes of the same checkpoints."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from make_checkpoints import PROJECTORS, make_checkpoint
+from safetensors.numpy import load_file, save_file
+from support.conversion import OUTTYPES, assert_recorded, changed_copy, golden, sha256
+from support.program import call
+
+from quantkit.architectures.projectors import PROJECTORS as FAMILIES
+from quantkit.errors import QuantkitError
+from quantkit.sources.projector import ProjectorSource
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    parent = tmp_path_factory.mktemp("projectors")
+    return {name: make_checkpoint(name, parent) for name in PROJECTORS}
+
+
+def test_every_projector_has_a_checkpoint() -> None:
+    made = {recipe.config["architectures"][0] for recipe in PROJECTORS.values()}
+    assert all(made & {*family.checkpoints} for family in FAMILIES)
+
+
+@pytest.mark.parametrize("outtype", OUTTYPES)
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_the_file_is_the_reference_converters(tiny: dict[str, Path], tmp_path: Path, name: str, outtype: Any) -> None:
+    assert_recorded(ProjectorSource(tiny[name], outtype), golden(name)[outtype], tmp_path / "out.gguf")
+
+
+def test_names_of_other_versions_of_transformers_are_known(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """transformers 5 saves Gemma 3's tower with a level less, and some write `model.` before everything."""
+    whole = ProjectorSource(tiny["tiny-eye-gemma3"])
+    for before, after in (("vision_tower.vision_model.", "vision_tower."), ("", "model.")):
+        directory = changed_copy(tiny["tiny-eye-gemma3"], tmp_path / after)
+        data = (directory / "model.safetensors").read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        stored = json.loads(data[8:end])
+        renamed = {
+            (after + n.removeprefix(before) if n.startswith(before) and n[0] != "_" else n): v
+            for n, v in stored.items()
+        }
+        header = json.dumps(renamed).encode()
+        content = len(header).to_bytes(8, "little") + header + data[end:]
+        (directory / "model.safetensors").write_bytes(content)
+        found = ProjectorSource(directory)
+        assert found.tensors == whole.tensors
+        assert all(np.array_equal(found.read(name), whole.read(name)) for name in whole.tensors)
+
+
+def test_a_projector_is_pickled_and_seen_as_another_type(tiny: dict[str, Path]) -> None:
+    source = ProjectorSource(tiny["tiny-eye-qwen3-vl"])
+    again = pickle.loads(pickle.dumps(source.seen_as("f32")))
+    assert again.type.name == "F32" and list(again.tensors) == list(source.tensors)
+    assert again.metadata["general.type"].value == "mmproj"
+
+
+@pytest.mark.parametrize(
+    "lost",
+    ["model.vision_model.encoder.layers.1.mlp.fc1.weight", "model.connector.modality_projection.proj.weight"],
+)
+def test_a_missing_tensor_is_named(tiny: dict[str, Path], tmp_path: Path, lost: str) -> None:
+    directory = changed_copy(tiny["tiny-eye-smolvlm"], tmp_path / "copy")
+    stored = load_file(directory / "model.safetensors")
+    del stored[lost]
+    save_file(stored, directory / "model.safetensors")
+    name = "v.blk.1.ffn_up.weight" if "fc1" in lost else "mm.model.fc.weight"
+    with pytest.raises(QuantkitError, match=f"the projector lacks {name}; is the checkpoint whole"):
+        ProjectorSource(directory)
+
+
+def test_the_text_model_alone_is_no_projector(tiny: dict[str, Path], tmp_path: Path) -> None:
+    directory = changed_copy(tiny["tiny-eye-smolvlm"], tmp_path / "copy")
+    stored = load_file(directory / "model.safetensors")
+    save_file({k: v for k, v in stored.items() if k.startswith("language")}, directory / "model.safetensors")
+    with pytest.raises(QuantkitError, match="it announces 2 layers, but there are only 1 tensors"):
+        ProjectorSource(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("gemma3", {"architectures": ["LlamaForCausalLM"]}, "the projector of LlamaForCausalLM is not supported"),
+        ("gemma3", {"vision_config": "absent"}, "it has no vision_config"),
+        ("gemma3", {"vision_config": {"num_hidden_layers": 1 << 30}}, "num_hidden_layers"),
+        ("gemma3", {"text_config": {}}, "it lacks hidden_size"),
+        ("qwen25-vl", {"vision_config": {"fullatt_block_indexes": [0, 2], "depth": 3}}, "not evenly apart"),
+        ("qwen25-vl", {"vision_config": {"fullatt_block_indexes": [], "depth": 3}}, "not a list of blocks"),
+        ("qwen3-vl", {"vision_config": {"deepstack_visual_indexes": [99], "depth": 3}}, "not a list of blocks"),
+        ("smolvlm", {"scale_factor": "x"}, "scale_factor"),
+    ],
+)
+def test_a_bad_config_is_one_line(
+    tiny: dict[str, Path], tmp_path: Path, name: str, changes: dict[str, Any], told: str
+) -> None:
+    directory = changed_copy(tiny[f"tiny-eye-{name}"], tmp_path / "copy", **changes)
+    with pytest.raises(QuantkitError, match=told) as problem:
+        _ = ProjectorSource(directory).metadata
+    assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("content", ["absent", "{}", '{"image_mean": [0.5]}', '{"image_mean": [1, 2, "x"]}', "["])
+def test_a_bad_preprocessor_is_one_line(tiny: dict[str, Path], tmp_path: Path, content: str) -> None:
+    directory = changed_copy(tiny["tiny-eye-gemma3"], tmp_path / "copy")
+    place = directory / "preprocessor_config.json"
+    place.unlink() if content == "absent" else place.write_text(content)
+    with pytest.raises(QuantkitError, match=r"preprocessor_config\.json") as problem:
+        _ = ProjectorSource(directory).metadata
+    assert "\n" not in str(problem.value)
+
+
+def test_processor_config_is_read_over_the_other(tiny: dict[str, Path], tmp_path: Path) -> None:
+    directory = changed_copy(tiny["tiny-eye-gemma3"], tmp_path / "copy")
+    (directory / "processor_config.json").write_text(json.dumps({"image_processor": {"image_mean": [1, 2, 3]}}))
+    metadata = ProjectorSource(directory).metadata
+    assert list(metadata["clip.vision.image_mean"].value) == [1, 2, 3]
+
+
+def test_the_command_writes_the_projector_beside_the_model(tiny: dict[str, Path], tmp_path: Path) -> None:
+    name = "tiny-eye-qwen25-vl"
+    call("convert", tiny[name], "--mmproj", "--type", "f16", "-o", f"{tmp_path}/out/")
+    wanted = golden(name)["f16"]
+    (made,) = (tmp_path / "out").iterdir()
+    assert made.name == wanted["file"] and sha256(made.read_bytes()) == wanted["sha256"]
+    assert "different files" in call("convert", tiny[name], "--mmproj", "--lora", code=2).stderr
+    assert "--pre is of no use" in call("convert", tiny[name], "--mmproj", "--pre", "qwen2", code=2).stderr
