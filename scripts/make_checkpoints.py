@@ -288,8 +288,16 @@ def wordpiece() -> dict[str, Any]:
     first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
+        # As sentence encoders have it.
+        "truncation": {"max_length": 128, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
+        "padding": {
+            "strategy": {"Fixed": 128},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "[PAD]",
+        },
         "added_tokens": [{"id": tokens.index(text), "content": text, **flags} for text in WORDPIECE_SPECIAL],
         "normalizer": {
             "type": "BertNormalizer",

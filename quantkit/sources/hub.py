@@ -20,6 +20,7 @@ FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "tokenizer*",
     "*.model",

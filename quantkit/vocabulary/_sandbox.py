@@ -53,6 +53,9 @@ def read_tokenizer(path: str, added: list[dict[str, Any]], special: list[str]) -
     from tokenizers import AddedToken, Tokenizer
 
     tokenizer = Tokenizer.from_file(path)
+    # Those of sentence encoders bring texts to one length.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     tokens = [AddedToken(t["content"], **{flag: bool(t[flag]) for flag in flags if flag in t}) for t in added]
     known = {token.content for token in (*tokenizer.get_added_tokens_decoder().values(), *tokens)}
