@@ -25,6 +25,11 @@ PROJECTORS: tuple[type[Projector], ...] = (
 _BY_CLASS = {name: projector for projector in PROJECTORS for name in projector.checkpoints}
 
 
+def classes() -> list[str]:
+    """The transformers classes whose projectors can be converted, by name."""
+    return sorted(_BY_CLASS)
+
+
 def load_projector(directory: Path) -> Projector:
     """The projector of the checkpoint in `directory`, from its config.json.
 
@@ -46,4 +51,4 @@ def _wrapper(config: Config) -> str:
     return str(names[0]) if isinstance(names, list) and names else ""
 
 
-__all__ = ["PROJECTORS", "Projector", "load_projector"]
+__all__ = ["PROJECTORS", "Projector", "classes", "load_projector"]
