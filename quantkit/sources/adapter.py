@@ -223,11 +223,6 @@ def _reopened(directory: Path, base: Path, outtype: OutType, name: str | None) -
     return AdapterSource(directory, load_architecture(base), outtype, name)
 
 
-def is_adapter(directory: Path) -> bool:
-    """Whether `directory` holds a PEFT adapter and no model."""
-    return (directory / CONFIG).is_file() and not (directory / "config.json").is_file()
-
-
 def _settings(directory: Path) -> Config:
     """adapter_config.json. Raises QuantkitError for one that is not of a plain LoRA adapter."""
     path = directory / CONFIG

@@ -185,6 +185,8 @@ def _changes(base: TensorSource, adapter: TensorSource, scale: float) -> Mapping
 def _product(adapter: TensorSource, target: str, wanted: TensorInfo, scale: float, alpha: float) -> _Change:
     a, b = adapter.tensors[f"{target}.lora_a"], adapter.tensors[f"{target}.lora_b"]
     rank = b.shape[0]
+    if rank < 1:
+        raise QuantkitError(f"{adapter.label}: {b.name!r} has the rank 0")
     if not wanted.type.has_codec or len(wanted.shape) < 2:
         raise QuantkitError(f"{adapter.label}: it changes {target!r}, which is no matrix of weights")
     columns, rows, *matrices = wanted.shape
