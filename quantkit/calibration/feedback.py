@@ -31,6 +31,9 @@ ROWS = 256  # rows that are worked on together: in lanes of sixteen, and as the 
 PANEL = 256  # columns whose errors reach the others by a matrix product
 DAMPING = 0.01  # of the moments' diagonal, as a share of its mean
 SWEEPS = 3  # how often all sub-blocks are settled again
+_GROUPS, _COUPLED_SWEEPS = 16, 1  # of rows whose outputs are coupled: groups, and how often they are settled again
+_PARTS = 8  # of a group, worked on side by side
+_OUTPUT_DAMPING = 0.3  # moments of gradients are noisy, and only roughly the same for all inputs
 _FACTOR_BLOCK = 512
 _SHIFT = np.float32(0.125)  # of the levels of IQ1_S and IQ1_M
 
@@ -67,7 +70,7 @@ class _SingleThreaded:
                     self._limit.__exit__(None, None, None)
 
 
-_single_threaded = _SingleThreaded()
+single_threaded = _SingleThreaded()
 
 
 @dataclass(frozen=True)
@@ -104,29 +107,19 @@ class Curvature:
         say of the directions that were hardly seen is not to be trusted. Raises QuantkitError for moments that are not
         finite, not symmetric, all zero or, damped, not positive definite.
         """
-        moments = np.asarray(moments)
-        if moments.ndim != 2 or moments.shape[0] != moments.shape[1] or moments.shape[0] == 0:
-            raise QuantkitError(f"second moments must be a square matrix, not of shape {moments.shape}")
         if not damping >= 0:
             raise QuantkitError(f"a damping of {damping} is not possible: use 0 or more")
-        diagonal = np.diag(moments).astype(np.float64)
-        scale = float(diagonal.mean())
-        if not np.isfinite(moments).all() or not np.isfinite(scale):
-            raise QuantkitError("second moments are not finite: the calibration text makes the model overflow")
-        if scale == 0 and not moments.any():
-            raise QuantkitError("second moments are all zero: nothing has passed through this matrix")
-        if not (diagonal >= 0).all() or scale == 0:
-            raise QuantkitError("second moments with a negative diagonal are no moments")
-        work = moments[::-1, ::-1] / np.float64(scale)
-        if not _symmetric(work):
-            raise QuantkitError("second moments must be symmetric")
+        # Turned round, so that the lower triangular factor of numpy becomes the upper triangular one.
+        moments = np.asarray(moments)
+        work, scale = _normalised(moments[::-1, ::-1], "second moments")
+        importance = np.diag(moments).astype(np.float32)
         work[np.diag_indices(len(work))] += damping
         damped = np.ascontiguousarray(work[::-1, ::-1], np.float32)
-        with _single_threaded():
+        with single_threaded():
             _factorise(work)
         # Reversed, factored and reversed again: the upper triangular factor. Its transpose is kept.
         factor = np.ascontiguousarray(work[::-1, ::-1].T, np.float32)
-        return cls(damped, factor, diagonal.astype(np.float32), scale, damping)
+        return cls(damped, factor, importance, scale, damping)
 
     def loss(self, errors: np.ndarray) -> np.ndarray:
         """`e H eT` of each row of `errors`, float32 [n_rows, n], with H as it was before damping: float64 [n_rows]."""
@@ -165,6 +158,24 @@ class Curvature:
             return self._steps[key]
 
 
+def _normalised(moments: np.ndarray, what: str) -> tuple[np.ndarray, float]:
+    """Second moments divided by the mean of their diagonal, float64, and that mean. Refuses what is none."""
+    if moments.ndim != 2 or moments.shape[0] != moments.shape[1] or moments.shape[0] == 0:
+        raise QuantkitError(f"{what} must be a square matrix, not of shape {moments.shape}")
+    diagonal = np.diag(moments).astype(np.float64)
+    scale = float(diagonal.mean())
+    if not np.isfinite(moments).all() or not np.isfinite(scale):
+        raise QuantkitError(f"{what} are not finite: the calibration text makes the model overflow")
+    if scale == 0 and not moments.any():
+        raise QuantkitError(f"{what} are all zero: nothing has passed through this matrix")
+    if not (diagonal >= 0).all() or scale == 0:
+        raise QuantkitError(f"{what} with a negative diagonal are no moments")
+    normalised = moments / np.float64(scale)
+    if not _symmetric(normalised):
+        raise QuantkitError(f"{what} must be symmetric")
+    return normalised, scale
+
+
 def _symmetric(matrix: np.ndarray) -> bool:
     """Whether a matrix is its transpose, up to rounding in float32."""
     size = float(np.abs(matrix).max())
@@ -198,52 +209,165 @@ class Rounded:
     loss: np.ndarray  # float64 [n_rows]: (w - q) H (w - q)T, H without damping
     plain_loss: np.ndarray  # the same of the encoder with importance weights
 
+    @classmethod
+    def empty(cls, n_rows: int, n: int, kind: GGMLType) -> Rounded:
+        """Room for `n_rows` rows of `n` weights."""
+        return cls(np.empty((n_rows, kind.row_nbytes(n)), np.uint8), np.empty(n_rows), np.empty(n_rows))
+
 
 def round_with_feedback(
-    weights: np.ndarray, curvature: Curvature, kind: GGMLType, *, threads: int | None = None
+    weights: np.ndarray,
+    curvature: Curvature,
+    kind: GGMLType,
+    *,
+    outputs: np.ndarray | None = None,
+    threads: int | None = None,
 ) -> Rounded:
     """Quantize float32 `weights` of shape (n_rows, n) to `kind` so that the loss under `curvature` is small.
 
     The bytes are real blocks of the type. A row whose loss would not become smaller has the bytes of the encoder with
-    importance weights. The result is the same for any number of `threads`. Raises QuantkitError when `kind` is none of
-    SUPPORTED, when blocks do not divide rows, and when the curvature is of another number of columns.
+    importance weights. The result is the same for any number of `threads`.
+
+    `outputs`, float [n_rows, n_rows], say how errors of different outputs add up: the mean of g gT, g being the
+    gradient of what matters by the outputs. Then errors of rows are made up for by the rows after them as well, as
+    YAQA does (arXiv 2505.22988), and what becomes small is the trace of `outputs (w - q) H (w - q)T`. A row's own
+    loss may then be larger than the plain one.
+
+    Raises QuantkitError when `kind` is none of SUPPORTED, when blocks do not divide rows, and when the curvature or
+    the outputs are of another size.
     """
     if kind not in SUPPORTED:
         raise QuantkitError(f"{kind.name} cannot be rounded with error feedback")
     n_rows, n = weights.shape
     if n != curvature.n:
         raise QuantkitError(f"rows of {n} weights cannot be rounded by the moments of {curvature.n} columns")
-    nbytes = kind.row_nbytes(n)
-    result = Rounded(np.empty((n_rows, nbytes), np.uint8), np.empty(n_rows), np.empty(n_rows))
+    kind.row_nbytes(n)
+    with single_threaded(), ThreadPoolExecutor(threads or default_threads()) as pool:
+        if outputs is not None and n_rows > 1:
+            return _Coupled(weights, curvature, kind, outputs, pool).rounded()
+        result = Rounded.empty(n_rows, n, kind)
+        parts_of_rows = [slice(start, min(n_rows, start + ROWS)) for start in range(0, n_rows, ROWS)]
 
-    def work(start: int) -> None:
-        part = slice(start, min(n_rows, start + ROWS))
-        data, loss, plain_loss = _round_rows(np.ascontiguousarray(weights[part], np.float32), curvature, kind)
-        result.data[part], result.loss[part], result.plain_loss[part] = data, loss, plain_loss
+        def work(part: slice) -> None:
+            rows = np.ascontiguousarray(weights[part], np.float32)
+            settled = _rounding(rows, curvature, kind)
+            settled.first()
+            for _ in range(SWEEPS):
+                settled.again()
+            _keep(rows, settled.packed(), curvature, kind, result, part)
 
-    with _single_threaded(), ThreadPoolExecutor(threads or default_threads()) as pool:
-        for _ in pool.map(work, range(0, n_rows, ROWS)):
+        for _ in pool.map(work, parts_of_rows):
             pass
     return result
 
 
-def _round_rows(rows: np.ndarray, curvature: Curvature, kind: GGMLType) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Up to ROWS rows: bytes, loss, and the loss of the plain encoder."""
+def _keep(
+    rows: np.ndarray,
+    data: np.ndarray,
+    curvature: Curvature,
+    kind: GGMLType,
+    result: Rounded,
+    where: slice | np.ndarray,
+    each: bool = True,
+) -> None:
+    """Put rounded rows into the result, or what the encoder with importance weights gives where that loses less.
+
+    Rows that have made up for others' errors are not kept `each` for itself: only where their loss is no number.
+    """
     plain = blocks.encode(rows, kind, curvature.importance)
     plain_loss = curvature.loss(rows - blocks.decode(plain, kind))
-    settled: _Rounding
-    if kind in parts():
-        settled = _LevelRounding(rows, curvature, parts()[kind])
-    else:
-        settled = _PointRounding(rows, curvature, grid_parts()[kind])
-    settled.first()
-    for _ in range(SWEEPS):
-        settled.again()
-    data = settled.packed()
     loss = curvature.loss(rows - blocks.decode(data, kind))
-    better = loss < plain_loss  # false for what has overflowed
-    data[~better] = plain[~better]
-    return data, np.where(better, loss, plain_loss), plain_loss
+    better = loss < plain_loss if each else np.isfinite(loss)
+    result.data[where] = np.where(better[:, None], data, plain)
+    result.loss[where] = np.where(better, loss, plain_loss)
+    result.plain_loss[where] = plain_loss
+
+
+class _Coupled:
+    """Rows that are rounded one group after another, because their outputs' errors add up.
+
+    Rows of a group are far apart, and so less alike than neighbours. With `B = S ST`, S upper triangular, B being the
+    damped curvature of the outputs, the loss is `|ST (w - q) R|^2`: for a group of rows, the loss of rounding targets
+    that make up for the rows before. Afterwards each group is settled again as the others are. What its own rows share
+    is then majorised by the sums of their coupling, so that the loss can only fall.
+    """
+
+    def __init__(
+        self, weights: np.ndarray, curvature: Curvature, kind: GGMLType, outputs: np.ndarray, pool: ThreadPoolExecutor
+    ) -> None:
+        n_rows = len(weights)
+        if outputs.shape != (n_rows, n_rows):
+            raise QuantkitError(f"{n_rows} outputs cannot be coupled by moments of shape {outputs.shape}")
+        self._weights, self._curvature, self._kind, self._pool = weights, curvature, kind, pool
+        n_groups = min(_GROUPS, -(-n_rows // 16))
+        groups = [np.arange(g, n_rows, n_groups) for g in range(n_groups)]
+        self._order = np.concatenate(groups)
+        turned = self._order[::-1]
+        work, _ = _normalised(np.asarray(outputs)[np.ix_(turned, turned)], "moments of outputs")
+        work[np.diag_indices(n_rows)] += _OUTPUT_DAMPING
+        self._coupling = work[::-1, ::-1].astype(np.float32)
+        _factorise(work)
+        self._factor = work[::-1, ::-1].astype(np.float32)
+        self._targets = np.ascontiguousarray(weights[self._order].T, np.float32)
+        self._errors = np.zeros_like(self._targets)
+        ends = np.cumsum([len(group) for group in groups])
+        self._groups = [slice(end - len(group), end) for end, group in zip(ends, groups, strict=True)]
+        self._settled: dict[int, _Rounding] = {}
+
+    def rounded(self) -> Rounded:
+        for group in self._groups:
+            solve = np.linalg.inv(self._factor[group, group].astype(np.float64))
+            before = slice(0, group.start)
+            self._settle(group, before, (self._factor[before, group] @ solve).astype(np.float32), None)
+        for _ in range(_COUPLED_SWEEPS):
+            for group in self._groups:
+                weigh = np.abs(self._coupling[group, group]).sum(1)
+                self._settle(group, slice(None), self._coupling[:, group] / weigh, self._errors[:, group].copy())
+        n_rows, n = self._weights.shape
+        result = Rounded.empty(n_rows, n, self._kind)
+
+        def keep(start: int) -> None:
+            settled = self._settled[start]
+            where = self._order[start : start + settled.count]
+            rows = np.ascontiguousarray(self._weights[where], np.float32)
+            _keep(rows, settled.packed(), self._curvature, self._kind, result, where, each=False)
+
+        for _ in self._pool.map(keep, self._settled):
+            pass
+        return result
+
+    def _settle(self, group: slice, others: slice, push: np.ndarray, own: np.ndarray | None) -> None:
+        """Settle a group's rows at targets moved by what `others` miss times `push`, less the rows' `own` share."""
+        # Groups wait for each other, so that each is cut into as many parts as there may be threads.
+        step = 16 * -(-(group.stop - group.start) // (16 * _PARTS))
+
+        def work(start: int) -> None:
+            stop = min(group.stop, start + step)
+            part = slice(start - group.start, stop - group.start)
+            moved = self._errors[:, others] @ push[:, part]
+            if own is not None:
+                moved -= own[:, part]
+            targets = self._targets[:, start:stop] + moved
+            if own is None:
+                self._settled[start] = _rounding(np.ascontiguousarray(targets.T), self._curvature, self._kind)
+                self._settled[start].first()
+            else:
+                self._settled[start].retarget(targets)
+            self._settled[start].again()
+            # Parts of a group do not see each other's errors of this round, whatever runs first.
+            done[start] = self._settled[start].errors - moved
+
+        done: dict[int, np.ndarray] = {}
+        for _ in self._pool.map(work, range(group.start, group.stop, step)):
+            pass
+        for start, errors in done.items():
+            self._errors[:, start : start + errors.shape[1]] = errors
+
+
+def _rounding(rows: np.ndarray, curvature: Curvature, kind: GGMLType) -> _Rounding:
+    if kind in parts():
+        return _LevelRounding(rows, curvature, parts()[kind])
+    return _PointRounding(rows, curvature, grid_parts()[kind])
 
 
 class _Rounding(ABC):
@@ -253,11 +377,11 @@ class _Rounding(ABC):
     """
 
     def __init__(self, rows: np.ndarray, curvature: Curvature, kind: GGMLType, n_sub: int, coded: bool) -> None:
-        self._count, n = rows.shape
+        self.count, n = rows.shape
         self._curvature, self._kind, self._n_sub = curvature, kind, n_sub
-        self._n_rows = -(-self._count // 16) * 16
+        self._n_rows = -(-self.count // 16) * 16
         self._targets = np.zeros((n, self._n_rows), np.float32)
-        self._targets[:, : self._count] = rows.T
+        self._targets[:, : self.count] = rows.T
         self._errors = np.zeros_like(self._targets)
         self._values = np.zeros_like(self._targets)
         self._scales = np.zeros((n // n_sub, self._n_rows), np.float32)
@@ -268,6 +392,16 @@ class _Rounding(ABC):
         self._rule: Any
         self._ranges: np.ndarray
         self._trials: tuple[np.ndarray, np.ndarray]
+
+    @property
+    def errors(self) -> np.ndarray:
+        """What the rows miss their targets by, [columns, rows]."""
+        return self._errors[:, : self.count]
+
+    def retarget(self, targets: np.ndarray) -> None:
+        """Other targets, [columns, rows], for the values that the rows have."""
+        self._errors[:, : self.count] += targets - self._targets[:, : self.count]
+        self._targets[:, : self.count] = targets
 
     def first(self) -> None:
         """Settle all columns in order: scales by the encoder's search, levels with feedback."""
@@ -319,7 +453,7 @@ class _Rounding(ABC):
     def _by_block(self, array: np.ndarray) -> np.ndarray:
         """What sub-blocks have, [sub-blocks, rows], row by row and block by block: [rows, blocks, sub-blocks]."""
         count = self._kind.block_size // self._n_sub
-        return np.ascontiguousarray(array[:, : self._count].T.reshape(self._count, -1, count))
+        return np.ascontiguousarray(array[:, : self.count].T.reshape(self.count, -1, count))
 
 
 class _LevelRounding(_Rounding):
@@ -351,15 +485,15 @@ class _LevelRounding(_Rounding):
             self._scales[block], self._lows[block] = floats.T
 
     def packed(self) -> np.ndarray:
-        levels = self._level_of[(self._values.T[: self._count] + 128).astype(np.uint8)]
+        levels = self._level_of[(self._values.T[: self.count] + 128).astype(np.uint8)]
         scales, lows = self._by_block(self._scales), self._by_block(self._lows)
         if self._units is not None:
             codes = np.concatenate([scales, lows], 2).astype(np.int32)
-            floats = np.ascontiguousarray(self._units.transpose(2, 0, 1)[: self._count])
+            floats = np.ascontiguousarray(self._units.transpose(2, 0, 1)[: self.count])
         else:
             codes = np.zeros(0, np.int32)
             floats = np.concatenate([scales, lows], 2)
-        out = np.empty((self._count, self._kind.row_nbytes(len(self._targets))), np.uint8)
+        out = np.empty((self.count, self._kind.row_nbytes(len(self._targets))), np.uint8)
         self._parts.put(levels.reshape(-1), codes.reshape(-1), floats.reshape(-1), out.reshape(-1))
         return out
 
@@ -402,7 +536,7 @@ class _PointRounding(_Rounding):
 
     def packed(self) -> np.ndarray:
         assert self._units is not None
-        n, count = len(self._targets), self._count
+        n, count = len(self._targets), self.count
         points, signs = np.empty((count, n // self._group), np.uint16), np.empty((count, n // 8), np.uint8)
         points_of(self._values.reshape(-1), self._n_rows, self._rule, points.reshape(-1), signs.reshape(-1))
         if self._parts.one_shift:

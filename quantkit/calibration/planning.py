@@ -124,7 +124,7 @@ _NO_WISHES = Wishes()
 class TypeChooser:
     """Chooses types for each of `targets`, of the model `source`, by a calibration text.
 
-    `options` are as for `plan_all`; tensors whose type they name keep it. `rounding` is nearest or gptq. Raises
+    `options` are as for `plan_all`; tensors whose type they name keep it. `rounding` is nearest, gptq or yaqa. Raises
     QuantkitError for a size below that of the smallest types (it says which that is) or above the source's, and for
     wishes that cannot be met, before anything is computed.
     """
@@ -178,7 +178,7 @@ class TypeChooser:
             model,
             self._text,
             self.candidates,
-            feedback=self._rounding == "gptq",
+            feedback=self._rounding != "nearest",
             directory=None if work is None else work.make(),
             progress=progress,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,8 +20,10 @@ import numpy as np
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
 from quantkit.calibration.feedback import DAMPING, SUPPORTED, Curvature, round_with_feedback
+from quantkit.calibration.gradients import CHUNKS, coupled, gradient_moments
 from quantkit.calibration.moments import Activations, LayerMoments, Moments, MomentsPass, SharedInput
 from quantkit.calibration.progress import Step
+from quantkit.calibration.roundings import check_rounding
 from quantkit.calibration.spool import Spool
 from quantkit.calibration.text import CalibrationText
 from quantkit.errors import QuantkitError
@@ -28,6 +31,7 @@ from quantkit.evaluate.model import Model
 from quantkit.formats.atomic import OutputGroup
 from quantkit.formats.gguf import TensorInfo, encode_header
 from quantkit.formats.unfinished import WorkDirectory
+from quantkit.machine import default_threads
 from quantkit.pipeline.execute import FLOAT_TYPES, execute
 from quantkit.pipeline.plan import Plan
 from quantkit.sources.overlay import Overlay
@@ -37,6 +41,8 @@ from quantkit.sources.source import TensorSource
 _VERSION = 2
 # Weights of a tensor that are decoded and rounded together.
 _SLAB = 1 << 24
+# Weights of a tensor that is rounded beside others.
+_SMALL = 1 << 21
 # Rows that a thread rounds to the nearest at a time.
 _ROWS = 64
 # Units of work that rounding a weight costs for each column of its row: passes over the second moments.
@@ -63,6 +69,7 @@ def execute_with_feedback(
     outputs: Sequence[tuple[Plan, Path]],
     text: CalibrationText,
     *,
+    rounding: str = "gptq",
     damping: float = DAMPING,
     work: WorkDirectory | None = None,
     threads: int | None = None,
@@ -73,12 +80,14 @@ def execute_with_feedback(
 ) -> list[list[RoundedTensor]]:
     """Write every (plan, path) of `outputs`, in one pass of `text` through `model`; says how the tensors came out.
 
-    `damping` is added to the diagonal of the moments, as a share of its mean. Finished layers are kept in `work`, by
-    default a directory beside the first output, until all files are written. `group` is as for `execute`.
+    `rounding` is gptq, or yaqa, which takes gradients through the model first: see `gradients`. `damping` is added to
+    the diagonal of the moments, as a share of its mean. Finished layers are kept in `work`, by default a directory
+    beside the first output, until all files are written. `group` is as for `execute`.
     Raises QuantkitError as `pipeline.execute` does, for a text that is too short, for activations that are not finite,
-    and when the work directory is in the way, or another run's.
+    when the work directory is in the way, or another run's, and for a model that the backend takes no gradients
+    through.
     """
-    run = _Run(model, outputs, text, damping, threads, allow_nonfinite, progress)
+    run = _Run(model, outputs, text, rounding, damping, threads, allow_nonfinite, progress)
     text.require(max((run.infos[name].n_per_row for name in run.wanted), default=0))
     with ExitStack() as stack:
         group = group or stack.enter_context(OutputGroup())
@@ -130,12 +139,14 @@ class _Run:
         model: Model,
         outputs: Sequence[tuple[Plan, Path]],
         text: CalibrationText,
+        rounding: str,
         damping: float,
         threads: int | None,
         allow_nonfinite: bool,
         progress: Callable[[Step], None] | None,
     ) -> None:
-        self._model, self._text, self._damping = model, text, damping
+        check_rounding(rounding)
+        self._model, self._text, self._rounding, self._damping = model, text, rounding, damping
         self.threads, self.allow_nonfinite, self._progress = threads, allow_nonfinite, progress
         self.source: TensorSource = model.source
         self.infos: Mapping[str, TensorInfo] = self.source.tensors
@@ -149,6 +160,8 @@ class _Run:
                     kinds = self.wanted.setdefault(line.source_name, [])
                     if line.info.type not in kinds:
                         kinds.append(line.info.type)
+        # Those of them that are rounded by moments of gradients too.
+        self._coupled = coupled(model.spec) & self.wanted.keys() if rounding == "yaqa" else frozenset[str]()
         self.rounded: dict[tuple[str, GGMLType], RoundedTensor] = {}
         self.digest = self._identify()
         self._layer, self._done = 0, 0.0
@@ -162,6 +175,8 @@ class _Run:
         done, n_layer = len(spool.layers), len(model.spec.layers)
         if done > n_layer:
             return
+        if self._coupled:
+            self._take_gradients(spool)
         activations = Activations((*tokens.shape, model.spec.n_embd), model.memory // 4, spool.path)
         try:
             if spool.start:
@@ -196,16 +211,60 @@ class _Run:
         results = []
         for shared in layer.inputs:
             curvatures = [self._curvature(shared, moments) for moments in shared.moments]
-            for name in shared.names:
-                for kind in self.wanted.get(name, ()):
-                    self._tell(name)
-                    with open(spool.file(self.number[name], kind), "wb") as file:
-                        result = self._round(name, kind, shared, curvatures, file)
+            tasks = [(name, kind) for name in shared.names for kind in self.wanted.get(name, ())]
+            count = self.threads or default_threads()
+            # Large tensors one by one: their rows are enough for all threads, and their memory is wanted only once.
+            small = all(self.infos[name].n_elements <= _SMALL for name, _ in tasks)
+            together = min(count, len(tasks)) if small else 1
+
+            def work(
+                task: tuple[str, GGMLType],
+                shared: SharedInput = shared,
+                curvatures: list[Curvature | None] = curvatures,
+                threads: int = max(1, count // max(1, together)),
+            ) -> RoundedTensor:
+                name, kind = task
+                coupling = spool.load_moments(self.number[name]) if name in self._coupled else None
+                with open(spool.file(self.number[name], kind), "wb") as file:
+                    return self._round(name, kind, shared, curvatures, coupling, threads, file)
+
+            with ThreadPoolExecutor(max(1, together)) as pool:
+                if tasks:
+                    self._tell(tasks[0][0])
+                for (name, kind), result in zip(tasks, pool.map(work, tasks), strict=True):
                     self.rounded[name, kind] = result
                     results.append(result)
                     self._done += _ROUNDING * self.infos[name].n_elements * self.infos[name].n_per_row
+                    self._tell(name)
+            for name in shared.names:
                 self.source.release(name)
         return {"layer": layer.index, "tensors": [asdict(result) for result in results]}
+
+    def _take_gradients(self, spool: Spool) -> None:
+        """Keep the moments of gradients in `spool`, unless they are there."""
+        if spool.has_moments:
+            return
+
+        def through(layer: int, tokens: int) -> None:
+            self._layer = layer
+            self._through(tokens)
+
+        gradient_moments(
+            self._model,
+            self._gradient_tokens(),
+            self._coupled,
+            lambda name, moments: spool.keep_moments(self.number[name], moments),
+            directory=spool.path,
+            progress=through,
+        )
+        spool.finish_moments()
+
+    def _gradient_tokens(self) -> np.ndarray:
+        """The chunks that gradients are taken on: from the whole length of the text."""
+        n = self._text.n_chunks
+        some = np.unique(np.linspace(0, n - 1, min(n, CHUNKS)).round().astype(int))
+        chosen: np.ndarray = self._text.tokens[some]
+        return chosen
 
     def _remember(self, layer: Mapping[str, object]) -> None:
         tensors = layer["tensors"]
@@ -223,9 +282,16 @@ class _Run:
             raise QuantkitError(f"{self.source.label}: {shared.names[0]}: {error}") from None
 
     def _round(
-        self, name: str, kind: GGMLType, shared: SharedInput, curvatures: list[Curvature | None], file: BinaryIO
+        self,
+        name: str,
+        kind: GGMLType,
+        shared: SharedInput,
+        curvatures: list[Curvature | None],
+        coupling: np.ndarray | None,
+        threads: int,
+        file: BinaryIO,
     ) -> RoundedTensor:
-        """Round tensor `name` to `kind`, matrix by matrix, into `file`."""
+        """Round tensor `name` to `kind`, matrix by matrix, into `file`; `coupling` are moments of its outputs."""
         info, n_matrices = self.infos[name], len(shared.moments)
         per_matrix = info.n_rows // n_matrices
         step = max(1, _SLAB // max(1, info.n_per_row))
@@ -238,11 +304,13 @@ class _Run:
             importance = np.ones(info.n_per_row) if moments is None else np.diag(moments.mean)
             end = (matrix + 1) * per_matrix
             for start in range(matrix * per_matrix, end, step):
-                rows = self._rows(info, start, min(end, start + step))
+                stop = min(end, start + step)
+                rows = self._rows(info, start, stop)
                 if curvature is None:
                     self._to_nearest(rows, kind, importance.astype(np.float32)).tofile(file)
                     continue
-                result = round_with_feedback(rows, curvature, kind, threads=self.threads)
+                own = None if coupling is None else coupling[start:stop, start:stop]
+                result = round_with_feedback(rows, curvature, kind, outputs=own, threads=threads)
                 result.data.tofile(file)
                 loss, plain_loss = loss + float(result.loss.sum()), plain_loss + float(result.plain_loss.sum())
         if not feedback:
@@ -296,6 +364,9 @@ class _Run:
                     cost += of[0].n_per_row ** 2 / 2
             self._per_token[index] = cost
             total += n_tokens * cost
+            if self._coupled:
+                # Up twice, and down.
+                total += 4 * self._gradient_tokens().size * cost
         for name, kinds in self.wanted.items():
             total += _ROUNDING * len(kinds) * self.infos[name].n_elements * self.infos[name].n_per_row
         return total
@@ -313,6 +384,7 @@ class _Run:
             "version": _VERSION,
             "text": self._text.sha256,
             "chunks": [self._text.n_chunks, self._text.n_ctx],
+            "rounding": self._rounding,
             "damping": self._damping,
             "computed": [self._model.backend, self._model.precision],
             "types": {name: [kind.name for kind in kinds] for name, kinds in self.wanted.items()},

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from quantkit.errors import QuantkitError
 
-ROUNDINGS = ("nearest", "gptq")
+ROUNDINGS = ("nearest", "gptq", "yaqa")
 
 
 def check_rounding(rounding: str) -> None:
     """Raise QuantkitError for an unknown rounding."""
     if rounding not in ROUNDINGS:
-        raise QuantkitError(f"there is no rounding {rounding!r}: use {' or '.join(ROUNDINGS)}")
+        raise QuantkitError(f"there is no rounding {rounding!r}: use {', '.join(ROUNDINGS[:-1])} or {ROUNDINGS[-1]}")

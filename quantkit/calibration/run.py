@@ -41,9 +41,9 @@ class Calibration:
     """A text, and what is made of it.
 
     `text` is a string or token ids, `name` what files call it. `rounding` is nearest, with the importance of the
-    columns, or gptq: error feedback by second moments. The text is cut as `chunking` says, by default into chunks of
-    512 tokens, of which 128 are used for second moments and all for importance; `compute` says what computes. Raises
-    QuantkitError for an unknown rounding.
+    columns, gptq: error feedback by second moments, or yaqa: by those of gradients too. The text is cut as `chunking`
+    says, by default into chunks of 512 tokens, of which 128 are used for second moments and all for importance;
+    `compute` says what computes. Raises QuantkitError for an unknown rounding.
     """
 
     text: str | np.ndarray = field(repr=False)
@@ -184,7 +184,16 @@ class CalibratedRun:
         for plan, _ in outputs:
             text.describe(plan.metadata, self._calibration.rounding)
         model = load(self._model, self._calibration.compute, keep=False)
-        return execute_with_feedback(model, outputs, text, work=work, group=group, progress=self._progress, **options)
+        return execute_with_feedback(
+            model,
+            outputs,
+            text,
+            rounding=self._calibration.rounding,
+            work=work,
+            group=group,
+            progress=self._progress,
+            **options,
+        )
 
     def _importance(self, calibration: Calibration) -> ImportanceMatrix:
         def advance(done: float, total: int, _: float | None) -> None:
@@ -220,9 +229,10 @@ def quantize(
     in which files are named after the model and the type; left out, it is that of the model. `force` replaces files.
     `type` names file types, or is what `plan` or `choose_types` made, to be carried out with this calibration.
 
-    `rounding` is nearest, as llama-quantize rounds, or gptq: error feedback by the second moments of `calibration`.
-    That is a text, token ids, or the path of a text file; `chunking` and `compute` are as for `Calibration`. With
-    nearest rounding it takes the place of an importance matrix. `resume` goes on after a stop of a run with feedback.
+    `rounding` is nearest, as llama-quantize rounds, gptq: error feedback by the second moments of `calibration`, or
+    yaqa: by those of gradients too. That is a text, token ids, or the path of a text file; `chunking` and `compute` are
+    as for `Calibration`. With nearest rounding it takes the place of an importance matrix. `resume` goes on after a
+    stop of a run with feedback.
     `progress` is called as by `execute`, with a calibration with a `Step`. `options` and `changes` are as for `plan`,
     the others as for `execute`. Returns the files written. Raises QuantkitError.
     """

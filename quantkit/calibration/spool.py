@@ -7,6 +7,7 @@ and then, the activations that the next layer reads. It says for which model, te
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -37,7 +38,11 @@ class Spool:
             layers, activations = list(found.get("layers", [])), int(found.get("activations", 0))
         except (ValueError, TypeError):
             raise work.damaged(self.path) from None
-        self._record: dict[str, Any] = {"layers": layers, "activations": min(activations, len(layers))}
+        self._record: dict[str, Any] = {
+            "layers": layers,
+            "activations": min(activations, len(layers)),
+            "moments": found.get("moments") is True,
+        }
         self._save()
 
     def _save(self) -> None:
@@ -74,6 +79,29 @@ class Spool:
 
         return read
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether all moments were kept."""
+        return bool(self._record["moments"])
+
+    def keep_moments(self, index: int, moments: np.ndarray) -> None:
+        """Keep float32 `moments` [n, n] that belong to tensor number `index`."""
+        moments.tofile(self._moments(index))
+
+    def finish_moments(self) -> None:
+        """Record that all moments are kept."""
+        self._record["moments"] = True
+        self._save()
+
+    def load_moments(self, index: int) -> np.ndarray:
+        """What was kept. Raises QuantkitError where it is not whole."""
+        path = self._moments(index)
+        found = np.fromfile(path, np.float32) if path.is_file() else np.empty(2, np.float32)
+        size = math.isqrt(found.size)
+        if size * size != found.size:
+            raise self._work.damaged(path)
+        return found.reshape(size, size)
+
     def finish(self, layer: Mapping[str, Any]) -> None:
         """Record a layer as done; its tensors' files are whole."""
         self._record["layers"].append(dict(layer))
@@ -103,6 +131,9 @@ class Spool:
         with open(path, "rb") as file:
             for chunk in x:
                 chunk[:] = np.fromfile(file, np.float32, chunk.size).reshape(chunk.shape)
+
+    def _moments(self, index: int) -> Path:
+        return self.path / f"{index:05d}.moments"
 
     def _activations(self, layer: int) -> Path:
         return self.path / f"activations-{layer}.f32"

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from quantkit.sources.source import TensorSource
 
 Names = list[str]
-Rounding = Literal["nearest", "gptq"]
+Rounding = Literal["nearest", "gptq", "yaqa"]
 
 # Sections of the help.
 IMPORTANCE = "Importance matrix"
@@ -124,7 +124,7 @@ def command(
             metavar="NAME",
             show_default="nearest",
             rich_help_panel=CALIBRATION,
-            help="Rounding: nearest, or gptq (error feedback from the calibration text).",
+            help="Rounding: nearest; gptq (error feedback from the calibration text); yaqa (and gradients).",
         ),
     ] = None,
     n_ctx: Annotated[
@@ -256,8 +256,8 @@ def command(
 ) -> None:
     """Quantize a checkpoint or a GGUF file; the bytes are those that llama-quantize writes.
 
-    With --rounding gptq and a --calibration text, types and sizes stay the same, but less quality is lost; with
-    --target-size the types, too, are chosen by the calibration, to lose the least in that many bytes.
+    With --rounding gptq, or yaqa, and a --calibration text, types and sizes stay the same, but less quality is lost;
+    with --target-size the types, too, are chosen by the calibration, to lose the least in that many bytes.
     Types can follow the model, with or without an output, as llama-quantize takes them. Several types are written in
     one reading of the source. Without an output, files are named after the model and the type and written beside a
     local source, or into the current directory for a checkpoint from the hub.

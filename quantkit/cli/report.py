@@ -36,7 +36,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate.texts import DEFAULT
 
 Names = list[str]
-Rounding = Literal["nearest", "gptq"]
+Rounding = Literal["nearest", "gptq", "yaqa"]
 
 # Sections of the help.
 IMPORTANCE = "Importance matrix"
@@ -75,7 +75,9 @@ def command(
     rounding: Annotated[
         Rounding,
         typer.Option(
-            metavar="NAME", rich_help_panel=IMPORTANCE, help="Rounding: nearest, or gptq (needs the calibration text)."
+            metavar="NAME",
+            rich_help_panel=IMPORTANCE,
+            help="Rounding: nearest, or gptq or yaqa (these need the calibration text).",
         ),
     ] = "nearest",
     allow_requantize: Annotated[

@@ -69,7 +69,7 @@ class Product(NamedTuple):
 Observer = Callable[[tuple[str, ...], Any, int, "int | None"], None]
 
 
-def _temperatures(temperature: Temperature, positions: np.ndarray) -> np.ndarray:
+def temperatures(temperature: Temperature, positions: np.ndarray) -> np.ndarray:
     """What queries at these positions are multiplied with: float32 [positions, 1]."""
     grown = 1.0 + temperature.scale * np.log((positions + temperature.offset) // temperature.step + 1.0)
     return grown.astype(np.float32)[:, None]
@@ -374,9 +374,7 @@ class LayerRunner:
                     weight, _ = self._norms[norm]
                     forward_kernels.rms_norm_columns(qkv, first, n // weight.size, weight, norm.eps)
             if attention.temperature is not None:
-                qkv[:, :n_q] *= _temperatures(
-                    attention.temperature, past + np.arange(start, start + len(block)) % n_ctx
-                )
+                qkv[:, :n_q] *= temperatures(attention.temperature, past + np.arange(start, start + len(block)) % n_ctx)
             done = 0
             while done < len(block):
                 seq, position = divmod(start + done, n_ctx)

@@ -91,6 +91,24 @@ class Model(ABC):
         """What the output matrix is multiplied with, from the last layer's output `x`: a copy."""
 
     @abstractmethod
+    def last_gradients(self, x: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Gradients of log-likelihoods by the last layer's output `x` [n_seq, n_ctx, n_embd]: float32 of that shape.
+
+        At each position a token is drawn from what the model predicts there: `draws` [n_seq, n_ctx], from 0 to before
+        1, say where in the cumulated probabilities. The mean of g gT is then the curvature of the divergence from this
+        model. Raises QuantkitError for models that have no backward pass here.
+        """
+
+    @abstractmethod
+    def gradient_pass(self, index: int, n_ctx: int) -> Callable[[np.ndarray, np.ndarray], None]:
+        """Layer `index` as a function that takes gradients back through it.
+
+        It reads what the layer reads, `x` [n_seq, n_ctx, n_embd], and replaces the gradients by what the layer makes,
+        of that shape, by those by `x`. The observer is told of gradients by the outputs of each product, instead of
+        inputs: by the name of its weights, experts' left out. Valid until the next call.
+        """
+
+    @abstractmethod
     def input_sums(self, full: bool, wanted: Container[str] | None = None) -> Sums:
         """Sums over what the matrices are multiplied with from now on: of squares, with `full` of all products."""
 

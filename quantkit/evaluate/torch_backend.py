@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,7 @@ class TorchTransformer(Model):
         self._tensors: dict[str, Any] = {}
         self._others: dict[str, Any] = {}
         self._tables: dict[tuple[Rope, str | None, int], tuple[Any, Any]] = {}
+        self._gradient_observer: Callable[..., None] | None = None
         with self._running():
             self._load()
 
@@ -193,6 +195,46 @@ class TorchTransformer(Model):
                 x[:] = self._layer(layer, torch.from_numpy(x).to(self._device), slice(0, n_ctx)).cpu().numpy()
 
         return advance
+
+    def last_gradients(self, x: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """See `Model`."""
+        spec, result = self.spec, np.empty(x.shape, np.float32)
+        rows, to, places = x.reshape(-1, spec.n_embd), result.reshape(-1, spec.n_embd), draws.reshape(-1, 1)
+        step = max(1, _LOGITS[self._kind] // spec.n_vocab)
+        for at in range(0, len(rows), step):
+            part = slice(at, at + step)
+            with self._running(), torch.enable_grad():
+                read = torch.from_numpy(np.ascontiguousarray(rows[part])).to(self._device).requires_grad_(True)
+                scores = self._scores(self._normed(spec.output_norm, read).to(self._dtype), 0, spec.n_vocab)
+                wide = torch.float32 if self._kind == "mps" else torch.float64
+                reached = scores.detach().softmax(1).to(wide).cumsum(1)
+                drawn = torch.searchsorted(
+                    reached, torch.from_numpy(places[part]).to(self._device, wide), right=True
+                ).clamp(max=spec.n_vocab - 1)
+                functional.log_softmax(scores, 1).gather(1, drawn).sum().backward()
+                to[part] = read.grad.cpu().numpy()
+        return result
+
+    def gradient_pass(self, index: int, n_ctx: int) -> Callable[[np.ndarray, np.ndarray], None]:
+        """See `Model`."""
+        layer, per_call = self.spec.layers[index], self.batch(n_ctx)
+
+        def back(x: np.ndarray, gradients: np.ndarray) -> None:
+            observer, self.observer = self.observer, None
+            self._gradient_observer = observer
+            try:
+                with self._running(), torch.enable_grad():
+                    self._hold(index)
+                    for at in range(0, len(x), per_call):
+                        part = slice(at, at + per_call)
+                        read = torch.from_numpy(np.ascontiguousarray(x[part])).to(self._device).requires_grad_(True)
+                        written = self._layer(layer, read, slice(0, n_ctx))
+                        written.backward(torch.from_numpy(np.ascontiguousarray(gradients[part])).to(self._device))
+                        gradients[part] = read.grad.cpu().numpy()
+            finally:
+                self.observer, self._gradient_observer = observer, None
+
+        return back
 
     def normed(self, x: np.ndarray) -> np.ndarray:
         """What the output matrix is multiplied with, from the last layer's output `x`: a copy."""
@@ -576,7 +618,7 @@ class TorchTransformer(Model):
         """`x` [..., n_in] through each of `linears`."""
         present = [linear for linear in linears if linear is not None]
         self._observe(tuple(linear.weight for linear in present), x)
-        return [
+        products = [
             self._linear(
                 x,
                 self._weight(linear.weight),
@@ -584,10 +626,19 @@ class TorchTransformer(Model):
             )
             for linear in present
         ]
+        if self._gradient_observer is not None:
+            for linear, product in zip(present, products, strict=True):
+                product.register_hook(partial(self._gradient, self._gradient_observer, linear.weight))
+        return products
+
+    @staticmethod
+    def _gradient(observer: Callable[..., None], name: str, gradient: Any) -> None:
+        with torch.no_grad():
+            observer((name,), gradient.reshape(-1, gradient.shape[-1]), 0, None)
 
     def _linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
         """`x` [..., n_in] times the rows of `weight`, plus `bias`."""
-        if not self._through_numpy:
+        if not self._through_numpy or torch.is_grad_enabled():
             return functional.linear(x, weight, bias)
         rows = x.reshape(-1, x.shape[-1])
         out = torch.empty(len(rows), len(weight))
@@ -629,7 +680,7 @@ class TorchTransformer(Model):
         """Run through torch: no gradients, exact float32 products, and one line where the memory is too small."""
         try:
             # Tasks of ours share the products, each on one thread of BLAS.
-            with torch.inference_mode(), _exact_products(), self.threads.alone():
+            with torch.no_grad(), _exact_products(), self.threads.alone():
                 yield
         except torch.OutOfMemoryError:
             raise self._too_small() from None

@@ -17,6 +17,7 @@ import numpy as np
 from quantkit.architectures.forward import MAX_HEAD, Attention, Experts, ForwardSpec, Norm, NormKind, Rope
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import forward_kernels
+from quantkit.evaluate.backward import Draws, LayerGradients, normalised, unknown_to_backward
 from quantkit.evaluate.inputs import InputSums
 from quantkit.evaluate.kv_cache import KVCache
 from quantkit.evaluate.layers import ROWS, Expert, LayerRunner, Product, Routed, unsupported
@@ -30,6 +31,8 @@ from quantkit.sources.source import TensorSource
 _SLAB_WEIGHTS = 1 << 26
 # Tokens of the vocabulary that generation takes through the output matrix together.
 _NEXT_TOKENS = 1 << 15
+# Tokens of the vocabulary whose gradients are taken together.
+_DRAWN = 1 << 13
 _DEFAULT = Compute()
 
 
@@ -171,6 +174,60 @@ class Transformer(Model):
         result = np.array(x, np.float32, order="C")
         self._normalise(self.spec.output_norm, result)
         return result
+
+    def last_gradients(self, x: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """See `Model`."""
+        for what in unknown_to_backward(self.spec):
+            raise QuantkitError(f"{self.source.label}: the numpy backend takes no gradients through {what}: use torch")
+        spec = self.spec
+        hidden, result = self.normed(x), np.zeros(x.shape, np.float32)
+        drawn = Draws(draws)
+        slabs = [(at, min(at + _DRAWN, spec.n_vocab)) for at in range(0, spec.n_vocab, _DRAWN)]
+        with self.threads.alone() as each:
+            for start, stop in slabs:
+                product = self._output(start, stop)
+
+                def add(seq: int, product: Product = product) -> None:
+                    drawn.add(seq, self._new_scores(hidden[seq], product))
+
+                each(add, len(x))
+            for start, stop in slabs:
+                product = self._output(start, stop)
+
+                def back(seq: int, product: Product = product, last: bool = stop == spec.n_vocab) -> None:
+                    scores = self._new_scores(hidden[seq], product)
+                    by_scores = drawn.gradients(seq, scores, last)
+                    if spec.logit_softcap is not None:
+                        by_scores *= 1 - np.square(scores / np.float32(spec.logit_softcap))
+                    by_scores *= np.float32(spec.logit_scale)
+                    result[seq] += by_scores @ product.matrix
+
+                each(back, len(x))
+            weight, bias = self._norm_weights(spec.output_norm)
+
+            def through_norm(seq: int) -> None:
+                result[seq] = normalised(x[seq], weight, bias, spec.output_norm)[1](result[seq])
+
+            each(through_norm, len(x))
+        return result
+
+    def _new_scores(self, hidden: np.ndarray, product: Product) -> np.ndarray:
+        return self._scores(hidden, product, np.empty((len(hidden), len(product.matrix)), np.float32))
+
+    def gradient_pass(self, index: int, n_ctx: int) -> Callable[[np.ndarray, np.ndarray], None]:
+        """See `Model`."""
+        layer, observer = self.spec.layers[index], self.observer
+        tables = self._rope(layer.attention, n_ctx)
+        runner = LayerGradients(layer, self.spec.n_embd, self._weights, tables, self.threads.workspace, observer)
+
+        def back(x: np.ndarray, gradients: np.ndarray) -> None:
+            def step(seq: int) -> None:
+                gradients[seq] = runner.back(x[seq], gradients[seq], seq * n_ctx)
+
+            with self.threads.alone() as each:
+                each(step, len(x))
+
+        return back
 
     def input_sums(self, full: bool, wanted: Container[str] | None = None) -> InputSums:
         """See `Model`."""
@@ -333,15 +390,21 @@ class Transformer(Model):
 
     # -- small things
 
+    def _norm_weights(self, norm: Norm) -> tuple[np.ndarray, np.ndarray | None]:
+        n_embd = self.spec.n_embd
+        return (
+            np.ones(n_embd, np.float32) if norm.weight is None else self._weights.vector(norm.weight, n_embd),
+            None if norm.bias is None else self._weights.vector(norm.bias, n_embd),
+        )
+
     def _normalise(self, norm: Norm, x: np.ndarray) -> None:
         """Normalise `x` [any, any, n_embd] in place."""
         rows = x.reshape(-1, self.spec.n_embd)
-        n_embd = self.spec.n_embd
-        weight = np.ones(n_embd, np.float32) if norm.weight is None else self._weights.vector(norm.weight, n_embd)
+        weight, bias = self._norm_weights(norm)
         if norm.kind is NormKind.RMS:
             forward_kernels.rms_norm(rows, weight, norm.eps, rows)
         else:
-            bias = np.zeros_like(weight) if norm.bias is None else self._weights.vector(norm.bias, self.spec.n_embd)
+            bias = np.zeros_like(weight) if bias is None else bias
             forward_kernels.layer_norm(rows, weight, bias, norm.eps, rows)
 
     def _rope(self, attention: Attention, n_ctx: int) -> tuple[np.ndarray, np.ndarray]:

@@ -63,10 +63,10 @@ class LadderOptions:
     """What to make and how to measure it.
 
     `types` are file types; `imatrix` is a file, `calibration` a text to compute an importance matrix from, in
-    `calibration_chunking`, or to round with error feedback by, where `rounding` is gptq instead of nearest. `texts` are
-    what the files are measured on, and `n_prompts` prompts from the first are continued by all of them. `base_model` is
-    the hub id of the original, `repo` that of the repository to be, for the card. Files above `largest_file` bytes
-    become shards. `command` is what the report says made it.
+    `calibration_chunking`, or to round with error feedback by, where `rounding` is gptq or yaqa instead of nearest.
+    `texts` are what the files are measured on, and `n_prompts` prompts from the first are continued by all of them.
+    `base_model` is the hub id of the original, `repo` that of the repository to be, for the card. Files above
+    `largest_file` bytes become shards. `command` is what the report says made it.
     """
 
     types: Sequence[str]
@@ -230,6 +230,7 @@ class Ladder:
                 model,
                 outputs,
                 text,
+                rounding=o.rounding,
                 work=WorkDirectory(outputs[0][1], resume=True),
                 threads=o.compute.threads,
                 progress=lambda step: tell(step.done / step.total, step.tensor),

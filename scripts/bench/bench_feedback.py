@@ -1,13 +1,13 @@
 """What error feedback and the choice of types cost: seconds and peak memory, each command a process of its own.
 
-    python scripts/bench/bench_feedback.py --shared ../shared [--threads 2] [--what feedback,chosen,large]
+    python scripts/bench/bench_feedback.py --shared ../shared [--threads 2] [--what feedback,yaqa,chosen,large]
         [--layers 22] [--chunks 16] [--directory DIR]
 
-`feedback` quantizes docs-llama-45m to Q4_K_M with error feedback, `chosen` chooses types for the size of Q4_K_M (a dry
-run: choosing alone), both with the default chunks of the calibration text. `large` quantizes a synthetic Llama of 1.1
-billion weights, or so many of its layers, to Q4_K_M with error feedback from `--chunks` chunks of random tokens, and
-says what the layers of one with 8 billion weights would take by that. Kernels are compiled in a run before. Prints
-seconds, seconds of the processor, and peak memory; `large` needs 4 GB of free disk.
+`feedback` quantizes docs-llama-45m to Q4_K_M with error feedback, `yaqa` with gradients too, `chosen` chooses types for
+the size of Q4_K_M (a dry run: choosing alone), all with the default chunks of the calibration text. `large` quantizes a
+synthetic Llama of 1.1 billion weights, or so many of its layers, to Q4_K_M with error feedback from `--chunks` chunks
+of random tokens, and says what the layers of one with 8 billion weights would take by that. Kernels are compiled in a
+run before. Prints seconds, seconds of the processor, and peak memory; `large` needs 4 GB of free disk.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("QUANTKIT_SHARED", ROOT.parent / "shared")))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--what", default="feedback,chosen,large")
+    parser.add_argument("--what", default="feedback,yaqa,chosen,large")
     parser.add_argument("--layers", type=int, default=bench_quantize.LAYERS)
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--directory", type=Path)
@@ -79,7 +79,8 @@ def main() -> None:
         common = ["--calibration", str(text), "--threads", threads, "-q"]
         feedback = [OURS, "quantize", str(model), "Q4_K_M", "--rounding", "gptq", "-o", str(home / "q.gguf"), *common]
         chosen = [OURS, "quantize", str(model), "--target-size", "Q4_K_M", "--dry-run", *common]
-        for name, command in (("feedback", feedback), ("chosen", chosen)):
+        yaqa = ["yaqa" if word == "gptq" else word for word in feedback]
+        for name, command in (("feedback", feedback), ("yaqa", yaqa), ("chosen", chosen)):
             if name in what:
                 run([*command, "--force", "--chunks", "4"])
                 measure(f"docs-llama-45m, {name}", [*command, "--force"])

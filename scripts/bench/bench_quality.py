@@ -8,7 +8,7 @@ For each model and size three files are written from the F16 model with one cali
 others: mean and 99.9% percentile of the divergence from the F16 model, ratio of perplexities, and how often the
 likeliest token is the same, each with its standard error. The first file is ours to the nearest, which is that of
 llama-quantize to the byte; `--verify` has llama.cpp write one too and compares. The third has no more bytes than the
-first.
+first. Methods "yaqa" and "chosen-yaqa" are the second and third with gradients (`--rounding yaqa`).
 
 Everything that takes long is kept in the cache directory, and a run goes on where another stopped.
 """
@@ -133,7 +133,10 @@ class Bench:
         if method == "importance":
             options = QuantizeOptions(imatrix=self.importance())
         outputs = [
-            (self.plan(s) if method == "chosen" else plan_quantize(self.source, s, options), self.path(method, s))
+            (
+                self.plan(s) if method.startswith("chosen") else plan_quantize(self.source, s, options),
+                self.path(method, s),
+            )
             for s in sizes
         ]
         with seconds(f"{self.name}: {len(sizes)} files of {method}"):
@@ -142,7 +145,8 @@ class Bench:
                 return
             text, model = self.calibration.cut(self.source), load(self.source, self.compute, keep=False)
             damping, threads = self.arguments.damping, self.arguments.threads
-            execute_with_feedback(model, outputs, text, damping=damping, threads=threads)
+            rounding = "yaqa" if "yaqa" in method else "gptq"
+            execute_with_feedback(model, outputs, text, rounding=rounding, damping=damping, threads=threads)
 
     def results(self, text_name: str, tokens: np.ndarray) -> dict[tuple[str, str], dict[str, Any]]:
         """What each method's file of each size loses on a text."""
@@ -208,6 +212,7 @@ def show(bench: Bench, measured: dict[str, str]) -> None:
     for method in bench.methods:
         bench.make(method)
     real: dict[str, list[float]] = {size: [] for size in bench.sizes}
+    chosen = next((method for method in bench.methods if method.startswith("chosen")), "")
     for text_name, text in measured.items():
         with seconds(f"{bench.name}: measured on {text_name}"):
             results = bench.results(text_name, bench.tokens(text))
@@ -216,7 +221,7 @@ def show(bench: Bench, measured: dict[str, str]) -> None:
             base = results[size, bench.methods[0]]["kld"][0]
             for method in bench.methods:
                 r = results[size, method]
-                if method == "chosen":
+                if method == chosen:
                     real[size].append(r["kld"][0])
                 rows.append(
                     [
@@ -233,7 +238,7 @@ def show(bench: Bench, measured: dict[str, str]) -> None:
         head = ["size of", "method", "bytes", "mean KLD", "", "99.9% KLD", "PPL ratio", "same top"]
         print(f"\n{bench.name}, {text_name}, {bench.arguments.test_chunks} chunks\n")
         print(table(head, rows), flush=True)
-    if "chosen" in bench.methods:
+    if chosen:
         print("\nMean KLD predicted when types were chosen, and measured on each text\n")
         rows = [
             [size, f"{bench.plan(size).divergence:.5f}", *(f"{each:.5f}" for each in real[size])]

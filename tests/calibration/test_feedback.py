@@ -155,3 +155,48 @@ def test_what_does_not_fit_is_refused() -> None:
         round_with_feedback(rows(n=256), curvature, GGMLType.F16)
     with pytest.raises(QuantkitError, match="damping of -1"):
         Curvature.of(moments(256), damping=-1)
+
+
+def coupling(n_rows: int) -> np.ndarray:
+    """Moments of outputs: uneven, and alike in many directions."""
+    g = inputs(n_rows, 3000, seed=5)
+    return np.asarray(g.T @ g / len(g))
+
+
+@pytest.mark.parametrize("kind", [GGMLType.Q4_K, GGMLType.Q5_0, GGMLType.IQ2_XS], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("n_rows", [40, 256, 600])
+def test_rows_make_up_for_each_other(kind: GGMLType, n_rows: int) -> None:
+    w, h, b = rows(n_rows), moments(), coupling(n_rows)
+    curvature = Curvature.of(h)
+    alone = round_with_feedback(w, curvature, kind)
+    together = round_with_feedback(w, curvature, kind, outputs=b)
+    np.testing.assert_allclose(together.loss, loss_of(w, together.data, kind, h), rtol=1e-4)
+    np.testing.assert_allclose(together.plain_loss, alone.plain_loss, rtol=1e-5)
+
+    def coupled(data: np.ndarray) -> float:
+        errors = w.astype(np.float64) - quantkit.dequantize_rows(data, kind)
+        return float(np.einsum("ij,ij->", b @ errors, errors @ h))
+
+    assert coupled(together.data) < 0.75 * coupled(alone.data)
+    assert alone.loss.sum() < together.loss.sum() < together.plain_loss.sum()
+    for threads in (1, 3):
+        again = round_with_feedback(w, curvature, kind, outputs=b, threads=threads)
+        assert np.array_equal(again.data, together.data)
+
+
+def test_rows_that_do_not_share_are_rounded_about_as_well() -> None:
+    w, h = rows(100), moments()
+    curvature = Curvature.of(h)
+    alone = round_with_feedback(w, curvature, GGMLType.Q4_K)
+    together = round_with_feedback(w, curvature, GGMLType.Q4_K, outputs=np.eye(100))
+    assert together.loss.sum() < 1.03 * alone.loss.sum()  # two sweeps instead of three
+    one = round_with_feedback(w[:1], curvature, GGMLType.Q4_K, outputs=np.eye(1))
+    assert np.array_equal(one.data, round_with_feedback(w[:1], curvature, GGMLType.Q4_K).data)
+
+
+def test_outputs_that_do_not_fit_are_refused() -> None:
+    curvature = Curvature.of(moments())
+    with pytest.raises(QuantkitError, match=r"40 outputs cannot be coupled by moments of shape \(41, 41\)"):
+        round_with_feedback(rows(), curvature, GGMLType.Q4_K, outputs=np.eye(41))
+    with pytest.raises(QuantkitError, match="moments of outputs are not finite"):
+        round_with_feedback(rows(), curvature, GGMLType.Q4_K, outputs=np.full((40, 40), np.nan))

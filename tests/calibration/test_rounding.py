@@ -16,6 +16,7 @@ import quantkit
 from quantkit.blocks import decode
 from quantkit.blocks.types import GGMLType
 from quantkit.calibration import spool
+from quantkit.calibration.gradients import coupled, gradient_moments
 from quantkit.calibration.moments import MomentsPass, batches, shrunk
 from quantkit.calibration.progress import Step
 from quantkit.calibration.rounding import RoundedTensor, execute_with_feedback
@@ -220,14 +221,15 @@ def test_moments_of_few_tokens_are_drawn_towards_those_of_all() -> None:
     assert not shrunk(InputSum(np.zeros((32, 32)), 5), pooled).mean.any()
 
 
-def test_what_a_file_says_of_how_it_was_made(tinylm: CheckpointSource, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounding", ["gptq", "yaqa"])
+def test_what_a_file_says_of_how_it_was_made(tinylm: CheckpointSource, tmp_path: Path, rounding: str) -> None:
     (path,) = quantkit.quantize(
-        TINYLM, tmp_path, type="Q4_K_M", rounding="gptq", calibration=CALIBRATION_FILE, chunking=SOME
+        TINYLM, tmp_path, type="Q4_K_M", rounding=rounding, calibration=CALIBRATION_FILE, chunking=SOME
     )
-    assert path.name.endswith("-gptq-Q4_K_M.gguf")
+    assert path.name.endswith(f"-{rounding}-Q4_K_M.gguf")
     metadata = GGUFSource(path).metadata
     assert {key: metadata[key].value for key in metadata if key.startswith("quantkit.")} == {
-        "quantkit.rounding": "gptq",
+        "quantkit.rounding": rounding,
         "quantkit.calibration.text": "tinylm-calib.txt",
         "quantkit.calibration.sha256": CalibrationText.of(tinylm, CALIBRATION).sha256,
         "quantkit.calibration.chunks": 80,
@@ -268,7 +270,7 @@ def test_activations_that_are_not_finite(tmp_path: Path) -> None:
 
 
 def test_an_unknown_rounding_and_a_missing_text() -> None:
-    with pytest.raises(QuantkitError, match="no rounding 'best': use nearest or gptq"):
+    with pytest.raises(QuantkitError, match="no rounding 'best': use nearest, gptq or yaqa"):
         quantkit.quantize(TINYLM, type="Q4_K_M", rounding="best")
     with pytest.raises(QuantkitError, match="rounding gptq needs a calibration text"):
         quantkit.quantize(TINYLM, type="Q4_K_M", rounding="gptq")
@@ -293,3 +295,98 @@ def test_the_report_tells_what_was_not_rounded_with_feedback(tinylm: CheckpointS
     notes = [{each.name: each.note for each in report if each.note} for report in reports]
     assert notes[0] == {"token_embd.weight": "no moments"}
     assert "no feedback for TQ2_0" in notes[1].values()
+
+
+@pytest.fixture(scope="module")
+def coupled_files(tinylm: CheckpointSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("coupled")
+    rounded(tinylm, folder, TYPES, Compute(threads=2), rounding="yaqa")
+    return folder
+
+
+def test_gradients_let_a_file_lose_less(tinylm: CheckpointSource, files: Path, coupled_files: Path) -> None:
+    few = Chunking(n_ctx=256, chunks=40)
+    for name in TYPES:
+        without, with_gradients = (
+            quantkit.divergence(GGUFSource(folder / f"{name}.gguf"), tinylm, TEST, chunking=few).kld.value
+            for folder in (files, coupled_files)
+        )
+        assert with_gradients < 0.97 * without
+
+
+@pytest.mark.parametrize("change", ["threads", "memory", "alone"])
+def test_gradients_are_the_same_whatever_the_machine(
+    tinylm: CheckpointSource, coupled_files: Path, tmp_path: Path, change: str
+) -> None:
+    compute = {"threads": Compute(threads=1), "memory": Compute(threads=3, memory=0)}.get(change)
+    types = TYPES[:1] if change == "alone" else TYPES
+    rounded(tinylm, tmp_path, types, compute, rounding="yaqa")
+    assert_same_files(tmp_path, coupled_files, types)
+
+
+def test_a_stopped_run_keeps_its_gradients(
+    tinylm: CheckpointSource, coupled_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StopError):
+        rounded(tinylm, tmp_path, TYPES, progress=stop_in(1), rounding="yaqa")
+    with pytest.raises(QuantkitError, match=r"belongs to a run with another model, text, types or options"):
+        rounded(tinylm, tmp_path, TYPES, resume=True)
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("gradients are taken again")
+
+    monkeypatch.setattr("quantkit.calibration.rounding.gradient_moments", again)
+    kept = {path: path.read_bytes() for path in (tmp_path / "Q4_K_M.gguf.unfinished").glob("*.moments")}
+    for path, data in kept.items():
+        path.write_bytes(data[:-4])
+    with pytest.raises(QuantkitError, match=r"\.moments: missing or damaged"):
+        rounded(tinylm, tmp_path, TYPES, resume=True, rounding="yaqa")
+    for path, data in kept.items():
+        path.write_bytes(data)
+    rounded(tinylm, tmp_path, TYPES, resume=True, rounding="yaqa")
+    assert_same_files(tmp_path, coupled_files, TYPES)
+
+
+@requires_torch
+def test_gradients_through_torch(tinylm: CheckpointSource, coupled_files: Path, tmp_path: Path) -> None:
+    rounded(tinylm, tmp_path, ("Q4_K_M",), Compute(backend="torch"), rounding="yaqa")
+    few = Chunking(n_ctx=256, chunks=20)
+    ours, numpys = (
+        quantkit.divergence(GGUFSource(path), tinylm, TEST, chunking=few).kld.value
+        for path in (tmp_path / "Q4_K_M.gguf", coupled_files / "Q4_K_M.gguf")
+    )
+    assert ours == pytest.approx(numpys, rel=0.05)
+
+
+def test_gradients_that_numpy_does_not_take(tmp_path: Path) -> None:
+    family = FAMILIES["mixtral"]
+    source = GGUFSource(write_gguf(tmp_path / "experts.gguf", family.metadata(), family.weights(7)))
+    text = CalibrationText.of(source, np.arange(96, dtype=np.int32) % N_VOCAB, Chunking(n_ctx=24))
+    outputs = [(plan(source, "Q8_0", calibrated=True), tmp_path / "q.gguf")]
+    with pytest.raises(QuantkitError, match="takes no gradients through experts: use torch"):
+        execute_with_feedback(load(source, keep=False), outputs, text, rounding="yaqa")
+    assert not (tmp_path / "q.gguf").exists()
+
+
+def test_moments_of_gradients_are_those_of_the_whole_pass(tmp_path: Path) -> None:
+    """Layers between those whose input was kept are computed again: the sums are the same as of one pass."""
+    family = FAMILIES["gemma3"]  # seven layers
+    source = GGUFSource(write_gguf(tmp_path / "m.gguf", family.metadata(), family.weights(7)))
+    model = load(source, keep=False)
+    tokens = np.random.default_rng(1).integers(0, N_VOCAB, (3, 20)).astype(np.int32)
+    found: dict[str, np.ndarray] = {}
+    wanted = coupled(model.spec)
+    gradient_moments(model, tokens, wanted, found.__setitem__)
+    assert found.keys() == wanted
+    read = [model.embedded(tokens)]
+    for index in range(7):
+        read.append(read[-1].copy())
+        model.layer_pass(index, 20)(read[-1])
+    gradients = model.last_gradients(read[7], np.random.default_rng(0).random(tokens.shape))
+    for index in reversed(range(7)):
+        sums = model.input_sums(full=True)
+        model.gradient_pass(index, 20)(read[index], gradients)
+        sums.settle()
+        for ((name,), _), (total, n_rows) in sums.take().items():
+            if name in wanted:
+                np.testing.assert_array_equal(found[name], (total / n_rows).astype(np.float32))

@@ -1,0 +1,157 @@
+"""How errors of a matrix's outputs add up: second moments of gradients through the whole model.
+
+The divergence of a model that is slightly off from the model itself is a quadratic form of its errors, whose curvature
+is the mean of g gT, g being gradients of the log-likelihood of tokens drawn from what the model predicts (the Fisher
+information). YAQA (arXiv 2505.22988) rounds by its Kronecker factors: the moments of a matrix's inputs, and those of
+the gradients by its outputs, which say which of its rows may err together.
+
+The text goes up through the layers once, and gradients come down again layer by layer. Memory is one layer's weights
+and moments and the activations at about two times the square root of the number of layers, which go to files where
+they are large; those between are computed again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from quantkit.architectures.forward import Experts, ForwardSpec, Layer
+from quantkit.calibration.moments import Activations, batches
+from quantkit.errors import QuantkitError
+from quantkit.evaluate.model import Model
+
+# Chunks of a text that gradients are taken on: their moments only have to say roughly which rows err together.
+CHUNKS = 64
+
+
+def coupled(spec: ForwardSpec) -> frozenset[str]:
+    """The matrices whose outputs' moments are worth having: attention's, and those that write to the residual stream.
+
+    Those of what a feed-forward block's nonlinearity reads are nearly diagonal. Experts' are left out.
+    """
+    return frozenset(name for layer in spec.layers for name in _coupled(layer))
+
+
+def _coupled(layer: Layer) -> list[str]:
+    a, ff = layer.attention, layer.feed_forward
+    dense = ff.shared if isinstance(ff, Experts) else ff
+    linears = [a.qkv, a.q, a.k, a.v, a.out, None if dense is None else dense.down]
+    return [linear.weight for linear in linears if linear is not None]
+
+
+def gradient_moments(
+    model: Model,
+    tokens: np.ndarray,
+    wanted: Collection[str],
+    keep: Callable[[str, np.ndarray], None],
+    *,
+    directory: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Gather the mean of g gT for the outputs of each matrix in `wanted`, from the last layer to the first.
+
+    `keep(name, moments)` gets them, float32 [n_out, n_out]; for the embedding, [n_embd, n_embd] by what is looked up.
+    `tokens` are int32 [n_chunks, n_ctx]. `directory` is for activations too large for memory. `progress(layer,
+    tokens)` is called as tokens have gone through a layer, up or down. Raises QuantkitError for models that the backend
+    takes no gradients through, and where they are not finite.
+    """
+    _Pass(model, tokens, wanted, keep, directory, progress or (lambda layer, tokens: None)).run()
+
+
+class _Pass:
+    def __init__(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        wanted: Collection[str],
+        keep: Callable[[str, np.ndarray], None],
+        directory: Path | None,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self._model, self._tokens, self._wanted, self._keep = model, tokens, wanted, keep
+        self._directory, self._progress = directory, progress
+        self._parts = batches(*tokens.shape)
+        self._n_layer = len(model.spec.layers)
+        self._stride = max(1, math.isqrt(self._n_layer))
+
+    def run(self) -> None:
+        """Up and down again."""
+        model, tokens = self._model, self._tokens
+        starts = range(0, self._n_layer, self._stride)
+        model.observer = None
+        with ExitStack() as stack:
+            read = [self._activations(stack) for _ in range(len(starts) + 1)]
+            inside = [read[-1], *(self._activations(stack) for _ in range(self._stride - 1))]
+            x = inside[0]
+            for part in self._parts:
+                x[part] = model.embedded(tokens[part])
+            for index in range(self._n_layer):
+                if index in starts:
+                    read[index // self._stride][:] = x
+                self._up(index, x, x)
+            draws = np.random.default_rng(0).random(tokens.shape)
+            gradients = self._activations(stack)
+            for part in self._parts:
+                gradients[part] = model.last_gradients(x[part], draws[part])
+            for number, start in reversed(list(enumerate(starts))):
+                inside[0] = read[number]
+                stop = min(start + self._stride, self._n_layer)
+                for index in range(start, stop - 1):
+                    self._up(index, inside[index - start], inside[index - start + 1])
+                for index in reversed(range(start, stop)):
+                    self._down(index, inside[index - start], gradients)
+            if model.spec.embedding in self._wanted:
+                self._gather_embedding(gradients)
+
+    def _activations(self, stack: ExitStack) -> np.ndarray:
+        """Space for what stands between two layers."""
+        model = self._model
+        made = Activations((*self._tokens.shape, model.spec.n_embd), model.memory // 64, self._directory)
+        stack.callback(made.close)
+        return made.values
+
+    def _up(self, index: int, x: np.ndarray, to: np.ndarray) -> None:
+        run = self._model.layer_pass(index, self._tokens.shape[1])
+        for part in self._parts:
+            rows = np.array(x[part])
+            run(rows)
+            to[part] = rows
+            self._progress(index, rows.shape[0] * rows.shape[1])
+
+    def _down(self, index: int, x: np.ndarray, gradients: np.ndarray) -> None:
+        model = self._model
+        sums = model.input_sums(full=True, wanted=self._wanted)
+        try:
+            run = model.gradient_pass(index, self._tokens.shape[1])
+            for part in self._parts:
+                rows = np.array(gradients[part])
+                run(np.array(x[part]), rows)
+                gradients[part] = rows
+                sums.settle()
+                self._progress(index, 2 * rows.shape[0] * rows.shape[1])
+        finally:
+            model.observer = None
+        for (names, _), (total, n_rows) in sums.take().items():
+            self._keep_mean(names[0], total / n_rows)
+
+    def _gather_embedding(self, gradients: np.ndarray) -> None:
+        sums = self._model.input_sums(full=True)
+        self._model.observer = None
+        name = self._model.spec.embedding
+        for part in self._parts:
+            sums.add((name,), np.array(gradients[part]).reshape(-1, gradients.shape[2]))
+            sums.settle()
+        ((total, n_rows),) = sums.take().values()
+        self._keep_mean(name, total / n_rows)
+
+    def _keep_mean(self, name: str, mean: np.ndarray) -> None:
+        if not np.isfinite(mean).all():
+            raise QuantkitError(
+                f"{self._model.source.label}: gradients by the outputs of {name} are not finite: its weights, or those "
+                "of a layer after it, are damaged or out of range"
+            )
+        self._keep(name, mean.astype(np.float32))
