@@ -55,14 +55,37 @@ _QWEN_MERGER = {
 
 
 def _recipe(
-    config: dict[str, Any], tensors: dict[str, str], preprocessor: dict[str, Any], **more: Any
+    config: dict[str, Any],
+    tensors: dict[str, str],
+    preprocessor: dict[str, Any],
+    embedding: str = "language_model.model.embed_tokens.weight",
+    **more: Any,
 ) -> dict[str, Any]:
     return {
         "config": {"vocab_size": 320, **config},
-        "tensors": {"language_model.model.embed_tokens.weight": f"320 {_TEXT}", **tensors},
+        "tensors": {embedding: f"320 {_TEXT}", **tensors},
         "files": {"preprocessor_config.json": json.dumps(preprocessor)},
         **more,
     }
+
+
+_PIXTRAL = {
+    **{
+        f"vision_tower.transformer.layers.{{0-2}}.{name}": shape
+        for name, shape in {
+            **{f"attention.{part}_proj.weight": "64 64" for part in "kovq"},
+            "attention_norm.weight": "64",
+            "feed_forward.down_proj.weight": "64 128",
+            "feed_forward.gate_proj.weight": "128 64",
+            "feed_forward.up_proj.weight": "128 64",
+            "ffn_norm.weight": "64",
+        }.items()
+    },
+    "vision_tower.ln_pre.weight": "64",
+    "vision_tower.patch_conv.weight": "64 3 8 8",
+}
+_PIXTRAL_CONFIG = {**_SIGLIP, "num_hidden_layers": 3, "model_type": "pixtral", "head_dim": 32, "hidden_act": "silu"}
+_BREAK = {"added_tokens_decoder": {"12": {"content": "[IMG_BREAK]", "special": True}}}
 
 
 PROJECTORS: dict[str, dict[str, Any]] = {
@@ -104,6 +127,39 @@ PROJECTORS: dict[str, dict[str, Any]] = {
         },
         _HALVES,
         dtype="F16",
+    ),
+    "tiny-eye-pixtral": _recipe(
+        {
+            "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+            "text_config": {"model_type": "mistral", "hidden_size": _TEXT}, "vision_config": _PIXTRAL_CONFIG,
+        },
+        {
+            **_PIXTRAL,
+            **_linear("multi_modal_projector.linear_1", _TEXT, 64),
+            **_linear("multi_modal_projector.linear_2", _TEXT, _TEXT),
+        },
+        _IMAGES,
+        # With published names the reference does not find the embedding of [IMG_BREAK].
+        embedding="model.embed_tokens.weight",
+        tokenizer_config=_BREAK,
+    ),
+    "tiny-eye-mistral3": _recipe(
+        {
+            "architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "spatial_merge_size": 2,
+            "text_config": {"model_type": "mistral", "hidden_size": _TEXT},
+            "vision_config": {**_PIXTRAL_CONFIG, "hidden_act": "gelu"},
+        },
+        {
+            **_PIXTRAL,
+            "multi_modal_projector.linear_1.weight": f"{_TEXT} 64",
+            "multi_modal_projector.linear_2.weight": f"{_TEXT} {_TEXT}",
+            "multi_modal_projector.norm.weight": "64",
+            "multi_modal_projector.patch_merger.merging_layer.weight": "64 256",
+        },
+        _IMAGES,
+        # With published names the reference does not find the embedding of [IMG_BREAK].
+        embedding="model.embed_tokens.weight",
+        tokenizer_config=_BREAK,
     ),
     "tiny-eye-qwen2-vl": _recipe(
         {

@@ -46,7 +46,12 @@ class Llama(Architecture):
     """LlamaForCausalLM and MistralForCausalLM: RMS norms, rotary attention with grouped heads, a gated MLP."""
 
     gguf_name = "llama"
-    checkpoints = {"LlamaForCausalLM": _LLAMA, "MistralForCausalLM": _MISTRAL}  # noqa: RUF012
+    # VLlama3 is what SmolVLM's config calls its text model.
+    checkpoints = {  # noqa: RUF012
+        "LlamaForCausalLM": _LLAMA,
+        "MistralForCausalLM": _MISTRAL,
+        "VLlama3ForCausalLM": _LLAMA,
+    }
     wrappers = {  # noqa: RUF012
         "LlavaForConditionalGeneration": {"llama": _LLAMA, "mistral": _MISTRAL},
         "VoxtralForConditionalGeneration": {"llama": _LLAMA},

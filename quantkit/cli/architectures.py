@@ -6,9 +6,13 @@ from quantkit.cli.console import Json, Quiet, Verbose, emit, setup
 
 
 def command(as_json: Json = False, verbose: Verbose = 0, quiet: Quiet = False) -> None:
-    """List the architectures that quantkit converts, by their transformers classes, and which of them it evaluates."""
+    """List the architectures that quantkit converts, by their transformers classes, and which of them it evaluates.
+
+    Below are the multimodal classes whose projectors it converts.
+    """
     setup(verbose, quiet)
     from quantkit.architectures import supported
+    from quantkit.architectures.projectors import classes
     from quantkit.report.tables import table
 
     rows = supported()
@@ -20,4 +24,6 @@ def command(as_json: Json = False, verbose: Verbose = 0, quiet: Quiet = False) -
         ],
         left=5,
     )
-    emit(text, {"architectures": rows}, as_json)
+    seeing = classes()
+    text += f"\n\nProjectors (`convert --mmproj`): {', '.join(seeing)}."
+    emit(text, {"architectures": rows, "projectors": seeing}, as_json)

@@ -436,6 +436,17 @@ MODELS = {
         },
         said={"layer_types": ["attention", "attention"]},
     ),
+    "tiny-smolvlm": Model(
+        "SmolVLMForConditionalGeneration",
+        {
+            "text_config": {**SIZES, "model_type": "llama", "rope_parameters": _rope(273768.0)},
+            "vision_config": {
+                "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "image_size": 32, "patch_size": 16,
+            },
+        },
+        called="VLlama3ForCausalLM",
+    ),
     "tiny-qwen2-vl": Model(
         "Qwen2VLForConditionalGeneration",
         {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +42,33 @@ def test_names_of_other_versions_of_transformers_are_known(tiny: dict[str, Path]
     whole = ProjectorSource(tiny["tiny-eye-gemma3"])
     for before, after in (("vision_tower.vision_model.", "vision_tower."), ("", "model.")):
         directory = changed_copy(tiny["tiny-eye-gemma3"], tmp_path / after)
-        data = (directory / "model.safetensors").read_bytes()
-        end = 8 + int.from_bytes(data[:8], "little")
-        stored = json.loads(data[8:end])
-        renamed = {
-            (after + n.removeprefix(before) if n.startswith(before) and n[0] != "_" else n): v
-            for n, v in stored.items()
-        }
-        header = json.dumps(renamed).encode()
-        content = len(header).to_bytes(8, "little") + header + data[end:]
-        (directory / "model.safetensors").write_bytes(content)
+        renamed(directory, lambda n, b=before, a=after: a + n.removeprefix(b) if n.startswith(b) else n)
         found = ProjectorSource(directory)
         assert found.tensors == whole.tensors
         assert all(np.array_equal(found.read(name), whole.read(name)) for name in whole.tensors)
+
+
+def renamed(directory: Path, new_name: Callable[[str], str]) -> None:
+    """Give the tensors of a checkpoint other names."""
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    stored = json.loads(data[8:end])
+    header = json.dumps({n if n == "__metadata__" else new_name(n): v for n, v in stored.items()}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+
+
+def test_the_token_between_rows_is_found_by_published_names(tiny: dict[str, Path], tmp_path: Path) -> None:
+    whole = ProjectorSource(tiny["tiny-eye-mistral3"])
+    directory = changed_copy(tiny["tiny-eye-mistral3"], tmp_path / "copy")
+    renamed(directory, lambda name: name.replace("model.embed", "language_model.model.embed"))
+    found = ProjectorSource(directory)
+    np.testing.assert_array_equal(found.read("v.token_embd.img_break"), whole.read("v.token_embd.img_break"))
+    for place in ("tokenizer_config.json", "tokenizer.json"):
+        content = (directory / place).read_text()
+        (directory / place).write_text(content.replace("[IMG_BREAK]", "[OTHER]"))
+    with pytest.raises(QuantkitError, match="no token"):
+        ProjectorSource(directory)
 
 
 def test_a_projector_is_pickled_and_seen_as_another_type(tiny: dict[str, Path]) -> None:
@@ -96,6 +111,7 @@ def test_the_text_model_alone_is_no_projector(tiny: dict[str, Path], tmp_path: P
         ("qwen25-vl", {"vision_config": {"fullatt_block_indexes": [], "depth": 3}}, "not a list of blocks"),
         ("qwen3-vl", {"vision_config": {"deepstack_visual_indexes": [99], "depth": 3}}, "not a list of blocks"),
         ("smolvlm", {"scale_factor": "x"}, "scale_factor"),
+        ("pixtral", {"vision_config": {"model_type": "clip_vision_model"}}, "clip_vision_model"),
     ],
 )
 def test_a_bad_config_is_one_line(

@@ -23,7 +23,7 @@ EVALUATED = [
 # Those without logits: they give vectors.
 ENCODERS = [name for name in FAMILIES if "bert" in name]
 # Those of wrappers whose text model transformers does not run by itself: their forward passes are other families'.
-_WITHIN_WRAPPERS = {"tiny-qwen2-vl", "tiny-qwen3-vl", "tiny-qwen3-vl-moe"}
+_WITHIN_WRAPPERS = {"tiny-smolvlm", "tiny-qwen2-vl", "tiny-qwen3-vl", "tiny-qwen3-vl-moe"}
 _NO_LOGITS = _WITHIN_WRAPPERS | set(ENCODERS)
 IN_TRANSFORMERS = [name for name in EVALUATED if name not in OWN_CODE and name not in _NO_LOGITS]
 # Those that the pinned llama.cpp does not load, and those that it runs otherwise than the model is meant to be run.

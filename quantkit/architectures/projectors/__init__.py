@@ -7,6 +7,7 @@ from pathlib import Path
 from quantkit.architectures.config import Config
 from quantkit.architectures.projectors.base import Projector
 from quantkit.architectures.projectors.gemma3 import Gemma3Projector
+from quantkit.architectures.projectors.pixtral import PixtralProjector
 from quantkit.architectures.projectors.qwen2_vl import Qwen2VlProjector, Qwen25VlProjector
 from quantkit.architectures.projectors.qwen3_vl import Qwen3VlProjector
 from quantkit.architectures.projectors.smolvlm import SmolVlmProjector
@@ -18,9 +19,15 @@ PROJECTORS: tuple[type[Projector], ...] = (
     Qwen25VlProjector,
     Qwen3VlProjector,
     SmolVlmProjector,
+    PixtralProjector,
 )
 
 _BY_CLASS = {name: projector for projector in PROJECTORS for name in projector.checkpoints}
+
+
+def classes() -> list[str]:
+    """The transformers classes whose projectors can be converted, by name."""
+    return sorted(_BY_CLASS)
 
 
 def load_projector(directory: Path) -> Projector:
@@ -44,4 +51,4 @@ def _wrapper(config: Config) -> str:
     return str(names[0]) if isinstance(names, list) and names else ""
 
 
-__all__ = ["PROJECTORS", "Projector", "load_projector"]
+__all__ = ["PROJECTORS", "Projector", "classes", "load_projector"]
