@@ -196,8 +196,8 @@ class Routed(NamedTuple):
 class LayerRunner:
     """A layer with its weights decoded, ready to run on parts of a batch from several threads.
 
-    `tables` are the cosines and sines of its rotary embedding, [positions, pairs] each, without columns where it has
-    none. `observer` is told of each matrix product.
+    `tables` are the cosines and sines of its rotary embedding for the rows of a sequence, [rows, pairs] each, without
+    columns where it has none. `observer` is told of each matrix product.
 
     The order: `attend`, then `finish` for each part; where the layer has experts, all parts meet then, and `expert`
     runs for each part and each of `experts`, then `close` for each part.
@@ -343,13 +343,13 @@ class LayerRunner:
         each(mix_group, len(q))
 
     def queries_keys_values(
-        self, x: np.ndarray, past: int = 0, at: int = 0
+        self, x: np.ndarray, positions: np.ndarray | None = None, at: int = 0
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The heads of `x` [n_seq, n_ctx, n_embd], normalised and rotated.
 
         Queries are [n_seq, groups, n_ctx, heads of a group, head size], keys and values [n_seq, groups, n_ctx, head
-        size]. `x` stands at the positions from `past` on, and so do the layer's tables; its first row is row `at` of
-        the batch.
+        size]. Rows stand at `positions` [n_ctx] of their sequences, from 0 on if it is None, and the layer's tables
+        are those of the rows; the first row of `x` is row `at` of the batch.
         """
         attention: Attention = self.layer.attention
         n_seq, n_ctx, n_embd = x.shape
@@ -374,7 +374,8 @@ class LayerRunner:
                     weight, _ = self._norms[norm]
                     forward_kernels.rms_norm_columns(qkv, first, n // weight.size, weight, norm.eps)
             if attention.temperature is not None:
-                qkv[:, :n_q] *= temperatures(attention.temperature, past + np.arange(start, start + len(block)) % n_ctx)
+                at_row = np.arange(start, start + len(block)) % n_ctx
+                qkv[:, :n_q] *= temperatures(attention.temperature, at_row if positions is None else positions[at_row])
             done = 0
             while done < len(block):
                 seq, position = divmod(start + done, n_ctx)

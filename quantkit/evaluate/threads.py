@@ -66,10 +66,10 @@ class Threads:
         """
         if n_tasks >= self.count > 1:
             with self.alone() as together:
-                yield Share(together, _one_by_one)
+                yield Share(together, one_by_one)
         else:
             with self._controller.limit(limits=self.count, user_api="blas"):
-                yield Share(_one_by_one, self._together if self.count > 1 else _one_by_one)
+                yield Share(one_by_one, self._together if self.count > 1 else one_by_one)
 
     @contextmanager
     def alone(self) -> Iterator[Each]:
@@ -91,7 +91,8 @@ class Threads:
             pass
 
 
-def _one_by_one(task: Callable[[int], None], count: int) -> None:
+def one_by_one(task: Callable[[int], None], count: int) -> None:
+    """Run `task` for 0 to `count`, on the calling thread."""
     for i in range(count):
         task(i)
 

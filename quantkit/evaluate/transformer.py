@@ -23,7 +23,7 @@ from quantkit.evaluate.kv_cache import KVCache
 from quantkit.evaluate.layers import ROWS, Expert, LayerRunner, Product, Routed, unsupported
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Compute
-from quantkit.evaluate.threads import Share, blas_name
+from quantkit.evaluate.threads import Share, blas_name, one_by_one
 from quantkit.evaluate.weights import Replaced, Weights
 from quantkit.sources.source import TensorSource
 
@@ -103,6 +103,27 @@ def refuse_unsupported(spec: ForwardSpec, label: str) -> None:
         raise QuantkitError(f"{label}: logits capped at {spec.logit_softcap}")
 
 
+def _in_batches(counts: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut sequences of so many tokens into batches of at most `ROWS`: parts as (sequence, start, stop).
+
+    No batch has two parts of one sequence.
+    """
+    batch: list[tuple[int, int, int]] = []
+    room = ROWS
+    for i, count in enumerate(counts):
+        start = 0
+        while start < count:
+            stop = min(count, start + room)
+            batch.append((i, start, stop))
+            room -= stop - start
+            if room == 0:
+                yield batch
+                batch, room = [], ROWS
+            start = stop
+    if batch:
+        yield batch
+
+
 class Transformer(Model):
     """A model that runs through numpy on the CPU, in float32.
 
@@ -147,7 +168,7 @@ class Transformer(Model):
         last = np.empty((n_seq, stop - first, spec.n_embd), np.float32)
         with self.threads.share(len(units)) as share:
             for i in range(len(spec.layers)):
-                runner = self._runner(i, n_ctx)
+                runner = self._runner(i, self._rope(spec.layers[i].attention, n_ctx))
                 in_place = i + 1 < len(spec.layers)
                 span, to = ((0, n_ctx), x) if in_place else ((first, stop), last)
                 self._run_layer(runner, x, units, span, to, share)
@@ -159,7 +180,7 @@ class Transformer(Model):
 
     def layer_pass(self, index: int, n_ctx: int) -> Callable[[np.ndarray], None]:
         """See `Model`."""
-        runner = self._runner(index, n_ctx)
+        runner = self._runner(index, self._rope(self.spec.layers[index].attention, n_ctx))
 
         def advance(x: np.ndarray) -> None:
             units = self._units(len(x), n_ctx)
@@ -255,67 +276,115 @@ class Transformer(Model):
         n_together = max(1, min(ROWS // n_ctx, n_seq // n_threads))
         return [slice(at, min(at + n_together, n_seq)) for at in range(0, n_seq, n_together)]
 
-    def _runner(self, index: int, n_ctx: int, start: int = 0) -> LayerRunner:
-        """Layer `index`, decoded, ready for the positions from `start` on of sequences of `n_ctx` tokens."""
+    def _runner(self, index: int, tables: tuple[np.ndarray, np.ndarray]) -> LayerRunner:
+        """Layer `index`, decoded, ready for rows whose rotary embedding has these cosines and sines."""
         layer = self.spec.layers[index]
-        cosines, sines = self._rope(layer.attention, n_ctx)
-        tables = cosines[start:], sines[start:]
         return LayerRunner(layer, self.spec.n_embd, self._weights, tables, self.threads.workspace, self.observer)
 
-    def next_logits(self, tokens: Sequence[int], cache: KVCache) -> np.ndarray:
-        """Logits, float32 [n_vocab], of what comes after `tokens`, which follow those that `cache` holds.
+    def next_logits(self, continued: Sequence[tuple[Sequence[int], KVCache]]) -> np.ndarray:
+        """Logits, float32 [sequences, n_vocab], of what comes after each sequence, given as tokens and a cache.
 
-        Afterwards the cache holds them too. Raises QuantkitError for no tokens, for more than the cache has room for,
-        and for logits that are NaN.
+        The tokens follow those that the cache holds, and afterwards it holds them too. All sequences go through the
+        weights together. Raises QuantkitError for no tokens, for more than a cache has room for, and for logits that
+        are NaN.
         """
         label = self.source.label
         refuse_encoder(self.spec, label)
-        if len(tokens) == 0:
-            raise QuantkitError(f"{label}: nothing to continue: the prompt has no tokens")
-        if len(cache.tokens) + len(tokens) > cache.n_ctx:
-            raise QuantkitError(f"{label}: more than {cache.n_ctx} tokens")
-        for at in range(0, len(tokens), ROWS):
-            x = self._extended(np.array(tokens[at : at + ROWS], np.int32), cache)
-        last = x[-1:].copy()
+        for tokens, cache in continued:
+            if len(tokens) == 0:
+                raise QuantkitError(f"{label}: nothing to continue: the prompt has no tokens")
+            if len(cache.tokens) + len(tokens) > cache.n_ctx:
+                raise QuantkitError(f"{label}: more than {cache.n_ctx} tokens")
+        last = np.empty((len(continued), self.spec.n_embd), np.float32)
+        for batch in _in_batches([len(tokens) for tokens, _ in continued]):
+            parts = [(np.array(continued[i][0][start:stop], np.int32), continued[i][1]) for i, start, stop in batch]
+            x = self._extended(parts)
+            ends = np.cumsum([stop - start for _, start, stop in batch])
+            for (i, _, _), end in zip(batch, ends, strict=True):
+                last[i] = x[end - 1]
         self._normalise(self.spec.output_norm, last[None])
         n_vocab = self.spec.n_vocab
-        out = np.empty((1, n_vocab), np.float32)
+        out = np.empty((len(last), n_vocab), np.float32)
         with self.threads.share(1):
             for start in range(0, n_vocab, _NEXT_TOKENS):
                 product = self._output(start, min(start + _NEXT_TOKENS, n_vocab))
                 out[:, start : start + _NEXT_TOKENS] = self._scores(
-                    last, product, np.empty((1, len(product.matrix)), np.float32)
+                    last, product, np.empty((len(last), len(product.matrix)), np.float32)
                 )
-        self.refuse_nan(np.array([cache.tokens], np.int32), out)
-        logits: np.ndarray = out[0]
-        return logits
+        for (_, cache), logits in zip(continued, out, strict=True):
+            self.refuse_nan(np.array([cache.tokens], np.int32), logits[None])
+        return out
 
-    def _extended(self, tokens: np.ndarray, cache: KVCache) -> np.ndarray:
-        """The last layer's output for `tokens` [n], which follow those of `cache` and are put into it: [n, n_embd]."""
-        past, n = len(cache.tokens), len(tokens)
-        x = self.embedded(tokens[None], past)
+    def _extended(self, parts: Sequence[tuple[np.ndarray, KVCache]]) -> np.ndarray:
+        """The last layer's output for `parts`, one after another: [rows, n_embd].
+
+        A part is the next tokens [n] of a sequence, which follow those of its cache and are put into it.
+        """
+        spans, n = [], 0  # each part's rows, and the positions in its sequence
+        for tokens, cache in parts:
+            past = len(cache.tokens)
+            spans.append((slice(n, n + len(tokens)), slice(past, past + len(tokens))))
+            n += len(tokens)
+        positions = np.concatenate([np.arange(where.start, where.stop) for _, where in spans])
+        x = self.embedded(np.concatenate([tokens for tokens, _ in parts])[None], positions)
         # A row times a matrix is over before BLAS's threads have met: one of them does it ten times faster.
         with self.threads.share(1 if n > 1 else self.threads.count) as share:
             for i, layer in enumerate(self.spec.layers):
-                runner = self._runner(i, cache.n_ctx, past)
-                q, k, v = runner.queries_keys_values(x, past)
-                cache.keys[i][:, past : past + n] = k[0]
-                cache.values[i][:, past : past + n] = v[0]
-                mixed = np.empty((n, layer.attention.n_head * layer.attention.head_v), np.float32)
-                runner.mix(q[0], cache.keys[i], cache.values[i], 0, past, mixed, share.inner)
+                tables = [self._rope(layer.attention, cache.n_ctx) for _, cache in parts]
+                of_rows = [
+                    np.concatenate([table[kind][where] for table, (_, where) in zip(tables, spans, strict=True)])
+                    for kind in (0, 1)
+                ]
+                runner = self._runner(i, (of_rows[0], of_rows[1]))
+                keyed = [(cache.keys[i], cache.values[i]) for _, cache in parts]
+                mixed = self._attend_cached(runner, x, positions, spans, keyed, share)
                 routed = Routed.of(layer, n, self.spec.n_embd)
                 runner.finish(mixed, x[0], routed)
                 if routed is not None:
                     for expert in runner.experts():
                         runner.expert(expert, routed)
                     runner.close(x[0], routed)
-        cache.tokens += tokens.tolist()
+        for tokens, cache in parts:
+            cache.tokens += tokens.tolist()
         last: np.ndarray = x[0]
         return last
 
-    def embedded(self, tokens: np.ndarray, start: int = 0) -> np.ndarray:
-        """What the first layer reads for `tokens` [n_seq, n], at positions from `start`: float32 [n_seq, n, n_embd]."""
-        spec, stop = self.spec, start + tokens.shape[1]
+    @staticmethod
+    def _attend_cached(
+        runner: LayerRunner,
+        x: np.ndarray,
+        positions: np.ndarray,
+        spans: list[tuple[slice, slice]],
+        keyed: list[tuple[np.ndarray, np.ndarray]],
+        share: Share,
+    ) -> np.ndarray:
+        """Attention of the rows of `x` [1, rows, n_embd], before its output product: [rows, heads * head size].
+
+        They stand at `positions`. Each of `spans` is the rows of one sequence and their positions; `keyed` are the
+        keys and values of the sequences, which the rows' own are put into.
+        """
+        attention = runner.layer.attention
+        q, k, v = runner.queries_keys_values(x, positions)
+        mixed = np.empty((x.shape[1], attention.n_head * attention.head_v), np.float32)
+        # Of several sequences each is short work for one thread; of a single one the groups of heads are.
+        side_by_side, within = (one_by_one, share.inner) if len(spans) == 1 else (share.inner, one_by_one)
+
+        def mix(i: int) -> None:
+            (rows, where), (keys, values) = spans[i], keyed[i]
+            keys[:, where], values[:, where] = k[0][:, rows], v[0][:, rows]
+            runner.mix(q[0][:, rows], keys, values, 0, where.start, mixed[rows], within)
+
+        side_by_side(mix, len(spans))
+        return mixed
+
+    def embedded(self, tokens: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
+        """What the first layer reads for `tokens` [n_seq, n]: float32 [n_seq, n, n_embd].
+
+        They stand at `positions` [n] of their sequences, from 0 on if it is None.
+        """
+        spec = self.spec
+        positions = np.arange(tokens.shape[1]) if positions is None else positions
+        stop = int(positions.max(initial=-1)) + 1
         x = self._weights.lookup(spec.embedding, tokens, spec.n_embd)
         if spec.embedding_scale != 1.0:
             x *= np.float32(spec.embedding_scale)
@@ -326,7 +395,7 @@ class Transformer(Model):
                     f"{self.source.label}: sequences of {stop} tokens are too long for a model that has learned "
                     f"{learned.n_rows} positions: use a smaller context"
                 )
-            x += self._weights.lookup(spec.position_embedding, np.arange(start, stop), spec.n_embd)
+            x += self._weights.lookup(spec.position_embedding, positions, spec.n_embd)
         if spec.segment_embedding is not None:
             x += self._weights.lookup(spec.segment_embedding, np.zeros(1, np.int64), spec.n_embd)
         if spec.embedding_norm is not None:

@@ -23,7 +23,7 @@ from quantkit.compile.ahead import KernelJob
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import load
 from quantkit.evaluate.divergence import divergences
-from quantkit.evaluate.generate import Generation, generate
+from quantkit.evaluate.generate import Generation, continuations
 from quantkit.evaluate.importance import importance_matrix
 from quantkit.evaluate.needed_kernels import measuring_kernels
 from quantkit.evaluate.perplexity import chunked, tokenize
@@ -276,8 +276,7 @@ class Ladder:
         for done, (name, model) in enumerate(todo):
             key = self._said_key(name, prompts)
             if prompts and self._state.noted(key) is None:
-                loaded = load(model, compute)
-                said = [generate(loaded, prompt, n_tokens=CONTINUED_TOKENS) for prompt in prompts]
+                said = continuations(model, prompts, n_tokens=CONTINUED_TOKENS, compute=compute)
                 self._state.note(key, [asdict(each) for each in said])
             if progress is not None:
                 progress(done + 1, len(todo))

@@ -17,7 +17,7 @@ from test_reference import reference_logits
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import model as module
 from quantkit.evaluate import transformer
-from quantkit.evaluate.generate import generate, pick
+from quantkit.evaluate.generate import continuations, generate, pick
 from quantkit.evaluate.kv_cache import KVCache
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
@@ -38,11 +38,43 @@ def test_what_is_read_in_pieces_is_read_as_a_whole(tmp_path, monkeypatch, name):
     cache = KVCache(model.spec, 40)
     cuts = [0, 23, 24, 25, 31, 40]
     for start, stop in itertools.pairwise(cuts):
-        logits = model.next_logits(tokens[start:stop].tolist(), cache)
+        logits = model.next_logits([(tokens[start:stop].tolist(), cache)])[0]
         np.testing.assert_allclose(logits, expected[stop - 1], rtol=1e-4, atol=1e-5 * np.abs(expected).max())
     with pytest.raises(QuantkitError, match="more than 40 tokens"):
-        model.next_logits([1], cache)
+        model.next_logits([([1], cache)])
     assert cache.tokens == tokens.tolist()
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, None])
+def test_sequences_continue_together_as_each_alone(tmp_path, monkeypatch, name):
+    source, plain, spec = variant(tmp_path / "m.gguf", name or "window")
+    monkeypatch.setattr(module, "forward_spec", lambda *_: spec if name else plain)
+    monkeypatch.setattr(transformer, "ROWS", 16)
+    model = Transformer(source, Compute(threads=2))
+    tokens = np.random.default_rng(4).integers(0, N_VOCAB, (3, 40)).astype(np.int32)
+    expected = model.logits(tokens)
+    caches = [KVCache(model.spec, 40) for _ in tokens]
+    # Lengths that fill a batch of rows exactly, span several, and stand at different positions afterwards.
+    for stops in ([11, 5, 40], [12, 6, 40], [13, 22, 40], [40, 40, 40]):
+        going = [i for i, stop in enumerate(stops) if len(caches[i].tokens) < stop]
+        logits = model.next_logits([(tokens[i, len(caches[i].tokens) : stops[i]].tolist(), caches[i]) for i in going])
+        for i, row in zip(going, logits, strict=True):
+            np.testing.assert_allclose(row, expected[i, stops[i] - 1], rtol=1e-4, atol=1e-5 * np.abs(expected[i]).max())
+            assert caches[i].tokens == tokens[i, : stops[i]].tolist()
+
+
+def test_prompts_are_continued_together_as_each_alone():
+    model = Transformer(open_model(TINYLM), Compute(threads=2))
+    prompts = ["The function returns", "import os\n\ndef ", "Lists", "The function returns"]
+    together = continuations(model, prompts, n_tokens=20)
+    alone = [generate(model, prompt, n_tokens=20) for prompt in prompts]
+    assert [each.tokens for each in together] == [each.tokens for each in alone]
+    assert [(each.text, each.ended, each.n_prompt) for each in together] == [
+        (each.text, each.ended, each.n_prompt) for each in alone
+    ]
+    assert continuations(model, []) == []
+    with pytest.raises(QuantkitError, match="cannot generate 0 tokens"):
+        continuations(model, prompts, n_tokens=0)
 
 
 @requires_reference
