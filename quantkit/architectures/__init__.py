@@ -18,6 +18,7 @@ from quantkit.architectures.dots1 import Dots1
 from quantkit.architectures.ernie4_5 import Ernie, ErnieMoe
 from quantkit.architectures.exaone4 import Exaone4
 from quantkit.architectures.falcon import Falcon
+from quantkit.architectures.falcon_h1 import FalconH1
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.gemma import Gemma
 from quantkit.architectures.gemma2 import Gemma2
@@ -31,16 +32,20 @@ from quantkit.architectures.granite import Granite, GraniteMoe
 from quantkit.architectures.granite_hybrid import GraniteHybrid
 from quantkit.architectures.hunyuan import HunyuanDense
 from quantkit.architectures.internlm2 import InternLM2, InternLM3
+from quantkit.architectures.jamba import Jamba
 from quantkit.architectures.jina_bert import JinaBert
 from quantkit.architectures.lfm2 import Lfm2, Lfm2Moe
 from quantkit.architectures.llama import Llama
 from quantkit.architectures.llama4 import Llama4
+from quantkit.architectures.mamba import Mamba
+from quantkit.architectures.mamba2 import Mamba2
 from quantkit.architectures.minicpm import MiniCPM
 from quantkit.architectures.minimax_m2 import MiniMaxM2
 from quantkit.architectures.mistral3 import Mistral3
 from quantkit.architectures.mixtral import Mixtral
 from quantkit.architectures.modern_bert import ModernBert
 from quantkit.architectures.nemotron import Nemotron
+from quantkit.architectures.nemotron_h import NemotronH, NemotronHMoe
 from quantkit.architectures.nomic_bert import NomicBert
 from quantkit.architectures.olmo import Olmo
 from quantkit.architectures.olmo2 import Olmo2
@@ -124,6 +129,12 @@ FAMILIES: tuple[type[Architecture], ...] = (
     NomicBert,
     ModernBert,
     JinaBert,
+    Mamba2,
+    Mamba,
+    FalconH1,
+    Jamba,
+    NemotronHMoe,
+    NemotronH,
 )
 
 BY_CLASS: dict[str, type[Architecture]] = {

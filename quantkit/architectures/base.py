@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Rearrange = Callable[[Config, np.ndarray], np.ndarray]
 # The order of the numbers of each row, from the family's config: where in the stored row each is.
 Columns = Callable[[Config], np.ndarray]
+# What rows are multiplied with, one after the other, from the family's config: a number for all, or one for each row.
+Factors = Callable[[Config], list["float | np.ndarray"]]
 # Arithmetic on a tensor's values, row by row: float32, or float16 where the checkpoint is.
 Arithmetic = Callable[[np.ndarray], np.ndarray]
 
@@ -48,6 +50,7 @@ class Transform:
     arithmetic: Arithmetic | None = None
     n_axes: int | None = None
     columns: Columns | None = None
+    factors: Factors | None = None
 
 
 @dataclass(frozen=True)

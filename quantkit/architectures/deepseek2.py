@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,13 +12,17 @@ import numpy as np
 from quantkit.architectures.base import Architecture, Rearrange, Transform
 from quantkit.architectures.config import Config
 from quantkit.architectures.experts import EXPERTS
+from quantkit.architectures.forward import ForwardSpec, Gating, LatentAttention, Rope, RopeStyle
 from quantkit.architectures.parameters import (
     EXPERT_SCALE,
     SHARED,
     VOCABULARY_SIZE,
     Field,
 )
+from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import STACKED_EXPERTS
+from quantkit.errors import QuantkitError
+from quantkit.formats.gguf import Metadata, TensorInfo
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -141,3 +148,59 @@ class DeepSeek2(Architecture):
         """An output matrix that is the embedding is left out."""
         found = super().canonical_name(name)
         return None if found == "lm_head.weight" and self.config.find("tie_word_embeddings") else found
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Latent attention; dense blocks first, then experts beside shared ones."""
+        model = ModelReader(metadata, tensors)
+        if "blk.0.attn_kv_b.weight" in tensors:
+            raise QuantkitError(
+                "evaluating deepseek2 models with attn_kv_b tensors is not supported: convert the checkpoint again, "
+                "which splits them into attn_k_b and attn_v_b"
+            )
+        latent, size = model.integer("attention.kv_lora_rank"), model.integer("attention.key_length_mla")
+        rope, scale = _scaled(model, model.rope(RopeStyle.NORMAL), 1.0 / math.sqrt(max(1, size)))
+        model.refuse_keys("attention.temperature_scale")
+        gating = model.gating(Gating.SOFTMAX)
+
+        def attention(i: int) -> LatentAttention:
+            at = f"blk.{i}."
+            whole = f"{at}attn_q.weight" in tensors
+            return LatentAttention(
+                n_head=model.heads[i],
+                head_k=size - rope.n_dims,
+                head_v=model.integer("attention.value_length_mla"),
+                n_latent=latent,
+                scale=scale,
+                rope=rope,
+                kv_down=model.linear(f"{at}attn_kv_a_mqa"),
+                kv_norm=model.norm(f"{at}attn_kv_a_norm"),
+                k_up=f"{at}attn_k_b.weight",
+                v_up=f"{at}attn_v_b.weight",
+                out=model.linear(f"{at}attn_output"),
+                q=model.linear(f"{at}attn_q") if whole else None,
+                n_latent_q=0 if whole else model.integer("attention.q_lora_rank"),
+                q_down=None if whole else model.linear(f"{at}attn_q_a"),
+                q_norm=None if whole else model.norm(f"{at}attn_q_a_norm"),
+                q_up=None if whole else model.linear(f"{at}attn_q_b"),
+            )
+
+        return model.spec(
+            model.layer(i, attention(i), model.feed_forward_or_experts(i, gating=gating)) for i in range(model.n_layer)
+        )
+
+
+def _scaled(model: ModelReader, rope: Rope, scale: float) -> tuple[Rope, float]:
+    """`rope` and the scale of scores with what YaRN multiplies both with, as llama.cpp applies it to this family.
+
+    The key `yarn_log_multiplier` is a tenth of the config's mscale_all_dim. llama.cpp takes mscale to be the same.
+    """
+    log = math.log(1.0 / rope.freq_scale)
+    all_dims = model.number("rope.scaling.yarn_log_multiplier", 0.0) / 0.1
+    own = model.number("rope.scaling.attn_factor", 1.0)
+    if rope.yarn is not None:
+        own *= 1.0 if all_dims else 1.0 + max(0.0, 0.1 * log)
+        rope = replace(rope, magnitude=own)
+    else:
+        own *= 1.0 + 0.1 * log
+    return rope, scale * (own * (1.0 + 0.1 * all_dims * log)) ** 2

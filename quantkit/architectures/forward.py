@@ -7,6 +7,7 @@ means when it is None or at its default is "the model does not have this", so mo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cached_property
@@ -121,8 +122,38 @@ class Temperature:
     offset: int = 0
 
 
+class Mixer(ABC):
+    """What lets a token see those before it. Ends with the product `out`; `width` numbers of a row go into it."""
+
+    out: Linear
+    causal: bool = True
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """How many numbers the output product reads of a token."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
+        """The matrices before the output product, those together that are multiplied with the same rows."""
+
+    @abstractmethod
+    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+        """The length of a row, and the number of rows, of each matrix before the output product."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> tuple[int, ...]:
+        """Counts and sizes that cannot be less than 1."""
+
+
+def _rows(n_in: int, *products: tuple[Linear | None, int]) -> dict[str, tuple[int, int]]:
+    return {product.weight: (n_in, n_out) for product, n_out in products if product is not None}
+
+
 @dataclass(frozen=True)
-class Attention:
+class Attention(Mixer):
     """Self-attention of one layer, causal unless a query sees later positions too.
 
     Either `q`, `k` and `v` are given, or `qkv`, one product whose rows are q's, then k's, then v's. `scale` multiplies
@@ -132,7 +163,9 @@ class Attention:
     c * tanh(s / c). `q_norm` and `k_norm` run over each head before it is rotated, or after it with `norm_rotated`, and
     with `norm_whole` over all heads together. Queries, keys and values are clamped to `clamp` in magnitude. With
     `alibi`, scores fall by the distance from query to key, for each head with a slope of its own (ALiBi, Press et al.
-    2022): the last slope of as many heads as the largest power of two among theirs is 2 to the power of minus `alibi`.
+    2022): the last slope of as many heads as the largest power of two among theirs is 2 to the power of minus `alibi`. With
+    `gated` the product `q` makes a query and then a gate of each head, and what the head sees is multiplied with the
+    gate's sigmoid.
     """
 
     n_head: int
@@ -158,6 +191,287 @@ class Attention:
     temperature: Temperature | None = None
     causal: bool = True
     alibi: float | None = None
+    gated: bool = False
+
+    @property
+    def width(self) -> int:
+        """See `Mixer`."""
+        return self.n_head * self.head_v
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """See `Mixer`."""
+        return self.n_head, self.n_head_kv, self.head_k, self.head_v
+
+    @property
+    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
+        """See `Mixer`."""
+        return ((self.qkv, self.q, self.k, self.v),)
+
+    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+        """See `Mixer`."""
+        n_q, n_k, n_v = self.n_head * self.head_k, self.n_head_kv * self.head_k, self.n_head_kv * self.head_v
+        q = (self.q, n_q * 2 if self.gated else n_q)
+        return _rows(n_embd, q, (self.k, n_k), (self.v, n_v), (self.qkv, n_q + n_k + n_v))
+
+
+@dataclass(frozen=True)
+class LatentAttention(Mixer):
+    """Attention whose keys and values are made of one latent vector of each token (MLA, DeepSeek-AI 2024).
+
+    `kv_down` makes the latent, of `n_latent` numbers, which `kv_norm` normalises, and a rotated key of `rope.n_dims`
+    numbers that all heads share. A query has a part of `head_k` numbers, which is never rotated, and after it one of
+    `rope.n_dims`, which is. `k_up` and `v_up` name tensors with one matrix for each head: the first takes a query's
+    first part to the latents, where it meets them, the second makes values of `head_v` numbers of what was seen of the
+    latents. Queries are made by `q`, or by `q_down`, `q_norm` and `q_up` through a latent of `n_latent_q` numbers.
+    """
+
+    n_head: int
+    head_k: int
+    head_v: int
+    n_latent: int
+    scale: float
+    rope: Rope
+    kv_down: Linear
+    kv_norm: Norm
+    k_up: str
+    v_up: str
+    out: Linear
+    q: Linear | None = None
+    n_latent_q: int = 0
+    q_down: Linear | None = None
+    q_norm: Norm | None = None
+    q_up: Linear | None = None
+
+    @property
+    def width(self) -> int:
+        """See `Mixer`."""
+        return self.n_head * self.head_v
+
+    @property
+    def n_queries(self) -> int:
+        """How many numbers the queries of all heads are."""
+        return self.n_head * (self.head_k + self.rope.n_dims)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """See `Mixer`."""
+        return self.n_head, self.head_k, self.head_v, self.n_latent, *((self.n_latent_q,) if self.q is None else ())
+
+    @property
+    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
+        """See `Mixer`."""
+        return (self.q, self.q_down, self.kv_down), (self.q_up,), (self.k_up,), (self.v_up,)
+
+    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+        """See `Mixer`."""
+        return {
+            **_rows(
+                n_embd,
+                (self.q, self.n_queries),
+                (self.q_down, self.n_latent_q),
+                (self.kv_down, self.n_latent + self.rope.n_dims),
+            ),
+            **_rows(self.n_latent_q, (self.q_up, self.n_queries)),
+            self.k_up: (self.head_k, self.n_head * self.n_latent),
+            self.v_up: (self.n_latent, self.n_head * self.head_v),
+        }
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A causal convolution over the last `size` tokens, of each of `n_channels` by itself.
+
+    `kernel` names a tensor with a row of `size` numbers for each channel, the oldest token's first. With `silu` what
+    comes of it goes through that nonlinearity.
+    """
+
+    kernel: str
+    size: int
+    n_channels: int
+    bias: str | None = None
+    silu: bool = False
+
+
+@dataclass(frozen=True)
+class ShortConvolution(Mixer):
+    """A convolution between two gates (LFM2): `project` makes b, c and x, and c * convolution(b * x) goes on."""
+
+    project: Linear
+    convolution: Convolution
+    out: Linear
+
+    @property
+    def width(self) -> int:
+        """See `Mixer`."""
+        return self.convolution.n_channels
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """See `Mixer`."""
+        return self.convolution.n_channels, self.convolution.size
+
+    @property
+    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
+        """See `Mixer`."""
+        return ((self.project,),)
+
+    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+        """See `Mixer`."""
+        return _rows(n_embd, (self.project, 3 * self.width))
+
+
+@dataclass(frozen=True)
+class DeltaNet(Mixer):
+    """A gated delta net (Yang, Kautz and Hatamizadeh 2024): a matrix for each head, which forgets and is corrected.
+
+    `qkv` makes queries and keys, of `n_head_k` heads of `head_k` numbers, then values, of `n_head` heads of `head_v`;
+    after `convolution` queries and keys are divided by their lengths, with `eps` under the root, and queries by the
+    root of `head_k`. Heads of values that share one of queries and keys are neighbours, or with `tiled` stand
+    `n_head_k` apart. A head's matrix S [head_k, head_v] becomes d S + k (b (v - k d S)), and its result is q S: b is
+    the sigmoid of what `beta` makes, ln d is `decay` times the softplus of what `alpha` makes, plus `dt_bias`.
+    `beta_alpha` makes both in one product, side by side for each head of keys. The result goes through `norm`, head by
+    head, and is multiplied with the SiLU of what `gate` makes.
+    """
+
+    n_head_k: int
+    n_head: int
+    head_k: int
+    head_v: int
+    eps: float
+    qkv: Linear
+    gate: Linear
+    convolution: Convolution
+    dt_bias: str
+    decay: str
+    norm: Norm
+    out: Linear
+    tiled: bool = False
+    beta: Linear | None = None
+    alpha: Linear | None = None
+    beta_alpha: Linear | None = None
+
+    @property
+    def width(self) -> int:
+        """See `Mixer`."""
+        return self.n_head * self.head_v
+
+    @property
+    def n_keys(self) -> int:
+        """How many numbers the keys of all heads are."""
+        return self.n_head_k * self.head_k
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """See `Mixer`."""
+        return self.n_head_k, self.n_head, self.head_k, self.head_v, self.convolution.n_channels, self.convolution.size
+
+    @property
+    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
+        """See `Mixer`."""
+        return ((self.qkv, self.gate, self.beta, self.alpha, self.beta_alpha),)
+
+    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+        """See `Mixer`."""
+        return _rows(
+            n_embd,
+            (self.qkv, 2 * self.n_keys + self.width),
+            (self.gate, self.width),
+            (self.beta, self.n_head),
+            (self.alpha, self.n_head),
+            (self.beta_alpha, 2 * self.n_head),
+        )
+
+
+@dataclass(frozen=True)
+class Mamba2(Mixer):
+    """A state space whose heads each decay at one rate (Dao and Gu 2024).
+
+    `project` makes a gate z and x, of `n_head` heads of `head` numbers each, then B and C, of `n_groups` groups of
+    `n_state` numbers, and a step for each head; x, B and C go through `convolution`. Heads share the B and C of their
+    group. With t the softplus of the step plus `dt_bias`, a head's matrix S [n_state, head] becomes
+    e^(`decay` t) S + B (t x), and its result is C S + `skip` x. That is multiplied with the SiLU of z, and each
+    group's share of the heads goes through `norm`, where there is one, whose weights are those of all.
+    """
+
+    n_head: int
+    n_groups: int
+    head: int
+    n_state: int
+    project: Linear
+    convolution: Convolution
+    dt_bias: str
+    decay: str
+    skip: str
+    out: Linear
+    norm: Norm | None = None
+
+    @property
+    def width(self) -> int:
+        """See `Mixer`."""
+        return self.n_head * self.head
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """See `Mixer`."""
+        return self.n_head, self.n_groups, self.head, self.n_state, self.convolution.n_channels, self.convolution.size
+
+    @property
+    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
+        """See `Mixer`."""
+        return ((self.project,),)
+
+    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+        """See `Mixer`."""
+        return _rows(n_embd, (self.project, 2 * self.width + 2 * self.n_groups * self.n_state + self.n_head))
+
+
+@dataclass(frozen=True)
+class Mamba(Mixer):
+    """A selective state space of each channel (Gu and Dao 2023).
+
+    `project` makes x and then a gate z, of `width` numbers each; x goes through `convolution`. `select` makes of it a
+    step of `n_step` numbers, and B and C of `n_state`, each of which goes through its norm where there is one; `step`
+    makes the steps of all channels, whose softplus t counts. A channel's state S [n_state] becomes e^(t A) S + t x B,
+    where `decay` holds A [channels, n_state], and its result is S C + `skip` x, multiplied with the SiLU of z.
+    """
+
+    n_channels: int
+    n_state: int
+    n_step: int
+    project: Linear
+    convolution: Convolution
+    select: Linear
+    step: Linear
+    decay: str
+    skip: str
+    out: Linear
+    step_norm: Norm | None = None
+    b_norm: Norm | None = None
+    c_norm: Norm | None = None
+
+    @property
+    def width(self) -> int:
+        """See `Mixer`."""
+        return self.n_channels
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """See `Mixer`."""
+        return self.n_channels, self.n_state, self.n_step, self.convolution.n_channels, self.convolution.size
+
+    @property
+    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
+        """See `Mixer`."""
+        return (self.project,), (self.select,), (self.step,)
+
+    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+        """See `Mixer`."""
+        return {
+            **_rows(n_embd, (self.project, 2 * self.n_channels)),
+            **_rows(self.n_channels, (self.select, self.n_step + 2 * self.n_state)),
+            **_rows(self.n_step, (self.step, self.n_channels)),
+        }
 
 
 @dataclass(frozen=True)
@@ -213,13 +527,14 @@ class Experts:
 class Layer:
     """One block of the model.
 
-    Usually `x += attention(attention_norm(x))`, then `x += feed_forward(feed_forward_norm(x))`. A norm that is None is
+    Usually `x += mix(attention_norm(x))`, then `x += feed_forward(feed_forward_norm(x))`, where what is mixed is the
+    sum of all `mixers`; with none of them, or without `feed_forward`, that half is left out. A norm that is None is
     left out; the `post_` norms run on a branch before it is added, and the `out_` norms on x after that. With
     `parallel` both branches read the same x. `branch_scale` multiplies each branch before it is added.
     """
 
-    attention: Attention
-    feed_forward: FeedForward | Experts
+    mixers: tuple[Mixer, ...]
+    feed_forward: FeedForward | Experts | None
     attention_norm: Norm | None
     feed_forward_norm: Norm | None
     post_attention_norm: Norm | None = None
@@ -232,15 +547,19 @@ class Layer:
     @property
     def inputs(self) -> tuple[tuple[str, ...], ...]:
         """The layer's matrices by name, those together that are multiplied with the same rows."""
-        a, ff = self.attention, self.feed_forward
-        groups: list[tuple[Linear | str | None, ...]] = [(a.qkv, a.q, a.k, a.v), (a.out,)]
+        groups: list[tuple[Linear | str | None, ...]] = []
+        for mixer in self.mixers:
+            groups += [*mixer.inputs, (mixer.out,)]
+        ff = self.feed_forward
         if isinstance(ff, Experts):
-            groups += [(ff.router,), (ff.gate, ff.up), (ff.down,)]
-        else:
-            groups += [(ff.gate_up, ff.gate, ff.up), (ff.down,)]
+            groups += [(ff.router,), (ff.gate, ff.up), (ff.down,), (ff.shared_gate,)]
+        dense = ff.shared if isinstance(ff, Experts) else ff
+        if dense is not None:
+            groups += [(dense.gate_up, dense.gate, dense.up), (dense.down,)]
         return tuple(
             tuple(part if isinstance(part, str) else part.weight for part in group if part is not None)
             for group in groups
+            if any(part is not None for part in group)
         )
 
 
@@ -274,7 +593,7 @@ class ForwardSpec:
     @property
     def causal(self) -> bool:
         """Whether no token sees later ones, so that the model can predict what comes next."""
-        return all(layer.attention.causal for layer in self.layers)
+        return all(mixer.causal for layer in self.layers for mixer in layer.mixers)
 
     @property
     def tied(self) -> bool:

@@ -15,7 +15,8 @@ from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo
 
 
-def _forward(metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+def forward(metadata: Metadata, tensors: Mapping[str, TensorInfo], hybrid: bool = False) -> ForwardSpec:
+    """Llama's layers with the multipliers; in a `hybrid` those without heads of keys are state spaces."""
     model = ModelReader(metadata, tensors)
     model.refuse_keys("deepstack_mapping")
     experts = model.integer("expert_count", 0) > 0
@@ -34,7 +35,7 @@ def _forward(metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSp
         (
             model.layer(
                 i,
-                model.attention(i, rope, scale=model.scale),
+                model.attention(i, rope, scale=model.scale) if model.heads_kv[i] or not hybrid else model.mamba2(i),
                 feed_forward(i),
                 branch_scale=model.number("residual_scale", 0.0) or 1.0,
             )
@@ -82,7 +83,7 @@ class Granite(Llama):
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
         """Llama's, with four multipliers."""
-        return _forward(metadata, tensors)
+        return forward(metadata, tensors)
 
 
 class GraniteMoe(Granite):
@@ -154,4 +155,4 @@ class GraniteMoe(Granite):
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
         """Granite's, with experts beside what they share."""
-        return _forward(metadata, tensors)
+        return forward(metadata, tensors)

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from quantkit.architectures.base import Architecture, Transform
+from quantkit.architectures.base import Architecture
 from quantkit.architectures.config import Config
-from quantkit.architectures.granite import GraniteMoe
-from quantkit.architectures.rearrangements import decay_rates, kernel
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.granite import GraniteMoe, forward
+from quantkit.architectures.state_space import CONTEXT, STEP_BIAS, mamba2
+from quantkit.formats.gguf import Metadata, TensorInfo
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-
-_CONTEXT = 1 << 20  # of models that do not know positions
-
-
-def _column(_config: Config, stored: np.ndarray) -> np.ndarray:
-    """A number in each row."""
-    return stored.reshape(-1, 1)
-
-
-def _groups(config: Config, stored: np.ndarray) -> np.ndarray:
-    """The numbers of each group in a row."""
-    return stored.reshape(config.require("mamba_n_groups"), -1)
 
 
 def _inner(config: Config) -> int:
@@ -48,7 +37,7 @@ def _write_hybrid(architecture: Architecture, writer: GGUFWriter, file_type: int
     writer.add_head_count_kv([heads if on else 0 for on in attention])
     writer.add_rope_scaling_finetuned(all(attention))
     if not all(attention):
-        writer.add_context_length(_CONTEXT)
+        writer.add_context_length(CONTEXT)
 
 
 class GraniteHybrid(GraniteMoe):
@@ -68,14 +57,8 @@ class GraniteHybrid(GraniteMoe):
         },
     }
     parameters = (*GraniteMoe.parameters, _write_hybrid)
-    pieces = {**GraniteMoe.pieces, ".dt_bias": {".dt_proj.bias": Transform()}}  # noqa: RUF012
-    transforms = {  # noqa: RUF012
-        **GraniteMoe.transforms,
-        ".A_log": Transform(_column, decay_rates, n_axes=2),
-        ".mamba.D": Transform(_column, n_axes=2),
-        ".mamba.norm.weight": Transform(_groups, n_axes=2),
-        ".conv1d.weight": Transform(kernel, n_axes=2),
-    }
+    pieces = {**GraniteMoe.pieces, **STEP_BIAS}  # noqa: RUF012
+    transforms = {**GraniteMoe.transforms, **mamba2("mamba", "mamba_n_groups")}  # noqa: RUF012
     notes = "Mamba 2 and attention; multipliers"
 
     @classmethod
@@ -85,6 +68,11 @@ class GraniteHybrid(GraniteMoe):
         if config.find("layer_types") is None or not all(_is_attention(hybrid)):
             return hybrid
         return (_AllAttentionMoe if config.integer("num_experts_per_tok") else _AllAttention)(config)
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Granite's, with state spaces in most layers."""
+        return forward(metadata, tensors, hybrid=True)
 
 
 class _AllAttention(GraniteHybrid):

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture, Transform
 from quantkit.architectures.experts import Stack
+from quantkit.architectures.forward import (
+    Attention,
+    Convolution,
+    Experts,
+    FeedForward,
+    ForwardSpec,
+    RopeStyle,
+    ShortConvolution,
+)
 from quantkit.architectures.glm4_moe import sigmoid
 from quantkit.architectures.parameters import (
     EXPERT_FEED_FORWARD,
@@ -15,7 +25,9 @@ from quantkit.architectures.parameters import (
     VOCABULARY_SIZE,
     Field,
 )
+from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import STACKED_EXPERTS, kernel
+from quantkit.formats.gguf import Metadata, TensorInfo
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -38,6 +50,35 @@ def _feed_forward_length(architecture: Architecture, writer: GGUFWriter, file_ty
         size = int(multiplier * size) if multiplier is not None else size
         size = -(-size // multiple) * multiple
     writer.add_feed_forward_length(size)
+
+
+def _forward(metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+    """Layers without heads of keys are convolutions."""
+    model = ModelReader(metadata, tensors)
+    model.refuse_keys("attention.sliding_window_pattern")
+    rope, size = model.rope(RopeStyle.NEOX), model.integer("shortconv.l_cache")
+    window = model.integer("attention.sliding_window", 0) or None
+    experts = model.integer("expert_count", 0) > 0
+
+    def mixer(i: int) -> Attention | ShortConvolution:
+        if model.heads_kv[i]:
+            return model.attention(i, rope, window=window, **model.qk_norms(i))
+        at = f"blk.{i}.shortconv."
+        return ShortConvolution(
+            project=model.linear(f"{at}in_proj"),
+            convolution=Convolution(f"{at}conv.weight", size, model.n_embd),
+            out=model.linear(f"{at}out_proj"),
+        )
+
+    def feed_forward(i: int) -> FeedForward | Experts:
+        if not experts:
+            return model.feed_forward(i)
+        return model.feed_forward_or_experts(i, gating=model.gating(), normalised=True)
+
+    return model.spec(
+        (model.layer(i, mixer(i), feed_forward(i)) for i in range(model.n_layer)),
+        output_norm=model.norm("token_embd_norm"),
+    )
 
 
 _SHARED = tuple(_key_value_heads if parameter is KEY_VALUE_HEADS else parameter for parameter in SHARED)
@@ -68,6 +109,11 @@ class Lfm2(Architecture):
     parameters = (*_SHARED, VOCABULARY_SIZE, _CACHE, RMS_EPSILON, _feed_forward_length)
     transforms = {".conv.conv.weight": Transform(kernel, n_axes=2)}  # noqa: RUF012
     notes = "short convolutions"
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Short convolutions, and attention with QK norms."""
+        return _forward(metadata, tensors)
 
 
 class Lfm2Moe(Lfm2):
@@ -111,3 +157,8 @@ class Lfm2Moe(Lfm2):
     pieces = STACKED_EXPERTS
     renames = {**Lfm2.renames, ".expert_bias": ".expert_bias.bias"}  # noqa: RUF012
     notes = "short convolutions, experts"
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """LFM2's, with experts after the first layers."""
+        return _forward(metadata, tensors)

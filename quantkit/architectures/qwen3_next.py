@@ -12,10 +12,22 @@ import numpy as np
 from quantkit.architectures.base import Architecture, Assembly, Rearrange, Transform
 from quantkit.architectures.config import Config
 from quantkit.architectures.experts import EXPERTS
+from quantkit.architectures.forward import (
+    MAX_HEAD,
+    Attention,
+    DeltaNet,
+    Experts,
+    FeedForward,
+    ForwardSpec,
+    Linear,
+    RopeStyle,
+)
 from quantkit.architectures.gemma2 import plus_one
 from quantkit.architectures.parameters import NEXT_LAYERS, rope_dimensions
 from quantkit.architectures.qwen2_moe import Qwen2Moe
+from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import STACKED_EXPERTS, decay_rates, in_turn, kernel
+from quantkit.formats.gguf import INTEGERS, Metadata, TensorInfo, ValueType
 from quantkit.formats.safetensors import StoredTensor
 
 if TYPE_CHECKING:
@@ -62,6 +74,69 @@ def _write_delta_net(architecture: Architecture, writer: GGUFWriter, file_type: 
         writer.add_array(f"{architecture.gguf_name}.attention.recurrent_layers", recurrent)
     interval = config.integer("full_attention_interval")
     writer.add_full_attention_interval(4 if interval is None else interval)
+
+
+def _forward(metadata: Metadata, tensors: Mapping[str, TensorInfo], tiled: bool) -> ForwardSpec:
+    """Layers of gated delta net and of gated attention, each before a dense block or experts beside a gated block.
+
+    The three positions of a token of text are the same, so the rotary sections do not matter.
+    """
+    model = ModelReader(metadata, tensors)
+    rope = model.rope(RopeStyle.NEOX)
+    key = f"{model.arch}.attention.recurrent_layers"
+    if metadata.is_array(key):
+        recurrent = [bool(on) for on in metadata.array(key, (ValueType.BOOL, *INTEGERS))]
+        if len(recurrent) != model.n_listed:
+            raise metadata.wrong(key, f"{model.n_listed} values, one for each layer")
+    else:
+        interval = model.integer("full_attention_interval", 4, low=1)
+        recurrent = [(i + 1) % interval != 0 for i in range(model.n_layer)]
+    experts = model.integer("expert_count", 0) > 0
+    sizes = model.expert_sizes() if experts else []
+    shared = model.integer("expert_shared_feed_forward_length", 0)
+
+    def mixer(i: int) -> Attention | DeltaNet:
+        at = f"blk.{i}."
+        if not recurrent[i]:
+            return model.attention(i, rope, gated=True, scale=model.scale, **model.qk_norms(i))
+        n_head, n_head_k = model.integer("ssm.time_step_rank", low=1), model.integer("ssm.group_count")
+        head_k = model.integer("ssm.state_size", high=MAX_HEAD)
+        head_v = model.integer("ssm.inner_size") // n_head
+        together = f"{at}ssm_ba.weight" in tensors
+        return DeltaNet(
+            n_head_k=n_head_k,
+            n_head=n_head,
+            head_k=head_k,
+            head_v=head_v,
+            eps=model.eps,
+            qkv=model.linear(f"{at}attn_qkv"),
+            gate=model.linear(f"{at}attn_gate"),
+            convolution=model.convolution(f"{at}ssm_conv1d", 2 * n_head_k * head_k + n_head * head_v),
+            dt_bias=f"{at}ssm_dt.bias",
+            decay=f"{at}ssm_a",
+            norm=model.norm(f"{at}ssm_norm"),
+            out=model.linear(f"{at}ssm_out"),
+            tiled=tiled,
+            beta=None if together else model.linear(f"{at}ssm_beta"),
+            alpha=None if together else model.linear(f"{at}ssm_alpha"),
+            beta_alpha=model.linear(f"{at}ssm_ba") if together else None,
+        )
+
+    def feed_forward(i: int) -> FeedForward | Experts:
+        if not experts:
+            return model.feed_forward(i)
+        return model.experts(
+            i,
+            sizes[i],
+            scale=model.number("expert_weights_scale", 0.0) or 1.0,
+            shared=model.shared_experts(i, shared or model.feed_forward_sizes[i]),
+            shared_gate=Linear(f"blk.{i}.ffn_gate_inp_shexp.weight"),
+        )
+
+    return model.spec(
+        model.layer(i, mixer(i), feed_forward(i), feed_forward_norm=model.norm(f"blk.{i}.post_attention_norm"))
+        for i in range(model.n_layer)
+    )
 
 
 _DENSE = {
@@ -167,6 +242,11 @@ class Qwen3Next(Architecture):
         part, _, ending = canonical.removeprefix("mtp.").partition(".")
         return f"model.layers.{after}.{_NEXT_NAMES.get(part, part)}.{ending}"
 
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Heads of values that share keys are neighbours."""
+        return _forward(metadata, tensors, tiled=False)
+
 
 def _tiled(config: Config, stored: np.ndarray, head: int) -> np.ndarray:
     """Rows of values with the first head of each group first, then the second ones, and so on.
@@ -234,6 +314,11 @@ class Qwen35(Qwen3Next):
     }
     notes = "text part; gated delta net"
 
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Heads of values that share keys are as many apart as there are heads of keys."""
+        return _forward(metadata, tensors, tiled=True)
+
 
 class Qwen35Moe(Qwen35):
     """Qwen3_5MoeForCausalLM, and the text model of Qwen3_5MoeForConditionalGeneration."""
@@ -242,3 +327,8 @@ class Qwen35Moe(Qwen35):
     checkpoints = {"Qwen3_5MoeForCausalLM": _MOE}  # noqa: RUF012
     wrappers = {"Qwen3_5MoeForConditionalGeneration": {"qwen3_5_moe_text": _MOE}}  # noqa: RUF012
     notes = "text part; gated delta net; experts beside a gated block"
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """Qwen3.5's, with experts."""
+        return _forward(metadata, tensors, tiled=True)

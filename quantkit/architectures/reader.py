@@ -9,16 +9,21 @@ from functools import cached_property
 from typing import Any
 
 from quantkit.architectures.forward import (
+    MAX_HEAD,
     MAX_LAYERS,
     XIELU,
     Activation,
     Attention,
+    Convolution,
     Experts,
     FeedForward,
     ForwardSpec,
     Gating,
     Layer,
     Linear,
+    Mamba,
+    Mamba2,
+    Mixer,
     Norm,
     NormKind,
     Rope,
@@ -42,9 +47,13 @@ class ModelReader:
     """
 
     def __init__(
-        self, metadata: Metadata, tensors: Mapping[str, TensorInfo], norm_kind: NormKind = NormKind.RMS
+        self,
+        metadata: Metadata,
+        tensors: Mapping[str, TensorInfo],
+        norm_kind: NormKind = NormKind.RMS,
+        eps_key: str | None = None,
     ) -> None:
-        """Read the sizes. `norm_kind` is the kind of all norms."""
+        """Read the sizes. `norm_kind` is the kind of all norms, `eps_key` where their epsilon is, if elsewhere."""
         self.metadata, self.tensors, self.norm_kind = metadata, tensors, norm_kind
         self.arch = metadata.architecture
         self.n_embd = self.integer("embedding_length", low=1)
@@ -57,15 +66,17 @@ class ModelReader:
         if n_next >= self.n_layer:
             raise QuantkitError(f"the metadata says {n_next} of {self.n_layer} layers predict several tokens")
         self.n_layer -= n_next
-        self.heads = self.per_layer("attention.head_count", low=1)
+        self.heads = self.per_layer("attention.head_count")
         self.heads_kv = self.per_layer("attention.head_count_kv", 0)
-        self.head_k = self.integer("attention.key_length", self.n_embd // self.heads[0])
-        self.head_v = self.integer("attention.value_length", self.n_embd // self.heads[0])
+        # Layers without attention have no heads.
+        size = self.n_embd // max(1, next(filter(None, self.heads), 1))
+        self.head_k = self.integer("attention.key_length", size)
+        self.head_v = self.integer("attention.value_length", size)
         if min(self.head_k, self.head_v) < 1:
             raise QuantkitError(
                 f"the metadata says {self.n_embd} numbers a token and heads of {self.head_k} and {self.head_v}"
             )
-        eps = "layer_norm_rms_epsilon" if norm_kind is NormKind.RMS else "layer_norm_epsilon"
+        eps = eps_key or ("layer_norm_rms_epsilon" if norm_kind is NormKind.RMS else "layer_norm_epsilon")
         self.eps = self.number(f"attention.{eps}")
         self.causal = self.flag("attention.causal", True)
 
@@ -211,6 +222,59 @@ class ModelReader:
         }
         return Attention(**{**fields, **changes})
 
+    def mamba(self, i: int, normed: bool = False) -> Mamba:
+        """The state space of layer `i`, of the first kind; `normed` says that what it selects is, without weights."""
+        at = f"blk.{i}."
+        n_channels = self.integer("ssm.inner_size", high=MAX_HEAD)
+
+        def norm(part: str) -> Norm | None:
+            stem = f"{at}ssm_{part}_norm"
+            if f"{stem}.weight" in self.tensors:
+                return self.norm(stem)
+            return Norm(None, self.eps) if normed else None
+
+        return Mamba(
+            n_channels=n_channels,
+            n_state=self.integer("ssm.state_size", high=MAX_HEAD),
+            n_step=self.integer("ssm.time_step_rank", high=MAX_HEAD),
+            project=self.linear(f"{at}ssm_in"),
+            convolution=self.convolution(f"{at}ssm_conv1d", n_channels),
+            select=self.linear(f"{at}ssm_x"),
+            step=self.linear(f"{at}ssm_dt"),
+            decay=f"{at}ssm_a",
+            skip=f"{at}ssm_d",
+            out=self.linear(f"{at}ssm_out"),
+            step_norm=norm("dt"),
+            b_norm=norm("b"),
+            c_norm=norm("c"),
+        )
+
+    def mamba2(self, i: int) -> Mamba2:
+        """The state space of layer `i`."""
+        at = f"blk.{i}."
+        n_head, n_groups = self.integer("ssm.time_step_rank", low=1), self.integer("ssm.group_count", 1)
+        n_state, width = self.integer("ssm.state_size", high=MAX_HEAD), self.integer("ssm.inner_size")
+        if width % n_head:
+            raise QuantkitError(f"the metadata says a state space of {width} numbers in {n_head} heads")
+        return Mamba2(
+            n_head=n_head,
+            n_groups=n_groups,
+            head=width // n_head,
+            n_state=n_state,
+            project=self.linear(f"{at}ssm_in"),
+            convolution=self.convolution(f"{at}ssm_conv1d", width + 2 * n_groups * n_state),
+            dt_bias=f"{at}ssm_dt.bias",
+            decay=f"{at}ssm_a",
+            skip=f"{at}ssm_d",
+            out=self.linear(f"{at}ssm_out"),
+            norm=self.norm(f"{at}ssm_norm") if f"{at}ssm_norm.weight" in self.tensors else None,
+        )
+
+    def convolution(self, stem: str, n_channels: int) -> Convolution:
+        """The convolution `stem` before a recurrence, of `n_channels`."""
+        bias = f"{stem}.bias" if f"{stem}.bias" in self.tensors else None
+        return Convolution(f"{stem}.weight", self.integer("ssm.conv_kernel", low=1), n_channels, bias, silu=True)
+
     def qk_norms(self, i: int) -> dict[str, Norm]:
         """The norms of layer `i`'s queries and keys, as fields of its attention."""
         return {"q_norm": self.norm(f"blk.{i}.attn_q_norm"), "k_norm": self.norm(f"blk.{i}.attn_k_norm")}
@@ -292,13 +356,15 @@ class ModelReader:
             down=self.linear(f"blk.{i}.ffn_down_shexp"),
         )
 
-    def layer(self, i: int, attention: Attention, feed_forward: FeedForward | Experts, **changes: Any) -> Layer:
+    def layer(
+        self, i: int, mixers: Mixer | tuple[Mixer, ...], feed_forward: FeedForward | Experts | None, **changes: Any
+    ) -> Layer:
         """Layer `i`, with a norm before each part."""
         fields: dict[str, Any] = {
             "attention_norm": self.norm(f"blk.{i}.attn_norm"),
             "feed_forward_norm": self.norm(f"blk.{i}.ffn_norm"),
         }
-        return Layer(attention, feed_forward, **{**fields, **changes})
+        return Layer(mixers if isinstance(mixers, tuple) else (mixers,), feed_forward, **{**fields, **changes})
 
     def post_norms(self, i: int) -> dict[str, Norm]:
         """The norms that run on layer `i`'s branches, as fields of the layer."""

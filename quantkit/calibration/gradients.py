@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quantkit.architectures.forward import Experts, ForwardSpec, Layer
+from quantkit.architectures.forward import Attention, Experts, ForwardSpec, Layer
 from quantkit.calibration.moments import Activations, batches
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.model import Model
@@ -37,9 +37,13 @@ def coupled(spec: ForwardSpec) -> frozenset[str]:
 
 
 def _coupled(layer: Layer) -> list[str]:
-    a, ff = layer.attention, layer.feed_forward
+    ff = layer.feed_forward
     dense = ff.shared if isinstance(ff, Experts) else ff
-    linears = [a.qkv, a.q, a.k, a.v, a.out, None if dense is None else dense.down]
+    linears = [None if dense is None else dense.down]
+    for mixer in layer.mixers:
+        linears.append(mixer.out)
+        if isinstance(mixer, Attention):
+            linears += [mixer.qkv, mixer.q, mixer.k, mixer.v]
     return [linear.weight for linear in linears if linear is not None]
 
 

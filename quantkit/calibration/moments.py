@@ -19,8 +19,8 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.inputs import InputSum, Key
-from quantkit.evaluate.layers import ROWS
 from quantkit.evaluate.model import Model
+from quantkit.evaluate.parts import ROWS
 
 # Tokens that go through a layer together. Their sums are added as one, so this does not depend on memory or threads.
 _BATCH = 8192

@@ -23,11 +23,13 @@ from quantkit.architectures.forward import (
     NormKind,
     RopeStyle,
 )
-from quantkit.evaluate.layers import LayerRunner, Product, temperatures
+from quantkit.evaluate.attention import AttentionRunner, temperatures
+from quantkit.evaluate.layers import LayerRunner
+from quantkit.evaluate.parts import Product
 
 # The fields of the description that this backward pass knows.
 _KNOWN: dict[type, str] = {
-    Layer: "attention feed_forward attention_norm feed_forward_norm post_attention_norm post_feed_forward_norm "
+    Layer: "mixers feed_forward attention_norm feed_forward_norm post_attention_norm post_feed_forward_norm "
     "parallel branch_scale",
     Attention: "n_head n_head_kv head_k head_v scale out q k v qkv rope window softcap q_norm k_norm norm_whole "
     "temperature norm_rotated clamp chunk sinks",
@@ -43,9 +45,13 @@ def unknown_to_backward(spec: ForwardSpec) -> Iterator[str]:
     """What of a model has no backward pass here, each in a few words."""
     for layer in spec.layers:
         if not isinstance(layer.feed_forward, FeedForward):
-            yield "experts"
+            yield "experts" if layer.feed_forward is not None else "layers without a feed-forward block"
             continue
-        for part in (layer, layer.attention, layer.feed_forward, layer.attention_norm):
+        attentions = [mixer for mixer in layer.mixers if isinstance(mixer, Attention)]
+        if len(attentions) != 1 or len(layer.mixers) != 1:
+            yield f"layers of {' and '.join(type(mixer).__name__ for mixer in layer.mixers) or 'no mixer'}"
+            continue
+        for part in (layer, *attentions, layer.feed_forward, layer.attention_norm):
             if part is None:
                 continue
             for field in fields(part):
@@ -58,6 +64,13 @@ def unknown_to_backward(spec: ForwardSpec) -> Iterator[str]:
 class LayerGradients(LayerRunner):
     """A layer that takes gradients back: its observer is told of those by its products' outputs, not of inputs."""
 
+    @property
+    def _attending(self) -> AttentionRunner:
+        """The layer's only mixer."""
+        (runner,) = self._mixers
+        assert isinstance(runner, AttentionRunner)
+        return runner
+
     def back(self, x: np.ndarray, gradient: np.ndarray, at: int) -> np.ndarray:
         """From gradients by what the layer makes of a sequence `x` to those by `x`: float32 [n_ctx, n_embd] each.
 
@@ -68,7 +81,7 @@ class LayerGradients(LayerRunner):
         scale = np.float32(layer.branch_scale)
         normed, through_norm = self._norm(layer.attention_norm, x)
         mixed, through_attention = self._attention(normed, at)
-        branch, through_post = self._norm(layer.post_attention_norm, self._times(mixed, self._out))
+        branch, through_post = self._norm(layer.post_attention_norm, self._times(mixed, self._attending.out))
         after = x + branch * scale
         normed, through_ff_norm = self._norm(layer.feed_forward_norm, x if layer.parallel else after)
         active, through_activation = _activation(ff, self._times(normed, self._up))
@@ -79,7 +92,7 @@ class LayerGradients(LayerRunner):
         by_read = through_ff_norm(self._back_through(self._up, by_up, at))
         by_after = gradient if layer.parallel else gradient + by_read
         by_out = through_post(by_after * scale)
-        by_normed = through_attention(self._back_through(self._out, by_out, at))
+        by_normed = through_attention(self._back_through(self._attending.out, by_out, at))
         result = by_after + through_norm(by_normed)
         return result + by_read if layer.parallel else result
 
@@ -90,17 +103,17 @@ class LayerGradients(LayerRunner):
 
     def _back_through(self, product: Product, gradient: np.ndarray, at: int) -> np.ndarray:
         """Gradients by what a product reads from those by what it makes; tells of these, matrix by matrix."""
-        if self._observer is not None:
+        if self._parts.observer is not None:
             start = 0
             for name, n_rows in zip(product.names, self._n_rows(product), strict=True):
-                self._observer((name,), gradient[:, start : start + n_rows], at, None)
+                self._parts.observer((name,), gradient[:, start : start + n_rows], at, None)
                 start += n_rows
         by_read: np.ndarray = gradient @ product.matrix
         return by_read
 
     def _n_rows(self, product: Product) -> list[int]:
         """How many of the rows of a product come from each of its tensors."""
-        a = self.layer.attention
+        a = self._attending.mixer
         if len(product.names) == 3:
             return [a.n_head * a.head_k, a.n_head_kv * a.head_k, a.n_head_kv * a.head_v]
         return [len(product.matrix) // len(product.names)] * len(product.names)
@@ -109,15 +122,15 @@ class LayerGradients(LayerRunner):
         """`x` normalised over its last axis, and the way back."""
         if norm is None:
             return x, lambda gradient: gradient
-        weight, bias = self._norms[norm]
+        weight, bias = self._parts.norms[norm]
         return normalised(x, weight, bias, norm)
 
     # -- attention
 
     def _attention(self, normed: np.ndarray, at: int) -> tuple[np.ndarray, Backward]:
-        a, n_ctx = self.layer.attention, len(normed)
+        a, n_ctx = self._attending.mixer, len(normed)
         n_q, n_k = a.n_head * a.head_k, a.n_head_kv * a.head_k
-        qkv = self._times(normed, self._qkv)
+        qkv = self._times(normed, self._attending.qkv)
         inside = None if a.clamp is None else np.abs(qkv) <= np.float32(a.clamp)
         if a.clamp is not None:
             qkv = np.clip(qkv, -np.float32(a.clamp), np.float32(a.clamp))
@@ -151,7 +164,7 @@ class LayerGradients(LayerRunner):
             by_qkv = np.concatenate([q_back(by_q), k_back(by_k), by_v.reshape(n_ctx, -1)], 1)
             if inside is not None:
                 by_qkv *= inside
-            return self._back_through(self._qkv, by_qkv, at)
+            return self._back_through(self._attending.qkv, by_qkv, at)
 
         return mixed.reshape(n_ctx, -1), back
 
@@ -159,7 +172,7 @@ class LayerGradients(LayerRunner):
         self, flat: np.ndarray, n_head: int, norm: Norm | None, growth: np.ndarray | np.float32
     ) -> tuple[np.ndarray, Backward]:
         """Heads [n_ctx, heads, head size], normalised, rotated and times `growth`, and the way back from them."""
-        a, n_ctx = self.layer.attention, len(flat)
+        a, n_ctx = self._attending.mixer, len(flat)
         steps: list[Backward] = []
 
         def apply_norm(x: np.ndarray) -> np.ndarray:
@@ -174,7 +187,7 @@ class LayerGradients(LayerRunner):
             x = apply_norm(x)
         elif norm is not None and a.norm_whole:
             steps.append(lambda gradient: gradient.reshape(n_ctx, -1))
-        cosines, sines = (table[:n_ctx, None] for table in self._tables)
+        cosines, sines = (table[:n_ctx, None] for table in self._attending.tables(a.rope))
         neighbours = a.rope is not None and a.rope.style is RopeStyle.NORMAL
         x = _rotated(x, cosines, sines, neighbours)
         steps.append(lambda gradient: _rotated(gradient, cosines, -sines, neighbours))
@@ -194,7 +207,7 @@ class LayerGradients(LayerRunner):
         self, q: np.ndarray, k: np.ndarray, hidden: np.ndarray, head: int
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """What each query [n_ctx, n] takes of each key, [n_ctx, n_ctx], and the slope of a cap on the scores."""
-        cap, slope = self.layer.attention.softcap, None
+        cap, slope = self._attending.mixer.softcap, None
         scores = q @ k.T
         if cap is not None:
             scores = np.tanh(scores / np.float32(cap))
@@ -202,13 +215,13 @@ class LayerGradients(LayerRunner):
             scores *= np.float32(cap)
         scores[hidden] = -np.inf
         most = scores.max(1, keepdims=True)
-        if self._sinks.size:
-            most = np.maximum(most, self._sinks[head])
+        if self._attending.sinks.size:
+            most = np.maximum(most, self._attending.sinks[head])
         scores -= most
         np.exp(scores, out=scores)
         total = scores.sum(1, keepdims=True)
-        if self._sinks.size:
-            total += np.exp(self._sinks[head] - most)
+        if self._attending.sinks.size:
+            total += np.exp(self._attending.sinks[head] - most)
         scores /= total
         return scores, slope
 

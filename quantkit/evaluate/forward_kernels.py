@@ -408,6 +408,15 @@ def attention(
 
 
 @kernel
+def multiply_sigmoid(x: np.ndarray, gate: np.ndarray) -> None:
+    """`x *= sigmoid(gate)`, both [rows, n]."""
+    for i in range(x.shape[0]):
+        row, by = x[i], gate[i]
+        for j in range(row.size):
+            row[j] /= _ONE + exp(-by[j])
+
+
+@kernel
 def silu_gate(gate_up: np.ndarray, out: np.ndarray) -> None:
     """`silu(gate) * up`: rows of gate's n numbers and then up's n to rows of n."""
     n = out.shape[1]

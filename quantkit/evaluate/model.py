@@ -14,7 +14,7 @@ from quantkit.architectures.forward import ForwardSpec
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.inputs import Sums
-from quantkit.evaluate.layers import ROWS, Observer
+from quantkit.evaluate.parts import ROWS, Observer
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.threads import Threads
 from quantkit.machine import available_memory, default_threads, peak_memory

@@ -24,6 +24,7 @@ from quantkit.architectures.forward import (
     Gating,
     Layer,
     Linear,
+    Mixer,
     Norm,
     NormKind,
     Rope,
@@ -65,7 +66,7 @@ _LEAST_SUM = 6.103515625e-5
 _KNOWN: dict[type, str] = {
     ForwardSpec: "architecture n_vocab n_embd n_ctx_train embedding layers output_norm output embedding_scale "
     "position_embedding logit_scale logit_softcap",
-    Layer: "attention feed_forward attention_norm feed_forward_norm post_attention_norm post_feed_forward_norm "
+    Layer: "mixers feed_forward attention_norm feed_forward_norm post_attention_norm post_feed_forward_norm "
     "parallel branch_scale",
     Attention: "n_head n_head_kv head_k head_v scale out q k v qkv rope window softcap q_norm k_norm norm_whole "
     "temperature norm_rotated clamp chunk sinks",
@@ -87,6 +88,9 @@ def unknown_parts(value: object) -> Iterator[str]:
         for item in value:
             yield from unknown_parts(item)
     elif is_dataclass(value) and not isinstance(value, type):
+        if isinstance(value, Mixer) and type(value) not in _KNOWN:
+            yield f"layers of {type(value).__name__}"
+            return
         known = _KNOWN.get(type(value), "").split()
         for field in fields(value):
             own = getattr(value, field.name)
@@ -94,6 +98,11 @@ def unknown_parts(value: object) -> Iterator[str]:
                 yield from unknown_parts(own)
             elif field.default is MISSING or own != field.default:
                 yield f"{type(value).__name__}.{field.name} = {own!r}"
+
+
+def attentions(layer: Layer) -> list[Attention]:
+    """The mixers of `layer`: all that this backend knows are attention."""
+    return [mixer for mixer in layer.mixers if isinstance(mixer, Attention)]
 
 
 def _activate(activation: Activation | XIELU, x: Any) -> Any:
@@ -316,20 +325,21 @@ class TorchTransformer(Model):
         self._load_layer(self.spec.layers[index])
 
     def _load_layer(self, layer: Layer) -> None:
-        a, ff, n_embd = layer.attention, layer.feed_forward, self.spec.n_embd
-        n_q, n_k, n_v = a.n_head * a.head_k, a.n_head_kv * a.head_k, a.n_head_kv * a.head_v
+        ff, n_embd = layer.feed_forward, self.spec.n_embd
         for norm in (
             layer.attention_norm, layer.feed_forward_norm, layer.post_attention_norm, layer.post_feed_forward_norm
         ):  # fmt: skip
             self._norm_weights(norm, n_embd)
-        if a.sinks is not None:
-            self._vector(a.sinks, a.n_head)
-        self._norm_weights(a.q_norm, n_q if a.norm_whole else a.head_k)
-        self._norm_weights(a.k_norm, n_k if a.norm_whole else a.head_k)
-        for linear, n_out in ((a.qkv, n_q + n_k + n_v), (a.q, n_q), (a.k, n_k), (a.v, n_v)):
-            self._linear_weights(linear, n_out, n_embd)
-        self._linear_weights(a.out, n_embd, a.n_head * a.head_v)
-        dense = ff if isinstance(ff, FeedForward) else ff.shared
+        for a in attentions(layer):
+            n_q, n_k, n_v = a.n_head * a.head_k, a.n_head_kv * a.head_k, a.n_head_kv * a.head_v
+            if a.sinks is not None:
+                self._vector(a.sinks, a.n_head)
+            self._norm_weights(a.q_norm, n_q if a.norm_whole else a.head_k)
+            self._norm_weights(a.k_norm, n_k if a.norm_whole else a.head_k)
+            for linear, n_out in ((a.qkv, n_q + n_k + n_v), (a.q, n_q), (a.k, n_k), (a.v, n_v)):
+                self._linear_weights(linear, n_out, n_embd)
+            self._linear_weights(a.out, n_embd, a.n_head * a.head_v)
+        dense = ff.shared if isinstance(ff, Experts) else ff
         if dense is not None:
             for linear, n_out in ((dense.gate_up, 2 * dense.n_ff), (dense.gate, dense.n_ff), (dense.up, dense.n_ff)):
                 self._linear_weights(linear, n_out, n_embd)
@@ -450,11 +460,14 @@ class TorchTransformer(Model):
 
     def _layer(self, layer: Layer, x: Any, span: slice) -> Any:
         """`x` [n_seq, n_ctx, n_embd] after `layer`, at the positions of `span`."""
-        mixed = self._attention(layer.attention, self._normed(layer.attention_norm, x).to(self._dtype), span)
-        (branch,) = self._products(mixed, layer.attention.out)
-        branch = self._normed(layer.post_attention_norm, branch.float())
+        normed = self._normed(layer.attention_norm, x).to(self._dtype)
+        branches = [self._products(self._attention(a, normed, span), a.out)[0].float() for a in attentions(layer)]
         x = x[:, span]
-        after = x + branch * layer.branch_scale
+        after = x
+        if branches:
+            after = x + self._normed(layer.post_attention_norm, sum(branches)) * layer.branch_scale
+        if layer.feed_forward is None:
+            return after
         normed = self._normed(layer.feed_forward_norm, x if layer.parallel else after).to(self._dtype)
         ff = layer.feed_forward
         branch = self._dense(ff, normed) if isinstance(ff, FeedForward) else self._experts(ff, normed)
@@ -672,8 +685,8 @@ class TorchTransformer(Model):
     @staticmethod
     def _width(layer: Layer) -> int:
         """Numbers that one token's activations hold in a layer, about."""
-        a = layer.attention
-        return 6 * a.n_head * max(a.head_k, a.head_v) + 4 * layer.feed_forward.n_ff
+        mixed = sum(6 * a.n_head * max(a.head_k, a.head_v) for a in attentions(layer))
+        return mixed + (0 if layer.feed_forward is None else 4 * layer.feed_forward.n_ff)
 
     @contextmanager
     def _running(self) -> Iterator[None]:

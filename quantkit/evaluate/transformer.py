@@ -14,16 +14,18 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from quantkit.architectures.forward import MAX_HEAD, Attention, Experts, ForwardSpec, Norm, NormKind, Rope
+from quantkit.architectures.forward import MAX_HEAD, Experts, ForwardSpec, Norm, NormKind, Rope
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.backward import Draws, LayerGradients, normalised, unknown_to_backward
 from quantkit.evaluate.inputs import InputSums
 from quantkit.evaluate.kv_cache import KVCache
-from quantkit.evaluate.layers import ROWS, Expert, LayerRunner, Product, Routed, unsupported
+from quantkit.evaluate.layers import Expert, LayerRunner, Routed, unsupported
+from quantkit.evaluate.mixers import Tables
 from quantkit.evaluate.model import Model
+from quantkit.evaluate.parts import ROWS, Product
 from quantkit.evaluate.settings import Compute
-from quantkit.evaluate.threads import Share, blas_name, one_by_one
+from quantkit.evaluate.threads import Share, blas_name
 from quantkit.evaluate.weights import Replaced, Weights
 from quantkit.sources.source import TensorSource
 
@@ -70,33 +72,12 @@ def refuse_encoder(spec: ForwardSpec, label: str) -> None:
 def refuse_unsupported(spec: ForwardSpec, label: str) -> None:
     """Raise QuantkitError for what no backend computes, and for sizes that cannot be."""
     for layer in spec.layers:
-        attention, ff = layer.attention, layer.feed_forward
-        sizes = attention.n_head, attention.n_head_kv, attention.head_k, attention.head_v, ff.n_ff
-        if (
-            min(sizes) < 1
-            or attention.n_head % attention.n_head_kv
-            or max(attention.head_k, attention.head_v) > MAX_HEAD
-        ):
-            raise QuantkitError(
-                f"{label}: impossible sizes: {attention.n_head} heads of {attention.head_k}, "
-                f"{attention.n_head_kv} for keys and values of {attention.head_v}, {ff.n_ff} in the feed-forward "
-                "block"
-            )
-        rope = attention.rope
-        if rope is not None and not (0 <= rope.n_dims <= attention.head_k and rope.n_dims % 2 == 0):
-            raise QuantkitError(f"{label}: {rope.n_dims} rotated dimensions in heads of {attention.head_k}")
-        if rope is not None and not rope.freq_base > 0:
-            raise QuantkitError(f"{label}: a rotary base of {rope.freq_base}")
-        yarn = None if rope is None else rope.yarn
-        if (
-            rope is not None
-            and yarn is not None
-            and not (rope.freq_base > 1 and min(yarn.beta_fast, yarn.beta_slow) > 0)
-        ):
-            raise QuantkitError(
-                f"{label}: YaRN with a rotary base of {rope.freq_base}, "
-                f"from {yarn.beta_slow} to {yarn.beta_fast} rotations"
-            )
+        for mixer in layer.mixers:
+            if min(mixer.sizes) < 1 or max(mixer.sizes) > MAX_HEAD:
+                listed = ", ".join(map(str, mixer.sizes))
+                raise QuantkitError(f"{label}: impossible sizes of a {type(mixer).__name__}: {listed}")
+        if layer.feed_forward is not None and layer.feed_forward.n_ff < 1:
+            raise QuantkitError(f"{label}: impossible sizes: {layer.feed_forward.n_ff} in the feed-forward block")
         for what in unsupported(layer):
             raise QuantkitError(f"{label}: the forward pass does not know {what}")
     if spec.logit_softcap is not None and not spec.logit_softcap > 0:
@@ -168,7 +149,7 @@ class Transformer(Model):
         last = np.empty((n_seq, stop - first, spec.n_embd), np.float32)
         with self.threads.share(len(units)) as share:
             for i in range(len(spec.layers)):
-                runner = self._runner(i, self._rope(spec.layers[i].attention, n_ctx))
+                runner = self._runner(i, lambda rope: self._rope(rope, n_ctx))
                 in_place = i + 1 < len(spec.layers)
                 span, to = ((0, n_ctx), x) if in_place else ((first, stop), last)
                 self._run_layer(runner, x, units, span, to, share)
@@ -180,7 +161,7 @@ class Transformer(Model):
 
     def layer_pass(self, index: int, n_ctx: int) -> Callable[[np.ndarray], None]:
         """See `Model`."""
-        runner = self._runner(index, self._rope(self.spec.layers[index].attention, n_ctx))
+        runner = self._runner(index, lambda rope: self._rope(rope, n_ctx))
 
         def advance(x: np.ndarray) -> None:
             units = self._units(len(x), n_ctx)
@@ -238,7 +219,10 @@ class Transformer(Model):
     def gradient_pass(self, index: int, n_ctx: int) -> Callable[[np.ndarray, np.ndarray], None]:
         """See `Model`."""
         layer, observer = self.spec.layers[index], self.observer
-        tables = self._rope(layer.attention, n_ctx)
+
+        def tables(rope: Rope | None) -> tuple[np.ndarray, np.ndarray]:
+            return self._rope(rope, n_ctx)
+
         runner = LayerGradients(layer, self.spec.n_embd, self._weights, tables, self.threads.workspace, observer)
 
         def back(x: np.ndarray, gradients: np.ndarray) -> None:
@@ -276,8 +260,8 @@ class Transformer(Model):
         n_together = max(1, min(ROWS // n_ctx, n_seq // n_threads))
         return [slice(at, min(at + n_together, n_seq)) for at in range(0, n_seq, n_together)]
 
-    def _runner(self, index: int, tables: tuple[np.ndarray, np.ndarray]) -> LayerRunner:
-        """Layer `index`, decoded, ready for rows whose rotary embedding has these cosines and sines."""
+    def _runner(self, index: int, tables: Tables) -> LayerRunner:
+        """Layer `index`, decoded, ready for rows whose cosines and sines `tables` gives."""
         layer = self.spec.layers[index]
         return LayerRunner(layer, self.spec.n_embd, self._weights, tables, self.threads.workspace, self.observer)
 
@@ -327,17 +311,22 @@ class Transformer(Model):
             n += len(tokens)
         positions = np.concatenate([np.arange(where.start, where.stop) for _, where in spans])
         x = self.embedded(np.concatenate([tokens for tokens, _ in parts])[None], positions)
+
+        def tables(rope: Rope | None) -> tuple[np.ndarray, np.ndarray]:
+            """Of all rows: the cosines and sines at their positions."""
+            of = [self._rope(rope, cache.n_ctx) for _, cache in parts]
+            cosines, sines = (
+                np.concatenate([table[kind][where] for table, (_, where) in zip(of, spans, strict=True)])
+                for kind in (0, 1)
+            )
+            return cosines, sines
+
         # A row times a matrix is over before BLAS's threads have met: one of them does it ten times faster.
         with self.threads.share(1 if n > 1 else self.threads.count) as share:
             for i, layer in enumerate(self.spec.layers):
-                tables = [self._rope(layer.attention, cache.n_ctx) for _, cache in parts]
-                of_rows = [
-                    np.concatenate([table[kind][where] for table, (_, where) in zip(tables, spans, strict=True)])
-                    for kind in (0, 1)
-                ]
-                runner = self._runner(i, (of_rows[0], of_rows[1]))
-                keyed = [(cache.keys[i], cache.values[i]) for _, cache in parts]
-                mixed = self._attend_cached(runner, x, positions, spans, keyed, share)
+                runner = self._runner(i, tables)
+                memories = [cache.memories[i] for _, cache in parts]
+                mixed = runner.mix(x, (0, n), share.inner, continued=list(zip(spans, memories, strict=True)))
                 routed = Routed.of(layer, n, self.spec.n_embd)
                 runner.finish(mixed, x[0], routed)
                 if routed is not None:
@@ -348,34 +337,6 @@ class Transformer(Model):
             cache.tokens += tokens.tolist()
         last: np.ndarray = x[0]
         return last
-
-    @staticmethod
-    def _attend_cached(
-        runner: LayerRunner,
-        x: np.ndarray,
-        positions: np.ndarray,
-        spans: list[tuple[slice, slice]],
-        keyed: list[tuple[np.ndarray, np.ndarray]],
-        share: Share,
-    ) -> np.ndarray:
-        """Attention of the rows of `x` [1, rows, n_embd], before its output product: [rows, heads * head size].
-
-        They stand at `positions`. Each of `spans` is the rows of one sequence and their positions; `keyed` are the
-        keys and values of the sequences, which the rows' own are put into.
-        """
-        attention = runner.layer.attention
-        q, k, v = runner.queries_keys_values(x, positions)
-        mixed = np.empty((x.shape[1], attention.n_head * attention.head_v), np.float32)
-        # Of several sequences each is short work for one thread; of a single one the groups of heads are.
-        side_by_side, within = (one_by_one, share.inner) if len(spans) == 1 else (share.inner, one_by_one)
-
-        def mix(i: int) -> None:
-            (rows, where), (keys, values) = spans[i], keyed[i]
-            keys[:, where], values[:, where] = k[0][:, rows], v[0][:, rows]
-            runner.mix(q[0][:, rows], keys, values, 0, where.start, mixed[rows], within)
-
-        side_by_side(mix, len(spans))
-        return mixed
 
     def embedded(self, tokens: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
         """What the first layer reads for `tokens` [n_seq, n]: float32 [n_seq, n, n_embd].
@@ -419,7 +380,7 @@ class Transformer(Model):
         rows = to.reshape(-1, n_embd)
 
         def step(u: int) -> None:
-            mixed = runner.attend(x[units[u]], span, share.inner, units[u].start * x.shape[1])
+            mixed = runner.mix(x[units[u]], span, share.inner, units[u].start * x.shape[1])
             if to is not x:
                 to[units[u]] = x[units[u], span[0] : span[1]]
             runner.finish(mixed, rows[slice(*cuts[u])], shares[u] if shares else None, cuts[u][0])
@@ -476,9 +437,8 @@ class Transformer(Model):
             bias = np.zeros_like(weight) if bias is None else bias
             forward_kernels.layer_norm(rows, weight, bias, norm.eps, rows)
 
-    def _rope(self, attention: Attention, n_ctx: int) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and sines for `n_ctx` positions, without columns when the layer does not rotate."""
-        rope = attention.rope
+    def _rope(self, rope: Rope | None, n_ctx: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines for `n_ctx` positions, without columns where there is no rotation."""
         if rope is None:
             return np.empty((n_ctx, 0), np.float32), np.empty((n_ctx, 0), np.float32)
         name = rope.long_factors if n_ctx > rope.n_ctx_orig else rope.factors

@@ -363,6 +363,8 @@ class CheckpointSource:
         rows = self._gather(name, start, stop)
         if assembly.transform.columns is not None:
             rows = np.take(rows, assembly.transform.columns(self.architecture.config), axis=1)
+        if assembly.transform.factors is not None:
+            rows = _multiplied(rows, assembly.transform.factors(self.architecture.config), start)
         if assembly.transform.arithmetic is not None:
             # torch, and so the reference, has arithmetic for float16, which rounds each result to it.
             values = rows if rows.dtype == np.float16 else _float32(rows)
@@ -435,6 +437,20 @@ def _refuse_bombs(card: Path) -> None:
         return  # the parser will report it
     if aliases > _MAX_ALIASES:
         raise QuantkitError(f"{card}: {aliases} aliases in its front matter, and {_MAX_ALIASES} are the most")
+
+
+def _multiplied(rows: np.ndarray, factors: list[float | np.ndarray], start: int) -> np.ndarray:
+    """Stored `rows`, the first of which is row `start`, times each of `factors`, as torch multiplies.
+
+    Each product is worked out in float32, and rounded to float16 where the rows are.
+    """
+    values, rounded = _float32(rows), rows.dtype == np.float16
+    for factor in factors:
+        one = np.float32(factor) if isinstance(factor, float) else factor[start : start + len(rows), None]
+        values = values * one
+        if rounded:
+            values = values.astype(np.float16).astype(np.float32)
+    return values.astype(np.float16) if rounded else values
 
 
 def repacked_mxfp4(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.architectures import FAMILIES, forward_spec
-from quantkit.architectures.forward import Attention, Experts, ForwardSpec
+from quantkit.architectures.forward import Experts, ForwardSpec
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import GGUFFile, Metadata, TensorInfo, ValueType, padded
 from quantkit.machine import default_threads
@@ -162,7 +162,8 @@ def expected_shapes(spec: ForwardSpec) -> Mapping[str, tuple[int, int]]:
     """The length of a row and the number of rows that the metadata asks for, of the large tensors of a model."""
     shapes = {spec.embedding: (spec.n_embd, spec.n_vocab), spec.output.weight: (spec.n_embd, spec.n_vocab)}
     for layer in spec.layers:
-        shapes |= _attention_shapes(layer.attention, spec.n_embd)
+        for mixer in layer.mixers:
+            shapes |= {**mixer.shapes(spec.n_embd), mixer.out.weight: (mixer.width, spec.n_embd)}
         ff = layer.feed_forward
         dense = ff.shared if isinstance(ff, Experts) else ff
         if dense is not None:
@@ -176,22 +177,6 @@ def expected_shapes(spec: ForwardSpec) -> Mapping[str, tuple[int, int]]:
             if ff.gate is not None:
                 shapes[ff.gate] = shapes[ff.up]
             shapes[ff.down] = (ff.n_ff, spec.n_embd * ff.n_expert)
-    return shapes
-
-
-def _attention_shapes(attention: Attention, n_embd: int) -> dict[str, tuple[int, int]]:
-    n_q, n_k, n_v = (
-        heads * size
-        for heads, size in (
-            (attention.n_head, attention.head_k),
-            (attention.n_head_kv, attention.head_k),
-            (attention.n_head_kv, attention.head_v),
-        )
-    )
-    shapes = {attention.out.weight: (attention.n_head * attention.head_v, n_embd)}
-    for product, rows in ((attention.q, n_q), (attention.k, n_k), (attention.v, n_v), (attention.qkv, n_q + n_k + n_v)):
-        if product is not None:
-            shapes[product.weight] = (n_embd, rows)
     return shapes
 
 

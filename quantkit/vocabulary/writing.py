@@ -47,7 +47,7 @@ def write_vocabulary(
     "bpe" (byte-level BPE from tokenizer.json), "spm" (SentencePiece from tokenizer.model), "llama-hf" (SentencePiece
     from a tokenizer.json with byte fallback), "spm-or-bpe" (spm if there is a tokenizer.model), "gemma" (that, without
     a space in front of text), "spm-prefix" (spm with what tokenizer_config.json says of that space), "gemma1", "phi3",
-    "gemma4", "nemotron", "hunyuan", "internlm2" and "internlm3" (what those families do with one of these),
+    "gemma4", "nemotron", "hunyuan", "internlm2", "internlm3" and "jamba" (what those families do with one of these),
     "wordpiece" (BERT's), "roberta" (byte-level BPE if there is a tokenizer.json, else WordPiece), "xlm-roberta" and
     "t5" (Unigram from the SentencePiece models of these), "wordpiece-or-xlm-roberta", "modern-bert" and "jina-bert"
     (what these do with one), or "auto": the first of spm, llama-hf and bpe whose files are there, with what the
@@ -418,6 +418,14 @@ def _write_llama_hf(files: CheckpointFiles, writer: gguf.GGUFWriter, _pre: str |
     SpecialTokens(files, n_vocab=len(tokens)).write(writer)
 
 
+def _write_jamba(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    if _has_sentencepiece(files):
+        _write_sentencepiece(files, writer, pre)
+    else:
+        _write_llama_hf(files, writer, pre)
+        writer.add_bool("tokenizer.ggml.add_space_prefix", False)
+
+
 def _write_gemma4(files: CheckpointFiles, writer: gguf.GGUFWriter, _pre: str | None) -> None:
     tokens, scores, types = _llama_hf_tokens(files)
     writer.add_tokenizer_model("gemma4")
@@ -594,4 +602,5 @@ _STYLES: dict[str, Callable[[CheckpointFiles, Any, str | None], None]] = {
     "xlm-roberta": _write_xlm_roberta,
     "wordpiece-or-xlm-roberta": _write_wordpiece_or_xlm_roberta,
     "t5": _write_t5,
+    "jamba": _write_jamba,
 }

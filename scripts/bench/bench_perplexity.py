@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from quantkit.architectures.forward import FeedForward
+from quantkit.architectures.forward import Attention, FeedForward
 from quantkit.evaluate.backends import load
 from quantkit.evaluate.divergence import divergence
 from quantkit.evaluate.importance import importance_matrix
@@ -113,8 +113,8 @@ class Floor:
         scored = rows // SCORED
         shapes = []
         for i, layer in enumerate(spec.layers):
-            attention, ff = layer.attention, layer.feed_forward
-            assert isinstance(ff, FeedForward)
+            (attention,), ff = layer.mixers, layer.feed_forward
+            assert isinstance(attention, Attention) and isinstance(ff, FeedForward)
             n_qkv = (attention.n_head + attention.n_head_kv) * attention.head_k + attention.n_head_kv * attention.head_v
             n = rows if i + 1 < len(spec.layers) else scored  # the last layer goes on with scored positions alone
             shapes += [

@@ -6,6 +6,7 @@ LLAMA_CPP is llama.cpp's source directory; needs what its convert_hf_to_gguf.py 
 the tiny checkpoints of make_checkpoints.py called NAME, and each CHECKPOINT directory, or all the tiny ones, into
 tests/goldens/convert/NAME.json. The converter knows pre-tokenizers by a hash of their vocabulary; it is told
 llama-bpe, which all of these use, or the name that it knows the real vocabulary of the family by, which means the same.
+Its exponentials are rounded correctly: those of torch depend on the machine in the last bit.
 The files are read back with the reader of its own gguf package. Records and tensors are told by the first 64 bits of
 their SHA-256, whole files by all.
 """
@@ -29,8 +30,13 @@ REFERENCE_LOAD_HPARAMS: Any = None
 
 
 def load_hparams(directory: Path, is_mistral_format: bool) -> dict[str, Any]:
-    """What the converter's own function gives, with what it reads for GPT-NeoX and transformers 5 takes away."""
+    """What the converter's own function gives, with what it reads for GPT-NeoX and transformers 5 takes away.
+
+    And without the experts that transformers 5 gives Nemotron-H, which has none.
+    """
     stored: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    if stored.get("model_type") == "nemotron_h" and "num_experts_per_tok" not in stored:
+        return stored
     if stored["architectures"] == ["NomicBertModel"]:  # transformers 5 has a class of that name with other fields
         return stored
     kept = {key: stored[key] for key in ("rotary_pct",) if key in stored}
@@ -99,7 +105,10 @@ def main() -> None:
     source = Path(sys.argv[1]).resolve()
     sys.path[:0] = [str(source), str(source / "gguf-py")]
     import conversion.base
+    import torch
     import transformers
+
+    torch.exp = lambda x: x.to(torch.float64).exp().to(x.dtype)
 
     global REFERENCE_LOAD_HPARAMS
     REFERENCE_LOAD_HPARAMS = conversion.base.ModelBase.load_hparams

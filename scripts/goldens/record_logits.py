@@ -50,7 +50,7 @@ def runnable(checkpoint: Path, scratch: Path) -> Path:
     embedding = next(
         t
         for name, t in stored.items()
-        if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight"))
+        if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "embeddings.weight"))
     )
     config["vocab_size"] = embedding.shape[0]
     made = scratch / f"{checkpoint.name}-runnable"

@@ -61,6 +61,12 @@ DELTA = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
     "linear_conv_kernel_dim": 4, "rope_parameters": _rope(1e7, partial_rotary_factor=0.25),
 }  # fmt: skip
+STATE_SPACE = {
+    "intermediate_size": "absent",
+    "num_attention_heads": "absent",
+    "num_key_value_heads": "absent",
+    "max_position_embeddings": "absent",
+}
 DENSE_BLOCK = {"gate_proj.weight": "512 256", "up_proj.weight": "512 256", "down_proj.weight": "256 512"}
 EXPERT = dict.fromkeys(("gate_proj.weight", "up_proj.weight", "down_proj.weight"), "256 256")
 EXPERTS = {f"experts.{i}.{name}": shape for i in range(4) for name, shape in EXPERT.items()}
@@ -426,6 +432,57 @@ MODELS = {
         },
         said={"layer_types": ["mamba", "attention", "mamba"]},
     ),
+    "tiny-mamba2": Model(
+        "Mamba2ForCausalLM",
+        {
+            **STATE_SPACE, "num_heads": 8, "head_dim": 64, "state_size": 32, "n_groups": 2,
+        },
+    ),
+    "tiny-mamba": Model("MambaForCausalLM", STATE_SPACE),
+    "tiny-falcon-mamba": Model("FalconMambaForCausalLM", STATE_SPACE | {"tie_word_embeddings": False}),
+    "tiny-falcon-h1": Model(
+        "FalconH1ForCausalLM",
+        {
+            "head_dim": 64, "mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_n_groups": 2,
+            "mamba_d_state": 32, "mamba_rms_norm": True, "mamba_norm_before_gate": False,
+            "rope_parameters": _rope(1e11), "lm_head_multiplier": 0.6, "embedding_multiplier": 5.7,
+            "mlp_multipliers": [0.9, 0.3], "key_multiplier": 0.4, "attention_out_multiplier": 0.9,
+            "attention_in_multiplier": 1.1, "ssm_multipliers": [0.35, 0.25, 0.18, 0.5, 0.36],
+            "ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.2,
+        },
+    ),
+    "tiny-jamba": Model(
+        "JambaForCausalLM",
+        {
+            "num_hidden_layers": 4, "num_experts": 4, "expert_layer_period": 2, "expert_layer_offset": 1,
+            "attn_layer_period": 4, "attn_layer_offset": 2, "mamba_dt_rank": 32, "use_mamba_kernels": False,
+            "bos_token_id": 1, "eos_token_id": 2,
+        },
+        {"vocabulary": "spm"},
+    ),
+    "tiny-nemotron-h-moe": Model(
+        "NemotronHForCausalLM",
+        {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "head_dim": 64,
+            "num_hidden_layers": "absent", "ssm_state_size": 32, "mamba_num_heads": 8, "mamba_head_dim": 64,
+            "n_groups": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+            "moe_shared_expert_intermediate_size": 512, "routed_scaling_factor": 2.5, "use_mamba_kernels": False,
+        },
+    ),
+    "tiny-nemotron-h": Model(
+        "NemotronHForCausalLM",
+        {
+            "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"], "head_dim": 64,
+            "num_hidden_layers": "absent", "ssm_state_size": 32, "mamba_num_heads": 8, "mamba_head_dim": 64,
+            "n_groups": 2, "use_mamba_kernels": False,
+        },
+        said={"hybrid_override_pattern": "M-*-", "num_hidden_layers": 4, **dict.fromkeys((
+            "layers_block_type", "n_routed_experts", "n_shared_experts", "moe_intermediate_size", "n_group",
+            "moe_shared_expert_intermediate_size", "moe_latent_size", "moe_shared_expert_overlap", "topk_group",
+            "num_experts_per_tok", "routed_scaling_factor", "norm_topk_prob", "mtp_layers_block_type",
+            "num_nextn_predict_layers",
+        ), "absent")},
+    ),
     "tiny-granite-micro": Model(
         "GraniteMoeHybridForCausalLM",
         {
@@ -565,7 +622,7 @@ def record(model: Model) -> dict[str, Any]:
                     kind = entry["dtype"]
                     plain = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
                     tensors[tensor] = " ".join([kind] * (kind != plain) + [str(n) for n in entry["shape"]])
-    saved |= model.said
+    saved = {name: value for name, value in (saved | model.said).items() if value != "absent"}
     if model.called:
         saved["architectures"] = [model.called]
     recipe = dict(model.recipe)

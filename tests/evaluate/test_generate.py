@@ -10,6 +10,9 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, TINYLM, requires_reference
+from make_checkpoints import make_checkpoint
+from record_logits import tokens
+from support.families import OTHER_MIXERS
 from support.tiny import N_VOCAB, tiny_metadata, tiny_weights, write_gguf
 from support.variants import VARIANTS, variant
 from test_reference import reference_logits
@@ -22,6 +25,7 @@ from quantkit.evaluate.kv_cache import KVCache
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
+from quantkit.sources.checkpoint import CheckpointSource
 from quantkit.sources.source import GGUFSource, open_model
 from quantkit.vocabulary import Vocabulary, chat
 from quantkit.wording import printable
@@ -75,6 +79,25 @@ def test_prompts_are_continued_together_as_each_alone():
     assert continuations(model, []) == []
     with pytest.raises(QuantkitError, match="cannot generate 0 tokens"):
         continuations(model, prompts, n_tokens=0)
+
+
+@pytest.mark.parametrize("name", OTHER_MIXERS)
+def test_memories_of_other_mixers(tmp_path, monkeypatch, name):
+    source = CheckpointSource(make_checkpoint(name, tmp_path), "f32")
+    monkeypatch.setattr(transformer, "ROWS", 16)
+    ids = tokens(80).astype(np.int32).reshape(2, 40)
+    model = Transformer(source, Compute(threads=2))
+    expected = model.logits(ids)
+    caches = [KVCache(model.spec, 40) for _ in ids]
+    for stops in ([11, 23], [12, 24], [13, 26], [40, 40]):
+        logits = model.next_logits(
+            [
+                (own[len(cache.tokens) : stop].tolist(), cache)
+                for own, cache, stop in zip(ids, caches, stops, strict=True)
+            ]
+        )
+        for row, of, stop in zip(logits, expected, stops, strict=True):
+            np.testing.assert_allclose(row, of[stop - 1], rtol=1e-4, atol=1e-5 * np.abs(of).max())
 
 
 @requires_reference

@@ -8,16 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, TINYLM, requires_reference
+from make_checkpoints import make_checkpoint
+from record_logits import tokens
+from support.conversion import convert
+from support.families import LLAMA_CPP_DIFFERS, OTHER_MIXERS
 from support.tiny import BOS, FAMILIES, N_VOCAB, plain_logits, tiny_metadata, tiny_weights, write_gguf
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.divergence import divergence
 from quantkit.evaluate.importance import importance_matrix, layer_statistics, statistics
+from quantkit.evaluate.perplexity import chunked, tokenize
 from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.formats.imatrix import Importance, ImportanceMatrix
 from quantkit.pipeline.run import quantize
 from quantkit.sources.checkpoint import CheckpointSource
 from quantkit.sources.source import GGUFSource
+from quantkit.vocabulary import Vocabulary
 
 N_CTX = 64
 CUT = Chunking(n_ctx=N_CTX)
@@ -152,11 +158,12 @@ def reference_sums(path: Path, chunks: np.ndarray) -> dict[str, tuple[np.ndarray
         if ask or not name.startswith("blk."):
             return name.startswith("blk.")
         x = view(node.src[1].contents, ctypes.c_float).astype(np.float64)
-        n_matrices = node.src[0].contents.ne[2] if operation == b"MUL_MAT_ID" else 1
+        n_matrices = node.src[0].contents.ne[2]
         sums, counts = found.setdefault(name, (np.zeros((n_matrices, x.shape[2])), np.zeros(n_matrices, int)))
         if operation == b"MUL_MAT":
-            sums[0] += np.square(x).sum((0, 1))
-            counts[0] += x.shape[0] * x.shape[1]
+            for i, rows in enumerate(x):  # of matrices for each head, or of one for all
+                sums[i % n_matrices] += np.square(rows).sum(0)
+                counts[i % n_matrices] += len(rows)
             return True
         chosen = view(node.src[2].contents, ctypes.c_int32)[0]
         for row, experts in enumerate(chosen):
@@ -205,6 +212,21 @@ def test_sums_equal_those_of_llama_cpps_graph(tmp_path: Path, family: str) -> No
     for name, (sums, counts) in expected.items():
         assert matrix.entries[name].counts.tolist() == counts.tolist()
         np.testing.assert_allclose(matrix.entries[name].sums, sums, rtol=tolerance)
+
+
+@requires_reference
+@pytest.mark.parametrize("name", [name for name in OTHER_MIXERS if name not in LLAMA_CPP_DIFFERS])
+def test_sums_of_other_mixers_equal_those_of_llama_cpps_graph(tmp_path: Path, name: str) -> None:
+    """The same for layers that are not plain attention: every matrix that a token goes through is among them."""
+    path = convert(make_checkpoint(name, tmp_path), tmp_path / "m.gguf", "f32")
+    ids = tokens(3 * N_CTX).astype(np.int32)
+    matrix = importance_matrix(path, ids, chunking=CUT)
+    ids, bos = tokenize(Vocabulary.from_metadata(GGUFSource(path).metadata), ids)
+    expected = reference_sums(path, chunked(ids, CUT, bos, "the text"))
+    assert list(matrix.entries) == sorted(expected)
+    for tensor, (sums, counts) in expected.items():
+        assert matrix.entries[tensor].counts.tolist() == counts.tolist()
+        np.testing.assert_allclose(matrix.entries[tensor].sums, sums, rtol=5e-4, atol=1e-6 * sums.max())
 
 
 def test_statistics() -> None:

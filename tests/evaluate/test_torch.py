@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, TINYLM, requires_torch
+from make_checkpoints import make_checkpoint
 from support.tiny import FAMILIES, N_VOCAB, tiny_metadata, tiny_weights, write_gguf
 from support.variants import NORM, VARIANTS, variant
 
@@ -22,6 +23,7 @@ from quantkit.evaluate.perplexity import perplexity
 from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
+from quantkit.sources.checkpoint import CheckpointSource
 from quantkit.sources.source import GGUFSource, open_model
 
 pytestmark = requires_torch
@@ -118,6 +120,13 @@ def test_a_description_that_grows_is_refused_by_name():
     assert list(unknown_parts((NORM, (Clip(2.0),)))) == ["Clip.limit = 2.0"]
 
 
+@pytest.mark.parametrize(("name", "kind"), [("tiny-deepseek-v3", "LatentAttention"), ("tiny-lfm2", "ShortConvolution")])
+def test_layers_that_torch_does_not_run(tmp_path, name, kind):
+    source = CheckpointSource(make_checkpoint(name, tmp_path), "f32")
+    with pytest.raises(QuantkitError, match=f"does not know layers of {kind}: use the default backend"):
+        load(source, TORCH)
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral", "phi3", "gptneox"])
 def test_importance_matrices_equal_numpys(tmp_path, family):
     metadata, weights = tiny_metadata(), tiny_weights(5)
@@ -168,7 +177,7 @@ def test_bad_input(tmp_path):
     with pytest.raises(QuantkitError, match="token 258"):
         load(source, TORCH).logits(np.array([[1, 258]], np.int32))
     heads = tiny_metadata(attention__head_count=(ValueType.UINT32, 5))
-    with pytest.raises(QuantkitError, match="impossible sizes"):
+    with pytest.raises(QuantkitError, match="5 heads for 2 of keys and values"):
         load(GGUFSource(write_gguf(tmp_path / "heads.gguf", heads, tiny_weights())), TORCH)
 
 

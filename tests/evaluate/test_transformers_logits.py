@@ -21,6 +21,10 @@ DIFFERENT = {
     "tiny-gemma3": (2e-3, "the reference converter adds one to norms in their own type, here F16"),
     "tiny-pythia": (1e-3, "llama.cpp's GELU is the tanh approximation, this model's is exact"),
     "tiny-falcon": (1e-3, "llama.cpp's GELU is the tanh approximation, this model's is exact"),
+    "tiny-falcon-mamba": (
+        2e-2,
+        "llama.cpp has one epsilon, this model another for what a state space selects",
+    ),
     "tiny-gpt-oss": (5e-2, "llama.cpp rounds the bounds of YaRN's ramp to whole dimensions, gpt-oss does not"),
 }
 # Positions from which on llama.cpp differs: it has no sliding window for this family.

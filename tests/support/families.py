@@ -35,3 +35,22 @@ LLAMA_CPP_DIFFERS = LLAMA_CPP_LACKS | {
     "tiny-qwen2-vl": "llama.cpp does not read the epsilon of this family's norms",
     "tiny-gpt-oss-mxfp4": "llama.cpp rounds what it multiplies with MXFP4 weights to 8 bits",
 }
+# Those with other layers than plain attention.
+OTHER_MIXERS = [
+    "tiny-deepseek-v2",
+    "tiny-deepseek-v2-lite",
+    "tiny-deepseek-v3",
+    "tiny-lfm2",
+    "tiny-lfm2-moe",
+    "tiny-qwen3-next",
+    "tiny-qwen35",
+    "tiny-qwen35-moe",
+    "tiny-granite-hybrid",
+    "tiny-mamba",
+    "tiny-mamba2",
+    "tiny-falcon-mamba",
+    "tiny-falcon-h1",
+    "tiny-jamba",
+    "tiny-nemotron-h",
+    "tiny-nemotron-h-moe",
+]

@@ -31,7 +31,7 @@ def changed_layers(spec, layer=None, attention=None, feed_forward=None):
     for each in spec.layers:
         each = dataclasses.replace(
             each,
-            attention=dataclasses.replace(each.attention, **(attention(each.attention) if attention else {})),
+            mixers=tuple(dataclasses.replace(a, **(attention(a) if attention else {})) for a in each.mixers),
             feed_forward=feed_forward(each.feed_forward) if feed_forward else each.feed_forward,
         )
         layers.append(dataclasses.replace(each, **(layer(each) if layer else {})))

@@ -1,0 +1,368 @@
+"""Attention: to keys and values of each head, and to latent vectors that all heads share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from quantkit.architectures.forward import Attention, LatentAttention, NormKind, Rope, RopeStyle, Temperature
+from quantkit.evaluate import forward_kernels
+from quantkit.evaluate.mixers import MixerRunner, Part, positioned
+from quantkit.evaluate.threads import Each, one_by_one
+
+_NO_BIAS = np.empty(0, np.float32)
+_NO_DISTANCES = np.empty((0, 0), np.float32)
+# Heads that see the latents together, in one task.
+_HEADS = 16
+# Numbers that queries may take when they meet the latents: 16 MB.
+_MOST_QUERIES = 1 << 22
+
+
+def temperatures(temperature: Temperature, positions: np.ndarray) -> np.ndarray:
+    """What queries at these positions are multiplied with: float32 [positions, 1]."""
+    grown = 1.0 + temperature.scale * np.log((positions + temperature.offset) // temperature.step + 1.0)
+    return grown.astype(np.float32)[:, None]
+
+
+@lru_cache(maxsize=2)
+def _falling(steepest: float, n_head: int, n_positions: int) -> np.ndarray:
+    """What ALiBi adds to scores by the distance from query to key: float32 [n_head, 2 * n_positions - 1]."""
+    whole = 1 << (n_head.bit_length() - 1)
+    powers = [steepest * (h + 1) / whole if h < whole else steepest / 2 * (2 * (h - whole) + 1) / whole
+              for h in range(n_head)]  # fmt: skip
+    distance = np.abs(np.arange(1 - n_positions, n_positions))
+    falling: np.ndarray = -np.exp2(-np.array(powers))[:, None] * distance
+    return falling.astype(np.float32)
+
+
+def side_by_side(go_on: Callable[[Part, Each], None], continued: Sequence[Part], each: Each) -> None:
+    """Run `go_on` for each part: several side by side, each on one thread; what a single one is made of by `each`."""
+    if len(continued) == 1:
+        go_on(continued[0], each)
+    else:
+        each(lambda i: go_on(continued[i], one_by_one), len(continued))
+
+
+class AttentionRunner(MixerRunner[Attention]):
+    """Keys and values are remembered."""
+
+    @staticmethod
+    def unsupported(mixer: Attention) -> Iterable[str]:
+        """See `MixerRunner`."""
+        if mixer.n_head % mixer.n_head_kv:
+            yield f"{mixer.n_head} heads for {mixer.n_head_kv} of keys and values"
+        if mixer.window is not None and mixer.window < 1:
+            yield f"a window of {mixer.window} positions"
+        if mixer.softcap is not None and not mixer.softcap > 0:
+            yield f"scores capped at {mixer.softcap}"
+        if any(norm is not None and norm.kind is not NormKind.RMS for norm in (mixer.q_norm, mixer.k_norm)):
+            yield "LayerNorms of queries and keys"
+        if mixer.norm_rotated and mixer.norm_whole:
+            yield "norms of whole queries and keys after rotation"
+        if mixer.chunk is not None and mixer.chunk < 1:
+            yield f"chunks of {mixer.chunk} positions"
+        if mixer.chunk is not None and not mixer.causal:
+            yield "chunks of positions where attention is not causal"
+        if mixer.clamp is not None and not mixer.clamp > 0:
+            yield f"queries, keys and values clamped at {mixer.clamp}"
+        if mixer.gated and mixer.q is None:
+            yield "gates of heads in one product with keys and values"
+        if mixer.temperature is not None and not 0 < mixer.temperature.step < 1 << 62:
+            yield f"queries that grow every {mixer.temperature.step} positions"
+        yield from _unsupported_rotation(mixer.rope, mixer.head_k)
+
+    @staticmethod
+    def memory(mixer: Attention, n_ctx: int) -> tuple[tuple[int, ...], ...]:
+        """See `MixerRunner`."""
+        return (mixer.n_head_kv, n_ctx, mixer.head_k), (mixer.n_head_kv, n_ctx, mixer.head_v)
+
+    def load(self) -> None:
+        """See `MixerRunner`."""
+        a, parts = self.mixer, self.parts
+        n_q, n_k, n_v = a.n_head * a.head_k, a.n_head_kv * a.head_k, a.n_head_kv * a.head_v
+        for norm, whole in ((a.q_norm, n_q), (a.k_norm, n_k)):
+            parts.norm(norm, whole if a.norm_whole else a.head_k)
+        self.qkv = parts.product(
+            f"qkv {self.index}",
+            [(a.qkv, n_q + n_k + n_v), (a.q, 2 * n_q if a.gated else n_q), (a.k, n_k), (a.v, n_v)],
+            parts.n_embd,
+        )
+        self.sinks = parts.vector(a.sinks, a.n_head)
+
+    def run(
+        self, x: np.ndarray, span: tuple[int, int], each: Each, at: int, continued: Sequence[Part] | None
+    ) -> np.ndarray:
+        """See `MixerRunner`."""
+        q, k, v, gates = self._queries_keys_values(x, continued, at)
+        first, stop = span
+        mixed = self.mixed(len(x), stop - first, self.mixer.width)
+        if continued is None:
+            for seq in range(len(x)):
+                self._mix(q[seq], k[seq], v[seq], first, 0, mixed[seq], each)
+        else:
+
+            def go_on(part: Part, each: Each) -> None:
+                (keys, values), rows = part.memory, part.rows
+                keys[:, part.positions], values[:, part.positions] = k[0][:, rows], v[0][:, rows]
+                self._mix(q[0][:, rows], keys, values, 0, part.positions.start, mixed[0, rows], each)
+
+            side_by_side(go_on, continued, each)
+        if gates is not None:
+            for seq in range(len(x)):
+                forward_kernels.multiply_sigmoid(mixed[seq], gates[seq, first:stop])
+        return mixed.reshape(-1, self.mixer.width)
+
+    def _mix(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, past: int, out: np.ndarray, each: Each
+    ) -> None:
+        """What the queries from `first` on of one sequence see: into `out` [queries, heads * head size].
+
+        `q` is [groups, queries, heads of a group, head size], its first query at position `past`; `k` and `v` are
+        [groups, positions, head size], from position 0 on. `each` runs the groups.
+        """
+        attention = self.mixer
+        (_, _, heads, head_k), head_v, stop = q.shape, attention.head_v, past + first + len(out)
+        if attention.causal:
+            reach = min(stop, attention.window or stop), 0, attention.chunk or 0
+        else:
+            stop = k.shape[1]
+            half = stop if attention.window is None else attention.window // 2
+            reach = half + 1, half, 0
+        cap, sinks = np.float32(attention.softcap or 0.0), self.sinks
+        distances = None if attention.alibi is None else _falling(attention.alibi, attention.n_head, k.shape[1])
+
+        def mix_group(group: int) -> None:
+            scratch = self.parts.take("attention", forward_kernels.attention_scratch(stop, head_k, head_v))
+            column = group * heads * head_v
+            mine = slice(group * heads, (group + 1) * heads)
+            far = _NO_DISTANCES if distances is None else distances[mine]
+            forward_kernels.attention(
+                q[group], k[group], v[group], first, past, reach, cap, sinks[mine], far, scratch, out, column
+            )
+
+        each(mix_group, len(q))
+
+    def _queries_keys_values(
+        self, x: np.ndarray, continued: Sequence[Part] | None, at: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        """The heads of `x` [n_seq, n_ctx, n_embd], normalised and rotated, and the gates, where there are any.
+
+        Queries are [n_seq, groups, n_ctx, heads of a group, head size], keys and values [n_seq, groups, n_ctx, head
+        size], gates [n_seq, n_ctx, heads * head size]. The first row of `x` is row `at` of the batch.
+        """
+        attention, parts = self.mixer, self.parts
+        n_seq, n_ctx, n_embd = x.shape
+        groups, head_k, head_v = attention.n_head_kv, attention.head_k, attention.head_v
+        heads = attention.n_head // groups
+        n_q, n_k = attention.n_head * head_k, groups * head_k
+        neighbours = attention.rope is not None and attention.rope.style is RopeStyle.NORMAL
+        tables, one, scale = self.tables(attention.rope), np.float32(1.0), np.float32(attention.scale)
+        still = np.ascontiguousarray(tables[0][:, :0])
+        take = parts.take
+        q, k = take("q", n_seq, groups, n_ctx, heads, head_k), take("k", n_seq, groups, n_ctx, 1, head_k)
+        v = take("v", n_seq, groups, n_ctx, 1, head_v)
+        gates = take("gates", n_seq, n_ctx, n_q) if attention.gated else None
+        positions = np.arange(n_ctx)
+        if continued is not None:
+            positions = np.concatenate([np.arange(part.positions.start, part.positions.stop) for part in continued])
+        for start, normed in self.normed_blocks(x.reshape(-1, n_embd)):
+            n = len(normed)
+            qkv = parts.multiply(normed, self.qkv, take("qkv", n, len(self.qkv.matrix)), at + start)
+            if gates is not None:
+                qkv = self._ungated(qkv, gates.reshape(-1, n_q)[start : start + n])
+            if attention.clamp is not None:
+                np.clip(qkv, -np.float32(attention.clamp), np.float32(attention.clamp), out=qkv)
+            for norm, first, size in ((attention.q_norm, 0, n_q), (attention.k_norm, n_q, n_k)):
+                if norm is not None and not attention.norm_rotated:
+                    weight = parts.norm_weight(norm)
+                    forward_kernels.rms_norm_columns(qkv, first, size // weight.size, weight, norm.eps)
+            if attention.temperature is not None:
+                of_rows = positions[np.arange(start, start + n) % n_ctx]
+                qkv[:, :n_q] *= temperatures(attention.temperature, of_rows)
+            for seq, position, done, count in positioned(start, n, [n_ctx] * n_seq):
+                part = qkv[done : done + count]
+                factor = one if attention.norm_rotated and attention.q_norm else scale
+                forward_kernels.split_heads(part, 0, *tables, position, neighbours, factor, q[seq])
+                forward_kernels.split_heads(part, n_q, *tables, position, neighbours, one, k[seq])
+                forward_kernels.split_heads(part, n_q + n_k, still, still, position, neighbours, one, v[seq])
+        if attention.norm_rotated:
+            for norm, heads_of, factor in ((attention.q_norm, q, scale), (attention.k_norm, k, one)):
+                if norm is not None:
+                    head_rows, weight = heads_of.reshape(-1, head_k), parts.norm_weight(norm)
+                    forward_kernels.rms_norm(head_rows, weight * factor, norm.eps, head_rows)
+        return q, k[..., 0, :], v[..., 0, :], gates
+
+    def _ungated(self, qkv: np.ndarray, gates: np.ndarray) -> np.ndarray:
+        """The rows of `qkv` without the gates that follow each query, which go into `gates`."""
+        a = self.mixer
+        n, n_q = gates.shape
+        pairs = qkv[:, : 2 * n_q].reshape(n, a.n_head, 2, a.head_k)
+        gates[:] = pairs[:, :, 1].reshape(n, n_q)
+        plain = self.parts.take("ungated", n, qkv.shape[1] - n_q)
+        plain[:, :n_q] = pairs[:, :, 0].reshape(n, n_q)
+        plain[:, n_q:] = qkv[:, 2 * n_q :]
+        return plain
+
+
+class LatentRunner(MixerRunner[LatentAttention]):
+    """Queries are taken to the latents, which are all that is remembered: keys with their rotated part, and values.
+
+    All heads see the same ones, so `k_up` and `v_up` are applied to queries and to results, never to what is
+    remembered (the absorbed form of the DeepSeek-V2 paper).
+    """
+
+    @staticmethod
+    def unsupported(mixer: LatentAttention) -> Iterable[str]:
+        """See `MixerRunner`."""
+        if any(norm is not None and norm.kind is not NormKind.RMS for norm in (mixer.q_norm, mixer.kv_norm)):
+            yield "LayerNorms of latents"
+        if mixer.rope.n_dims < 2:
+            yield f"latent attention with {mixer.rope.n_dims} rotated dimensions"
+        yield from _unsupported_rotation(mixer.rope, mixer.rope.n_dims)
+
+    @staticmethod
+    def memory(mixer: LatentAttention, n_ctx: int) -> tuple[tuple[int, ...], ...]:
+        """See `MixerRunner`."""
+        return (n_ctx, mixer.n_latent + mixer.rope.n_dims), (n_ctx, mixer.n_latent)
+
+    def load(self) -> None:
+        """See `MixerRunner`."""
+        a, parts, i = self.mixer, self.parts, self.index
+        parts.norm(a.kv_norm, a.n_latent)
+        down = [(a.q, a.n_queries), (a.q_down, a.n_latent_q), (a.kv_down, a.n_latent + a.rope.n_dims)]
+        self._down = parts.product(f"down {i}", down, parts.n_embd)
+        if a.q_up is not None:
+            parts.norm(a.q_norm, a.n_latent_q)
+            self._q_up = parts.product(f"q up {i}", [(a.q_up, a.n_queries)], a.n_latent_q)
+        heads = a.n_head
+        self._k_up = parts.weights.matrix(f"k up {i}", [(a.k_up, heads * a.n_latent)], a.head_k)
+        self._v_up = parts.weights.matrix(f"v up {i}", [(a.v_up, heads * a.head_v)], a.n_latent)
+
+    def run(
+        self, x: np.ndarray, span: tuple[int, int], each: Each, at: int, continued: Sequence[Part] | None
+    ) -> np.ndarray:
+        """See `MixerRunner`."""
+        a, n_ctx = self.mixer, x.shape[1]
+        q, keys, values = self._queries_and_latents(x, at)
+        first, stop = span
+        mixed = self.mixed(len(x), stop - first, a.width)
+        if continued is None:
+            for seq in range(len(x)):
+                row = at + seq * n_ctx + first
+                self._attend(q[seq, first:stop], keys[seq], values[seq], first, mixed[seq], each, row)
+            return mixed.reshape(-1, a.width)
+
+        def go_on(part: Part, each: Each) -> None:
+            rows, (held, held_values) = part.rows, part.memory
+            held[part.positions], held_values[part.positions] = keys[0, rows], values[0, rows]
+            self._attend(q[0, rows], held, held_values, part.positions.start, mixed[0, rows], each, at + rows.start)
+
+        side_by_side(go_on, continued, each)
+        return mixed.reshape(-1, a.width)
+
+    def _queries_and_latents(self, x: np.ndarray, at: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of `x` [n_seq, n_ctx, n_embd]: queries, their last part rotated; latents and rotated keys; latents alone.
+
+        They are [n_seq, n_ctx, heads, head_k + rotated], [n_seq, n_ctx, n_latent + rotated], [n_seq, n_ctx, n_latent].
+        """
+        a, parts = self.mixer, self.parts
+        n_seq, n_ctx, n_embd = x.shape
+        rotated, take = a.rope.n_dims, parts.take
+        size, width = a.head_k + rotated, a.n_latent + rotated
+        cosines, sines = self.tables(a.rope)
+        neighbours = a.rope.style is RopeStyle.NORMAL
+        q, keys = take("q", n_seq, n_ctx, a.n_head, size), take("k", n_seq, n_ctx, width)
+        values = take("v", n_seq, n_ctx, a.n_latent)
+        for start, normed in self.normed_blocks(x.reshape(-1, n_embd)):
+            n = len(normed)
+            down = parts.multiply(normed, self._down, take("qkv", n, len(self._down.matrix)), at + start)
+            kv, queries = down[:, -width:], down[:, :-width]
+            if a.q_up is not None:
+                latent = take("latent", n, a.n_latent_q)
+                latent[:] = queries
+                parts.normed(a.q_norm, latent, latent)
+                queries = parts.multiply(latent, self._q_up, take("queries", n, a.n_queries), at + start)
+            rows = slice(start, start + n)
+            latents = values.reshape(-1, a.n_latent)[rows]
+            latents[:] = kv[:, : a.n_latent]
+            parts.normed(a.kv_norm, latents, latents)
+            keys.reshape(-1, width)[rows, : a.n_latent] = latents
+            heads = q.reshape(-1, a.n_head, size)[rows]
+            heads[:] = queries.reshape(n, a.n_head, size)
+            positions = np.arange(start, start + n) % n_ctx
+            c, s = cosines[positions, None], sines[positions, None]
+            _rotate(heads[:, :, a.head_k :], c, s, neighbours)
+            turned = keys.reshape(-1, 1, width)[rows, :, a.n_latent :]
+            turned[:, 0] = kv[:, a.n_latent :]
+            _rotate(turned, c, s, neighbours)
+        return q, keys, values
+
+    def _attend(
+        self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, position: int, out: np.ndarray, each: Each, at: int
+    ) -> None:
+        """What the queries `q` [queries, heads, head_k + rotated] from `position` on see: into `out` [queries, width].
+
+        `keys` and `values` are those from position 0 on. The first query is row `at` of the batch.
+        """
+        a = self.mixer
+        step = max(1, _MOST_QUERIES // (a.n_head * (a.n_latent + a.rope.n_dims)))
+        for start in range(0, len(q), step):
+            some = slice(start, min(start + step, len(q)))
+            self._attend_some(q[some], keys, values, position + start, out[some], each, at + start)
+
+    def _attend_some(
+        self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, position: int, out: np.ndarray, each: Each, at: int
+    ) -> None:
+        a, parts, scale = self.mixer, self.parts, np.float32(self.mixer.scale)
+        n, width = len(q), keys.shape[1]
+        together = max(size for size in range(1, min(_HEADS, a.n_head) + 1) if a.n_head % size == 0)
+        groups = a.n_head // together
+        absorbed = parts.take("absorbed", groups, n, together, width)
+        for head in range(a.n_head):
+            own, part = q[:, head, : a.head_k], absorbed[head // together, :, head % together]
+            parts.observe((a.k_up,), own, at, head)
+            up = self._k_up[head * a.n_latent : (head + 1) * a.n_latent]
+            np.matmul(own, up.T, out=part[:, : a.n_latent])
+            part[:, a.n_latent :] = q[:, head, a.head_k :]
+        absorbed *= scale
+        stop = position + n
+        reach = stop, 0, 0
+        latents = parts.take("latents", n, a.n_head * a.n_latent)
+
+        def mix_group(group: int) -> None:
+            scratch = parts.take("attention", forward_kernels.attention_scratch(stop, width, a.n_latent))
+            forward_kernels.attention(
+                absorbed[group], keys, values, 0, position, reach, np.float32(0.0), _NO_BIAS, _NO_DISTANCES, scratch,
+                latents, group * together * a.n_latent,
+            )  # fmt: skip
+
+        each(mix_group, groups)
+        for head in range(a.n_head):
+            own = latents[:, head * a.n_latent : (head + 1) * a.n_latent]
+            parts.observe((a.v_up,), own, at, head)
+            up = self._v_up[head * a.head_v : (head + 1) * a.head_v]
+            np.matmul(own, up.T, out=out[:, head * a.head_v : (head + 1) * a.head_v])
+
+
+def _rotate(x: np.ndarray, c: np.ndarray, s: np.ndarray, neighbours: bool) -> None:
+    """Rotate the rows of `x` [rows, heads, dimensions] in place; cosines and sines are [rows, 1, dimensions / 2]."""
+    half = x.shape[2] // 2
+    a, b = (x[..., 0::2], x[..., 1::2]) if neighbours else (x[..., :half], x[..., half:])
+    turned = a * c - b * s
+    b[:] = a * s + b * c
+    a[:] = turned
+
+
+def _unsupported_rotation(rope: Rope | None, size: int) -> Iterable[str]:
+    """What of a rotary embedding of heads of `size` numbers cannot be."""
+    if rope is None:
+        return
+    if not (0 <= rope.n_dims <= size and rope.n_dims % 2 == 0):
+        yield f"{rope.n_dims} rotated dimensions in heads of {size}"
+    if not rope.freq_base > 0:
+        yield f"a rotary base of {rope.freq_base}"
+    yarn = rope.yarn
+    if yarn is not None and not (rope.freq_base > 1 and min(yarn.beta_fast, yarn.beta_slow) > 0):
+        yield f"YaRN with a rotary base of {rope.freq_base}, from {yarn.beta_slow} to {yarn.beta_fast} rotations"

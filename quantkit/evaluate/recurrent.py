@@ -1,0 +1,329 @@
+"""Mixers that read a text in order and carry a state along: short convolutions, gated delta nets, state spaces.
+
+Their work is cut by rows as that of all layers is; the state goes from one block of rows to the next.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from quantkit.architectures.forward import Convolution, DeltaNet, Mamba, Mamba2, Mixer, NormKind, ShortConvolution
+from quantkit.evaluate import forward_kernels, recurrent_kernels
+from quantkit.evaluate.mixers import Memory, MixerRunner, Part, positioned
+from quantkit.evaluate.parts import Parts, Product
+from quantkit.evaluate.threads import Each, one_by_one
+
+R = TypeVar("R", bound=Mixer)
+# So few rows go through a recurrence on one thread.
+_FEW_ROWS = 16
+# Channels of a state space that go through a text together.
+_CHANNELS = 512
+
+
+class RecurrentRunner(MixerRunner[R]):
+    """What recurrent mixers share. `project` is the first product of each row."""
+
+    project: Product
+
+    @abstractmethod
+    def step(self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int) -> None:
+        """Read `rows` [n, columns of `project`], which follow what `state` holds, and change it: into `out` [n, width].
+
+        The first row is row `at` of the batch.
+        """
+
+    def run(
+        self, x: np.ndarray, span: tuple[int, int], each: Each, at: int, continued: Sequence[Part] | None
+    ) -> np.ndarray:
+        """See `MixerRunner`."""
+        n_seq, n_ctx, _ = x.shape
+        width, take = self.mixer.width, self.parts.take
+        first, stop = span
+        mixed = self.mixed(n_seq, stop - first, width)
+        if continued is None:
+            lengths = [n_ctx] * n_seq
+            shapes = self.memory(self.mixer, n_ctx)
+            states = [tuple(take(f"state {self.index} {i}", *shape) for i, shape in enumerate(shapes))] * n_seq
+        else:
+            lengths = [part.rows.stop - part.rows.start for part in continued]
+            states = [part.memory for part in continued]
+        for start, normed in self.normed_blocks(x.reshape(-1, x.shape[2])):
+            n = len(normed)
+            rows = self.parts.multiply(normed, self.project, take("projected", n, len(self.project.matrix)), at + start)
+            for seq, begin, done, count in positioned(start, n, lengths):
+                if continued is None and begin == 0:
+                    for part in states[seq]:
+                        part[:] = 0
+                out = take("stepped", count, width)
+                # A few rows are over before threads have met.
+                within = each if count >= _FEW_ROWS else one_by_one
+                self.step(rows[done : done + count], states[seq], out, within, at + start + done)
+                where = (seq, begin) if continued is None else (0, start + done)
+                wanted = slice(max(first, where[1]), min(stop, where[1] + count))
+                if wanted.start < wanted.stop:
+                    mixed[where[0], wanted.start - first : wanted.stop - first] = out[
+                        wanted.start - where[1] : wanted.stop - where[1]
+                    ]
+        return mixed.reshape(-1, width)
+
+
+class Taps:
+    """A causal convolution of each channel, its weights decoded."""
+
+    def __init__(self, convolution: Convolution, role: str, parts: Parts) -> None:
+        self._convolution = convolution
+        matrix = parts.weights.matrix(role, [(convolution.kernel, convolution.n_channels)], convolution.size)
+        self._taps = np.ascontiguousarray(matrix.T)
+        self._bias = (
+            np.zeros(convolution.n_channels, np.float32)
+            if convolution.bias is None
+            else parts.weights.vector(convolution.bias, convolution.n_channels)
+        )
+
+    @staticmethod
+    def memory(convolution: Convolution) -> tuple[int, int]:
+        """The shape of the rows before, which are remembered."""
+        return convolution.size - 1, convolution.n_channels
+
+    def __call__(self, x: np.ndarray, before: np.ndarray, out: np.ndarray) -> None:
+        """Convolve the rows of `x` [n, channels], which follow those of `before`, into `out`; `before` moves on."""
+        recurrent_kernels.convolve(x, before, self._taps, self._bias, self._convolution.silu, out)
+        kept = len(before)
+        if len(x) >= kept:
+            before[:] = x[len(x) - kept :]
+        else:
+            before[: kept - len(x)] = before[len(x) :].copy()
+            before[kept - len(x) :] = x
+
+
+class ShortConvolutionRunner(RecurrentRunner[ShortConvolution]):
+    """The last products of the first two parts are remembered."""
+
+    @staticmethod
+    def unsupported(mixer: ShortConvolution) -> Iterable[str]:
+        """See `MixerRunner`."""
+        yield from ()
+
+    @staticmethod
+    def memory(mixer: ShortConvolution, n_ctx: int) -> tuple[tuple[int, ...], ...]:
+        """See `MixerRunner`."""
+        return (Taps.memory(mixer.convolution),)
+
+    def load(self) -> None:
+        """See `MixerRunner`."""
+        self.project = self.parts.product(
+            f"project {self.index}", [(self.mixer.project, 3 * self.mixer.width)], self.parts.n_embd
+        )
+        self._taps = Taps(self.mixer.convolution, f"taps {self.index}", self.parts)
+
+    def step(self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int) -> None:
+        """See `RecurrentRunner`."""
+        n, width = out.shape
+        gated = self.parts.take("gated", n, width)
+        np.multiply(rows[:, :width], rows[:, 2 * width :], out=gated)
+        self._taps(gated, state[0], out)
+        out *= rows[:, width : 2 * width]
+
+
+def _softplus(x: np.ndarray) -> np.ndarray:
+    """ln(1 + e^x)."""
+    result: np.ndarray = np.logaddexp(np.float32(0.0), x)
+    return result
+
+
+class DeltaNetRunner(RecurrentRunner[DeltaNet]):
+    """The rows before that the convolution reads are remembered, and each head's matrix."""
+
+    @staticmethod
+    def unsupported(mixer: DeltaNet) -> Iterable[str]:
+        """See `MixerRunner`."""
+        if mixer.n_head % mixer.n_head_k:
+            yield f"{mixer.n_head} heads of values for {mixer.n_head_k} of keys"
+        if mixer.norm.kind is not NormKind.RMS:
+            yield "LayerNorms of the results of a delta net"
+
+    @staticmethod
+    def memory(mixer: DeltaNet, n_ctx: int) -> tuple[tuple[int, ...], ...]:
+        """See `MixerRunner`."""
+        return Taps.memory(mixer.convolution), (mixer.n_head, mixer.head_k, mixer.head_v)
+
+    def load(self) -> None:
+        """See `MixerRunner`."""
+        d, parts, i = self.mixer, self.parts, self.index
+        self.project = parts.product(
+            f"project {i}",
+            [
+                (d.qkv, 2 * d.n_keys + d.width),
+                (d.gate, d.width),
+                (d.beta, d.n_head),
+                (d.alpha, d.n_head),
+                (d.beta_alpha, 2 * d.n_head),
+            ],
+            parts.n_embd,
+        )
+        self._taps = Taps(d.convolution, f"taps {i}", parts)
+        self._bias, self._decay = parts.vector(d.dt_bias, d.n_head), parts.vector(d.decay, d.n_head)
+        parts.norm(d.norm, d.head_v)
+
+    def _rates(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What each head forgets and learns, float32 [n, heads] each, of what the products made of `rows`."""
+        d, n = self.mixer, len(rows)
+        shared = d.n_head // d.n_head_k
+        if d.beta_alpha is None:
+            beta, alpha = rows[:, : d.n_head], rows[:, d.n_head :]
+        else:
+            both = rows.reshape(n, d.n_head_k, 2, shared)
+            beta, alpha = both[:, :, 0].reshape(n, -1), both[:, :, 1].reshape(n, -1)
+        decay = np.exp(_softplus(alpha + self._bias) * self._decay)
+        return decay, np.float32(1.0) / (np.float32(1.0) + np.exp(-beta))
+
+    def step(self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int) -> None:
+        """See `RecurrentRunner`."""
+        d, take, n = self.mixer, self.parts.take, len(rows)
+        n_channels = 2 * d.n_keys + d.width
+        plain, mixed = take("plain", n, n_channels), take("convolved", n, n_channels)
+        plain[:] = rows[:, :n_channels]
+        self._taps(plain, state[0], mixed)
+        # Divided by the root of the mean square, and then by that of the size, which is by the length.
+        length = np.full(d.head_k, 1.0 / math.sqrt(d.head_k), np.float32)
+        for first, weight in ((0, length * length[0]), (d.n_keys, length)):
+            forward_kernels.rms_norm_columns(mixed, first, d.n_head_k, weight, d.eps / d.head_k)
+        decay, share = self._rates(rows[:, n_channels + d.width :])
+        shared = d.n_head // d.n_head_k
+
+        def read(head: int) -> None:
+            keys = (head % d.n_head_k if d.tiled else head // shared) * d.head_k
+            places = keys, d.n_keys + keys, 2 * d.n_keys + head * d.head_v
+            scratch = take("tile", (d.head_k + 2) * recurrent_kernels.TILE)
+            recurrent_kernels.recur(
+                mixed, places, decay, share, head, True, state[1][head], scratch, out, head * d.head_v
+            )
+
+        each(read, d.n_head)
+        forward_kernels.rms_norm_columns(out, 0, d.n_head, self.parts.norm_weight(d.norm), d.norm.eps)
+        gate = take("gate", n, d.width)
+        gate[:] = rows[:, n_channels : n_channels + d.width]
+        recurrent_kernels.multiply_silu(out, gate)
+
+
+class MambaRunner(RecurrentRunner[Mamba]):
+    """The rows before that the convolution reads are remembered, and the state of each channel."""
+
+    @staticmethod
+    def unsupported(mixer: Mamba) -> Iterable[str]:
+        """See `MixerRunner`."""
+        norms = (mixer.step_norm, mixer.b_norm, mixer.c_norm)
+        if any(norm is not None and norm.kind is not NormKind.RMS for norm in norms):
+            yield "LayerNorms within a state space"
+
+    @staticmethod
+    def memory(mixer: Mamba, n_ctx: int) -> tuple[tuple[int, ...], ...]:
+        """See `MixerRunner`."""
+        return Taps.memory(mixer.convolution), (mixer.n_state, mixer.n_channels)
+
+    def load(self) -> None:
+        """See `MixerRunner`."""
+        m, parts, i = self.mixer, self.parts, self.index
+        self.project = parts.product(f"project {i}", [(m.project, 2 * m.n_channels)], parts.n_embd)
+        self._taps = Taps(m.convolution, f"taps {i}", parts)
+        self._select = parts.product(f"select {i}", [(m.select, m.n_step + 2 * m.n_state)], m.n_channels)
+        self._step = parts.product(f"step {i}", [(m.step, m.n_channels)], m.n_step)
+        decay = parts.weights.matrix(f"decay {i}", [(m.decay, m.n_channels)], m.n_state)
+        self._decay = np.ascontiguousarray(decay.T)
+        self._skip = parts.vector(m.skip, m.n_channels)
+        for norm, size in ((m.step_norm, m.n_step), (m.b_norm, m.n_state), (m.c_norm, m.n_state)):
+            parts.norm(norm, size)
+
+    def step(self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int) -> None:
+        """See `RecurrentRunner`."""
+        m, parts, take, n = self.mixer, self.parts, self.parts.take, len(rows)
+        plain, x = take("plain", n, m.n_channels), take("convolved", n, m.n_channels)
+        plain[:] = rows[:, : m.n_channels]
+        self._taps(plain, state[0], x)
+        chosen = parts.multiply(x, self._select, take("selected", n, m.n_step + 2 * m.n_state), at)
+        pieces, first = [], 0
+        for norm, size in ((m.step_norm, m.n_step), (m.b_norm, m.n_state), (m.c_norm, m.n_state)):
+            piece = take(f"selected {first}", n, size)
+            piece[:] = chosen[:, first : first + size]
+            pieces.append(parts.normed(norm, piece, piece))
+            first += size
+        low, b, c = pieces
+        steps = parts.multiply(low, self._step, take("steps", n, m.n_channels), at)
+        steps[:] = _softplus(steps)
+
+        def read(part: int) -> None:
+            span = part * _CHANNELS, min((part + 1) * _CHANNELS, m.n_channels)
+            recurrent_kernels.select(x, steps, self._decay, b, c, span, state[1], out)
+
+        each(read, -(-m.n_channels // _CHANNELS))
+        x *= self._skip
+        out += x
+        gate = take("gate", n, m.n_channels)
+        gate[:] = rows[:, m.n_channels :]
+        recurrent_kernels.multiply_silu(out, gate)
+
+
+class Mamba2Runner(RecurrentRunner[Mamba2]):
+    """The rows before that the convolution reads are remembered, and each head's matrix."""
+
+    @staticmethod
+    def unsupported(mixer: Mamba2) -> Iterable[str]:
+        """See `MixerRunner`."""
+        if mixer.n_head % mixer.n_groups:
+            yield f"{mixer.n_head} heads of a state space in {mixer.n_groups} groups"
+        if mixer.norm is not None and mixer.norm.kind is not NormKind.RMS:
+            yield "LayerNorms of the results of a state space"
+
+    @staticmethod
+    def memory(mixer: Mamba2, n_ctx: int) -> tuple[tuple[int, ...], ...]:
+        """See `MixerRunner`."""
+        return Taps.memory(mixer.convolution), (mixer.n_head, mixer.n_state, mixer.head)
+
+    def load(self) -> None:
+        """See `MixerRunner`."""
+        m, parts, i = self.mixer, self.parts, self.index
+        weights = parts.weights
+        (_, n_out) = m.shapes(parts.n_embd)[m.project.weight]
+        self.project = parts.product(f"project {i}", [(m.project, n_out)], parts.n_embd)
+        self._taps = Taps(m.convolution, f"taps {i}", parts)
+        self._bias = parts.vector(m.dt_bias, m.n_head)
+        self._decay = weights.matrix(f"decay {i}", [(m.decay, m.n_head)], 1)[:, 0]
+        self._skip = weights.matrix(f"skip {i}", [(m.skip, m.n_head)], 1)
+        self._group = m.width // m.n_groups
+        if m.norm is not None and m.norm.weight is not None:
+            self._norm = weights.matrix(f"norm {i}", [(m.norm.weight, m.n_groups)], self._group).reshape(-1)
+
+    def step(self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int) -> None:
+        """See `RecurrentRunner`."""
+        m, take, n, width = self.mixer, self.parts.take, len(rows), self.mixer.width
+        n_channels, n_keys = m.convolution.n_channels, m.n_groups * m.n_state
+        plain, mixed = take("plain", n, n_channels), take("convolved", n, n_channels)
+        plain[:] = rows[:, width : width + n_channels]
+        self._taps(plain, state[0], mixed)
+        share = _softplus(rows[:, width + n_channels :] + self._bias)
+        decay = np.exp(share * self._decay)
+
+        def read(head: int) -> None:
+            keys = width + head // (m.n_head // m.n_groups) * m.n_state
+            scratch = take("tile", (m.n_state + 2) * recurrent_kernels.TILE)
+            recurrent_kernels.recur(
+                mixed, (keys + n_keys, keys, head * m.head), decay, share, head, False, state[1][head], scratch, out,
+                head * m.head,
+            )  # fmt: skip
+
+        each(read, m.n_head)
+        heads = (n, m.n_head, m.head)
+        out.reshape(heads)[:] += mixed[:, :width].reshape(heads) * self._skip
+        gate = take("gate", n, width)
+        gate[:] = rows[:, :width]
+        recurrent_kernels.multiply_silu(out, gate)
+        if m.norm is not None:
+            even = np.ones(self._group, np.float32)
+            forward_kernels.rms_norm_columns(out, 0, m.n_groups, even, m.norm.eps)
+            if m.norm.weight is not None:
+                out *= self._norm
