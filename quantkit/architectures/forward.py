@@ -163,9 +163,9 @@ class Attention(Mixer):
     c * tanh(s / c). `q_norm` and `k_norm` run over each head before it is rotated, or after it with `norm_rotated`, and
     with `norm_whole` over all heads together. Queries, keys and values are clamped to `clamp` in magnitude. With
     `alibi`, scores fall by the distance from query to key, for each head with a slope of its own (ALiBi, Press et al.
-    2022): the last slope of as many heads as the largest power of two among theirs is 2 to the power of minus `alibi`. With
-    `gated` the product `q` makes a query and then a gate of each head, and what the head sees is multiplied with the
-    gate's sigmoid.
+    2022): the last slope of as many heads as the largest power of two among theirs is 2 to the power of minus `alibi`.
+    With `gated` the product `q` makes a query and then a gate of each head, and what the head sees is multiplied with
+    the gate's sigmoid.
     """
 
     n_head: int

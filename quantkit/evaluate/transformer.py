@@ -75,7 +75,7 @@ def refuse_unsupported(spec: ForwardSpec, label: str) -> None:
         for mixer in layer.mixers:
             if min(mixer.sizes) < 1 or max(mixer.sizes) > MAX_HEAD:
                 listed = ", ".join(map(str, mixer.sizes))
-                raise QuantkitError(f"{label}: impossible sizes of a {type(mixer).__name__}: {listed}")
+                raise QuantkitError(f"{label}: impossible sizes of {type(mixer).__name__}: {listed}")
         if layer.feed_forward is not None and layer.feed_forward.n_ff < 1:
             raise QuantkitError(f"{label}: impossible sizes: {layer.feed_forward.n_ff} in the feed-forward block")
         for what in unsupported(layer):
