@@ -204,6 +204,7 @@ class OutputFile:
         self.temporary = (kept_in or path.parent) / own
         self.written = 0
         self.sealed = False
+        self._replaced = False  # whether its name was another file's
         self._end = 0
         self._alone = False
         self._unsynced = 0
@@ -333,6 +334,7 @@ class OutputFile:
         """Give the sealed file its name. Raises QuantkitError when the name is taken."""
         with _told(self.path):
             if self.group.force:
+                self._replaced = os.path.lexists(self.path)
                 self.temporary.replace(self.path)
             else:
                 _rename_to_free_name(self.temporary, self.path)
@@ -349,7 +351,7 @@ class OutputFile:
         if self.temporary in _temporaries:
             self.temporary.unlink(missing_ok=True)
             _temporaries.discard(self.temporary)
-        if self._identity is not None and not self.group.force:
+        if self._identity is not None and not self._replaced:
             with suppress(OSError):
                 status = self.path.lstat()
                 if (status.st_dev, status.st_ino) == self._identity:

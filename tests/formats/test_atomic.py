@@ -148,6 +148,23 @@ def test_all_files_of_a_group_or_none(tmp_path: Path) -> None:
         group.add(tmp_path / "new" / ".." / "x")
 
 
+def test_of_a_group_that_replaces_only_replaced_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a name cannot be given, those that were free before are free again; what was replaced cannot come back."""
+    (tmp_path / "old").write_text("before")
+    replace = Path.replace
+
+    def refused(self: Path, target: Path) -> Path:
+        if target.name == "third":
+            raise PermissionError(13, "no")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refused)
+    with pytest.raises(QuantkitError), OutputGroup(force=True) as group:
+        for name in ("old", "new", "third"):
+            group.add(tmp_path / name).write(b"after")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"old": "after"}
+
+
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
 def test_a_name_taken_at_the_last_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
     """Between the last look and the renaming: the system itself refuses."""
