@@ -184,9 +184,7 @@ class AdapterSource(CheckpointSource):
         """Everything that a GGUF file of this adapter holds before its tensors, in the reference converter's order."""
         import gguf
 
-        writer = gguf.GGUFWriter(path=None, arch=self.architecture.gguf_name)
-        for info in self._tensors.values():
-            writer.add_tensor_info(info.name, info.shape[::-1], np.dtype(np.float32), info.nbytes)
+        writer = self._new_writer()
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         self._write_general(writer)
@@ -196,7 +194,7 @@ class AdapterSource(CheckpointSource):
             key = gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS
             writer.add_key_value(key, self.invocation, kinds.ARRAY, kinds.UINT32)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        return Metadata((key, self._encode(key, value)) for key, value in writer.kv_data[0].items())
+        return self._metadata_of(writer)
 
 
 def open_adapter(

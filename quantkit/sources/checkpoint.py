@@ -256,6 +256,19 @@ class CheckpointSource:
         """The tensors by GGUF name, in file order."""
         return self._tensors
 
+    def _new_writer(self) -> gguf.GGUFWriter:
+        """A writer of the gguf package that knows the tensors, which it counts the parameters by."""
+        import gguf
+
+        writer = gguf.GGUFWriter(path=None, arch=self.architecture.gguf_name)
+        for info in self._tensors.values():
+            writer.add_tensor_info(info.name, info.shape[::-1], np.dtype(np.float32), info.nbytes)
+        return writer
+
+    def _metadata_of(self, writer: gguf.GGUFWriter) -> Metadata:
+        """What was added to `writer`, in that order."""
+        return Metadata((key, self._encode(key, value)) for key, value in writer.kv_data[0].items())
+
     @cached_property
     def metadata(self) -> Metadata:
         """Everything that a GGUF file of this model holds before its tensors, in the reference converter's order.
@@ -267,9 +280,7 @@ class CheckpointSource:
         from quantkit.vocabulary import write_vocabulary
 
         arch = self.architecture
-        writer = gguf.GGUFWriter(path=None, arch=arch.gguf_name)
-        for info in self._tensors.values():
-            writer.add_tensor_info(info.name, info.shape[::-1], np.dtype(np.float32), info.nbytes)
+        writer = self._new_writer()
         arch.write_numbers(writer, self._checkpoint.tensors, self._number)
         arch.write_first(writer)
         writer.add_type(gguf.GGUFType.MODEL)
@@ -281,7 +292,7 @@ class CheckpointSource:
             self.directory, arch.config.values, writer,
             style=arch.vocabulary, pre=self._pre, usual_pre=arch.usual_pre, special=arch.special_tokens,
         )  # fmt: skip
-        return Metadata((key, self._encode(key, value)) for key, value in writer.kv_data[0].items())
+        return self._metadata_of(writer)
 
     def _check_vocabulary_size(self) -> None:
         """Check config.json's vocab_size against the embedding, before a list of that length is made."""

@@ -6,8 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from quantkit.architectures.projectors import Projector, load_projector
 from quantkit.blocks.types import GGMLType
 from quantkit.formats.gguf import Metadata
@@ -58,11 +56,9 @@ class ProjectorSource(CheckpointSource):
         """Everything that an mmproj file holds before its tensors, in the reference converter's order."""
         import gguf
 
-        writer = gguf.GGUFWriter(path=None, arch=self.architecture.gguf_name)
-        for info in self._tensors.values():
-            writer.add_tensor_info(info.name, info.shape[::-1], np.dtype(np.float32), info.nbytes)
+        writer = self._new_writer()
         writer.add_type(gguf.GGUFType.MMPROJ)
         self._write_general(writer)
         self.architecture.write_parameters(writer, FILE_TYPES[self.type])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        return Metadata((key, self._encode(key, value)) for key, value in writer.kv_data[0].items())
+        return self._metadata_of(writer)
