@@ -161,6 +161,61 @@ PROJECTORS: dict[str, dict[str, Any]] = {
         embedding="model.embed_tokens.weight",
         tokenizer_config=_BREAK,
     ),
+    "tiny-eye-llama4": _recipe(
+        {
+            "architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4",
+            "text_config": {"model_type": "llama4_text", "hidden_size": _TEXT},
+            "vision_config": {**_SIGLIP, "model_type": "llama4_vision_model", "num_hidden_layers": 3},
+        },
+        {
+            "multi_modal_projector.linear_1.weight": f"{_TEXT} 128",
+            "vision_model.class_embedding": "64",
+            **_norm("vision_model.layernorm_pre"),
+            **_norm("vision_model.layernorm_post"),
+            **_norm("vision_model.model.layers.{0-2}.input_layernorm"),
+            **_norm("vision_model.model.layers.{0-2}.post_attention_layernorm"),
+            **_linear("vision_model.model.layers.{0-2}.mlp.fc1", _WIDE, _WIDTH),
+            **_linear("vision_model.model.layers.{0-2}.mlp.fc2", _WIDTH, _WIDE),
+            **{
+                k: v
+                for part in "kovq"
+                for k, v in _linear(f"vision_model.model.layers.{{0-2}}.self_attn.{part}_proj", 64, 64).items()
+            },
+            "vision_model.patch_embedding.linear.weight": "64 192",
+            "vision_model.positional_embedding_vlm": "17 64",
+            "vision_model.vision_adapter.mlp.fc1.weight": "128 256",
+            "vision_model.vision_adapter.mlp.fc2.weight": "128 128",
+        },
+        _HALVES,
+    ),
+    "tiny-eye-internvl": _recipe(
+        {
+            "architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "downsample_ratio": 0.5,
+            "min_dynamic_patch": 1, "max_dynamic_patch": 12,
+            "llm_config": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": _TEXT},
+            "vision_config": {
+                **_SIGLIP, "architectures": ["InternVisionModel"], "model_type": "intern_vit_6b",
+                "num_hidden_layers": 4, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "image_size": [32, 32],
+            },
+        },
+        {
+            "vision_model.embeddings.class_embedding": "1 1 64",
+            "vision_model.embeddings.patch_embedding.weight": "64 3 8 8",
+            "vision_model.embeddings.patch_embedding.bias": "64",
+            "vision_model.embeddings.position_embedding": "1 17 64",
+            **_linear("vision_model.encoder.layers.{0-3}.attn.qkv", 192, 64),
+            **_linear("vision_model.encoder.layers.{0-3}.attn.proj", 64, 64),
+            "vision_model.encoder.layers.{0-3}.ls{1-2}": "64",
+            **_norm("vision_model.encoder.layers.{0-3}.norm{1-2}"),
+            **_linear("vision_model.encoder.layers.{0-3}.mlp.fc1", _WIDE, _WIDTH),
+            **_linear("vision_model.encoder.layers.{0-3}.mlp.fc2", _WIDTH, _WIDE),
+            "mlp1.0.weight": "256",
+            "mlp1.0.bias": "256",
+            **_linear("mlp1.1", _TEXT, 256),
+            **_linear("mlp1.3", _TEXT, _TEXT),
+        },
+        _IMAGES,
+    ),
     "tiny-eye-qwen2-vl": _recipe(
         {
             "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "hidden_size": _TEXT,

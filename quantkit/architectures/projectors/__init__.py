@@ -7,6 +7,8 @@ from pathlib import Path
 from quantkit.architectures.config import Config
 from quantkit.architectures.projectors.base import Projector
 from quantkit.architectures.projectors.gemma3 import Gemma3Projector
+from quantkit.architectures.projectors.internvl import InternVlProjector
+from quantkit.architectures.projectors.llama4 import Llama4Projector
 from quantkit.architectures.projectors.pixtral import PixtralProjector
 from quantkit.architectures.projectors.qwen2_vl import Qwen2VlProjector, Qwen25VlProjector
 from quantkit.architectures.projectors.qwen3_vl import Qwen3VlProjector
@@ -20,6 +22,8 @@ PROJECTORS: tuple[type[Projector], ...] = (
     Qwen3VlProjector,
     SmolVlmProjector,
     PixtralProjector,
+    Llama4Projector,
+    InternVlProjector,
 )
 
 _BY_CLASS = {name: projector for projector in PROJECTORS for name in projector.checkpoints}

@@ -108,6 +108,16 @@ class Projector(Architecture):
         """Add what is this family's own: its projector's type first."""
         writer.add_clip_projector_type(self.kind)
 
+    def write_activation(self, writer: GGUFWriter) -> None:
+        """Add which activation the tower has. Raises QuantkitError for others than SiLU and GELU."""
+        activation = self.config.find("hidden_act")
+        if activation == "silu":
+            writer.add_vision_use_silu(True)
+        elif activation == "gelu":
+            writer.add_vision_use_gelu(True)
+        else:
+            raise self.config.wrong(("hidden_act",), activation, "silu or gelu")
+
     def _channels(self, name: str) -> list[float]:
         values = self.preprocessor.listed(name, 3)
         return [self.preprocessor.finite(value, (name,)) for value in values]

@@ -76,13 +76,7 @@ class PixtralProjector(Projector):
         """The epsilon, the activation, and how many patches are merged."""
         super().write_kind(writer)
         writer.add_vision_attention_layernorm_eps(self.config.required_number("layer_norm_eps"))
-        activation = self.config.find("hidden_act")
-        if activation == "silu":
-            writer.add_vision_use_silu(True)
-        elif activation == "gelu":
-            writer.add_vision_use_gelu(True)
-        else:
-            raise self.config.wrong(("hidden_act",), activation, "silu or gelu")
+        self.write_activation(writer)
         merged = self.root.integer("spatial_merge_size")
         if merged is None and self.root.find("model_type") == "mistral3":
             merged = _USUAL_MERGE
