@@ -78,9 +78,11 @@ def test_silent_fields_are_filled_in_as_the_configuration_class_does() -> None:
 
 def test_every_family_is_found_by_its_classes_and_others_are_refused(tmp_path: Path) -> None:
     for family in FAMILIES:
+        if "checkpoints" not in vars(family):
+            continue  # its base's, which is this family by hyper-parameters
         for name in (*family.checkpoints, *family.wrappers):
             assert BY_CLASS[name] is family
-            (tmp_path / "config.json").write_text(json.dumps({"architectures": [name]}))
+            (tmp_path / "config.json").write_text(json.dumps({"architectures": [name], "vocab_size": 8}))
             assert type(load_architecture(tmp_path)) is family
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["NoSuchForCausalLM"]}))
     with pytest.raises(QuantkitError, match=r"NoSuchForCausalLM is not supported; .*README\.md shows how"):

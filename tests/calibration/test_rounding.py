@@ -173,7 +173,7 @@ def test_a_run_goes_on_from_kept_activations(
         (lambda folder: (folder / "progress.json").write_text("{"), r"progress\.json: missing or damaged"),
         (lambda folder: (folder / "progress.json").write_text('{"layers": 3}'), r"progress\.json: missing or damaged"),
         (lambda folder: (folder / "quantkit-unfinished").unlink(), "is in the way"),
-        (lambda folder: next(folder.glob("*.Q4_K")).write_bytes(b"x"), "missing or damaged"),
+        (lambda folder: [file.write_bytes(b"x") for file in folder.glob("*.Q4_K")], "missing or damaged"),
     ],
 )
 def test_a_damaged_record(
