@@ -152,6 +152,11 @@ class Projector(Architecture):
                 f"{self.root.path.parent}: the projector lacks {', '.join(missing[:3])}{more}; is the checkpoint whole?"
             )
 
+    def gguf_tensor_name(self, name: str) -> str:
+        """See Architecture; a second tensor of one name, which ends in `.1`, is called after the first."""
+        first = name.removesuffix(".1")
+        return super().gguf_tensor_name(first) + name[len(first) :]
+
     def forced_type(self, name: str, file_type: GGMLType) -> GGMLType | None:
         """The type of the matrix `name` where it is not the file's; None where it is."""
         for part, kind in self.forced.items():

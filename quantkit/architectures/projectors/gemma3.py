@@ -43,7 +43,6 @@ class Gemma3Projector(Projector):
     forced = {  # noqa: RUF012
         "input_projection": GGMLType.F16,
         "patch_embd": GGMLType.F32,
-        "position_embd": GGMLType.F32,
     }
     transforms = {"soft_emb_norm.weight": Transform(arithmetic=plus_one)}  # noqa: RUF012
 

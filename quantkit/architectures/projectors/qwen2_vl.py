@@ -10,7 +10,6 @@ from quantkit.architectures.base import Rearrange, Transform
 from quantkit.architectures.config import Config
 from quantkit.architectures.projectors.base import Projector
 from quantkit.architectures.rearrangements import part
-from quantkit.blocks.types import GGMLType
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -45,7 +44,6 @@ class _QwenVlProjector(Projector):
             for kind in ("weight", "bias")
         },
     }
-    forced = {".position_embd.": GGMLType.F32}  # noqa: RUF012
     required = (
         "v.patch_embd.weight", "v.patch_embd.weight.1", "v.post_ln.weight",
         "mm.0.weight", "mm.0.bias", "mm.2.weight", "mm.2.bias",
@@ -55,12 +53,6 @@ class _QwenVlProjector(Projector):
     def image_size(self) -> int:
         """A size that llama.cpp asks for; images of any are read."""
         return self.config.integer("image_size") or 560
-
-    def gguf_tensor_name(self, name: str) -> str:
-        """See Architecture."""
-        if name.endswith(".weight.1"):
-            return super().gguf_tensor_name(name.removesuffix(".1")) + ".1"
-        return super().gguf_tensor_name(name)
 
     def write_kind(self, writer: GGUFWriter) -> None:
         """The epsilon, which is no part of the tower's config."""

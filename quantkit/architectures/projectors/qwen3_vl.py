@@ -77,6 +77,4 @@ class Qwen3VlProjector(Projector):
                     f"{self.root.path}: deepstack_visual_indexes has {len(self.deep)} blocks, and there is {name}"
                 )
             return f"v.deepstack.{self.deep[number]}.{match[2].removeprefix('linear_')}.{match[3]}"
-        if name.endswith(".weight.1"):
-            return super().gguf_tensor_name(name.removesuffix(".1")) + ".1"
         return super().gguf_tensor_name(name)

@@ -29,7 +29,7 @@ class SmolVlmProjector(Projector):
         "v.patch_embd.weight", "v.patch_embd.bias", "v.position_embd.weight", "v.post_ln.weight", "v.post_ln.bias",
         "mm.model.fc.weight",
     )  # fmt: skip
-    forced = {"patch_embd": GGMLType.F32, "position_embd": GGMLType.F32}  # noqa: RUF012
+    forced = {"patch_embd": GGMLType.F32}  # noqa: RUF012
 
     def write_kind(self, writer: GGUFWriter) -> None:
         """The epsilon, how many patches are shuffled into one, GELU, and the longest edge of an image."""
