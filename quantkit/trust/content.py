@@ -80,7 +80,7 @@ def _dense(dtype: type[np.unsignedinteger[Any]], exponent: int) -> Search:
 
 
 def _beyond_float32(data: np.ndarray) -> int:
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         wrong = ~np.isfinite(data.view("<f8").astype(np.float32))
     return int(np.argmax(wrong)) if wrong.any() else -1
 

@@ -21,15 +21,15 @@ from quantkit.machine import default_threads
 from quantkit.pipeline.execute import Progress
 from quantkit.sources.source import GGUFSource
 from quantkit.trust.content import searches
-from quantkit.vocabulary import Vocabulary
 from quantkit.vocabulary.attributes import TokenType
+from quantkit.vocabulary.vocabulary import MODELS, Vocabulary
 from quantkit.wording import count_text, size_text
 
 READ = 1 << 19  # bytes looked through at a time: they stay in the second-level cache
+TASK = 1 << 25  # bytes handed to a thread at a time: handing over costs as much as looking through a megabyte
 # Problems of one kind are listed up to this many.
 LISTED = 20
 _MODEL_KEYS = ("context_length", "embedding_length", "block_count")
-_VOCABULARIES = ("gpt2", "gemma4", "llama")
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _vocabulary(source: GGUFSource, notes: list[str]) -> Iterator[str]:
     if metadata.string("general.type", "model") != "model":
         return
     model = metadata.string("tokenizer.ggml.model", "")
-    if model not in _VOCABULARIES:
+    if model not in MODELS:
         notes.append(f"the tokenizer {model!r} is not known here" if model else "there is no vocabulary")
         return
     vocabulary = Vocabulary.from_metadata(metadata)
@@ -211,22 +211,26 @@ def _content(source: GGUFSource, threads: int, progress: Progress | None) -> Ite
     own = threading.local()
 
     def look(piece: tuple[TensorInfo, int, int]) -> str | None:
-        info, start, stop = piece
+        info, first, last = piece
         if not hasattr(own, "buffer"):
             own.buffer = np.empty(READ, np.uint8)
-        shard = source.shards[source.shard_of[info.name]]
-        data = shard.read(info.name, start, stop, own.buffer).reshape(-1)
+        shard, step = source.shards[source.shard_of[info.name]], rows_in(READ, info)
         per_row = info.type.row_nbytes(info.n_per_row) // info.type.type_size
-        for what, search in searches(info.type).items():
-            if (at := search(data)) >= 0:
-                row, block = divmod(at, per_row)
-                place = f"block {block} of row" if info.type.is_quantized else f"column {block} of row"
-                return f"tensor {info.name} ({info.type.name}) holds {what}: {place} {start + row}"
+        for start in range(first, last, step):
+            data = shard.read(info.name, start, min(start + step, last), own.buffer).reshape(-1)
+            for what, search in searches(info.type).items():
+                if (at := search(data)) >= 0:
+                    row, block = divmod(at, per_row)
+                    place = f"block {block} of row" if info.type.is_quantized else f"column {block} of row"
+                    return f"tensor {info.name} ({info.type.name}) holds {what}: {place} {start + row}"
         return None
+
+    def rows_in(nbytes: int, info: TensorInfo) -> int:
+        return max(1, nbytes // max(1, info.type.row_nbytes(info.n_per_row)))
 
     def pieces() -> Iterator[tuple[TensorInfo, int, int]]:
         for info in source.tensors.values():
-            step = max(1, READ // max(1, info.type.row_nbytes(info.n_per_row)))
+            step = rows_in(TASK, info)
             for start in range(0, info.n_rows, step):
                 yield info, start, min(start + step, info.n_rows)
 

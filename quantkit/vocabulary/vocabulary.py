@@ -47,7 +47,8 @@ _SPECIAL_KEYS = {
     "fim_sep": "fim_sep_token_id",
 }
 _OLDER_KEYS = {"fim_pre": "prefix_token_id", "fim_suf": "suffix_token_id", "fim_mid": "middle_token_id"}
-_MODELS = ("gpt2", "gemma4", "llama", "bert", "t5")
+# `tokenizer.ggml.model` of the vocabularies that are known.
+MODELS = ("gpt2", "gemma4", "llama", "bert", "t5")
 # The ids of special tokens that the kinds of vocabularies have where the metadata does not say.
 _DEFAULT_IDS: dict[str, dict[str, int | None]] = {
     "llama": {"bos": 1, "eos": 2, "unk": 0},
@@ -76,8 +77,8 @@ class Vocabulary:
     def __init__(self, metadata: Metadata) -> None:
         """Read the vocabulary. See `from_metadata`."""
         self.model = metadata.string(_PREFIX + "model")
-        if self.model not in _MODELS:
-            raise QuantkitError(f"the tokenizer model {self.model!r} is not supported, only {', '.join(_MODELS)}")
+        if self.model not in MODELS:
+            raise QuantkitError(f"the tokenizer model {self.model!r} is not supported, only {', '.join(MODELS)}")
         is_spm, has_spaces = self.model == "llama", self.model in _WITH_SPACES
         self.pre = "gemma4" if self.model == "gemma4" else metadata.string(_PREFIX + "pre", "default")
         habits = pretokenizers.lookup("default" if has_spaces else self.pre or "default")

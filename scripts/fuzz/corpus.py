@@ -6,6 +6,7 @@ Usage: python scripts/fuzz/corpus.py FOLDER
 from __future__ import annotations
 
 import json
+import math
 import struct
 import sys
 from pathlib import Path
@@ -13,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
+from projector_recipes import PROJECTORS  # noqa: E402
 from support.tiny import FAMILIES, tiny_metadata, tiny_weights, write_gguf  # noqa: E402
 
 from quantkit import blocks  # noqa: E402
@@ -123,8 +124,54 @@ def make(home: Path) -> None:
     put("decoders", encoded)
     words = {"tokens": ["<unk>", "<s>", "</s>", "a", "b", "ab", "<0x41>", "\u2581"], "merges": ["a b"],
              "types": [2, 3, 3, 1, 1, 4, 6, 1], "text": "ab <s> a\u00e9"}  # fmt: skip
-    models = (("gpt2", "gpt-2"), ("gpt2", "qwen2"), ("llama", ""), ("gemma4", ""))
+    words["scores"] = [-float(i) for i in range(len(words["tokens"]))]
+    models = (("gpt2", "gpt-2"), ("gpt2", "qwen2"), ("llama", ""), ("gemma4", ""), ("bert", ""), ("t5", ""))
+    put("adapter", [adapter()])
+    put("projector", projectors())
     put("vocabulary", [json.dumps({**words, "model": model, "pre": pre}).encode() for model, pre in models])
+
+
+def safetensors_file(shapes: dict[str, tuple[int, ...]]) -> bytes:
+    """A file of F32 tensors of these shapes, all zeros."""
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        nbytes = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(at)
+
+
+def adapter() -> bytes:
+    """An adapter of rank 2 to a matrix and the embedding of the fixture, and a whole norm."""
+    base = json.loads((TINYLM / "config.json").read_bytes())
+    width, vocabulary = base["hidden_size"], base["vocab_size"]
+    settings = {
+        "peft_type": "LORA",
+        "lora_alpha": 4,
+        "r": 2,
+        "rank_pattern": {"layers.0": 2},
+        "alpha_pattern": {"q": 3},
+    }
+    q, embedding = "base_model.model.model.layers.0.self_attn.q_proj", "base_model.model.model.embed_tokens"
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{q}.lora_A.weight": (2, width),
+        f"{q}.lora_B.weight": (width, 2),
+        f"{embedding}.lora_embedding_A": (2, vocabulary),
+        f"{embedding}.lora_embedding_B": (width, 2),
+        "base_model.model.model.norm.weight": (width,),
+    }
+    return json.dumps(settings).encode() + b"\0" + safetensors_file(shapes)
+
+
+def projectors() -> list[bytes]:
+    """The two configurations of a checkpoint of every kind of projector."""
+    made = []
+    for recipe in PROJECTORS.values():
+        files = recipe.get("files", {})
+        config = json.dumps(recipe["config"]).encode()
+        made.append(config + b"\0" + files.get("preprocessor_config.json", "{}").encode())
+    return made
 
 
 def choice_file() -> bytes:

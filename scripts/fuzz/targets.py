@@ -29,6 +29,7 @@ from quantkit.trust.verify import verify
 from quantkit.vocabulary import Vocabulary
 from quantkit.vocabulary.special_tokens import SpecialTokens
 
+TINYLM = Path(__file__).resolve().parents[2] / "fixtures" / "tinylm"
 # A folder in memory where there is one: a file is written for each input.
 HOME = Path(tempfile.mkdtemp(prefix="quantkit-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
 
@@ -108,6 +109,45 @@ def config(data: bytes) -> None:
             continue
 
 
+def _folder(name: str, **files: bytes) -> Path:
+    folder = HOME / name
+    folder.mkdir(exist_ok=True)
+    for file, data in files.items():
+        (folder / file.replace("__", ".")).write_bytes(data)
+    return folder
+
+
+def projector(data: bytes) -> None:
+    """config.json and, after a NUL, preprocessor_config.json of a multimodal checkpoint."""
+    import gguf
+
+    from quantkit.architectures.projectors import load_projector
+
+    first, _, second = data.partition(b"\0")
+    folder = _folder("projector", config__json=first, preprocessor_config__json=second)
+    load_projector(folder).write_parameters(gguf.GGUFWriter(path=None, arch="clip"), gguf.LlamaFileType.MOSTLY_F16)
+
+
+def adapter(data: bytes) -> None:
+    """adapter_config.json and, after a NUL, adapter_model.safetensors of an adapter to the fixture."""
+    from quantkit.architectures import load_architecture
+    from quantkit.sources.adapter import AdapterSource
+
+    first, _, second = data.partition(b"\0")
+    folder = _folder("adapter", adapter_config__json=first, adapter_model__safetensors=second)
+    source = AdapterSource(folder, load_architecture(TINYLM))
+    for task in (
+        source.check_for_file,
+        lambda: source.invocation,
+        lambda: source.metadata,
+        lambda: [source.read(name) for name in source.tensors],
+    ):
+        try:
+            task()
+        except QuantkitError:
+            continue
+
+
 def tokenizer_json(data: bytes) -> None:
     """tokenizer.json and tokenizer_config.json, but for what the tokenizers library does in its own process."""
     from quantkit.vocabulary import recognition
@@ -182,6 +222,8 @@ def vocabulary(data: bytes) -> None:
             metadata.set(f"tokenizer.ggml.{key}", ValueType.ARRAY, items, ValueType.STRING)
         types = [int(item) % 8 for item in made.get("types") or []]
         metadata.set("tokenizer.ggml.token_type", ValueType.ARRAY, types, ValueType.INT32)
+        if scores := [float(item) for item in made.get("scores") or []]:
+            metadata.set("tokenizer.ggml.scores", ValueType.ARRAY, scores, ValueType.FLOAT32)
     except (TypeError, ValueError, UnicodeEncodeError):
         return
     known = Vocabulary.from_metadata(metadata)
@@ -205,5 +247,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         tasks,
         decoders,
         vocabulary,
+        adapter,
+        projector,
     )
 }

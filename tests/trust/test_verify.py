@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import requires_shared
+from make_checkpoints import make_checkpoint
+from support.conversion import convert
 from support.program import call
 from support.tiny import FAMILIES, tiny_metadata, tiny_weights, write_gguf
 
@@ -37,6 +39,12 @@ def test_families_are_sound(tmp_path: Path, family: str) -> None:
     verdict = verify(path)
     assert verdict.sound, verdict
     assert str(verdict).splitlines()[-1].startswith(f"{path}: sound (")
+
+
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-xlm-roberta", "tiny-qwen3-embedding"])
+def test_encoders_are_sound(tmp_path: Path, name: str) -> None:
+    verdict = verify(convert(make_checkpoint(name, tmp_path), tmp_path / "model.gguf"))
+    assert verdict.sound and not verdict.notes, verdict
 
 
 @requires_shared
