@@ -30,8 +30,7 @@ logging.disable()
 
 sys.path[:0] = {path!r}
 # Kernels are compiled from their bytecode, so nothing may be put into it.
-kernels = ["quantkit.blocks", "quantkit.compile", "quantkit.vocabulary.merges", "quantkit.trust.content_kernels"]
-kernels += ["quantkit.evaluate." + name for name in ("forward_kernels", "logit_kernels", "token_classes", "inputs")]
+kernels = ["quantkit.blocks", "quantkit.compile", *{kernels!r}]
 with atheris.instrument_imports(include=["quantkit"], exclude=kernels, enable_loader_override=False):
     import targets
 from quantkit.errors import QuantkitError
@@ -57,6 +56,12 @@ atheris.Fuzz()
 """
 
 
+def modules_with_kernels() -> list[str]:
+    """The modules outside of quantkit.blocks that have a kernel."""
+    paths = [path for path in (ROOT / "quantkit").rglob("*.py") if "quantkit.compile.kernel import" in path.read_text()]
+    return sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths)
+
+
 def fuzz(name: str, seconds: int, work: Path) -> str:
     """Fuzz one target; returns its line of the table."""
     corpus, crashes = work / "corpus" / name, work / "crashes"
@@ -67,7 +72,13 @@ def fuzz(name: str, seconds: int, work: Path) -> str:
         f"-malloc_limit_mb={MEMORY}", f"-artifact_prefix={crashes}/{name}-", "-print_final_stats=1", "-verbosity=1",
     ]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", RUN.format(name=name, path=[str(HERE), str(ROOT)]), *options, str(corpus)],
+        [
+            sys.executable,
+            "-c",
+            RUN.format(name=name, path=[str(HERE), str(ROOT)], kernels=modules_with_kernels()),
+            *options,
+            str(corpus),
+        ],
         capture_output=True,
         text=True,
         errors="replace",
