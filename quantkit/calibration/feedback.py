@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,10 @@ class Curvature:
         # Reversed, factored and reversed again: the upper triangular factor. Its transpose is kept.
         factor = np.ascontiguousarray(work[::-1, ::-1].T, np.float32)
         return cls(damped, factor, importance, scale, damping)
+
+    def host(self) -> Curvature:
+        """This, which is the processor's."""
+        return self
 
     def loss(self, errors: np.ndarray) -> np.ndarray:
         """`e H eT` of each row of `errors`, float32 [n_rows, n], with H as it was before damping: float64 [n_rows]."""
@@ -366,7 +371,7 @@ class _Coupled:
 
 def _rounding(rows: np.ndarray, curvature: Curvature, kind: GGMLType) -> _Rounding:
     if kind in parts():
-        return _LevelRounding(rows, curvature, parts()[kind])
+        return _LevelRounding(rows, curvature, kind)
     return _PointRounding(rows, curvature, grid_parts()[kind])
 
 
@@ -456,27 +461,67 @@ class _Rounding(ABC):
         return np.ascontiguousarray(array[:, : self.count].T.reshape(self.count, -1, count))
 
 
+@lru_cache
+def level_rule(kind: GGMLType) -> LevelRule:
+    """How weights of `kind`, a format of levels, are settled."""
+    return LevelRule(parts()[kind])
+
+
+class LevelRule:
+    """How weights of a format of levels are settled: its levels, and what is tried for its scales.
+
+    `values` are the levels in order, float32, and `borders` those between them, None where the levels are neighbouring
+    integers. `ranges` are the lowest and highest code of scales and of minimums; `trials` what to change in a
+    sub-block's codes, at first and again: pairs, see `visit_levels`. `coded` says whether scales are codes at all.
+    """
+
+    def __init__(self, made_of: Parts) -> None:
+        self.parts = made_of
+        self.values, chosen = np.unique(made_of.values, return_index=True)  # a format may have two forms of zero
+        uniform = len(self.values) == self.values[-1] - self.values[0] + 1
+        self.borders = None if uniform else (self.values[1:] + self.values[:-1]) / np.float32(2)
+        self._level_of = np.zeros(256, np.uint8)
+        self._level_of[(self.values + 128).astype(np.int64)] = chosen
+        low, high = made_of.scale_codes or (0, 0)
+        self.coded = made_of.scale_codes is not None
+        self.ranges = np.array([low, high, 0, made_of.top_low], np.float32)
+        self.trials = _level_trials(made_of, 3), _level_trials(made_of, 1)
+
+    def take(self, data: np.ndarray, n_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """The codes and floats of blocks, see `Parts`: [n_rows, codes of a block] and [n_rows, 2], more than `data`."""
+        codes = np.zeros((n_rows, 2 * (self.parts.kind.block_size // self.parts.n_sub)), np.int32)
+        floats = np.empty((n_rows, 2), np.float32)
+        self.parts.take(data.reshape(-1), codes.reshape(-1), floats.reshape(-1))
+        return codes, floats
+
+    def pack(
+        self, values: np.ndarray, scales: np.ndarray, lows: np.ndarray, units: np.ndarray | None, out: np.ndarray
+    ) -> None:
+        """Write rows as blocks into `out`, uint8 [rows, bytes of a row].
+
+        `values` are uint8 [rows, n]: levels plus 128. `scales` and `lows` are [rows, blocks, sub-blocks], and `units`
+        [rows, blocks, 2].
+        """
+        if units is None:
+            codes, floats = np.zeros(0, np.int32), np.concatenate([scales, lows], 2)
+        else:
+            codes, floats = np.concatenate([scales, lows], 2).astype(np.int32), np.ascontiguousarray(units)
+        levels = self._level_of[values]
+        self.parts.put(levels.reshape(-1), codes.reshape(-1), floats.reshape(-1), out.reshape(-1))
+
+
 class _LevelRounding(_Rounding):
     """Rows in a format of levels."""
 
-    def __init__(self, rows: np.ndarray, curvature: Curvature, made_of: Parts) -> None:
-        super().__init__(rows, curvature, made_of.kind, made_of.n_sub, made_of.scale_codes is not None)
-        self._parts = made_of
-        values, chosen = np.unique(made_of.values, return_index=True)  # a format may have two forms of zero
-        uniform = len(values) == values[-1] - values[0] + 1
+    def __init__(self, rows: np.ndarray, curvature: Curvature, kind: GGMLType) -> None:
+        rule = self._levels = level_rule(kind)
+        super().__init__(rows, curvature, kind, rule.parts.n_sub, rule.coded)
         self._kernel = visit_levels
-        self._rule = values, None if uniform else (values[1:] + values[:-1]) / np.float32(2)
-        self._level_of = np.zeros(256, np.uint8)
-        self._level_of[(values + 128).astype(np.int64)] = chosen
-        low, high = made_of.scale_codes or (0, 0)
-        self._ranges = np.array([low, high, 0, made_of.top_low], np.float32)
-        self._trials = _level_trials(made_of, 3), _level_trials(made_of, 1)
+        self._rule, self._ranges, self._trials = (rule.values, rule.borders), rule.ranges, rule.trials
 
     def _take(self, data: np.ndarray, block: int) -> None:
         count = self._kind.block_size // self._n_sub
-        codes = np.zeros((self._n_rows, 2 * count), np.int32)
-        floats = np.empty((self._n_rows, 2), np.float32)
-        self._parts.take(data.reshape(-1), codes.reshape(-1), floats.reshape(-1))
+        codes, floats = self._levels.take(data, self._n_rows)
         if self._units is not None:
             self._units[block] = floats.T
             self._scales[block * count : (block + 1) * count] = codes[:, :count].T
@@ -485,16 +530,10 @@ class _LevelRounding(_Rounding):
             self._scales[block], self._lows[block] = floats.T
 
     def packed(self) -> np.ndarray:
-        levels = self._level_of[(self._values.T[: self.count] + 128).astype(np.uint8)]
-        scales, lows = self._by_block(self._scales), self._by_block(self._lows)
-        if self._units is not None:
-            codes = np.concatenate([scales, lows], 2).astype(np.int32)
-            floats = np.ascontiguousarray(self._units.transpose(2, 0, 1)[: self.count])
-        else:
-            codes = np.zeros(0, np.int32)
-            floats = np.concatenate([scales, lows], 2)
+        values = (self._values.T[: self.count] + 128).astype(np.uint8)
+        units = None if self._units is None else self._units.transpose(2, 0, 1)[: self.count]
         out = np.empty((self.count, self._kind.row_nbytes(len(self._targets))), np.uint8)
-        self._parts.put(levels.reshape(-1), codes.reshape(-1), floats.reshape(-1), out.reshape(-1))
+        self._levels.pack(values, self._by_block(self._scales), self._by_block(self._lows), units, out)
         return out
 
 

@@ -16,12 +16,14 @@ import math
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from quantkit.architectures.forward import Attention, Experts, ForwardSpec, Layer
 from quantkit.calibration.moments import Activations, batches
 from quantkit.errors import QuantkitError
+from quantkit.evaluate.inputs import all_finite, on_host
 from quantkit.evaluate.model import Model
 
 # Chunks of a text that gradients are taken on: their moments only have to say roughly which rows err together.
@@ -152,10 +154,10 @@ class _Pass:
         ((total, n_rows),) = sums.take().values()
         self._keep_mean(name, total / n_rows)
 
-    def _keep_mean(self, name: str, mean: np.ndarray) -> None:
-        if not np.isfinite(mean).all():
+    def _keep_mean(self, name: str, mean: Any) -> None:
+        if not all_finite(mean):
             raise QuantkitError(
                 f"{self._model.source.label}: gradients by the outputs of {name} are not finite: its weights, or those "
                 "of a layer after it, are damaged or out of range"
             )
-        self._keep(name, mean.astype(np.float32))
+        self._keep(name, on_host(mean).astype(np.float32))

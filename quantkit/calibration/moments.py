@@ -13,12 +13,12 @@ import tempfile
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from quantkit.errors import QuantkitError
-from quantkit.evaluate.inputs import InputSum, Key
+from quantkit.evaluate.inputs import InputSum, Key, all_finite
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.parts import ROWS
 
@@ -27,9 +27,12 @@ _BATCH = 8192
 
 
 class Moments(NamedTuple):
-    """Second moments of the input of one matrix: their mean x xT, float64 [n_in, n_in], over `n_rows` rows."""
+    """Second moments of the input of one matrix: their mean x xT, float64 [n_in, n_in], over `n_rows` rows.
 
-    mean: np.ndarray
+    Where a GPU computes the mean is torch's, on it.
+    """
+
+    mean: Any
     n_rows: int
 
 
@@ -140,7 +143,7 @@ class MomentsPass:
         model.observer = None
         taken = sums.take()
         for (names, _), (total, _) in taken.items():
-            if not np.isfinite(total).all():
+            if not all_finite(total):
                 raise QuantkitError(
                     f"{model.source.label}: the inputs of {names[0]} are not finite, or out of range: its weights, or "
                     "those of a layer before it, are damaged"
@@ -174,7 +177,7 @@ def _shared_inputs(model: Model, taken: dict[Key, InputSum]) -> list[SharedInput
         # The order in which experts were first seen is the threads'.
         of = [entries.get(e) for e in range(model.source.tensors[names[0]].shape[2])]
         seen = [entry for entry in of if entry is not None]
-        pooled = np.zeros_like(seen[0].total)
+        pooled = 0 * seen[0].total
         for entry in seen:
             pooled += entry.total
         pooled /= sum(entry.n_rows for entry in seen)
@@ -182,7 +185,7 @@ def _shared_inputs(model: Model, taken: dict[Key, InputSum]) -> list[SharedInput
     return shared
 
 
-def shrunk(entry: InputSum, pooled: np.ndarray) -> Moments:
+def shrunk(entry: InputSum, pooled: Any) -> Moments:
     """The mean of `entry`, an expert's sums, drawn towards the mean of all experts where it saw few tokens.
 
     n tokens do not settle moments of n columns: the pooled ones, scaled to the expert's own size, count as that many
@@ -190,7 +193,7 @@ def shrunk(entry: InputSum, pooled: np.ndarray) -> Moments:
     """
     mean = entry.total
     mean /= entry.n_rows
-    size, pooled_size = float(np.trace(mean)), float(np.trace(pooled))
+    size, pooled_size = float(mean.trace()), float(pooled.trace())
     if size > 0.0 and pooled_size > 0.0:
         own = entry.n_rows / (entry.n_rows + len(mean))
         mean *= own

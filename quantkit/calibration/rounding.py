@@ -13,20 +13,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
-from quantkit.calibration.feedback import DAMPING, SUPPORTED, Curvature, round_with_feedback
+from quantkit.calibration.feedback import DAMPING, SUPPORTED
 from quantkit.calibration.gradients import CHUNKS, coupled, gradient_moments
 from quantkit.calibration.moments import Activations, LayerMoments, Moments, MomentsPass, SharedInput
 from quantkit.calibration.progress import Step
+from quantkit.calibration.rounder import rounder
 from quantkit.calibration.roundings import check_rounding
 from quantkit.calibration.spool import Spool
 from quantkit.calibration.text import CalibrationText
 from quantkit.errors import QuantkitError
+from quantkit.evaluate.inputs import on_host
 from quantkit.evaluate.model import Model
 from quantkit.formats.atomic import OutputGroup
 from quantkit.formats.gguf import TensorInfo, encode_header
@@ -148,6 +150,7 @@ class _Run:
         check_rounding(rounding)
         self._model, self._text, self._rounding, self._damping = model, text, rounding, damping
         self.threads, self.allow_nonfinite, self._progress = threads, allow_nonfinite, progress
+        self._rounder = rounder(model)
         self.source: TensorSource = model.source
         self.infos: Mapping[str, TensorInfo] = self.source.tensors
         self.number = {name: at for at, name in enumerate(self.infos)}
@@ -215,12 +218,12 @@ class _Run:
             count = self.threads or default_threads()
             # Large tensors one by one: their rows are enough for all threads, and their memory is wanted only once.
             small = all(self.infos[name].n_elements <= _SMALL for name, _ in tasks)
-            together = min(count, len(tasks)) if small else 1
+            together = min(count, len(tasks)) if small and self._rounder.shared else 1
 
             def work(
                 task: tuple[str, GGMLType],
                 shared: SharedInput = shared,
-                curvatures: list[Curvature | None] = curvatures,
+                curvatures: list[Any] = curvatures,
                 threads: int = max(1, count // max(1, together)),
             ) -> RoundedTensor:
                 name, kind = task
@@ -273,11 +276,11 @@ class _Run:
             result = RoundedTensor(**entry)
             self.rounded[result.name, GGMLType.parse(result.type)] = result
 
-    def _curvature(self, shared: SharedInput, moments: Moments | None) -> Curvature | None:
+    def _curvature(self, shared: SharedInput, moments: Moments | None) -> Any:
         if moments is None:
             return None
         try:
-            return Curvature.of(moments.mean, damping=self._damping)
+            return self._rounder.curvature(moments.mean, self._damping)
         except QuantkitError as error:
             raise QuantkitError(f"{self.source.label}: {shared.names[0]}: {error}") from None
 
@@ -286,7 +289,7 @@ class _Run:
         name: str,
         kind: GGMLType,
         shared: SharedInput,
-        curvatures: list[Curvature | None],
+        curvatures: list[Any],
         coupling: np.ndarray | None,
         threads: int,
         file: BinaryIO,
@@ -294,14 +297,14 @@ class _Run:
         """Round tensor `name` to `kind`, matrix by matrix, into `file`; `coupling` are moments of its outputs."""
         info, n_matrices = self.infos[name], len(shared.moments)
         per_matrix = info.n_rows // n_matrices
-        step = max(1, _SLAB // max(1, info.n_per_row))
+        step = max(1, _SLAB // max(1, info.n_per_row), self._rounder.rows)
         feedback = kind in SUPPORTED
         loss = plain_loss = 0.0
         unseen = 0
         for matrix, moments in enumerate(shared.moments):
             curvature = curvatures[matrix] if feedback else None
             unseen += moments is None
-            importance = np.ones(info.n_per_row) if moments is None else np.diag(moments.mean)
+            importance = np.ones(info.n_per_row) if moments is None else on_host(moments.mean.diagonal())
             end = (matrix + 1) * per_matrix
             for start in range(matrix * per_matrix, end, step):
                 stop = min(end, start + step)
@@ -310,7 +313,7 @@ class _Run:
                     self._to_nearest(rows, kind, importance.astype(np.float32)).tofile(file)
                     continue
                 own = None if coupling is None else coupling[start:stop, start:stop]
-                result = round_with_feedback(rows, curvature, kind, outputs=own, threads=threads)
+                result = self._rounder.round(rows, curvature, kind, outputs=own, threads=threads)
                 result.data.tofile(file)
                 loss, plain_loss = loss + float(result.loss.sum()), plain_loss + float(result.plain_loss.sum())
         if not feedback:

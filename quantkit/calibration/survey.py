@@ -21,6 +21,7 @@ from quantkit.blocks.types import GGMLType
 from quantkit.calibration.feedback import DAMPING, SUPPORTED, Curvature, round_with_feedback
 from quantkit.calibration.moments import Activations, Moments, MomentsPass, SharedInput, batches
 from quantkit.calibration.progress import Step
+from quantkit.calibration.rounder import rounder
 from quantkit.calibration.text import CalibrationText
 from quantkit.evaluate import logit_kernels
 from quantkit.evaluate.logit_kernels import BASE_MAX, BASE_SUM, MAX, N_STATE, SUM, TOP, WEIGHTED
@@ -96,7 +97,7 @@ class _Survey:
         progress: Callable[[Step], None] | None,
     ) -> None:
         self._model, self._candidates = model, candidates
-        self._feedback, self._damping = feedback, damping
+        self._feedback, self._damping, self._rounder = feedback, damping, rounder(model)
         self._progress, self._directory = progress, directory
         self._text = text
         n = min(chunks, text.n_chunks)
@@ -168,7 +169,9 @@ class _Survey:
     def _try(self, index: int, shared: SharedInput, before: np.ndarray) -> None:
         """Try the types of tensors that share an input, and perturb each."""
         model, n_ctx = self._model, self._tokens.shape[1]
-        curvatures = [None if m is None else Curvature.of(m.mean, damping=self._damping) for m in shared.moments]
+        curvatures = [
+            None if m is None else self._rounder.curvature(m.mean, self._damping).host() for m in shared.moments
+        ]
         for name in shared.names:
             kinds = self._candidates.get(name)
             if not kinds:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Container
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,10 +23,24 @@ Key = tuple[tuple[str, ...], "int | None"]
 
 
 class InputSum(NamedTuple):
-    """Sums over `n_rows` rows x: float64 [n_in] of the squares of x, or [n_in, n_in] of the products x xT."""
+    """Sums over `n_rows` rows x: float64 [n_in] of the squares of x, or [n_in, n_in] of the products x xT.
 
-    total: np.ndarray
+    The products that a GPU added up are torch's, and still there: see `on_host`.
+    """
+
+    total: Any
     n_rows: int
+
+
+def on_host(array: Any) -> np.ndarray:
+    """An array that may be torch's, on a GPU, as numpy's."""
+    found: np.ndarray = array if isinstance(array, np.ndarray) else array.cpu().numpy()
+    return found
+
+
+def all_finite(array: Any) -> bool:
+    """Whether an array, of numpy or torch, holds neither NaN nor infinity."""
+    return bool(np.isfinite(array).all() if isinstance(array, np.ndarray) else array.isfinite().all())
 
 
 class Sums(Protocol):

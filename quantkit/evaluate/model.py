@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -51,7 +51,8 @@ class Model(ABC):
 
     `source` is what its weights come from, `spec` describes its forward pass. `backend`, `precision` and `blas` (the
     library that multiplies matrices, and its kernels) say what computes, `threads` on how many threads. `memory`
-    bounds, in bytes, what may be taken. `observer`, if set, is told of each matrix product of the layers.
+    bounds, in bytes, what may be taken. `observer`, if set, is told of each matrix product of the layers. `gpu` is
+    torch's device where a GPU computes: what can be done there with what it has summed up, should be.
 
     Raises QuantkitError when the architecture is unknown, or the tensors do not fit the metadata.
     """
@@ -60,6 +61,7 @@ class Model(ABC):
     precision: str
     blas: str
     observer: Observer | None = None
+    gpu: Any = None
     _listener: Callable[[float], None] | None = None
 
     def __init__(self, source: TensorSource, compute: Compute) -> None:

@@ -144,6 +144,7 @@ class TorchTransformer(Model):
         device, precision = compute.device, compute.precision
         self._kind = device.partition(":")[0]
         self._device = _open_device(device, self._kind)
+        self.gpu = self._device if self._kind == "cuda" else None
         self._dtype, self._keep, self._held = _DTYPES[precision], keep, -1
         self.backend, self.precision = f"torch {device}", precision
         # torch brings MKL, which leaves AVX-512 unused on other processors than Intel's; numpy's BLAS does not.
@@ -254,7 +255,7 @@ class TorchTransformer(Model):
 
     def input_sums(self, full: bool, wanted: Container[str] | None = None) -> TorchInputSums:
         """Sums over what the matrices are multiplied with from now on, see `TorchInputSums`."""
-        sums = TorchInputSums(full, self._device, wanted)
+        sums = TorchInputSums(full, self._device, wanted, stay=self.gpu is not None)
         self.observer = sums.observe
         return sums
 
@@ -693,7 +694,7 @@ class TorchTransformer(Model):
         """Run through torch: no gradients, exact float32 products, and one line where the memory is too small."""
         try:
             # Tasks of ours share the products, each on one thread of BLAS.
-            with torch.no_grad(), _exact_products(), self.threads.alone():
+            with torch.no_grad(), exact_products(), self.threads.alone():
                 yield
         except torch.OutOfMemoryError:
             raise self._too_small() from None
@@ -731,10 +732,11 @@ class TorchInputSums:
     """Sums over the inputs of matrices on torch's device, as `inputs.InputSums` on the CPU.
 
     Products and squares of a part of a batch are summed in float32, the parts in float64 where the device has it.
+    Sums of products `stay` where they are when they are taken, if told so.
     """
 
-    def __init__(self, full: bool, device: Any, wanted: Container[str] | None = None) -> None:
-        self._full, self._device, self._wanted = full, device, wanted
+    def __init__(self, full: bool, device: Any, wanted: Container[str] | None = None, stay: bool = False) -> None:
+        self._full, self._device, self._wanted, self._stay = full, device, wanted, stay and full
         self._wide = torch.float32 if device.type == "mps" else torch.float64
         self._totals: dict[Key, Any] = {}
         self._counts: dict[Key, int] = {}
@@ -753,7 +755,7 @@ class TorchInputSums:
 
     def add(self, names: tuple[str, ...], rows: np.ndarray) -> None:
         """See `inputs.Sums`."""
-        with torch.inference_mode(), _exact_products():
+        with torch.no_grad(), exact_products():
             self.observe(names, torch.from_numpy(rows).to(self._device), 0, None)
 
     def settle(self) -> None:
@@ -763,11 +765,13 @@ class TorchInputSums:
         """See `inputs.Sums`."""
         totals, self._totals = self._totals, {}
         counts, self._counts = self._counts, {}
-        return {key: InputSum(total.cpu().numpy().astype(np.float64), counts[key]) for key, total in totals.items()}
+        if not self._stay:
+            totals = {key: total.cpu().numpy().astype(np.float64) for key, total in totals.items()}
+        return {key: InputSum(total, counts[key]) for key, total in totals.items()}
 
 
 @contextmanager
-def _exact_products() -> Iterator[None]:
+def exact_products() -> Iterator[None]:
     """float32 products without TF32, whatever the process asked for before."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -1,17 +1,22 @@
 """Time the torch backend, and hold it against numpy's float32.
 
     python scripts/bench/bench_torch.py [MODEL TEXT] --device cuda [--chunks N] [--judge-chunks N] [--synthetic 1b,8b]
+        [--layers N] [--what pass,feedback,choose] [--precision f32,bf16] [--directory DIR]
 
 For float32 and bfloat16: perplexity over all chunks, seconds after loading (the first run, which also starts the
 device, and the second), and on the first chunks the difference from numpy. With --synthetic, for a Llama of so many
 weights made up at random: seconds to load, tokens a second of perplexity, its time over that of the bare matrix
-products, tokens a second of an importance matrix and of second moments, and the peak memory of the device.
+products, tokens a second of an importance matrix and of second moments, and the peak memory of the device. `feedback`
+writes a Q4_K_M with error feedback from 128 chunks of 512 random tokens into the directory, `choose` chooses types for
+its size by the same tokens: the minutes, and where they went. `--layers` makes the model shallower, for a short trial.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,24 +27,35 @@ import numpy as np
 import torch
 
 from quantkit.blocks.types import GGMLType
+from quantkit.calibration.planning import Target, TypeChooser
+from quantkit.calibration.progress import Step
+from quantkit.calibration.rounding import execute_with_feedback
+from quantkit.calibration.text import CalibrationText
 from quantkit.evaluate.perplexity import chunked, perplexity, tokenize
 from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.evaluate.torch_backend import TorchTransformer
 from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import Metadata, TensorInfo, ValueType
+from quantkit.machine import peak_memory
+from quantkit.pipeline.options import QuantizeOptions
+from quantkit.pipeline.plan import plan_quantize
 from quantkit.sources.source import open_model
 from quantkit.vocabulary import Vocabulary
 
 
 class SyntheticLlama:
-    """A TensorSource of random F16 weights in the shapes of TinyLlama-1.1B or Llama-3-8B."""
+    """A TensorSource of random F16 weights in the shapes of TinyLlama-1.1B or Llama-3-8B, or of their first layers.
+
+    Runs of weights differ in size, as rows of trained models do.
+    """
 
     label = "synthetic Llama"
     files = ()
     sizes: ClassVar = {"1b": (32000, 2048, 5632, 22, 32, 4), "8b": (128256, 4096, 14336, 32, 32, 8)}
 
-    def __init__(self, size: str) -> None:
+    def __init__(self, size: str, layers: int | None = None) -> None:
         self.n_vocab, self.n_embd, self.n_ff, self.n_layer, self.n_head, self.n_head_kv = self.sizes[size]
+        self.n_layer = min(self.n_layer, layers or self.n_layer)
         self.metadata = Metadata()
         self.metadata.set("general.architecture", ValueType.STRING, "llama")
         for key, value in {
@@ -73,7 +89,10 @@ class SyntheticLlama:
         }
         for name in ["output_norm", *(f"blk.{i}.{n}_norm" for i in range(self.n_layer) for n in ("attn", "ffn"))]:
             self._tensors[f"{name}.weight"] = TensorInfo(f"{name}.weight", (self.n_embd,), GGMLType.F32)
-        self._pool = (np.random.default_rng(1).standard_normal(self.n_vocab * self.n_embd) / 45).astype(np.float16)
+        random = np.random.default_rng(1)
+        runs = random.standard_normal((self.n_vocab, self.n_embd), np.float32)
+        runs *= np.exp(0.3 * random.standard_normal((self.n_vocab, 1), np.float32)) / 45
+        self._pool = runs.astype(np.float16).reshape(-1)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -137,11 +156,61 @@ def observed(model: TorchTransformer, tokens: np.ndarray, full: bool) -> None:
     model.observer = None
 
 
-def synthetic(size: str, device: str) -> None:
+class Where:
+    """The seconds that went to each kind of tensor, from the steps of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def __call__(self, step: Step) -> None:
+        """Count what has passed since the last step."""
+        now, part = time.perf_counter(), step.tensor.removeprefix(f"blk.{step.layer}.") or "through the layer"
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._since
+        self._since = now
+
+
+def calibrated(llama: SyntheticLlama, device: str, precision: str, what: str, directory: str | None) -> None:
+    """Print the minutes that error feedback or the choice of types takes."""
+    tokens = np.random.default_rng(3).integers(0, llama.n_vocab, (128, 512)).astype(np.int32)
+    text, options, where = CalibrationText("random", "", tokens), QuantizeOptions(calibrated=True), Where()
+    model = TorchTransformer(llama, Compute(backend="torch", device=device, precision=precision), keep=False)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=directory) as home:
+        if what == "feedback":
+            path = Path(home) / "rounded.gguf"
+            ((*tensors,),) = execute_with_feedback(
+                model, [(plan_quantize(llama, "Q4_K_M", options), path)], text, progress=where
+            )
+            losses = [(t.loss, t.plain_loss) for t in tensors if t.loss is not None and t.plain_loss is not None]
+            gain = {"loss": round(float(np.mean([loss / plain for loss, plain in losses])), 4)}
+            gain["bytes"] = path.stat().st_size
+        else:
+            chooser = TypeChooser(llama, [Target.parse("Q4_K_M")], options, text)
+            gain = {"tensors": len(chooser.survey(model, progress=where))}
+    print(
+        json.dumps(
+            {
+                "what": what,
+                "layers": llama.n_layer,
+                "precision": precision,
+                "minutes": round((time.perf_counter() - began) / 60, 2),
+                "seconds_of": {part: round(seconds, 1) for part, seconds in sorted(where.seconds.items())},
+                **gain,
+                "peak_memory": model.peak_memory(),
+                "peak_memory_of_process": peak_memory(),
+                "processors": len(os.sched_getaffinity(0)),
+            }
+        ),
+        flush=True,
+    )
+
+
+def synthetic(llama: SyntheticLlama, device: str, precisions: list[str]) -> None:
     """Print what a synthetic Llama takes."""
-    llama = SyntheticLlama(size)
     n_weights = sum(info.n_elements for info in llama.tensors.values())
-    for precision, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
+    for precision in precisions:
+        dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[precision]
         began = time.perf_counter()
         model = TorchTransformer(llama, Compute(backend="torch", device=device, precision=precision))
         synchronize(device)
@@ -212,13 +281,22 @@ def main() -> None:
     parser.add_argument("--chunks", type=int)
     parser.add_argument("--judge-chunks", type=int, default=16, help="chunks that numpy computes too")
     parser.add_argument("--synthetic", default="", help="sizes, with commas: 1b, 8b")
+    parser.add_argument("--layers", type=int, help="of the synthetic model, at most")
+    parser.add_argument("--what", default="pass", help="of the synthetic model, with commas: pass, feedback, choose")
+    parser.add_argument("--precision", default="f32,bf16")
+    parser.add_argument("--directory", help="for the files that are written: 10 GB for 8b")
     args = parser.parse_args()
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device
     print(json.dumps({"device": name, "torch": torch.__version__}), flush=True)
     if args.model is not None:
         trained(args)
     for size in filter(None, args.synthetic.split(",")):
-        synthetic(size, args.device)
+        llama, precisions = SyntheticLlama(size, args.layers), args.precision.split(",")
+        if "pass" in args.what.split(","):
+            synthetic(llama, args.device, precisions)
+        for what in ("feedback", "choose"):
+            for precision in precisions if what in args.what.split(",") else ():
+                calibrated(llama, args.device, precision, what, args.directory)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from quantkit.calibration.text import CalibrationText, least_tokens
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import load
 from quantkit.evaluate.inputs import InputSum
+from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.formats.unfinished import WorkDirectory
 from quantkit.pipeline.run import plan
@@ -54,14 +55,14 @@ def stop_in(layer: int) -> Callable[[Step], None]:
 
 def rounded(
     source: TensorSource, folder: Path, types: tuple[str, ...], compute: Compute | None = None, resume: bool = False,
-    **options: Any,
+    model: Model | None = None, **options: Any,
 ) -> list[list[RoundedTensor]]:  # fmt: skip
-    """Write `types` with feedback into `folder`, named after them."""
+    """Write `types` with feedback into `folder`, named after them, by `model` if there is one already."""
     folder.mkdir(exist_ok=True)
     text = CalibrationText.of(source, CALIBRATION, SOME)
     outputs = [(plan(source, name, calibrated=True), folder / f"{name}.gguf") for name in types]
     work = WorkDirectory(outputs[0][1], resume)
-    return execute_with_feedback(load(source, compute, keep=False), outputs, text, work=work, **options)
+    return execute_with_feedback(model or load(source, compute, keep=False), outputs, text, work=work, **options)
 
 
 def assert_same_files(folder: Path, other: Path, types: tuple[str, ...]) -> None:
