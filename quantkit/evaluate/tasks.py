@@ -115,11 +115,11 @@ def _hellaswag(data: bytes, name: str, n_tasks: int | None) -> list[Task]:
     draw, tasks = _mt19937(), []
     for _ in range(len(left) if n_tasks is None else min(n_tasks, len(left))):
         at = left.pop(_uniform(draw, len(left))) * 6
-        context, answer = lines[at], re.match(r"\s*[+-]?\d+", lines[at + 1])
-        if answer is None or not 0 <= int(answer[0]) < 4:
+        context, answer = lines[at], re.match(r"\s*\+?0*([0-3])(?!\d)", lines[at + 1], re.ASCII)
+        if answer is None:
             raise QuantkitError(f"{name}: line {at + 2} is {lines[at + 1][:40]!r}, not the number of an ending, 0 to 3")
         texts = tuple(f"{context} {ending}" for ending in lines[at + 2 : at + 6])
-        tasks.append(Task(texts, frozenset([int(answer[0])])))
+        tasks.append(Task(texts, frozenset([int(answer[1])])))
     return tasks
 
 
@@ -141,8 +141,8 @@ def _winogrande(data: bytes, name: str, n_tasks: int | None) -> list[Task]:
         sentence, one, two = (line[a + 1 : b] for a, b in itertools.pairwise(commas))
         if sentence.startswith('"'):
             sentence = sentence[1:-1]
-        answer = re.match(r"\s*\+?(\d+)", line[commas[3] + 1 :])
-        if "_" not in sentence or answer is None or answer[1].lstrip("0") not in ("1", "2"):
+        answer = re.match(r"\s*\+?0*([12])(?!\d)", line[commas[3] + 1 :], re.ASCII)
+        if "_" not in sentence or answer is None:
             log.warning("%s: no _ in the sentence or no answer, left out: %s", name, line[:80])
             continue
         before, after = sentence.split("_", 1)

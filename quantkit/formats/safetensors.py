@@ -31,6 +31,7 @@ _CONVERT = (
 )
 INDEX = "model.safetensors.index.json"
 MAX_JSON = 100 * 1024 * 1024  # the format's own bound on a header
+MAX_NAME = 1024  # far longer than any, and short enough for numbers in it to be read as such
 
 # Bits of an element of each type that the format knows.
 _BITS = {
@@ -143,6 +144,11 @@ class _File:
                 for name in file.offset_keys():
                     entry = file.get_slice(name)
                     dtype, shape = entry.get_dtype(), tuple(entry.get_shape())
+                    if len(name) > MAX_NAME:
+                        raise QuantkitError(
+                            f"{self.path}: the tensor name {name[:40]!r}... of {len(name)} characters is longer than "
+                            f"{MAX_NAME}"
+                        )
                     if dtype not in _BITS:
                         raise QuantkitError(f"{self.path}: tensor {name!r} has the unknown type {dtype!r}")
                     if len(shape) > 16:

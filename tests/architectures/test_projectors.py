@@ -16,6 +16,8 @@ from support.conversion import OUTTYPES, assert_recorded, changed_copy, golden, 
 from support.program import call
 
 from quantkit.architectures.projectors import PROJECTORS as FAMILIES
+from quantkit.architectures.projectors import load_projector
+from quantkit.architectures.projectors.qwen2_vl import Qwen2VlProjector
 from quantkit.errors import QuantkitError
 from quantkit.sources.projector import ProjectorSource
 
@@ -121,6 +123,13 @@ def test_a_bad_config_is_one_line(
     with pytest.raises(QuantkitError, match=told) as problem:
         _ = ProjectorSource(directory).metadata
     assert "\n" not in str(problem.value)
+
+
+def test_the_class_of_the_whole_model_counts_too(tiny: dict[str, Path], tmp_path: Path) -> None:
+    config = json.loads((tiny["tiny-eye-qwen2-vl"] / "config.json").read_text())
+    text = {**config.get("text_config", {}), "architectures": ["Qwen2ForCausalLM"]}
+    directory = changed_copy(tiny["tiny-eye-qwen2-vl"], tmp_path / "copy", text_config=text)
+    assert isinstance(load_projector(directory), Qwen2VlProjector)
 
 
 @pytest.mark.parametrize("content", ["absent", "{}", '{"image_mean": [0.5]}', '{"image_mean": [1, 2, "x"]}', "["])

@@ -106,6 +106,7 @@ BAD_HEADERS = {
     "fractional shape": (encode({"a": {**entry([1], [0, 4]), "shape": [1.0]}}, bytes(4)), MALFORMED),
     "overflowing shape": (encode({"a": entry([1 << 40, 1 << 40], [0, 4])}, bytes(4)), MALFORMED),
     "too many axes": (encode({"a": entry([1] * 20, [0, 4])}, bytes(4)), "'a' has 20 axes"),
+    "endless name": (encode({f"layers.{'9' * 5000}.a": entry([1], [0, 4])}, bytes(4)), "is longer than 1024"),
     "one offset": (encode({"a": entry([1], [0])}, bytes(4)), MALFORMED),
     "offsets backwards": (encode({"a": entry([1], [4, 0])}, bytes(4)), MALFORMED),
     "wrong size": (encode({"a": entry([3], [0, 8])}, bytes(8)), MALFORMED),

@@ -40,13 +40,13 @@ def load_projector(directory: Path) -> Projector:
     Raises QuantkitError for a model class whose projector is not known.
     """
     config = Config.load(directory)
-    projector = _BY_CLASS.get(config.model_class) or _BY_CLASS.get(_wrapper(config))
-    if projector is None:
+    name = next((name for name in (config.model_class, _wrapper(config)) if name in _BY_CLASS), None)
+    if name is None:
         raise QuantkitError(
             f"{config.path}: the projector of {config.model_class[:80]} is not supported, only those of "
             + ", ".join(_BY_CLASS)
         )
-    return projector(config)
+    return _BY_CLASS[name](config, name)
 
 
 def _wrapper(config: Config) -> str:

@@ -38,13 +38,16 @@ class Projector(Architecture):
     forced: ClassVar[Mapping[str, GGMLType]] = {}
     renames: ClassVar[Mapping[str, str]] = {}
 
-    def __init__(self, config: Config) -> None:
-        """Take the family with the hyper-parameters of `config`. Raises QuantkitError where there is no tower."""
+    def __init__(self, config: Config, checkpoint: str) -> None:
+        """Take the hyper-parameters of `config`, a model of the class `checkpoint` of `checkpoints`.
+
+        Raises QuantkitError where there is no tower.
+        """
         vision = config.table("vision_config")
         if vision is None:
             raise QuantkitError(f"{config.path}: it has no vision_config")
         self.root = config
-        self.config = self.complete(Config({**self.checkpoints[config.model_class], **vision}, config.path))
+        self.config = self.complete(Config({**self.checkpoints[checkpoint], **vision}, config.path))
 
     # Metadata
 
