@@ -13,6 +13,7 @@ import re
 import struct
 import sys
 import zlib
+from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -217,6 +218,13 @@ def _byte_alphabet() -> list[str]:
     return [chr(b) if b in printable else chr(256 + hidden.index(b)) for b in range(256)]
 
 
+def _bytes_in_order() -> str:
+    """The printable character for each byte, by the byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [b for b in range(256) if b not in printable]
+    return "".join(chr(b) if b in printable else chr(256 + hidden.index(b)) for b in range(256))
+
+
 def tokenizer(more: tuple[tuple[str, bool], ...] = ()) -> dict[str, Any]:
     """A tokenizer.json: byte-level BPE of 296 tokens with Llama 3's pre-tokenizer, and six added tokens, or `more`."""
     tokens = _byte_alphabet() + [merge.replace(" ", "") for merge in MERGES]
@@ -324,6 +332,61 @@ def wordpiece() -> dict[str, Any]:
     }
 
 
+def merged_bytes(merge: str) -> bytes:
+    """The bytes of the token that a merge makes."""
+    alphabet = {character: byte for byte, character in enumerate(_bytes_in_order())}
+    return bytes(alphabet[character] for character in merge.replace(" ", ""))
+
+
+def byte_fallback() -> dict[str, Any]:
+    """A tokenizer.json: Gemma 4's, BPE on characters, with byte tokens for those that are none of its own."""
+    pairs = [merge.replace("Ġ", "▁") for merge in MERGES[:24]]
+    letters = sorted({letter for pair in pairs for letter in pair.replace(" ", "")})
+    special = ("<pad>", "<eos>", "<bos>", "<unk>")
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    tokens += [pair.replace(" ", "") for pair in pairs]
+    tokens += [f"<unused{i}>" for i in range(317 - len(tokens))]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [(text, True) for text in special] + [("<|tool_call>", True), ("<|turn>", True), ("<|extra|>", False)]
+    ids = {text: tokens.index(text) if text in tokens else len(tokens) + i - 4 for i, (text, _) in enumerate(added)}
+    steps = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}
+    ]  # fmt: skip
+    first = [{"SpecialToken": {"id": "<bos>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": ids[text], "content": text, **flags, "special": special} for text, special in added],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": first,
+            "pair": [*first, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<bos>": {"id": "<bos>", "ids": [2], "tokens": ["<bos>"]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": steps},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [pair.split(" ") for pair in pairs],
+        },
+    }
+
+
 def sentencepiece(gemma: bool, unigram: bool = False) -> bytes:
     """A tokenizer.model of some 310 pieces, BPE with byte fallback: Llama's special tokens first, or Gemma's.
 
@@ -359,6 +422,26 @@ def _write_vocabulary(recipe: Recipe, directory: Path, write: Callable[[str, obj
         write("tokenizer.json", wordpiece())
         roles = zip(("pad", "unk", "cls", "sep", "mask"), WORDPIECE_SPECIAL, strict=True)
         write("tokenizer_config.json", {"tokenizer_class": "BertTokenizer", **{f"{r}_token": t for r, t in roles}})
+        return
+    if recipe.vocabulary in ("kimi", "hunyuan-moe"):
+        tokens = [bytes([byte]) for byte in range(256)] + [merged_bytes(merge) for merge in MERGES]
+        lines = [f"{b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+        (directory / ("tiktoken.model" if recipe.vocabulary == "kimi" else "hy.tiktoken")).write_text("".join(lines))
+        settings: dict[str, Any] = {"tokenizer_class": "HYTokenizer", "chat_template": TEMPLATE}
+        if recipe.vocabulary == "kimi":
+            named = ("[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>")
+            listed = {str(len(tokens) + i): {"content": text, "special": True} for i, text in enumerate(named)}
+            settings = {"tokenizer_class": "TikTokenTokenizer", "bos_token": "[BOS]", "added_tokens_decoder": listed}
+        write("tokenizer_config.json", settings)
+        return
+    if recipe.vocabulary == "gemma4":
+        write("tokenizer.json", byte_fallback())
+        ends = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+        write("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **ends})
+        return
+    if recipe.vocabulary == "t5":
+        (directory / "spiece.model").write_bytes(sentencepiece(False, unigram=True))
+        write("tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>"})
         return
     if recipe.vocabulary == "unigram":
         (directory / "sentencepiece.bpe.model").write_bytes(sentencepiece(False, unigram=True))
@@ -526,7 +609,7 @@ def _weights(name: str, shape: tuple[int, ...], dtype: str, norm_at: float) -> n
     values = (raw >> np.uint64(40)).astype(np.int64) - (1 << 23)
     weights = np.ldexp(values.astype(np.float32), -27)  # exact: 24 bits, within 1/16
     weights.view(np.uint32)[::7] = weights.view(np.uint32)[::7] & 0xFFFF8000 | 0x8000
-    if name.lower().endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")):
+    if name.lower().endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight", "scale", "layer_scalar")):
         weights += np.float32(norm_at)
     if dtype == "BF16":
         return (weights.view(np.uint32) >> 16).astype(np.uint16).reshape(shape)

@@ -23,6 +23,8 @@ from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.gemma import Gemma
 from quantkit.architectures.gemma2 import Gemma2
 from quantkit.architectures.gemma3 import Gemma3
+from quantkit.architectures.gemma3n import Gemma3n
+from quantkit.architectures.gemma4 import Gemma4
 from quantkit.architectures.glm4 import Glm4
 from quantkit.architectures.glm4_moe import Glm4Moe
 from quantkit.architectures.gpt2 import GPT2
@@ -30,7 +32,7 @@ from quantkit.architectures.gpt_neox import GPTNeoX
 from quantkit.architectures.gpt_oss import GptOss
 from quantkit.architectures.granite import Granite, GraniteMoe
 from quantkit.architectures.granite_hybrid import GraniteHybrid
-from quantkit.architectures.hunyuan import HunyuanDense
+from quantkit.architectures.hunyuan import HunyuanDense, HunyuanMoe
 from quantkit.architectures.internlm2 import InternLM2, InternLM3
 from quantkit.architectures.jamba import Jamba
 from quantkit.architectures.jina_bert import JinaBert
@@ -63,6 +65,7 @@ from quantkit.architectures.seed_oss import SeedOss
 from quantkit.architectures.smollm3 import SmolLM3
 from quantkit.architectures.stablelm import StableLm
 from quantkit.architectures.starcoder2 import StarCoder2
+from quantkit.architectures.t5 import T5, T5Encoder
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo
 from quantkit.wording import did_you_mean
@@ -104,6 +107,7 @@ FAMILIES: tuple[type[Architecture], ...] = (
     ErnieMoe,
     Dots1,
     HunyuanDense,
+    HunyuanMoe,
     MiniCPM,
     InternLM2,
     InternLM3,
@@ -135,6 +139,10 @@ FAMILIES: tuple[type[Architecture], ...] = (
     Jamba,
     NemotronHMoe,
     NemotronH,
+    Gemma3n,
+    Gemma4,
+    T5,
+    T5Encoder,
 )
 
 BY_CLASS: dict[str, type[Architecture]] = {

@@ -121,7 +121,7 @@ class Architecture:
     gguf_name: ClassVar[str]
     checkpoints: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     wrappers: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
-    derived: ClassVar[Mapping[str, Callable[[Config], int]]] = {}
+    derived: ClassVar[Mapping[str, Callable[[Config], Any]]] = {}
     parameters: ClassVar[tuple[Parameter, ...]] = SHARED
     transforms: ClassVar[Mapping[str, Transform]] = {}
     pieces: ClassVar[Mapping[str, Pieces]] = {}
@@ -253,7 +253,7 @@ class Architecture:
                 continue
             for stack in self.stacks:
                 if match := stack.pattern.fullmatch(name):
-                    yield from self._stack(stack, match["layer"], name, stored_name, waiting)
+                    yield from self._stack(stack, match.groupdict().get("layer", ""), name, stored_name, waiting)
                     break
             else:
                 yield from self.assemble(name, stored_name)

@@ -138,6 +138,7 @@ class DeepSeek2(Architecture):
     stacks = (EXPERTS,)
     keeps_next_layers = False
     usual_pre = "deepseek-v3"
+    vocabulary = "kimi"
     notes = "V3 and R1 too; latent attention, experts in groups"
 
     def complete(self, config: Config) -> Config:

@@ -60,6 +60,7 @@ class Gating(Enum):
     SOFTMAX = "softmax"  # over all experts
     SIGMOID = "sigmoid"  # of each by itself
     CHOSEN = "chosen"  # the softmax over the chosen alone
+    SPARSE_MIXER = "sparse mixer"  # of each the softmax over those near it that are not chosen before (Liu et al. 2024)
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,14 @@ class Temperature:
     offset: int = 0
 
 
+@dataclass(frozen=True)
+class SharedKeys:
+    """Keys and values of an earlier layer: its number, and from which column on a row holds them."""
+
+    layer: int
+    at: int
+
+
 class Mixer(ABC):
     """What lets a token see those before it. Ends with the product `out`; `width` numbers of a row go into it."""
 
@@ -165,7 +174,9 @@ class Attention(Mixer):
     `alibi`, scores fall by the distance from query to key, for each head with a slope of its own (ALiBi, Press et al.
     2022): the last slope of as many heads as the largest power of two among theirs is 2 to the power of minus `alibi`.
     With `gated` the product `q` makes a query and then a gate of each head, and what the head sees is multiplied with
-    the gate's sigmoid.
+    the gate's sigmoid. Without `v` values are what `k` makes, before it is normalised and rotated; `v_norm` runs over
+    each head of values. With `shared` keys and values are those that another layer has made, and there is neither `k`
+    nor `v`; a layer whose keys and values others use leaves them in the columns of a row from `kept_at` on.
     """
 
     n_head: int
@@ -192,6 +203,9 @@ class Attention(Mixer):
     causal: bool = True
     alibi: float | None = None
     gated: bool = False
+    v_norm: Norm | None = None
+    shared: SharedKeys | None = None
+    kept_at: int | None = None
 
     @property
     def width(self) -> int:
@@ -478,7 +492,8 @@ class Mamba(Mixer):
 class FeedForward:
     """A dense feed-forward block: `down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))` without a gate.
 
-    `gate_up` is one product whose rows are the gate's, then the other's.
+    `gate_up` is one product whose rows are the gate's, then the other's. With `cutoff` what the gate makes of a token
+    counts only by how much it is above its mean and so many of its standard deviations.
     """
 
     n_ff: int
@@ -487,6 +502,22 @@ class FeedForward:
     up: Linear | None = None
     gate: Linear | None = None
     gate_up: Linear | None = None
+    cutoff: float | None = None
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Norms of experts that stand beside a dense block (Gemma 4), where the layer's own norm is the dense block's.
+
+    Experts read x through `norm`, their router reads it through `router_norm`, times `router_scale`. What experts make
+    goes through `out_norm`, what the dense block makes through `shared_norm`, before the two are added.
+    """
+
+    norm: Norm
+    router_norm: Norm
+    router_scale: float
+    out_norm: Norm
+    shared_norm: Norm
 
 
 @dataclass(frozen=True)
@@ -499,6 +530,9 @@ class Experts:
     choice is among the `n_groups_used` groups whose two largest sum highest. The shares of the chosen are scaled to sum
     to one if `normalised`, then multiplied by `scale`; they multiply what an expert makes, with `weigh_input` what it
     reads. `shared` is a block that all tokens go through beside, times the sigmoid of `shared_gate` where there is one.
+    `gate_up` names a tensor with both projections of each expert, the gate's rows first. `expert_scales` names a number
+    for each expert, which multiplies what it makes. With `apart` the experts, their router and the shared block each
+    have norms of their own.
     """
 
     n_ff: int
@@ -506,7 +540,7 @@ class Experts:
     n_used: int
     router: Linear
     gate: str | None
-    up: str
+    up: str | None
     down: str
     activation: Activation = Activation.SILU
     gating: Gating = Gating.SOFTMAX
@@ -521,6 +555,54 @@ class Experts:
     down_bias: str | None = None
     shared: FeedForward | None = None
     shared_gate: Linear | None = None
+    gate_up: str | None = None
+    expert_scales: str | None = None
+    apart: Apart | None = None
+
+
+@dataclass(frozen=True)
+class SideInput:
+    """What a layer takes of its own embedding of a token (Gemma 3n).
+
+    `gelu(gate(x))` times the `size` numbers of a row from column `at` on goes through `out` and `norm`, and is added.
+    """
+
+    at: int
+    size: int
+    gate: Linear
+    out: Linear
+    norm: Norm
+
+
+@dataclass(frozen=True)
+class Laurel:
+    """A learned residual (LAuReL, Menghani et al. 2024): y and `norm(right(left(y)))`, of `rank` numbers between.
+
+    y is what the mixers read. It is added after them, and the sum is divided by the root of two.
+    """
+
+    rank: int
+    left: Linear
+    right: Linear
+    norm: Norm
+
+
+@dataclass(frozen=True)
+class AltUp:
+    """How a layer that works on one of several streams moves the others (AltUp, Baykal et al. 2023).
+
+    m(x) is the tanh of what `router` makes of `router_norm(x)` over the length of x: a number for each stream.
+    Before the layer each stream gets all streams added, by the coefficients that `predict` makes of m of the active
+    one, a row for each stream. After it each gets what the layer changed added, by one and what `correct` makes of m of
+    the layer's result. What the layer's own embedding adds goes to all but the first; it comes of the active stream
+    times `scale`.
+    """
+
+    router: str
+    router_norm: Norm
+    predict: str
+    correct: str
+    scale: str
 
 
 @dataclass(frozen=True)
@@ -530,7 +612,8 @@ class Layer:
     Usually `x += mix(attention_norm(x))`, then `x += feed_forward(feed_forward_norm(x))`, where what is mixed is the
     sum of all `mixers`; with none of them, or without `feed_forward`, that half is left out. A norm that is None is
     left out; the `post_` norms run on a branch before it is added, and the `out_` norms on x after that. With
-    `parallel` both branches read the same x. `branch_scale` multiplies each branch before it is added.
+    `parallel` both branches read the same x. `branch_scale` multiplies each branch before it is added. Then `side` is
+    added, and all is multiplied with the number `out_scale`. With `altup` x is one of the model's streams.
     """
 
     mixers: tuple[Mixer, ...]
@@ -543,6 +626,10 @@ class Layer:
     branch_scale: float = 1.0
     out_attention_norm: Norm | None = None
     out_feed_forward_norm: Norm | None = None
+    side: SideInput | None = None
+    out_scale: str | None = None
+    laurel: Laurel | None = None
+    altup: AltUp | None = None
 
     @property
     def inputs(self) -> tuple[tuple[str, ...], ...]:
@@ -552,15 +639,47 @@ class Layer:
             groups += [*mixer.inputs, (mixer.out,)]
         ff = self.feed_forward
         if isinstance(ff, Experts):
-            groups += [(ff.router,), (ff.gate, ff.up), (ff.down,), (ff.shared_gate,)]
+            groups += [(ff.router,), (ff.gate_up, ff.gate, ff.up), (ff.down,), (ff.shared_gate,)]
         dense = ff.shared if isinstance(ff, Experts) else ff
         if dense is not None:
             groups += [(dense.gate_up, dense.gate, dense.up), (dense.down,)]
+        if self.laurel is not None:
+            groups += [(self.laurel.left,), (self.laurel.right,)]
+        if self.side is not None:
+            groups += [(self.side.gate,), (self.side.out,)]
         return tuple(
             tuple(part if isinstance(part, str) else part.weight for part in group if part is not None)
             for group in groups
             if any(part is not None for part in group)
         )
+
+
+@dataclass(frozen=True)
+class SideEmbedding:
+    """An embedding of each token for every layer (Gemma 3n): `size` numbers each, in one row of `table`.
+
+    The row times the root of `size` and, of each layer, `norm` of what `project` makes of the token's embedding, over
+    the root of that one's length, are added, and divided by the root of two. They stand in a row after the streams.
+    """
+
+    size: int
+    table: str
+    project: Linear
+    norm: Norm
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Several streams of n_embd numbers side by side, of which layers work on the one called `active` (AltUp).
+
+    All but the first begin as its product with a matrix of `spread`, and end as one with a matrix of `merge`, each
+    brought to the length of the first, or of the active one; the mean of all is the result.
+    """
+
+    count: int
+    active: int
+    spread: str
+    merge: str
 
 
 @dataclass(frozen=True)
@@ -571,7 +690,8 @@ class ForwardSpec:
     the token's. The first row of `segment_embedding` is added to all, and `embedding_norm` runs on the sum. `output` is
     the embedding's own tensor where the two are tied. `logit_scale` multiplies logits, then `logit_softcap` bends them
     as `Attention.softcap` does scores. `idle` are tensors that a forward pass leaves alone: multi-token-prediction
-    layers.
+    layers. Rows that go from layer to layer hold the `streams`, or one; then what `side` makes for each layer; then
+    `n_kept` numbers of keys and values that several layers use.
     """
 
     architecture: str
@@ -589,6 +709,15 @@ class ForwardSpec:
     idle: tuple[str, ...] = ()
     segment_embedding: str | None = None
     embedding_norm: Norm | None = None
+    side: SideEmbedding | None = None
+    streams: Streams | None = None
+    n_kept: int = 0
+
+    @property
+    def width(self) -> int:
+        """How many numbers of a token go from layer to layer."""
+        n_streams = self.n_embd * (self.streams.count if self.streams else 1)
+        return n_streams + (len(self.layers) * self.side.size if self.side else 0) + self.n_kept
 
     @property
     def causal(self) -> bool:

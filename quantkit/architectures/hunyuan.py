@@ -132,6 +132,7 @@ class HunyuanMoe(HunyuanDense):
     )
     stacks = (EXPERTS,)
     pieces = STACKED_EXPERTS
+    vocabulary = "hunyuan-moe"
     notes = "experts and a shared expert; QK norms after rotary"
 
     def complete(self, config: Config) -> Config:

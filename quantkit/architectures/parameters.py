@@ -24,17 +24,24 @@ class Field:
     """A hyper-parameter that is copied: `add` is the method of gguf.GGUFWriter, `names` what config.json calls it.
 
     The first name that is there counts; nothing is written where none is. `number` allows fractions, and `truthy`
-    leaves zero out.
+    leaves zero out. `per_layer` allows a list with a value for each layer.
     """
 
     add: str
     names: tuple[str, ...]
     number: bool = False
     truthy: bool = False
+    per_layer: bool = False
 
     def __call__(self, architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
         """Add it. Raises QuantkitError for a value that is no such number."""
         config = architecture.config
+        if self.per_layer and isinstance(listed := config.find(*self.names), list):
+            if len(listed) != architecture.n_layers:
+                raise config.wrong(self.names, listed, f"a list for {architecture.n_layers} layers")
+            name = self.names[0]
+            getattr(writer, self.add)([config.changed(**{name: each}).require(name) for each in listed])
+            return
         value: Any = config.number(*self.names) if self.number else config.integer(*self.names)
         if value is not None and (value or not self.truthy):
             getattr(writer, self.add)(value)
@@ -169,6 +176,7 @@ EMBEDDING = Field("add_embedding_length", ("hidden_size", "n_embd", "dim"))
 FEED_FORWARD = Field(
     "add_feed_forward_length",
     ("prefix_dense_intermediate_size", "dense_intermediate_size", "intermediate_size", "n_inner", "hidden_dim"),
+    per_layer=True,
 )
 HEADS = Field("add_head_count", ("num_attention_heads", "n_head", "n_heads"))
 KEY_VALUE_HEADS = Field("add_head_count_kv", ("num_key_value_heads", "n_kv_heads"))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from quantkit.architectures.forward import ForwardSpec, Gating, NormKind, RopeStyle
 from quantkit.architectures.mixtral import MIXTRAL_EXPERTS
 from quantkit.architectures.parameters import EXPERTS, EXPERTS_USED
 from quantkit.architectures.phi3 import Phi3
+from quantkit.architectures.reader import ModelReader
+from quantkit.formats.gguf import Metadata, TensorInfo
 
 
 class PhiMoe(Phi3):
@@ -42,3 +47,17 @@ class PhiMoe(Phi3):
     parameters = (*Phi3.parameters, EXPERTS_USED, EXPERTS)
     stacks = (MIXTRAL_EXPERTS,)
     notes = "experts, LayerNorms, LongRoPE"
+
+    @classmethod
+    def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
+        """LayerNorms, and experts that the sparse mixer chooses, as transformers runs it.
+
+        llama.cpp takes the norms for RMS norms and the two experts with the largest softmax. LongRoPE's factor for long
+        and for short texts is the one that follows from the context, whatever the config says: GGUF has no other.
+        """
+        model = ModelReader(metadata, tensors, NormKind.LAYER, eps_key="layer_norm_rms_epsilon")
+        rope = model.rope(RopeStyle.NEOX)
+        return model.spec(
+            model.layer(i, model.attention(i, rope), model.experts(i, gating=Gating.SPARSE_MIXER, normalised=False))
+            for i in range(model.n_layer)
+        )

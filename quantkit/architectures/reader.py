@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +29,9 @@ from quantkit.architectures.forward import (
     NormKind,
     Rope,
     RopeStyle,
+    SharedKeys,
+    SideEmbedding,
+    SideInput,
     Yarn,
 )
 from quantkit.errors import QuantkitError
@@ -183,13 +187,14 @@ class ModelReader:
         """`attention.scale`, or the plain scale; for families whose key llama.cpp reads."""
         return self.number("attention.scale", 0.0) or self.plain_scale
 
-    def windows(self, window: int, period: int) -> list[int | None]:
+    def windows(self, window: int, period: int, own_sizes: bool = False) -> list[int | None]:
         """How many positions each layer sees, None for all.
 
         `attention.sliding_window_pattern` says which layers slide, one by one or as a period: all layers but the last
-        of each period, all of them where it is 0.
+        of each period, all of them where it is 0. Heads of another size in these are refused, but with `own_sizes`.
         """
-        self.refuse_keys("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa")
+        if not own_sizes:
+            self.refuse_keys("attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa")
         key = f"{self.arch}.attention.sliding_window_pattern"
         if self.metadata.is_array(key):
             slides = [bool(on) for on in self.metadata.array(key, (ValueType.BOOL, *INTEGERS))]
@@ -274,6 +279,52 @@ class ModelReader:
         """The convolution `stem` before a recurrence, of `n_channels`."""
         bias = f"{stem}.bias" if f"{stem}.bias" in self.tensors else None
         return Convolution(f"{stem}.weight", self.integer("ssm.conv_kernel", low=1), n_channels, bias, silu=True)
+
+    def share_keys(self, attentions: Sequence[Attention], at: int) -> tuple[list[Attention], int]:
+        """`attentions` of all layers, of which the last `attention.shared_kv_layers` use the keys and values of others.
+
+        Each uses those of the last layer before them all that has a window as it has, or none. Rows hold them from
+        column `at` on; the number is how many columns they take.
+        """
+        made, end = list(attentions), at
+        first = self.n_layer - self.integer("attention.shared_kv_layers", 0)
+        for i in range(max(0, first), self.n_layer):
+            sees_all = made[i].window is None
+            source = next((j for j in range(first - 1, -1, -1) if (made[j].window is None) == sees_all), None)
+            if source is None:
+                raise QuantkitError(f"the metadata says that layer {i} uses another's keys, and there is none")
+            a = made[source]
+            sizes = a.n_head_kv, a.head_k, a.head_v
+            if sizes != (made[i].n_head_kv, made[i].head_k, made[i].head_v):
+                raise QuantkitError(f"the metadata says that layers {source} and {i} share keys of other sizes")
+            if a.kept_at is None:
+                made[source] = a = replace(a, kept_at=end)
+                end += a.n_head_kv * (a.head_k + a.head_v)
+            shared = SharedKeys(source, a.kept_at or 0)
+            made[i] = replace(made[i], k=None, v=None, k_norm=None, v_norm=None, shared=shared)
+        return made, end - at
+
+    def unused_keys(self, attentions: Sequence[Attention]) -> tuple[str, ...]:
+        """The tensors that make keys and values in layers which use others'."""
+        parts = ("attn_k.weight", "attn_v.weight", "attn_k_norm.weight")
+        names = [f"blk.{i}.{part}" for i, a in enumerate(attentions) if a.shared for part in parts]
+        return tuple(name for name in names if name in self.tensors)
+
+    def side_embedding(self) -> SideEmbedding | None:
+        """The embedding of tokens for each layer, where the model has one."""
+        size = self.integer("embedding_length_per_layer_input", 0)
+        if not size:
+            return None
+        norm = self.norm("per_layer_proj_norm")
+        return SideEmbedding(size, "per_layer_token_embd.weight", self.linear("per_layer_model_proj"), norm)
+
+    def side_input(self, i: int, side: SideEmbedding | None, at: int) -> SideInput | None:
+        """What layer `i` takes of it; all layers' stand from column `at` on."""
+        if side is None:
+            return None
+        stem = f"blk.{i}."
+        parts = self.linear(f"{stem}inp_gate"), self.linear(f"{stem}proj"), self.norm(f"{stem}post_norm")
+        return SideInput(at + i * side.size, side.size, *parts)
 
     def qk_norms(self, i: int) -> dict[str, Norm]:
         """The norms of layer `i`'s queries and keys, as fields of its attention."""

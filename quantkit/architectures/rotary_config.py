@@ -111,7 +111,7 @@ class RotaryConfig:
                     add(value)
         elif self.type in ("su", "longrope"):
             writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
-        elif self.type not in (None, "default", "dynamic", "llama3", "mrope"):
+        elif self.type not in (None, "default", "dynamic", "llama3", "mrope", "proportional"):
             raise QuantkitError(f"{self.config.path}: the rope scaling {self.type!r} is not supported")
         if self.sections is not None:
             writer.add_rope_dimension_sections(self.sections)

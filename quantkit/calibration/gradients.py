@@ -116,7 +116,7 @@ class _Pass:
     def _activations(self, stack: ExitStack) -> np.ndarray:
         """Space for what stands between two layers."""
         model = self._model
-        made = Activations((*self._tokens.shape, model.spec.n_embd), model.memory // 64, self._directory)
+        made = Activations((*self._tokens.shape, model.spec.width), model.memory // 64, self._directory)
         stack.callback(made.close)
         return made.values
 

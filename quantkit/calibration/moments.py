@@ -56,7 +56,7 @@ class LayerMoments:
 
 
 class Activations:
-    """What stands between two layers: float32 [n_chunks, n_ctx, n_embd], in memory or in a file.
+    """What stands between two layers: float32 [n_chunks, n_ctx, width], in memory or in a file.
 
     More than `budget` bytes go to a temporary file in `directory`, which `close` removes. Raises QuantkitError where
     the disk has no room for them.

@@ -180,7 +180,7 @@ class _Run:
             return
         if self._coupled:
             self._take_gradients(spool)
-        activations = Activations((*tokens.shape, model.spec.n_embd), model.memory // 4, spool.path)
+        activations = Activations((*tokens.shape, model.spec.width), model.memory // 4, spool.path)
         try:
             if spool.start:
                 spool.load_activations(activations.values)

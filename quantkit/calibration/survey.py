@@ -113,10 +113,10 @@ class _Survey:
         self._text.require(max((self._infos[n].n_per_row for n in self._candidates if n in spec.matrices), default=0))
         n_seq, n_ctx = self._tokens.shape
         most = 1 + sum(name not in (spec.output.weight,) or spec.tied for name in self._candidates)
-        x = Activations((*self._text.tokens.shape, spec.n_embd), model.memory // 8, self._directory)
-        copies = Activations((most * n_seq, n_ctx, spec.n_embd), model.memory // 8, self._directory)
+        x = Activations((*self._text.tokens.shape, spec.width), model.memory // 8, self._directory)
+        copies = Activations((most * n_seq, n_ctx, spec.width), model.memory // 8, self._directory)
         try:
-            self._copies = copies.values.reshape(most, n_seq, n_ctx, spec.n_embd)
+            self._copies = copies.values.reshape(most, n_seq, n_ctx, spec.width)
             # A tied embedding has no moments: it is looked up, too, and rounded to the nearest.
             calibrated = spec.matrices & self._candidates.keys()
             layers = MomentsPass(model, self._text.tokens, calibrated, x.values)
@@ -128,7 +128,7 @@ class _Survey:
                 found = layers.gather()
                 if index < len(spec.layers):
                     advance = model.layer_pass(index, n_ctx)
-                    travelling = self._copies[: self._n_copies].reshape(-1, n_ctx, spec.n_embd)
+                    travelling = self._copies[: self._n_copies].reshape(-1, n_ctx, spec.width)
                     for part in batches(*travelling.shape[:2]):
                         advance(travelling[part])
                 for shared in found.inputs:

@@ -67,6 +67,10 @@ class AttentionRunner(MixerRunner[Attention]):
             yield "chunks of positions where attention is not causal"
         if mixer.clamp is not None and not mixer.clamp > 0:
             yield f"queries, keys and values clamped at {mixer.clamp}"
+        if mixer.v is None and mixer.qkv is None and mixer.head_k != mixer.head_v:
+            yield f"values of {mixer.head_v} numbers that are keys of {mixer.head_k}"
+        if ((mixer.v is None and mixer.qkv is None) or mixer.shared) and (mixer.gated or mixer.norm_rotated):
+            yield "gates of heads, or norms after rotation, without a product for values"
         if mixer.gated and mixer.q is None:
             yield "gates of heads in one product with keys and values"
         if mixer.temperature is not None and not 0 < mixer.temperature.step < 1 << 62:
@@ -76,6 +80,8 @@ class AttentionRunner(MixerRunner[Attention]):
     @staticmethod
     def memory(mixer: Attention, n_ctx: int) -> tuple[tuple[int, ...], ...]:
         """See `MixerRunner`."""
+        if mixer.shared is not None:
+            return ()
         return (mixer.n_head_kv, n_ctx, mixer.head_k), (mixer.n_head_kv, n_ctx, mixer.head_v)
 
     def load(self) -> None:
@@ -84,6 +90,7 @@ class AttentionRunner(MixerRunner[Attention]):
         n_q, n_k, n_v = a.n_head * a.head_k, a.n_head_kv * a.head_k, a.n_head_kv * a.head_v
         for norm, whole in ((a.q_norm, n_q), (a.k_norm, n_k)):
             parts.norm(norm, whole if a.norm_whole else a.head_k)
+        parts.norm(a.v_norm, a.head_v)
         self.qkv = parts.product(
             f"qkv {self.index}",
             [(a.qkv, n_q + n_k + n_v), (a.q, 2 * n_q if a.gated else n_q), (a.k, n_k), (a.v, n_v)],
@@ -92,27 +99,54 @@ class AttentionRunner(MixerRunner[Attention]):
         self.sinks = parts.vector(a.sinks, a.n_head)
 
     def run(
-        self, x: np.ndarray, span: tuple[int, int], each: Each, at: int, continued: Sequence[Part] | None
+        self,
+        x: np.ndarray,
+        span: tuple[int, int],
+        each: Each,
+        at: int,
+        continued: Sequence[Part] | None,
+        carried: np.ndarray | None = None,
     ) -> np.ndarray:
         """See `MixerRunner`."""
         q, k, v, gates = self._queries_keys_values(x, continued, at)
         first, stop = span
         mixed = self.mixed(len(x), stop - first, self.mixer.width)
         if continued is None:
+            k, v = self._shared(k, v, carried)
             for seq in range(len(x)):
                 self._mix(q[seq], k[seq], v[seq], first, 0, mixed[seq], each)
         else:
 
             def go_on(part: Part, each: Each) -> None:
-                (keys, values), rows = part.memory, part.rows
-                keys[:, part.positions], values[:, part.positions] = k[0][:, rows], v[0][:, rows]
-                self._mix(q[0][:, rows], keys, values, 0, part.positions.start, mixed[0, rows], each)
+                (keys, values), mine = part.memory, part.rows
+                if self.mixer.shared is None:
+                    keys[:, part.positions], values[:, part.positions] = k[0][:, mine], v[0][:, mine]
+                self._mix(q[0][:, mine], keys, values, 0, part.positions.start, mixed[0, mine], each)
 
             side_by_side(go_on, continued, each)
         if gates is not None:
             for seq in range(len(x)):
                 forward_kernels.multiply_sigmoid(mixed[seq], gates[seq, first:stop])
         return mixed.reshape(-1, self.mixer.width)
+
+    def _shared(self, k: np.ndarray, v: np.ndarray, carried: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values [n_seq, groups, n_ctx, head size], those of another layer from `carried` if they are shared.
+
+        What other layers will use is put into `carried` [n_seq, n_ctx, width].
+        """
+        a = self.mixer
+        if carried is None or (a.shared is None and a.kept_at is None):
+            return k, v
+        at = a.kept_at if a.shared is None else a.shared.at
+        for heads in (k, v):
+            n_seq, groups, n_ctx, size = heads.shape
+            columns = carried[:, :, at : (at or 0) + groups * size].reshape(n_seq, n_ctx, groups, size).swapaxes(1, 2)
+            if a.shared is None:
+                columns[:] = heads
+            else:
+                heads[:] = columns
+            at = (at or 0) + groups * size
+        return k, v
 
     def _mix(
         self, q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int, past: int, out: np.ndarray, each: Each
@@ -170,6 +204,8 @@ class AttentionRunner(MixerRunner[Attention]):
         for start, normed in self.normed_blocks(x.reshape(-1, n_embd)):
             n = len(normed)
             qkv = parts.multiply(normed, self.qkv, take("qkv", n, len(self.qkv.matrix)), at + start)
+            if attention.v is None and attention.qkv is None:
+                qkv = self._with_values(qkv)
             if gates is not None:
                 qkv = self._ungated(qkv, gates.reshape(-1, n_q)[start : start + n])
             if attention.clamp is not None:
@@ -178,6 +214,9 @@ class AttentionRunner(MixerRunner[Attention]):
                 if norm is not None and not attention.norm_rotated:
                     weight = parts.norm_weight(norm)
                     forward_kernels.rms_norm_columns(qkv, first, size // weight.size, weight, norm.eps)
+            if attention.v_norm is not None and attention.shared is None:
+                weight = parts.norm_weight(attention.v_norm)
+                forward_kernels.rms_norm_columns(qkv, n_q + n_k, groups, weight, attention.v_norm.eps)
             if attention.temperature is not None:
                 of_rows = positions[np.arange(start, start + n) % n_ctx]
                 qkv[:, :n_q] *= temperatures(attention.temperature, of_rows)
@@ -185,6 +224,8 @@ class AttentionRunner(MixerRunner[Attention]):
                 part = qkv[done : done + count]
                 factor = one if attention.norm_rotated and attention.q_norm else scale
                 forward_kernels.split_heads(part, 0, *tables, position, neighbours, factor, q[seq])
+                if attention.shared is not None:
+                    continue
                 forward_kernels.split_heads(part, n_q, *tables, position, neighbours, one, k[seq])
                 forward_kernels.split_heads(part, n_q + n_k, still, still, position, neighbours, one, v[seq])
         if attention.norm_rotated:
@@ -193,6 +234,17 @@ class AttentionRunner(MixerRunner[Attention]):
                     head_rows, weight = heads_of.reshape(-1, head_k), parts.norm_weight(norm)
                     forward_kernels.rms_norm(head_rows, weight * factor, norm.eps, head_rows)
         return q, k[..., 0, :], v[..., 0, :], gates
+
+    def _with_values(self, qk: np.ndarray) -> np.ndarray:
+        """Rows of queries and keys with the keys once more, as values; queries alone as they are."""
+        a = self.mixer
+        if a.shared is not None:
+            return qk
+        n_q, n_k = a.n_head * a.head_k, a.n_head_kv * a.head_k
+        whole = self.parts.take("qkv with values", len(qk), n_q + 2 * n_k)
+        whole[:, : n_q + n_k] = qk
+        whole[:, n_q + n_k :] = qk[:, n_q:]
+        return whole
 
     def _ungated(self, qkv: np.ndarray, gates: np.ndarray) -> np.ndarray:
         """The rows of `qkv` without the gates that follow each query, which go into `gates`."""
@@ -241,7 +293,13 @@ class LatentRunner(MixerRunner[LatentAttention]):
         self._v_up = parts.weights.matrix(f"v up {i}", [(a.v_up, heads * a.head_v)], a.n_latent)
 
     def run(
-        self, x: np.ndarray, span: tuple[int, int], each: Each, at: int, continued: Sequence[Part] | None
+        self,
+        x: np.ndarray,
+        span: tuple[int, int],
+        each: Each,
+        at: int,
+        continued: Sequence[Part] | None,
+        carried: np.ndarray | None = None,
     ) -> np.ndarray:
         """See `MixerRunner`."""
         a, n_ctx = self.mixer, x.shape[1]

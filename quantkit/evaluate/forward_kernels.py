@@ -595,6 +595,35 @@ def route(
 
 
 @kernel
+def route_sparsely(logits: np.ndarray, tolerance: np.float32, chosen: np.ndarray, weights: np.ndarray) -> None:
+    """The experts with the largest logits for each row, and their shares, as the sparse mixer gives them.
+
+    Of each the share is the softmax over those that are not chosen before it and whose logits are at most `tolerance`
+    below its own, of the larger of its own and their magnitude. Arrays as those of `route`.
+    """
+    n_used, n = chosen.shape[1], logits.shape[1]
+    for i in range(logits.shape[0]):
+        row = logits[i]
+        for rank in range(n_used):
+            best, total = -1, _ZERO
+            for e in range(n):
+                taken = False
+                for earlier in range(rank):
+                    taken = taken or chosen[i, earlier] == e
+                if not taken and (best < 0 or _better(row[e], row[best])):
+                    best = e
+            for e in range(n):
+                taken = False
+                for earlier in range(rank):
+                    taken = taken or chosen[i, earlier] == e
+                below = row[best] - row[e]
+                if not taken and not below / max(abs(row[e]), row[best]) > tolerance:
+                    total += exp(-below)
+            chosen[i, rank] = best
+            weights[i, rank] = _ONE / total
+
+
+@kernel
 def add_gated(x: np.ndarray, gate: np.ndarray, out: np.ndarray) -> None:
     """`out += sigmoid(gate) * x`: rows of [any, n], with one number of `gate` [any, 1] for each."""
     for i in range(x.shape[0]):

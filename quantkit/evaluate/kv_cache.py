@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.forward import Attention, ForwardSpec
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.layers import RUNNERS
 from quantkit.machine import available_memory
@@ -31,3 +31,7 @@ class KVCache:
                 "use a shorter prompt or fewer tokens"
             )
         self.memories = [[tuple(np.zeros(shape, np.float32) for shape in mixer) for mixer in layer] for layer in shapes]
+        for layer, held in zip(spec.layers, self.memories, strict=True):
+            for i, mixer in enumerate(layer.mixers):
+                if isinstance(mixer, Attention) and mixer.shared is not None:
+                    held[i] = self.memories[mixer.shared.layer][i]

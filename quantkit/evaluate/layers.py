@@ -20,8 +20,10 @@ from quantkit.architectures.forward import (
     DeltaNet,
     Experts,
     FeedForward,
+    ForwardSpec,
     Gating,
     LatentAttention,
+    Laurel,
     Layer,
     Mamba,
     Mamba2,
@@ -35,6 +37,7 @@ from quantkit.evaluate.attention import AttentionRunner, LatentRunner
 from quantkit.evaluate.mixers import Memory, MixerRunner, Part, Tables
 from quantkit.evaluate.parts import Observer, Parts, Product
 from quantkit.evaluate.recurrent import DeltaNetRunner, Mamba2Runner, MambaRunner, ShortConvolutionRunner
+from quantkit.evaluate.streams import Around, is_wide
 from quantkit.evaluate.threads import Each, Workspace
 from quantkit.evaluate.weights import Weights
 
@@ -61,13 +64,33 @@ _GATING = {
 }
 
 Activate = Callable[[np.ndarray, np.ndarray], None]
+# How near the best an expert must be to take part in its share, of its logit: twice the jitter of the models' training.
+NEAR = np.float32(0.02)
+# Of a whole population, as transformers has it.
+_deviation = np.std
 
 
 def _activate(block: FeedForward | Experts) -> Activate | None:
     """What `block` does between its products: from [rows, n_ff or twice that] to [rows, n_ff]; None if not known."""
     if isinstance(block.activation, XIELU):
         return None if _gated(block) else _xielu(block.activation)
-    return (_GATED if _gated(block) else _PLAIN).get(block.activation)
+    activate = (_GATED if _gated(block) else _PLAIN).get(block.activation)
+    if activate is not None and isinstance(block, FeedForward) and block.cutoff is not None:
+        return _sparse(activate, block.cutoff) if _gated(block) else None
+    return activate
+
+
+def _sparse(activate: Activate, cutoff: float) -> Activate:
+    """`activate` of how much a gate is above its mean and `cutoff` standard deviations, where it is."""
+
+    def activate_few(x: np.ndarray, out: np.ndarray) -> None:
+        gate = x[:, : out.shape[1]]
+        mean, deviation = (f(gate, axis=1, dtype=np.float64, keepdims=True) for f in (np.mean, _deviation))
+        gate -= (mean + deviation * cutoff).astype(np.float32)
+        np.maximum(gate, 0.0, out=gate)
+        activate(x, out)
+
+    return activate_few
 
 
 def _xielu(learned: XIELU) -> Activate:
@@ -82,7 +105,7 @@ def _xielu(learned: XIELU) -> Activate:
 
 
 def _gated(block: FeedForward | Experts) -> bool:
-    return bool(block.gate or (isinstance(block, FeedForward) and block.gate_up))
+    return bool(block.gate or block.gate_up)
 
 
 def unsupported(layer: Layer) -> Iterable[str]:
@@ -162,14 +185,14 @@ class LayerRunner:
     def __init__(
         self,
         layer: Layer,
-        n_embd: int,
+        spec: ForwardSpec,
         weights: Weights,
         tables: Tables,
         workspace: Workspace,
         observer: Observer | None,
     ) -> None:
         """Decode the layer's weights, but those of its experts."""
-        ff = layer.feed_forward
+        ff, n_embd = layer.feed_forward, spec.n_embd
         widest = [1 if ff is None else 2 * ff.n_ff]
         for mixer in layer.mixers:
             widest.append(sum(n_out for n_in, n_out in mixer.shapes(n_embd).values() if n_in == n_embd))
@@ -180,6 +203,11 @@ class LayerRunner:
             layer.out_attention_norm, layer.out_feed_forward_norm,
         ):  # fmt: skip
             parts.norm(norm, n_embd)
+        self.around = Around(spec, layer, parts) if is_wide(spec, layer) else None
+        if layer.laurel is not None:
+            self._left = parts.product("laurel left", [(layer.laurel.left, layer.laurel.rank)], n_embd)
+            self._right = parts.product("laurel right", [(layer.laurel.right, n_embd)], layer.laurel.rank)
+            parts.norm(layer.laurel.norm, n_embd)
         self._mixers = [
             RUNNERS[type(mixer)](mixer, i, layer.attention_norm, parts, tables) for i, mixer in enumerate(layer.mixers)
         ]
@@ -193,6 +221,10 @@ class LayerRunner:
             self._router = parts.product("router", [(ff.router, ff.n_expert)], n_embd)
             self._activate_expert = _activate(ff)
             self._selection_bias = parts.vector(ff.selection_bias, ff.n_expert)
+            self._expert_scales = parts.vector(ff.expert_scales, ff.n_expert)
+            if ff.apart is not None:
+                for norm in (ff.apart.norm, ff.apart.router_norm, ff.apart.out_norm, ff.apart.shared_norm):
+                    parts.norm(norm, n_embd)
             if ff.shared_gate is not None:
                 self._shared_gate = parts.product("shared gate", [(ff.shared_gate, 1)], n_embd)
 
@@ -203,11 +235,13 @@ class LayerRunner:
         each: Each,
         at: int = 0,
         continued: Sequence[tuple[tuple[slice, slice], Sequence[Memory]]] | None = None,
+        rows: np.ndarray | None = None,
     ) -> list[np.ndarray]:
         """What the mixers make of `x` [n_seq, n_ctx, n_embd] at positions `span`, for `finish` (see `MixerRunner`).
 
         Where sequences go on, `x` is [1, rows, n_embd], and `continued` says for each of them which rows are its own,
-        at which positions these are, and what each mixer remembers.
+        at which positions these are, and what each mixer remembers. Else `rows` [n_seq, n_ctx, width] are those that
+        `x` was taken of, where they hold more.
         """
         return [
             runner.run(
@@ -216,6 +250,7 @@ class LayerRunner:
                 each,
                 at,
                 None if continued is None else [Part(*where, memories[i]) for where, memories in continued],
+                rows,
             )
             for i, runner in enumerate(self._mixers)
         ]
@@ -237,6 +272,8 @@ class LayerRunner:
                     forward_kernels.add(branch, to)
             if self._mixers:
                 self._prepare(branch, layer.post_attention_norm)
+            if layer.laurel is not None:
+                self._add_laurel(layer.laurel, block, branch, at + start)
             if layer.feed_forward is None:
                 if self._mixers:
                     forward_kernels.add(block, branch)
@@ -246,13 +283,24 @@ class LayerRunner:
                 normed = self._add_and_norm(block, branch, part.normed)
                 if normed is not part.normed:
                     part.normed[:] = normed
-                self._route(part, branch, at + start)
+                self._route(part, block, branch, at + start)
                 continue
             normed = self._add_and_norm(block, branch, take("normed", n, n_embd))
             self._dense(normed, branch, at + start)
             self._prepare(branch, layer.post_feed_forward_norm)
             forward_kernels.add(block, branch)
             self._parts.normed(layer.out_feed_forward_norm, block, block)
+
+    def _add_laurel(self, laurel: Laurel, x: np.ndarray, branch: np.ndarray, at: int) -> None:
+        """Add the learned residual of `x` to `branch`, and divide both by the root of two."""
+        take, half = self._take, np.float32(1 / math.sqrt(2))
+        read = self._parts.normed(self.layer.attention_norm, x, take("laurel read", *x.shape))
+        few = self._parts.multiply(read, self._left, take("laurel few", len(x), laurel.rank), at)
+        made = self._parts.multiply(few, self._right, take("laurel made", *x.shape), at)
+        branch += self._parts.normed(laurel.norm, made, made)
+        branch += read
+        branch *= half
+        x *= half
 
     def _dense(self, x: np.ndarray, out: np.ndarray, at: int) -> np.ndarray:
         """The dense block, or the one that experts share, of the rows of `x` from row `at` of the batch on."""
@@ -287,15 +335,25 @@ class LayerRunner:
 
     # Experts
 
-    def _route(self, routed: Routed, scratch: np.ndarray, at: int) -> None:
-        """Choose the experts of the rows of `routed`, and begin its branch with what they share."""
+    def _route(self, routed: Routed, x: np.ndarray, scratch: np.ndarray, at: int) -> None:
+        """Choose the experts of the rows of `routed`, `x` normalised, and begin its branch with what they share.
+
+        Where experts stand apart, what they read is made of `x`, and the shared block waits for `close`.
+        """
         ff, take, n = self.layer.feed_forward, self._take, len(routed.normed)
         assert isinstance(ff, Experts)
-        scores = self._parts.multiply(routed.normed, self._router, take("router", n, len(self._router.matrix)), at)
-        forward_kernels.route(
-            scores, self._selection_bias, _GATING[ff.gating], (ff.n_groups, ff.n_groups_used), ff.normalised,
-            np.float32(ff.scale), routed.chosen, routed.shares,
-        )  # fmt: skip
+        read = routed.normed
+        if ff.apart is not None:
+            read = self._parts.normed(ff.apart.router_norm, x, scratch)
+            read *= np.float32(ff.apart.router_scale)
+        scores = self._parts.multiply(read, self._router, take("router", n, len(self._router.matrix)), at)
+        if ff.gating is Gating.SPARSE_MIXER:
+            forward_kernels.route_sparsely(scores, NEAR, routed.chosen, routed.shares)
+        else:
+            self._choose(ff, scores, routed)
+        if ff.apart is not None:
+            self._parts.normed(ff.apart.norm, x, routed.normed)
+            return
         if ff.shared is None:
             return
         if ff.shared_gate is None:
@@ -304,26 +362,42 @@ class LayerRunner:
         share = self._parts.multiply(routed.normed, self._shared_gate, take("shared gate", n, 1), at)
         forward_kernels.add_gated(self._dense(routed.normed, scratch, at), share, routed.branch)
 
+    def _choose(self, ff: Experts, scores: np.ndarray, routed: Routed) -> None:
+        """Choose the experts by `scores`, what the router makes of the rows of `routed`."""
+        forward_kernels.route(
+            scores, self._selection_bias, _GATING[ff.gating], (ff.n_groups, ff.n_groups_used), ff.normalised,
+            np.float32(ff.scale), routed.chosen, routed.shares,
+        )  # fmt: skip
+
     def experts(self) -> Iterable[Expert]:
         """The layer's experts, decoded one by one, none where it has a dense block; each is valid until the next."""
         ff = self.layer.feed_forward
         if not isinstance(ff, Experts):
             return
 
-        def product(role: str, name: str, biases: str | None, e: int, n_out: int, n_in: int) -> Product:
-            matrix = self._weights.slab(role, name, ff.n_expert * n_out, n_in, e * n_out, (e + 1) * n_out)
+        def product(
+            role: str, name: str, biases: str | None, e: int, n_out: int, n_in: int, part: int = 0, parts: int = 1
+        ) -> Product:
+            first = (e * parts + part) * n_out
+            matrix = self._weights.slab(role, name, ff.n_expert * parts * n_out, n_in, first, first + n_out)
             bias = None
             if biases is not None:
                 bias = self._weights.slab(f"{role} bias", biases, ff.n_expert, n_out, e, e + 1)[0]
             return Product(matrix, bias, (name,))
 
         for e in range(ff.n_expert):
-            yield Expert(
-                e,
-                None if ff.gate is None else product("expert gate", ff.gate, ff.gate_bias, e, ff.n_ff, self.n_embd),
-                product("expert up", ff.up, ff.up_bias, e, ff.n_ff, self.n_embd),
-                product("expert down", ff.down, ff.down_bias, e, self.n_embd, ff.n_ff),
-            )
+            gate = None
+            if ff.gate_up is not None:
+                gate, up = (
+                    product(f"expert {half}", ff.gate_up, None, e, ff.n_ff, self.n_embd, i, 2)
+                    for i, half in enumerate(("gate", "up"))
+                )
+            else:
+                if ff.gate is not None:
+                    gate = product("expert gate", ff.gate, ff.gate_bias, e, ff.n_ff, self.n_embd)
+                assert ff.up is not None
+                up = product("expert up", ff.up, ff.up_bias, e, ff.n_ff, self.n_embd)
+            yield Expert(e, gate, up, product("expert down", ff.down, ff.down_bias, e, self.n_embd, ff.n_ff))
 
     def expert(self, expert: Expert, routed: Routed, at: int = 0) -> None:
         """Add `expert`'s share to the branch of those rows of `routed` that chose it.
@@ -335,11 +409,13 @@ class LayerRunner:
         assert isinstance(ff, Experts)
         rows, ranks = np.nonzero(routed.chosen == e)
         n_ff = len(up.matrix)
-        read_by = (gate.names if gate else ()) + up.names
+        read_by = tuple(dict.fromkeys((gate.names if gate else ()) + up.names))
         for start in range(0, len(rows), self._parts.rows):
             some = rows[start : start + self._parts.rows]
             n = len(some)
             shares = routed.shares[some, ranks[start : start + self._parts.rows]]
+            if ff.expert_scales is not None:
+                shares *= self._expert_scales[e]
             x = np.take(routed.normed, some, axis=0, out=take("chosen", n, self.n_embd), mode="clip")
             if ff.weigh_input:
                 x *= shares[:, None]
@@ -362,8 +438,16 @@ class LayerRunner:
             out += product.bias
         return out
 
-    def close(self, x: np.ndarray, routed: Routed) -> None:
-        """Add the experts' branch to `x` [rows, n_embd]."""
+    def close(self, x: np.ndarray, routed: Routed, at: int = 0) -> None:
+        """Add the experts' branch to `x` [rows, n_embd], the first of which is row `at` of the batch."""
+        ff = self.layer.feed_forward
+        if isinstance(ff, Experts) and ff.apart is not None:
+            self._parts.normed(ff.apart.out_norm, routed.branch, routed.branch)
+            for start, block in self._parts.blocks(x):
+                size = len(block), self.n_embd
+                read = self._parts.normed(self.layer.feed_forward_norm, block, self._take("normed", *size))
+                made = self._dense(read, self._take("branch", *size), at + start)
+                routed.branch[start : start + len(block)] += self._parts.normed(ff.apart.shared_norm, made, made)
         self._prepare(routed.branch, self.layer.post_feed_forward_norm)
         forward_kernels.add(x, routed.branch)
         self._parts.normed(self.layer.out_feed_forward_norm, x, x)

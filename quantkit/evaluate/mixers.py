@@ -57,13 +57,20 @@ class MixerRunner(ABC, Generic[M]):
 
     @abstractmethod
     def run(
-        self, x: np.ndarray, span: tuple[int, int], each: Each, at: int, continued: Sequence[Part] | None
+        self,
+        x: np.ndarray,
+        span: tuple[int, int],
+        each: Each,
+        at: int,
+        continued: Sequence[Part] | None,
+        carried: np.ndarray | None = None,
     ) -> np.ndarray:
         """What the output product reads of each sequence of `x` [n_seq, n_ctx, n_embd] at positions of `span`.
 
         The result is [n_seq * positions, width], the workspace's. `each` runs what is made of parts. The first row of
         `x` is row `at` of the batch. Sequences begin with `x`, unless `continued` gives them: then `x` is
-        [1, rows, n_embd] and `span` all of it.
+        [1, rows, n_embd] and `span` all of it. Else `carried` [n_seq, n_ctx, width], where layers share keys and
+        values, holds those.
         """
 
     def normed_blocks(self, x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -78,11 +78,11 @@ class Model(ABC):
 
     @abstractmethod
     def embedded(self, tokens: np.ndarray) -> np.ndarray:
-        """What the first layer reads for `tokens` [n_seq, n_ctx]: float32 [n_seq, n_ctx, n_embd]."""
+        """What the first layer reads for `tokens` [n_seq, n_ctx]: float32 [n_seq, n_ctx, width]."""
 
     @abstractmethod
     def layer_pass(self, index: int, n_ctx: int) -> Callable[[np.ndarray], None]:
-        """Layer `index` as a function that carries activations [n_seq, n_ctx, n_embd] through it in place.
+        """Layer `index` as a function that carries activations [n_seq, n_ctx, width] through it in place.
 
         Valid until the next call. `embedded`, this for each layer, and `normed` are `hidden` for a caller that takes
         all its text through one layer before the next.

@@ -38,7 +38,13 @@ class RecurrentRunner(MixerRunner[R]):
         """
 
     def run(
-        self, x: np.ndarray, span: tuple[int, int], each: Each, at: int, continued: Sequence[Part] | None
+        self,
+        x: np.ndarray,
+        span: tuple[int, int],
+        each: Each,
+        at: int,
+        continued: Sequence[Part] | None,
+        carried: np.ndarray | None = None,
     ) -> np.ndarray:
         """See `MixerRunner`."""
         n_seq, n_ctx, _ = x.shape

@@ -34,6 +34,7 @@ from quantkit.architectures.forward import (
 )
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.inputs import InputSum, Key
+from quantkit.evaluate.layers import NEAR
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.threads import blas_name
@@ -583,6 +584,7 @@ class TorchTransformer(Model):
         if ff.shared_gate is not None:
             (gate,) = self._products(rows, ff.shared_gate)
             branch *= gate.float().sigmoid()
+        assert ff.up is not None
         for e in range(ff.n_expert):
             some, rank = torch.nonzero(chosen == e, as_tuple=True)
             share = shares[some, rank, None]
@@ -606,6 +608,8 @@ class TorchTransformer(Model):
 
     def _route(self, ff: Experts, logits: Any) -> tuple[Any, Any]:
         """The experts that each row of `logits` [rows, experts] chooses, and their shares: [rows, experts used]."""
+        if ff.gating is Gating.SPARSE_MIXER:
+            return self._route_sparsely(ff.n_used, logits)
         if ff.gating is Gating.SIGMOID:
             shares = logits.sigmoid()
         else:
@@ -627,6 +631,17 @@ class TorchTransformer(Model):
         elif ff.normalised:
             shares = shares / shares.sum(1, keepdim=True).clamp(min=_LEAST_SUM)
         return chosen, shares * ff.scale
+
+    def _route_sparsely(self, n_used: int, logits: Any) -> tuple[Any, Any]:
+        """See `forward_kernels.route_sparsely`."""
+        left, chosen, shares = logits, [], []
+        for _ in range(n_used):
+            best, index = left.max(1, keepdim=True)
+            far = (best - logits) / torch.maximum(logits.abs(), best) > NEAR
+            shares.append(left.masked_fill(far, -torch.inf).softmax(1).gather(1, index))
+            chosen.append(index)
+            left = left.scatter(1, index, -torch.inf)
+        return torch.cat(chosen, 1), torch.cat(shares, 1)
 
     def _products(self, x: Any, *linears: Linear | None) -> list[Any]:
         """`x` [..., n_in] through each of `linears`."""

@@ -25,6 +25,8 @@ from quantkit.evaluate.mixers import Tables
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.parts import ROWS, Product
 from quantkit.evaluate.settings import Compute
+from quantkit.evaluate.streams import merged, widened
+from quantkit.evaluate.streams import unsupported as unsupported_streams
 from quantkit.evaluate.threads import Share, blas_name
 from quantkit.evaluate.weights import Replaced, Weights
 from quantkit.sources.source import TensorSource
@@ -80,6 +82,8 @@ def refuse_unsupported(spec: ForwardSpec, label: str) -> None:
             raise QuantkitError(f"{label}: impossible sizes: {layer.feed_forward.n_ff} in the feed-forward block")
         for what in unsupported(layer):
             raise QuantkitError(f"{label}: the forward pass does not know {what}")
+    if (impossible := unsupported_streams(spec.streams)) is not None:
+        raise QuantkitError(f"{label}: a model of {impossible}")
     if spec.logit_softcap is not None and not spec.logit_softcap > 0:
         raise QuantkitError(f"{label}: logits capped at {spec.logit_softcap}")
 
@@ -132,7 +136,7 @@ class Transformer(Model):
         Bounded by memory; where weights are kept, only as many as keep all threads busy.
         """
         copies = 4 if any(isinstance(layer.feed_forward, Experts) for layer in self.spec.layers) else 2
-        bytes_per_sequence = n_ctx * self.spec.n_embd * 4 * copies
+        bytes_per_sequence = n_ctx * self.spec.width * 4 * copies
         wanted = -(-4096 // n_ctx) if self._keep else -(-32768 // n_ctx)
         at_once = self.threads.count * max(1, ROWS // n_ctx)
         wanted = -(-wanted // at_once) * at_once
@@ -146,7 +150,7 @@ class Transformer(Model):
         spec = self.spec
         x = self.embedded(tokens)
         units = self._units(n_seq, n_ctx, self.threads.count)
-        last = np.empty((n_seq, stop - first, spec.n_embd), np.float32)
+        last = np.empty((n_seq, stop - first, spec.width), np.float32)
         with self.threads.share(len(units)) as share:
             for i in range(len(spec.layers)):
                 runner = self._runner(i, lambda rope: self._rope(rope, n_ctx))
@@ -156,8 +160,15 @@ class Transformer(Model):
                 self._layer_done(i)
             if not spec.layers:
                 last[:] = x[:, first:stop]
+        last = self._merged(last)
+        with self.threads.share(len(units)) as share:
             share.outer(lambda u: self._normalise(spec.output_norm, last[units[u]]), len(units))
         return last
+
+    def _merged(self, rows: np.ndarray) -> np.ndarray:
+        """What the output norm reads of rows [n_seq, n, width]: [n_seq, n, n_embd]."""
+        with self.threads.alone() as each:
+            return merged(self.spec, self._weights, rows, each)
 
     def layer_pass(self, index: int, n_ctx: int) -> Callable[[np.ndarray], None]:
         """See `Model`."""
@@ -173,7 +184,7 @@ class Transformer(Model):
 
     def normed(self, x: np.ndarray) -> np.ndarray:
         """See `Model`."""
-        result = np.array(x, np.float32, order="C")
+        result = np.array(self._merged(x), np.float32, order="C")
         self._normalise(self.spec.output_norm, result)
         return result
 
@@ -223,7 +234,7 @@ class Transformer(Model):
         def tables(rope: Rope | None) -> tuple[np.ndarray, np.ndarray]:
             return self._rope(rope, n_ctx)
 
-        runner = LayerGradients(layer, self.spec.n_embd, self._weights, tables, self.threads.workspace, observer)
+        runner = LayerGradients(layer, self.spec, self._weights, tables, self.threads.workspace, observer)
 
         def back(x: np.ndarray, gradients: np.ndarray) -> None:
             def step(seq: int) -> None:
@@ -263,7 +274,7 @@ class Transformer(Model):
     def _runner(self, index: int, tables: Tables) -> LayerRunner:
         """Layer `index`, decoded, ready for rows whose cosines and sines `tables` gives."""
         layer = self.spec.layers[index]
-        return LayerRunner(layer, self.spec.n_embd, self._weights, tables, self.threads.workspace, self.observer)
+        return LayerRunner(layer, self.spec, self._weights, tables, self.threads.workspace, self.observer)
 
     def next_logits(self, continued: Sequence[tuple[Sequence[int], KVCache]]) -> np.ndarray:
         """Logits, float32 [sequences, n_vocab], of what comes after each sequence, given as tokens and a cache.
@@ -285,7 +296,7 @@ class Transformer(Model):
             x = self._extended(parts)
             ends = np.cumsum([stop - start for _, start, stop in batch])
             for (i, _, _), end in zip(batch, ends, strict=True):
-                last[i] = x[end - 1]
+                last[i] = self._merged(x[None, end - 1 : end])[0, 0]
         self._normalise(self.spec.output_norm, last[None])
         n_vocab = self.spec.n_vocab
         out = np.empty((len(last), n_vocab), np.float32)
@@ -300,7 +311,7 @@ class Transformer(Model):
         return out
 
     def _extended(self, parts: Sequence[tuple[np.ndarray, KVCache]]) -> np.ndarray:
-        """The last layer's output for `parts`, one after another: [rows, n_embd].
+        """The last layer's output for `parts`, one after another: [rows, width].
 
         A part is the next tokens [n] of a sequence, which follow those of its cache and are put into it.
         """
@@ -326,20 +337,26 @@ class Transformer(Model):
             for i, layer in enumerate(self.spec.layers):
                 runner = self._runner(i, tables)
                 memories = [cache.memories[i] for _, cache in parts]
-                mixed = runner.mix(x, (0, n), share.inner, continued=list(zip(spans, memories, strict=True)))
+                active = x
+                if runner.around is not None:
+                    active = np.empty((1, n, self.spec.n_embd), np.float32)
+                    runner.around.enter(x[0], active[0])
+                mixed = runner.mix(active, (0, n), share.inner, continued=list(zip(spans, memories, strict=True)))
                 routed = Routed.of(layer, n, self.spec.n_embd)
-                runner.finish(mixed, x[0], routed)
+                runner.finish(mixed, active[0], routed)
                 if routed is not None:
                     for expert in runner.experts():
                         runner.expert(expert, routed)
-                    runner.close(x[0], routed)
+                    runner.close(active[0], routed)
+                if runner.around is not None:
+                    runner.around.leave(active[0], x[0], 0)
         for tokens, cache in parts:
             cache.tokens += tokens.tolist()
         last: np.ndarray = x[0]
         return last
 
     def embedded(self, tokens: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
-        """What the first layer reads for `tokens` [n_seq, n]: float32 [n_seq, n, n_embd].
+        """What the first layer reads for `tokens` [n_seq, n]: float32 [n_seq, n, width].
 
         They stand at `positions` [n] of their sequences, from 0 on if it is None.
         """
@@ -361,7 +378,8 @@ class Transformer(Model):
             x += self._weights.lookup(spec.segment_embedding, np.zeros(1, np.int64), spec.n_embd)
         if spec.embedding_norm is not None:
             self._normalise(spec.embedding_norm, x)
-        return x
+        with self.threads.alone() as each:
+            return widened(spec, self._weights, tokens, x, each)
 
     def _run_layer(
         self,
@@ -372,18 +390,36 @@ class Transformer(Model):
         to: np.ndarray,
         share: Share,
     ) -> None:
-        """Carry `x` [n_seq, n_ctx, n_embd] through a layer into `to`, which is `x` or holds the positions of `span`."""
-        n_embd, n_positions = x.shape[2], span[1] - span[0]
+        """Carry `x` [n_seq, n_ctx, width] through a layer into `to`, which is `x` or holds the positions of `span`."""
+        n_embd, n_positions, around = self.spec.n_embd, span[1] - span[0], runner.around
         routed = Routed.of(runner.layer, to.shape[0] * n_positions, n_embd)
         cuts = [(unit.start * n_positions, unit.stop * n_positions) for unit in units]
         shares = [] if routed is None else [routed.part(*cut) for cut in cuts]
-        rows = to.reshape(-1, n_embd)
+        wide = to.reshape(-1, to.shape[2])
+        # What the layer works on, and at the positions of `span` what it makes of it.
+        active = x if around is None else np.empty((*x.shape[:2], n_embd), np.float32)
+        made = to if around is None else active if to is x else np.empty((*to.shape[:2], n_embd), np.float32)
+        rows = made.reshape(-1, n_embd)
 
         def step(u: int) -> None:
-            mixed = runner.mix(x[units[u]], span, share.inner, units[u].start * x.shape[1])
+            unit, cut = units[u], slice(*cuts[u])
+            if around is not None:
+                around.enter(x[unit].reshape(-1, x.shape[2]), active[unit].reshape(-1, n_embd))
+            mixed = runner.mix(
+                active[unit], span, share.inner, unit.start * x.shape[1], rows=None if around is None else x[unit]
+            )
             if to is not x:
-                to[units[u]] = x[units[u], span[0] : span[1]]
-            runner.finish(mixed, rows[slice(*cuts[u])], shares[u] if shares else None, cuts[u][0])
+                to[unit] = x[unit, span[0] : span[1]]
+                made[unit] = active[unit, span[0] : span[1]]
+            runner.finish(mixed, rows[cut], shares[u] if shares else None, cut.start)
+            if around is not None and not shares:
+                around.leave(rows[cut], wide[cut], cut.start)
+
+        def close(u: int) -> None:
+            cut = slice(*cuts[u])
+            runner.close(rows[cut], shares[u], cut.start)
+            if around is not None:
+                around.leave(rows[cut], wide[cut], cut.start)
 
         share.outer(step, len(units))
         if shares:
@@ -393,7 +429,7 @@ class Transformer(Model):
                     runner.expert(expert, shares[u], cuts[u][0])
 
                 share.outer(run_expert, len(units))
-            share.outer(lambda u: runner.close(rows[slice(*cuts[u])], shares[u]), len(units))
+            share.outer(close, len(units))
 
     def _output(self, start: int, stop: int, weights: Weights | None = None) -> Product:
         """The output product of tokens `start` to `stop`, from `weights` if given."""

@@ -24,6 +24,7 @@ FILES = (
     "merges.txt",
     "tokenizer*",
     "*.model",
+    "*.tiktoken",
     "chat_template*",
     "additional_chat_templates/*",
     "README.md",

@@ -173,9 +173,9 @@ def expected_shapes(spec: ForwardSpec) -> Mapping[str, tuple[int, int]]:
                     shapes[product.weight] = (spec.n_embd, parts * dense.n_ff)
         if isinstance(ff, Experts):
             shapes[ff.router.weight] = (spec.n_embd, ff.n_expert)
-            shapes[ff.up] = (spec.n_embd, ff.n_ff * ff.n_expert)
-            if ff.gate is not None:
-                shapes[ff.gate] = shapes[ff.up]
+            for name, parts in ((ff.up, 1), (ff.gate, 1), (ff.gate_up, 2)):
+                if name is not None:
+                    shapes[name] = (spec.n_embd, parts * ff.n_ff * ff.n_expert)
             shapes[ff.down] = (ff.n_ff, spec.n_embd * ff.n_expert)
     return shapes
 

@@ -24,6 +24,8 @@ from quantkit.vocabulary import unicode_classes
 DIGIT_TRIPLES = "digit triples"
 # The same, and a number whose digits make whole triples begins a word of its own.
 WHOLE_TRIPLES = "whole triples"
+# Kimi K2's: Han characters are words of their own, and no letters.
+KIMI = "kimi"
 
 _CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _SPACES = r"\s+(?!\S)|\s+"
@@ -67,6 +69,12 @@ _LATIN_GREEK_CYRILLIC = (
     "\U000104d8-\U000104fb\U00010c80-\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df"
     "\U0001e900-\U0001e943"
 )
+# What llama.cpp counts as Han, and a class that stands for it.
+_HAN_RANGES = (
+    "\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
+    "\U0002b820-\U0002ceaf\U0002ceb0-\U0002ebef\uf900-\ufaff\U0002f800-\U0002fa1f"
+)
+_HAN = "\xd6"
 _NEWLINE_RUNS = r"[^\n]+|[\n]+"
 
 
@@ -225,6 +233,7 @@ PRETOKENIZERS: dict[str, Pretokenizer] = {
     ),
     "tiny_aya": _AYA,
     "cohere2moe": _AYA,
+    "kimi-k2": _strict(KIMI),
     "superbpe": _strict(r"\p{N}+", WHOLE_TRIPLES),
     "bailingmoe": _BAILING,
     "bailingmoe2": _BAILING,
@@ -284,6 +293,12 @@ def _step(pattern: str) -> _Step:
     if pattern == DIGIT_TRIPLES:
         digits = unicode_classes.compile_for_classes(r"\p{N}+")
         return lambda _text, kinds, ends: _split_digits(digits, kinds, ends)
+    if pattern == KIMI:
+        han = unicode_classes.compile_for_classes(
+            rf"{_HAN}+|[^\r\n\p{{L}}\p{{N}}{_HAN}]?\p{{L}}+{_CONTRACTIONS}?|\p{{N}}{{1,3}}"
+            rf"| ?[^\s\p{{L}}\p{{N}}{_HAN}]+[\r\n]*|{_LINES_AND_SPACES}"
+        )
+        return lambda text, kinds, ends: _split(han, _with_han(text, kinds), ends)
     if pattern == WHOLE_TRIPLES:
         runs = re.compile("[0-9]+")
         return lambda text, _kinds, ends: _split_digits(runs, text, ends, before=True)
@@ -292,6 +307,18 @@ def _step(pattern: str) -> _Step:
         return lambda _text, kinds, ends: _split(by_class, kinds, ends)
     by_text = re.compile(pattern, re.ASCII)
     return lambda text, _kinds, ends: _split(by_text, unicode_classes.plain(text), ends)
+
+
+def _with_han(text: str, kinds: str) -> str:
+    """`kinds`, the classes of `text`, with a class of its own for Han characters."""
+    if not (runs := list(re.finditer(f"[{_HAN_RANGES}]+", text))):
+        return kinds
+    pieces, done = [], 0
+    for run in runs:
+        first, last = run.span()
+        pieces += [kinds[done:first], _HAN * (last - first)]
+        done = last
+    return "".join(pieces) + kinds[done:]
 
 
 def _split(pattern: re.Pattern[str], text: str, ends: list[int]) -> list[int]:

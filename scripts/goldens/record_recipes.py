@@ -10,6 +10,7 @@ family_recipes.py.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import tempfile
@@ -101,8 +102,64 @@ QWEN3_VISION = {
 }  # fmt: skip
 MROPE = _rope(5e6, mrope_section=[12, 10, 10], mrope_interleaved=True)
 ENCODER = {"num_key_value_heads": "absent", "bos_token_id": "absent", "eos_token_id": "absent", "pad_token_id": 0}
+T5 = STATE_SPACE | {
+    "d_model": 256, "d_kv": 64, "d_ff": 512, "num_layers": 2, "num_heads": 4, "hidden_size": "absent",
+    "num_hidden_layers": "absent", "bos_token_id": "absent", "eos_token_id": 2, "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
 POOLED = {"modules.json": json.dumps([{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "1_Pooling"}])}
+GEMMA = {
+    "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "head_dim": 64, "sliding_window": 32,
+    "rope_parameters": {FULL: _rope(1e6), SLIDING: _rope(1e4)}, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+# Published checkpoints hold the keys of layers that have others' too.
+SHARING = {
+    f"model.layers.{layer}.self_attn.{name}.weight": shape
+    for layer in range(20, 25)
+    for name, shape in {"k_proj": "32 64", "v_proj": "32 64", "k_norm": "32"}.items()
+}
+GEMMA4 = GEMMA | {
+    "rope_parameters": {
+        FULL: _rope(1e6, rope_type="proportional", partial_rotary_factor=0.25), SLIDING: _rope(1e4)
+    },
+    "global_head_dim": 128,
+}  # fmt: skip
 MODELS = {
+    "tiny-gemma3n": Model(
+        "Gemma3nForCausalLM",
+        GEMMA | {
+            "num_hidden_layers": 4, "layer_types": [SLIDING, FULL, SLIDING, FULL], "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": [0.95] * 4, "vocab_size_per_layer_input": 312,
+        },
+        {"vocabulary": "gemma", "norm_at": 0.4},
+    ),
+    # As many layers as llama.cpp takes for granted: ten that are sparse, twenty with keys of their own.
+    "tiny-gemma3n-deep": Model(
+        "Gemma3nForCausalLM",
+        GEMMA | {
+            "num_hidden_layers": 25, "num_kv_shared_layers": 5, "hidden_size": 64, "intermediate_size": 64,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "vocab_size_per_layer_input": 320,
+        },
+        {"vocabulary": "gemma", "norm_at": 0.4, "more": SHARING},
+    ),
+    "tiny-gemma4": Model(
+        "Gemma4ForCausalLM",
+        GEMMA4 | {
+            "num_hidden_layers": 5, "layer_types": [SLIDING, SLIDING, FULL, SLIDING, FULL], "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 64, "use_double_wide_mlp": True, "vocab_size_per_layer_input": 320,
+            "final_logit_softcapping": None,
+        },
+        {"vocabulary": "gemma4", "norm_at": 0.25},
+    ),
+    "tiny-gemma4-moe": Model(
+        "Gemma4ForCausalLM",
+        GEMMA4 | {
+            "num_hidden_layers": 3, "layer_types": [SLIDING, SLIDING, FULL], "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True, "num_global_key_value_heads": 1, "enable_moe_block": True, "num_experts": 4,
+            "top_k_experts": 2, "moe_intermediate_size": 256, "vocab_size_per_layer_input": 320,
+        },
+        {"vocabulary": "gemma4", "norm_at": 0.25},
+    ),
     "tiny-qwen2-moe": Model(
         "Qwen2MoeForCausalLM",
         {
@@ -121,6 +178,12 @@ MODELS = {
         ENCODER | {"id2label": {"0": "no", "1": "maybe", "2": "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}},
         {"vocabulary": "wordpiece", "dtype": "F32"},
     ),
+    "tiny-t5": Model(
+        "T5ForConditionalGeneration",
+        T5 | {"num_decoder_layers": 1, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        {"vocabulary": "t5"},
+    ),
+    "tiny-t5-encoder": Model("T5EncoderModel", T5, {"vocabulary": "t5", "dtype": "F32"}),
     "tiny-qwen3-reranker": Model("Qwen3ForCausalLM", {"head_dim": 64}, {"added": ["yes", "no"]}),
     "tiny-qwen3-reranker-untied": Model(
         "Qwen3ForCausalLM", {"head_dim": 64, "tie_word_embeddings": False}, {"added": ["yes", "no"], "dtype": "F32"}
@@ -182,8 +245,10 @@ MODELS = {
             "intermediate_size": 256, "num_local_experts": 4, "bos_token_id": 1, "eos_token_id": 2,
             "attention_bias": True, "lm_head_bias": True, "original_max_position_embeddings": 64,
             "rope_parameters": _rope(
-                1e4, rope_type="longrope", original_max_position_embeddings=64, long_mscale=1.2, short_mscale=1.1,
-                long_factor=LONG, short_factor=SHORT,
+                # transformers' class takes the short factors for texts of any length.
+                1e4, rope_type="longrope", original_max_position_embeddings=64, long_factor=SHORT, short_factor=SHORT,
+                # What the converter makes of the context.
+                long_mscale=math.sqrt(1.5), short_mscale=math.sqrt(1.5),
             ),
         },
         {"vocabulary": "phi3"},
@@ -313,6 +378,7 @@ MODELS = {
             "head_dim": 64, "num_experts": 4, "moe_topk": [2, 2], "moe_intermediate_size": [512, 512],
             "num_shared_expert": [1, 1], "use_mixed_mlp_moe": True, "rope_parameters": _rope(1e4),
         },
+        {"vocabulary": "hunyuan-moe"},
     ),
     "tiny-gpt-oss": Model(
         "GptOssForCausalLM",
@@ -392,6 +458,17 @@ MODELS = {
             "model.layers.2.eh_proj.weight": "256 512", "model.layers.2.enorm.weight": "256",
             "model.layers.2.input_layernorm.weight": "256",
         }},
+    ),
+    "tiny-kimi-k2": Model(
+        "DeepseekV3ForCausalLM",
+        {
+            "num_key_value_heads": 4, "moe_intermediate_size": 256, "n_routed_experts": 4, "num_experts_per_tok": 2,
+            "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": 256, "kv_lora_rank": 256,
+            "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "routed_scaling_factor": 2.827,
+            "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "scoring_func": "sigmoid",
+            "rope_parameters": _rope(5e4),
+        },
+        {"vocabulary": "kimi"},
     ),
     "tiny-llama4": Model(
         "Llama4ForCausalLM",

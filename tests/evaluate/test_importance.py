@@ -224,9 +224,11 @@ def test_sums_of_other_mixers_equal_those_of_llama_cpps_graph(tmp_path: Path, na
     ids, bos = tokenize(Vocabulary.from_metadata(GGUFSource(path).metadata), ids)
     expected = reference_sums(path, chunked(ids, CUT, bos, "the text"))
     assert list(matrix.entries) == sorted(expected)
+    # ggml looks GELU up in a table of float16.
+    tolerance = 2e-3 if name.startswith("tiny-gemma4") else 5e-4
     for tensor, (sums, counts) in expected.items():
         assert matrix.entries[tensor].counts.tolist() == counts.tolist()
-        np.testing.assert_allclose(matrix.entries[tensor].sums, sums, rtol=5e-4, atol=1e-6 * sums.max())
+        np.testing.assert_allclose(matrix.entries[tensor].sums, sums, rtol=tolerance, atol=1e-6 * sums.max())
 
 
 def test_statistics() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import requires_torch
+from make_checkpoints import make_checkpoint
 from support.tiny import BOS, FAMILIES, N_VOCAB, plain_logits, tiny_metadata, tiny_weights, write_gguf
 
 from quantkit.evaluate.backends import load
@@ -37,6 +38,15 @@ def layer_by_layer(model: Model, tokens: np.ndarray, step: int) -> np.ndarray:
         for at in range(0, len(x), step):
             advance(x[at : at + step])
     return model.normed(x)
+
+
+@pytest.mark.parametrize("name", ["tiny-gemma3n", "tiny-gemma4", "tiny-gemma4-moe"])
+def test_what_stands_between_layers_is_all_that_they_need(tmp_path: Path, name: str) -> None:
+    """Streams, embeddings for each layer, and keys that several layers use, travel with the tokens."""
+    model = load(make_checkpoint(name, tmp_path), Compute(threads=2))
+    tokens = (np.arange(5 * 24).reshape(5, 24) * 7 % 300).astype(np.int32)
+    assert model.embedded(tokens).shape == (5, 24, model.spec.width)
+    np.testing.assert_allclose(layer_by_layer(model, tokens, 2), model.hidden(tokens, 0, 24), rtol=1e-4, atol=1e-5)
 
 
 BACKENDS = ["numpy", pytest.param("torch", marks=requires_torch)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from support.tiny import FAMILIES, N_VOCAB, relative_error, tiny_metadata, tiny_
 
 from quantkit.architectures.forward import Activation, Attention, Experts, LatentAttention
 from quantkit.blocks.types import GGMLType
+from quantkit.evaluate import layers
 from quantkit.evaluate.perplexity import perplexity
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
@@ -140,6 +142,17 @@ def test_converted_checkpoints_give_llama_cpps_logits(tmp_path, name, outtype):
     else:
         error = relative_error(ours, theirs)
     assert error < bound(model, GGMLType.parse(outtype))
+
+
+@requires_reference
+@pytest.mark.parametrize("name", ["tiny-gemma3n", "tiny-gemma3n-deep"])
+def test_gemma3n_differs_by_a_deviation_alone(tmp_path, monkeypatch, name):
+    """transformers divides by how many numbers there are, llama.cpp by one less."""
+    path = convert(make_checkpoint(name, tmp_path), tmp_path / "m.gguf", "f32")
+    ids = tokens(200).astype(np.int32)
+    monkeypatch.setattr(layers, "_deviation", partial(np.std, ddof=1))
+    error = relative_error(Transformer(GGUFSource(path)).logits(ids[None])[0], reference_logits(path, ids))
+    assert error < 1e-3
 
 
 def forgets_nothing_of_a_choice(model: Transformer) -> bool:
