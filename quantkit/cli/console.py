@@ -16,6 +16,7 @@ from quantkit.errors import QuantkitError
 from quantkit.wording import printable
 
 if TYPE_CHECKING:
+    from quantkit.pipeline.cluster import Cluster
     from quantkit.sources.source import TensorSource
 
 # Help lists the options of every command in these sections, those without one first.
@@ -77,6 +78,15 @@ Remote = Annotated[
     bool,
     typer.Option(
         "--remote", rich_help_panel=COMMON, help="Read a hub model's weights by HTTP as needed; keep none on disk."
+    ),
+]
+Workers = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="ADDRESS",
+        rich_help_panel=COMMON,
+        help="Dask workers to use: tcp://HOST:8786 of a scheduler, or local:N for N processes here.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", rich_help_panel=COMMON, help="Print the result as JSON.")]
@@ -215,6 +225,18 @@ def measured_ahead(
 
     needed = measuring_kernels(model, (), comparing) if backend == "numpy" else []
     return compiled_ahead(needed, threads or default_threads())
+
+
+@contextmanager
+def joined(address: str | None) -> Iterator[Cluster | None]:
+    """The cluster at `address`, None without one."""
+    if address is None:
+        yield None
+        return
+    from quantkit.pipeline.cluster import Cluster
+
+    with Cluster(address) as cluster:
+        yield cluster
 
 
 def read_text(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -21,7 +22,9 @@ from quantkit.cli.console import (
     Revision,
     Threads,
     Verbose,
+    Workers,
     emit,
+    joined,
     measure_progress,
     measured_ahead,
     note,
@@ -86,6 +89,7 @@ def command(
     precision: Precision = "f32",
     pre: Pre = None,
     revision: Revision = None,
+    cluster: Workers = None,
     threads: Threads = None,
     as_json: Json = False,
     verbose: Verbose = 0,
@@ -140,7 +144,8 @@ def command(
             if saver is not None:
                 saver.save(_merged(before, so_far) if in_file else so_far)
 
-        with measured_ahead(model, threads, backend), measure_progress("imatrix") as progress:
+        ahead = nullcontext() if cluster else measured_ahead(model, threads, backend)
+        with ahead, joined(cluster) as workers, measure_progress("imatrix") as progress:
             new = importance_matrix(
                 model,
                 words,
@@ -153,6 +158,7 @@ def command(
                 snapshot=save_so_far,
                 snapshot_every=output_frequency,
                 progress=progress,
+                cluster=workers,
             )
         matrix = _merged(before, new) if in_file else new
     if saver is not None:

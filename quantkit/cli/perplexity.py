@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +25,10 @@ from quantkit.cli.console import (
     Text,
     Threads,
     Verbose,
+    Workers,
     emit,
     given,
+    joined,
     measure_progress,
     measured_ahead,
     note,
@@ -57,6 +60,7 @@ def command(
     precision: Precision = "f32",
     pre: Pre = None,
     revision: Revision = None,
+    cluster: Workers = None,
     threads: Threads = None,
     as_json: Json = False,
     verbose: Verbose = 0,
@@ -91,13 +95,14 @@ def command(
         if given(context, "n_ctx") and n_ctx != against.n_ctx:
             raise QuantkitError(f"{base_logits}: its text is cut into chunks of {against.n_ctx} tokens, not {n_ctx}")
     logits = None if save_logits is None else group.add(save_logits)
-    ahead = measured_ahead(model, threads, backend, base is not None or base_logits is not None)
+    comparing = base is not None or base_logits is not None
+    ahead = nullcontext() if cluster else measured_ahead(model, threads, backend, comparing)
     if base is None and base_logits is None:
         from quantkit.evaluate.perplexity import perplexity
         from quantkit.report.measurements import perplexity_text
 
         assert words is not None
-        with group, ahead, measure_progress("perplexity", "PPL = {:.4f}") as progress:
+        with group, ahead, joined(cluster) as workers, measure_progress("perplexity", "PPL = {:.4f}") as progress:
             result = perplexity(
                 model,
                 words,
@@ -105,6 +110,7 @@ def command(
                 compute=compute,
                 save_logits=logits,
                 progress=progress,
+                cluster=workers,
             )
         lines = perplexity_text(result)
         data = {"model": model.label, "text": text, **asdict(result)}
@@ -112,7 +118,7 @@ def command(
         from quantkit.evaluate.divergence import divergence
         from quantkit.report.measurements import divergence_text
 
-        with group, ahead, measure_progress("divergence", "KLD = {:.6f}") as progress:
+        with group, ahead, joined(cluster) as workers, measure_progress("divergence", "KLD = {:.6f}") as progress:
             compared = divergence(
                 model,
                 against,
@@ -121,6 +127,7 @@ def command(
                 compute=compute,
                 save_logits=logits,
                 progress=progress,
+                cluster=workers,
             )
         lines = divergence_text(compared)
         data = {"model": model.label, "text": text if words is not None else None, **asdict(compared)}

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from quantkit.cli.console import (
-    COMMON,
     SPLITTING,
     Backend,
     Device,
@@ -25,8 +24,10 @@ from quantkit.cli.console import (
     SplitTensors,
     Threads,
     Verbose,
+    Workers,
     byte_progress,
     emit,
+    joined,
     note,
     read_text,
     setup,
@@ -241,14 +242,7 @@ def command(
     pre: Pre = None,
     revision: Revision = None,
     remote: Remote = False,
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            rich_help_panel=COMMON,
-            help="Dask workers to use: tcp://HOST:8786 of a scheduler, or local:N for N processes here.",
-        ),
-    ] = None,
+    cluster: Workers = None,
     threads: Threads = None,
     as_json: Json = False,
     verbose: Verbose = 0,
@@ -360,7 +354,6 @@ def _plain(
     from quantkit.compile.ahead import compiled_ahead
     from quantkit.formats.unfinished import WorkDirectory
     from quantkit.machine import default_threads
-    from quantkit.pipeline.cluster import Cluster
     from quantkit.pipeline.execute import execute, quantizing_kernels
     from quantkit.pipeline.mixtures import file_type
     from quantkit.pipeline.naming import output_paths
@@ -383,11 +376,9 @@ def _plain(
     total = sum(info.nbytes for info in model.tensors.values())
     threads = common["threads"] or default_threads()
     with ExitStack() as stack:
-        if cluster is None:
-            workers = None
+        workers = stack.enter_context(joined(cluster))
+        if workers is None:
             stack.enter_context(compiled_ahead(quantizing_kernels(plans), threads))
-        else:
-            workers = stack.enter_context(Cluster(cluster))
         progress = stack.enter_context(byte_progress(total, "quantize"))
         execute(model, outputs, progress=progress, group=group, work=work, cluster=workers, **common)
     return outputs

@@ -22,8 +22,10 @@ from quantkit.cli.console import (
     Revision,
     Threads,
     Verbose,
+    Workers,
     chunk_progress,
     emit,
+    joined,
     measure_progress,
     note,
     read_text,
@@ -109,6 +111,7 @@ def command(
     precision: Precision = "f32",
     pre: Pre = None,
     revision: Revision = None,
+    cluster: Workers = None,
     threads: Threads = None,
     as_json: Json = False,
     verbose: Verbose = 0,
@@ -125,6 +128,7 @@ def command(
     compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
     from quantkit.compile.ahead import compiled_ahead
     from quantkit.machine import default_threads
+    from quantkit.pipeline.cluster import ClusterLostError
     from quantkit.pipeline.mixtures import file_type
     from quantkit.pipeline.naming import Destination, stem
     from quantkit.report.data import NamedText
@@ -165,24 +169,27 @@ def command(
         repo=repo,
         command=shlex.join(["quantkit", *sys.argv[1:]]),
     )
-    run = Ladder(model, directory, options, force)
-    kernels = ladder_kernels(model, [file_type(name) for name in names], backend)
-    try:
-        with compiled_ahead(kernels, threads or default_threads()):
-            if calibrated is not None and rounding == "nearest":
-                with measure_progress("calibrate") as progress:
-                    run.calibrate(progress)
-            with work_progress("quantize") as work:
-                run.quantize(work)
-            with measure_progress("measure", "KLD = {:.6f}") as progress:
-                run.measure(progress)
-            if prompts:
-                with chunk_progress("continue", "model") as bar:
-                    run.say(lambda done, of: bar(done, of, ""))
-            report = run.write()
-    except (QuantkitError, OSError, MemoryError):
-        run.undo()
-        raise
+    with joined(cluster) as workers:
+        run = Ladder(model, directory, options, force, workers)
+        kernels = ladder_kernels(model, [file_type(name) for name in names], backend) if workers is None else []
+        try:
+            with compiled_ahead(kernels, threads or default_threads()):
+                if calibrated is not None and rounding == "nearest":
+                    with measure_progress("calibrate") as progress:
+                        run.calibrate(progress)
+                with work_progress("quantize") as work:
+                    run.quantize(work)
+                with measure_progress("measure", "KLD = {:.6f}") as progress:
+                    run.measure(progress)
+                if prompts:
+                    with chunk_progress("continue", "model") as bar:
+                        run.say(lambda done, of: bar(done, of, ""))
+                report = run.write()
+        except ClusterLostError:
+            raise  # what is there counts for the next run
+        except (QuantkitError, OSError, MemoryError):
+            run.undo()
+            raise
     emit(short_table(report), report, as_json)
     for path in run.written:
         note(f"wrote {path}: {size_text(path.stat().st_size)}, sha256 {run.digest(path)}")

@@ -201,8 +201,10 @@ class AttentionRunner(MixerRunner[Attention]):
         positions = np.arange(n_ctx)
         if continued is not None:
             positions = np.concatenate([np.arange(part.positions.start, part.positions.stop) for part in continued])
-        for start, normed in self.normed_blocks(x.reshape(-1, n_embd)):
-            n = len(normed)
+
+        def project(start: int, block: np.ndarray) -> None:
+            n = len(block)
+            normed = parts.normed(self.norm, block, take("normed", n, n_embd))
             qkv = parts.multiply(normed, self.qkv, take("qkv", n, len(self.qkv.matrix)), at + start)
             if attention.v is None and attention.qkv is None:
                 qkv = self._with_values(qkv)
@@ -228,6 +230,8 @@ class AttentionRunner(MixerRunner[Attention]):
                     continue
                 forward_kernels.split_heads(part, n_q, *tables, position, neighbours, one, k[seq])
                 forward_kernels.split_heads(part, n_q + n_k, still, still, position, neighbours, one, v[seq])
+
+        parts.each(x.reshape(-1, n_embd), project)
         if attention.norm_rotated:
             for norm, heads_of, factor in ((attention.q_norm, q, scale), (attention.k_norm, k, one)):
                 if norm is not None:
@@ -333,8 +337,10 @@ class LatentRunner(MixerRunner[LatentAttention]):
         neighbours = a.rope.style is RopeStyle.NORMAL
         q, keys = take("q", n_seq, n_ctx, a.n_head, size), take("k", n_seq, n_ctx, width)
         values = take("v", n_seq, n_ctx, a.n_latent)
-        for start, normed in self.normed_blocks(x.reshape(-1, n_embd)):
-            n = len(normed)
+
+        def project(start: int, block: np.ndarray) -> None:
+            n = len(block)
+            normed = parts.normed(self.norm, block, take("normed", n, n_embd))
             down = parts.multiply(normed, self._down, take("qkv", n, len(self._down.matrix)), at + start)
             kv, queries = down[:, -width:], down[:, :-width]
             if a.q_up is not None:
@@ -355,6 +361,8 @@ class LatentRunner(MixerRunner[LatentAttention]):
             turned = keys.reshape(-1, 1, width)[rows, :, a.n_latent :]
             turned[:, 0] = kv[:, a.n_latent :]
             _rotate(turned, c, s, neighbours)
+
+        parts.each(x.reshape(-1, n_embd), project)
         return q, keys, values
 
     def _attend(

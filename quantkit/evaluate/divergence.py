@@ -8,25 +8,29 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import logit_kernels
-from quantkit.evaluate.backends import AnyModel, load
+from quantkit.evaluate.backends import AnyModel
+from quantkit.evaluate.ensemble import Ensemble
 from quantkit.evaluate.logit_kernels import BASE_CHOSEN, BASE_MAX, BASE_SUM, CHOSEN, MAX, N_STATE, SUM, TOP, WEIGHTED
-from quantkit.evaluate.model import Model
-from quantkit.evaluate.perplexity import chunked, pack_chunks, tokenize, warn_of_context
+from quantkit.evaluate.model import Logits, Model
+from quantkit.evaluate.perplexity import chunked, held_chunks, opened_slices, pack_chunks, tokenize, warn_of_context
 from quantkit.evaluate.settings import Chunking, Compute, Estimate, Progress
 from quantkit.evaluate.token_classes import CLASSES, token_classes
+from quantkit.evaluate.transformer import refuse_encoder
 from quantkit.formats.atomic import OutputFile
-from quantkit.formats.logits import LogitsFile, LogitsWriter, first_scored, is_logits_file
-from quantkit.machine import available_memory
+from quantkit.formats.logits import LogitsFile, LogitsRows, LogitsWriter, first_scored, is_logits_file
 from quantkit.sources.source import TensorSource
 from quantkit.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from quantkit.pipeline.cluster import Cluster
 
 KLD_PERCENTILES = (100.0, 99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0, 0.1, 0.0)
 DELTA_P_PERCENTILES = (100.0, 99.9, 99.0, 95.0, 90.0, 75.0, 50.0, 25.0, 10.0, 5.0, 1.0, 0.1, 0.0)
@@ -118,6 +122,7 @@ def divergence(
     compute: Compute | None = None,
     save_logits: str | os.PathLike[str] | OutputFile | None = None,
     progress: Progress | None = None,
+    cluster: Cluster | None = None,
 ) -> DivergenceResult:
     """Compare `model`'s predictions over `text` with those of `base`: another model, or a logits file.
 
@@ -127,14 +132,21 @@ def divergence(
     With a file as base, the text and its context are the file's (a given text must be the same), and the base's
     log-probabilities are those of 16 bits that it holds: none is further than 16 below the largest, which shows in
     `ppl_base` of a model that is sure of itself. `compute` says what computes. `progress` is told of chunks
-    and of the mean divergence so far. The statistics are llama-perplexity's, from the
-    same scored tokens.
+    and of the mean divergence so far. With `cluster`, its workers compute; models and files are where they reach them.
+    The statistics are llama-perplexity's, from the same scored tokens.
 
     Raises QuantkitError when the vocabularies differ, for a text that is too short or is not the file's, and when
     logits are NaN.
     """
     return divergences(
-        [model], base, text, chunking=chunking, compute=compute, save_logits=save_logits, progress=progress
+        [model],
+        base,
+        text,
+        chunking=chunking,
+        compute=compute,
+        save_logits=save_logits,
+        progress=progress,
+        cluster=cluster,
     )[0]
 
 
@@ -147,6 +159,7 @@ def divergences(
     compute: Compute | None = None,
     save_logits: str | os.PathLike[str] | OutputFile | None = None,
     progress: Progress | None = None,
+    cluster: Cluster | None = None,
 ) -> list[DivergenceResult]:
     """`divergence` of several models from one base, in one pass: the base runs once, and all models share the memory.
 
@@ -163,84 +176,70 @@ def divergences(
                 compute=compute,
                 save_logits=None if i else save_logits,
                 progress=progress,
+                cluster=cluster,
             )
             for i, model in enumerate(models)
         ]
     if isinstance(base, (str, os.PathLike)) and is_logits_file(base):
         base = LogitsFile(base)
     stored = base if isinstance(base, LogitsFile) else None
-    budget = available_memory() // 2
-    if compute is not None and compute.memory is not None:
-        budget = compute.memory
-    share = replace(compute or Compute(), memory=budget // (len(models) + (stored is None)))
-
-    def loaded(one: AnyModel) -> Model:
-        return one if isinstance(one, Model) and compute is None else load(one, share)
-
-    leads = [loaded(model) for model in models]
-    other: Model | None = None
-    label, vocabulary = leads[0].source.label, Vocabulary.from_metadata(leads[0].source.metadata)
-    if isinstance(base, LogitsFile):
-        base_label = str(base.path)
+    running = [*models, base] if not isinstance(base, LogitsFile) else list(models)
+    ensemble = Ensemble(running, compute, cluster)
+    for source, spec in zip(ensemble.sources, ensemble.specs, strict=True):
+        refuse_encoder(spec, source.label)
+    leads = ensemble.sources[: len(models)]
+    label, vocabulary = leads[0].label, Vocabulary.from_metadata(leads[0].metadata)
+    if stored is not None:
+        base_label = str(stored.path)
         if save_logits is not None:
             raise QuantkitError(f"{base_label}: the base's log-probabilities are in this file already: copy it instead")
-        raw, bos = _stored_tokens(label, vocabulary, base, text, chunking.chunks)
-        n_ctx, n_vocab = base.n_ctx, base.n_vocab
+        raw, bos = _stored_tokens(label, vocabulary, stored, text, chunking.chunks)
+        n_ctx, n_vocab = stored.n_ctx, stored.n_vocab
     else:
         if text is None:
             raise QuantkitError(f"{label}: a text to compare over is missing")
-        other = loaded(base)
-        base_label, n_ctx, n_vocab = other.source.label, chunking.n_ctx, other.spec.n_vocab
+        base_label, n_ctx, n_vocab = ensemble.sources[-1].label, chunking.n_ctx, ensemble.specs[-1].n_vocab
         for lead in leads:
-            _same_vocabulary(lead.source, other.source)
+            _same_vocabulary(lead, ensemble.sources[-1])
         ids, bos = tokenize(vocabulary, text)
         raw = chunked(ids, chunking, None, label)
-    for lead in leads:
-        if lead.spec.n_vocab != n_vocab:
+    for lead, spec in zip(leads, ensemble.specs, strict=False):
+        if spec.n_vocab != n_vocab:
             raise QuantkitError(
-                f"{lead.source.label}: a vocabulary of {lead.spec.n_vocab} tokens, but the base {base_label} has "
+                f"{lead.label}: a vocabulary of {spec.n_vocab} tokens, but the base {base_label} has "
                 f"{n_vocab}: compare models of one vocabulary"
             )
-    warn_of_context(leads[0].source, n_ctx)
+    warn_of_context(leads[0], n_ctx)
     tokens = raw.copy()
     if bos is not None:
         tokens[:, 0] = bos
     first = first_scored(n_ctx)
     shape = len(tokens), n_ctx - 1 - first
-    step = chunking.batch or min(each.batch(n_ctx) for each in (*leads, other) if each is not None)
-    if save_logits is not None:
-        # All logits of a batch then stand in memory.
-        step = max(1, min(step, budget // 4 // (shape[1] * n_vocab * 6)))
+    most = None if stored is None and save_logits is None else held_chunks(ensemble.memory, shape[1], n_vocab)
+    step = ensemble.batch(n_ctx, chunking.batch, most)
     kld, nll, nll_base = (np.empty((len(leads), *shape)) for _ in range(3))
     same = np.empty((len(leads), *shape, 2), bool)
     began = time.perf_counter()
-    running = leads if other is None else [*leads, other]
+    done = 0
 
-    def within(model: int, share: float) -> None:
-        if progress is not None:
-            done = (part.stop - part.start) * (model + share) / len(running)
-            progress(at + done, len(tokens), float(kld[0, :at].mean()) if at else None)
+    def so_far() -> float | None:
+        return float(kld[0, :done].mean()) if done else None
 
     with ExitStack() as stack:
-        for i, each in enumerate(running):
-            stack.enter_context(each.telling(partial(within, i)))
         writer = None if save_logits is None else stack.enter_context(LogitsWriter(save_logits, raw, n_vocab))
-        for at in range(0, len(tokens), step):
-            part = slice(at, min(at + step, len(tokens)))
-            some = _Batch(leads, other, stored, writer is not None, tokens[part], first, at)
-            for i in range(len(leads)):
-                kld[i, part], nll[i, part], nll_base[i, part], same[i, part] = some.results(i)
-            if writer is not None and other is not None:
-                for rows, _ in pack_chunks(other, some.logits, tokens[part], first):
-                    writer.write(rows)
-            if progress is not None:
-                progress(part.stop, len(tokens), float(kld[0, : part.stop].mean()))
+        rows = writer if writer is None or cluster is None else writer.hand_out()
+        measure = partial(_compare, n_leads=len(leads), first=first, stored=stored, rows=rows)
+        for part, found in ensemble.run(tokens, measure, step, progress=progress, so_far=so_far):
+            kld[:, part], nll[:, part], nll_base[:, part], same[:, part] = found
+            done = part.stop
+            if writer is not None and cluster is not None:
+                writer.written_elsewhere((part.stop - part.start) * shape[1])
     seconds = time.perf_counter() - began
     classes = token_classes(vocabulary, tokens[:, first + 1 :])
     cost = _Cost(seconds, min(step, len(tokens)))
     return [
-        _result(base_label, lead, kld[i], nll[i], nll_base[i], same[i], classes, n_ctx, cost)
-        for i, lead in enumerate(leads)
+        _result(base_label, ensemble, kld[i], nll[i], nll_base[i], same[i], classes, n_ctx, cost)
+        for i in range(len(leads))
     ]
 
 
@@ -251,84 +250,111 @@ class _Cost(NamedTuple):
     batch: int
 
 
-class _Batch:
-    """One batch of chunks through all models, beside the base or its stored log-probabilities."""
+def _compare(
+    models: Sequence[Model],
+    tokens: np.ndarray,
+    at: int,
+    *,
+    n_leads: int,
+    first: int,
+    stored: LogitsFile | None,
+    rows: LogitsRows | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Compare the first `n_leads` models with the last, or with `stored`, at the scored positions of `tokens`.
 
-    def __init__(
-        self,
-        leads: Sequence[Model],
-        other: Model | None,
-        stored: LogitsFile | None,
-        keep: bool,
-        tokens: np.ndarray,
-        first: int,
-        first_chunk: int,
-    ) -> None:
-        """Compare at every scored position of `tokens` [n_seq, n_ctx], the chunks from `first_chunk` on.
+    These are chunks [n_seq, n_ctx] from `at` on. Returns divergences, negative log-likelihoods of the models and of the
+    base, float64 [n_leads, n_seq, n_scored]; and whether the likeliest and the likeliest five are the same, bool
+    [n_leads, n_seq, n_scored, 2]. The base's log-probabilities are written to `rows`.
+    """
+    n_scored = tokens.shape[1] - 1 - first
+    comparison = _Comparison(models, n_leads, tokens, first, stored is not None)
+    if stored is None and rows is None:
+        opened = [model.open_logits(tokens, first, first + n_scored) for model in models]
+        comparison.add(slice(0, n_scored), opened)
+    else:
+        for some, opened in opened_slices(models, tokens, first):
+            loaded = [] if stored is None else [
+                stored.chunk(at + seq, some.start, some.stop) for seq in range(len(tokens))
+            ]  # fmt: skip
+            logits = comparison.add(some, opened, loaded, keep=rows is not None)
+            if rows is not None:
+                pack_chunks(models[-1], logits, tokens, first, some, at, rows)
+    return comparison.results()
 
-        With `keep`, the base's logits stay as `logits`, float32 [n_seq, n_scored, n_vocab].
-        """
-        self._leads, self._other, self._tokens = leads, other, tokens
-        n_seq, stop = len(tokens), tokens.shape[1] - 1
-        shape = n_seq, stop - first
-        n_vocab = leads[0].spec.n_vocab
-        targets = np.ascontiguousarray(tokens[:, first + 1 :])
-        self._state = np.zeros((len(leads), *shape, N_STATE))
+
+class _Comparison:
+    """Some chunks `tokens` [n_seq, n_ctx] through all models, beside the base or its stored log-probabilities."""
+
+    def __init__(self, models: Sequence[Model], n_leads: int, tokens: np.ndarray, first: int, is_stored: bool) -> None:
+        self._leads, self._other, self._tokens = models[:n_leads], None if is_stored else models[-1], tokens
+        shape = len(tokens), tokens.shape[1] - 1 - first
+        self._targets = np.ascontiguousarray(tokens[:, first + 1 :])
+        self._state = np.zeros((n_leads, *shape, N_STATE))
         self._state[..., MAX] = -np.inf
         # The file's log-probabilities are taken as they are: nothing is divided by their sum.
-        self._state[..., BASE_MAX] = -np.inf if stored is None else 0.0
-        values = np.full((len(leads), *shape, 2, TOP), -np.inf, np.float32)
-        self._top = np.full((len(leads), *shape, 2, TOP), -1, np.int32)
-        self.logits = np.empty((*shape, n_vocab) if keep else (0, 0, 0), np.float32)
-        loaded = [] if stored is None else [stored.chunk(first_chunk + seq) for seq in range(n_seq)]
+        self._state[..., BASE_MAX] = 0.0 if is_stored else -np.inf
+        self._values = np.full((n_leads, *shape, 2, TOP), -np.inf, np.float32)
+        self._top = np.full((n_leads, *shape, 2, TOP), -1, np.int32)
+        self._base_nll = np.empty(shape)
 
-        def compare(seq: int, rows: slice, at: int, tiles: list[np.ndarray]) -> None:
-            end = at + tiles[0].shape[1]
+    def add(
+        self,
+        some: slice,
+        opened: Sequence[Logits],
+        loaded: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+        keep: bool = False,
+    ) -> np.ndarray:
+        """Compare at the positions `some`, whose logits are `opened`, and what is stored of them `loaded`.
+
+        With `keep`, returns the base's logits, float32 [n_seq, positions, n_vocab].
+        """
+        leads, n_seq, n = self._leads, len(self._tokens), some.stop - some.start
+        logits = np.empty((n_seq, n, leads[0].spec.n_vocab) if keep else (0, 0, 0), np.float32)
+
+        def compare(seq: int, rows: slice, token: int, tiles: list[np.ndarray]) -> None:
+            end = token + tiles[0].shape[1]
             if loaded:
                 affine, codes = loaded[seq]
                 base = np.empty_like(tiles[0])
-                logit_kernels.unpack(affine[rows], codes[rows, at:end], base)
+                logit_kernels.unpack(affine[rows], codes[rows, token:end], base)
             else:
                 base = tiles[-1]
             if keep:
-                self.logits[seq, rows, at:end] = base
+                logits[seq, rows, token:end] = base
+            at = slice(some.start + rows.start, some.start + rows.stop)
             for i in range(len(leads)):
                 logit_kernels.compare_tile(
                     tiles[i],
                     base,
-                    at,
-                    targets[seq, rows],
-                    self._state[i, seq, rows],
-                    values[i, seq, rows],
-                    self._top[i, seq, rows],
+                    token,
+                    self._targets[seq, at],
+                    self._state[i, seq, at],
+                    self._values[i, seq, at],
+                    self._top[i, seq, at],
                 )
 
-        beside = leads[1:] if other is None else [*leads[1:], other]
-        leads[0].visit_logits(tokens, first, stop, compare, beside)
-        self._base_nll = np.empty(shape)
+        leads[0].visit_opened(opened, n_seq, n, compare)
         for seq, (affine, codes) in enumerate(loaded):
-            code = codes[np.arange(shape[1]), targets[seq]].astype(np.float32)
-            self._base_nll[seq] = -(affine[:, 0] * code + affine[:, 1])
+            code = codes[np.arange(n), self._targets[seq, some]].astype(np.float32)
+            self._base_nll[seq, some] = -(affine[:, 0] * code + affine[:, 1])
+        return logits
 
-    def results(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """What came of model `i`, at every scored position.
-
-        Divergences, negative log-likelihoods of the model and of the base, float64 [n_seq, n_scored]; and whether the
-        likeliest and the likeliest five are the same, bool [n_seq, n_scored, 2].
-        """
-        s = self._state[i]
+    def results(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """See `_compare`."""
+        s = self._state
         log_sum = s[..., MAX] + np.log(s[..., SUM])
         nll = log_sum - s[..., CHOSEN]
-        self._leads[i].refuse_nan(self._tokens, nll)
+        for lead, own in zip(self._leads, nll, strict=True):
+            lead.refuse_nan(self._tokens, own)
         if self._other is None:
-            nll_base = self._base_nll
+            nll_base = np.broadcast_to(self._base_nll, nll.shape)
             kld = s[..., WEIGHTED] + s[..., BASE_SUM] * log_sum
         else:
             log_base_sum = s[..., BASE_MAX] + np.log(s[..., BASE_SUM])
             nll_base = log_base_sum - s[..., BASE_CHOSEN]
-            self._other.refuse_nan(self._tokens, nll_base)
+            self._other.refuse_nan(self._tokens, nll_base[0])
             kld = s[..., WEIGHTED] / s[..., BASE_SUM] - log_base_sum + log_sum
-        top, base_top = self._top[i, ..., 0, :], self._top[i, ..., 1, :]
+        top, base_top = self._top[..., 0, :], self._top[..., 1, :]
         same = np.stack([top[..., 0] == base_top[..., 0], (np.sort(top) == np.sort(base_top)).all(axis=-1)], axis=-1)
         return kld, nll, nll_base, same
 
@@ -374,7 +400,7 @@ def _percentiles(x: np.ndarray, wanted: tuple[float, ...]) -> dict[float, float]
 
 def _result(
     base: str,
-    lead: Model,
+    ensemble: Ensemble,
     kld: np.ndarray,
     nll: np.ndarray,
     nll_base: np.ndarray,
@@ -385,6 +411,7 @@ def _result(
 ) -> DivergenceResult:
     """Every statistic of the positions' values, all [n_chunks, n_scored], `same` [..., 2]."""
     n_chunks, n_scored = kld.shape
+    ran = ensemble.ran
     n = kld.size
     ln, ln_base = Estimate.mean(nll), Estimate.mean(nll_base)
     covariance = float((nll * nll_base).mean() - ln.value * ln_base.value) / (n - 1) if n >= 10 else 0.0
@@ -420,10 +447,10 @@ def _result(
         seconds=cost.seconds,
         tokens_per_second=n_chunks * n_ctx / cost.seconds,
         batch=cost.batch,
-        memory=lead.peak_memory(),
-        backend=lead.backend,
-        precision=lead.precision,
-        blas=lead.blas,
+        memory=ran.memory,
+        backend=ran.backend,
+        precision=ran.precision,
+        blas=ran.blas,
         delta_p_histogram=(np.histogram(delta, DELTA_P_EDGES)[0] / n).tolist(),
         by_position=[
             PositionBand(

@@ -5,20 +5,28 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from quantkit.errors import QuantkitError
-from quantkit.evaluate.backends import AnyModel, load
+from quantkit.evaluate.backends import AnyModel
+from quantkit.evaluate.ensemble import Ensemble, in_groups
 from quantkit.evaluate.inputs import InputSum, Key
+from quantkit.evaluate.model import Model
+from quantkit.evaluate.parts import aligned
 from quantkit.evaluate.perplexity import chunked, tokenize, warn_of_context
 from quantkit.evaluate.settings import Chunking, Compute, Progress
 from quantkit.evaluate.texts import text_sha256
 from quantkit.formats.imatrix import Importance, ImportanceMatrix
 from quantkit.sources.source import TensorSource
 from quantkit.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from quantkit.pipeline.cluster import Cluster
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +75,7 @@ def importance_matrix(
     snapshot: Callable[[ImportanceMatrix], None] | None = None,
     snapshot_every: int = 0,
     progress: Progress | None = None,
+    cluster: Cluster | None = None,
 ) -> ImportanceMatrix:
     """The importance matrix of `model` over `text`, a string or token ids, by llama-imatrix's method.
 
@@ -76,15 +85,16 @@ def importance_matrix(
     multiplied with are summed by column. `from_chunk` leaves out the first chunks of the text; `dataset` is the text's
     name, for the record. `resume` is what an earlier run over the same text, which was stopped, came to: its chunks are
     not computed again, and count among `chunking.chunks`. Every `snapshot_every` chunks, `snapshot` gets the matrix so
-    far. `progress` is told of chunks; there is no result so far.
+    far. `progress` is told of chunks; there is no result so far. With `cluster`, its workers compute; `model` is a
+    source or a path that they reach.
 
     Sums are kept in float64 and returned in float32; llama-imatrix adds in float32, so its sums differ by its rounding.
     Raises QuantkitError for a text that is too short or not the resumed run's, and for activations that are not finite.
     """
     if from_chunk < 0:
         raise QuantkitError(f"cannot begin at chunk {from_chunk}: use 0 or more")
-    model = load(model, compute)
-    source, n_ctx = model.source, chunking.n_ctx
+    ensemble = Ensemble([model], compute, cluster)
+    source, spec, n_ctx = ensemble.sources[0], ensemble.specs[0], chunking.n_ctx
     ids, bos = tokenize(Vocabulary.from_metadata(source.metadata), text)
     digest, before = text_sha256(text), ImportanceMatrix()
     skipped = from_chunk
@@ -100,8 +110,7 @@ def importance_matrix(
         chunking = replace(chunking, chunks=left)
     warn_of_context(source, n_ctx)
     tokens = chunked(ids[skipped * n_ctx :], chunking, bos, source.label, least=1 if resume is not None else 2)
-    step = chunking.batch or model.batch(n_ctx)
-    sums = model.input_sums(full=False)
+    step = ensemble.batch(n_ctx, chunking.batch)
     so_far = _Entries(source)
 
     def matrix(n_chunks: int) -> ImportanceMatrix:
@@ -112,31 +121,27 @@ def importance_matrix(
         both.text_sha256, both.first_chunk = digest, from_chunk
         return both
 
-    done = saved = 0
+    every = snapshot_every if snapshot is not None and snapshot_every > 0 else None
+    measure = partial(_input_sums, output=process_output and not spec.tied)
+    for part, groups in ensemble.run(tokens, measure, step, stops=every, progress=progress):
+        for sums in groups:
+            so_far.add(sums)
+        if snapshot is not None and every is not None and part.stop % every == 0 and part.stop < len(tokens):
+            snapshot(matrix(part.stop))
+    return matrix(len(tokens))
 
-    def within(share: float) -> None:
-        if progress is not None:
-            progress(done + share * len(some), len(tokens), None)
 
-    while done < len(tokens):
-        some = tokens[done : done + step]
-        if snapshot is not None and snapshot_every > 0:
-            some = some[: saved + snapshot_every - done]
-        with model.telling(within):
-            hidden = model.hidden(some, 0, n_ctx)
-        model.refuse_nan(some, hidden.reshape(len(some), -1))
-        if process_output and not model.spec.tied:
-            sums.add((model.spec.output.weight,), hidden.reshape(-1, model.spec.n_embd))
-        sums.settle()
-        so_far.add(sums.take())
-        done += len(some)
-        if progress is not None:
-            progress(done, len(tokens), None)
-        if snapshot is not None and done - saved == snapshot_every and done < len(tokens):
-            snapshot(matrix(done))
-            saved = done
+def _input_sums(models: Sequence[Model], tokens: np.ndarray, at: int, *, output: bool) -> list[dict[Key, InputSum]]:
+    """Sums of squares over `tokens` [n_seq, n_ctx], of each group of chunks that go through products together."""
+    (model,), n_ctx = models, tokens.shape[1]
+    sums = model.input_sums(full=False)
+    hidden = model.hidden(tokens, 0, n_ctx)
     model.observer = None
-    return matrix(done)
+    model.refuse_nan(tokens, hidden.reshape(len(tokens), -1))
+    if output:
+        for group in in_groups(*tokens.shape):
+            sums.add((model.spec.output.weight,), hidden[group].reshape(-1, model.spec.n_embd), group.start * n_ctx)
+    return sums.take_groups(aligned(n_ctx) * n_ctx)
 
 
 def _check_resumed(matrix: ImportanceMatrix, digest: str, dataset: str | None, from_chunk: int, n_ctx: int) -> None:

@@ -46,8 +46,8 @@ def all_finite(array: Any) -> bool:
 class Sums(Protocol):
     """Sums over the inputs of matrices, whatever backend adds them."""
 
-    def add(self, names: tuple[str, ...], rows: np.ndarray) -> None:
-        """Add float32 `rows` [n, n_in], what tensors `names` are multiplied with outside of the layers."""
+    def add(self, names: tuple[str, ...], rows: np.ndarray, at: int = 0) -> None:
+        """Add float32 `rows` [n, n_in] from row `at` of the batch on, what `names` are multiplied with after layers."""
         ...
 
     def settle(self) -> None:
@@ -56,6 +56,13 @@ class Sums(Protocol):
 
     def take(self) -> dict[Key, InputSum]:
         """The sums of what was settled, by tensors and expert; they begin anew."""
+        ...
+
+    def take_groups(self, n_rows: int) -> list[dict[Key, InputSum]]:
+        """The sums of each `n_rows` rows of a batch that is not settled, where nothing ran together across these.
+
+        A backend that knows no places gives one sum of the whole batch.
+        """
         ...
 
 
@@ -82,9 +89,24 @@ class InputSums:
         with self._lock:
             self._pieces.setdefault((names, expert), []).append((at, len(rows), piece))
 
-    def add(self, names: tuple[str, ...], rows: np.ndarray) -> None:
+    def add(self, names: tuple[str, ...], rows: np.ndarray, at: int = 0) -> None:
         """See `Sums`."""
-        self.observe(names, rows, 0, None)
+        self.observe(names, rows, at, None)
+
+    def take_groups(self, n_rows: int) -> list[dict[Key, InputSum]]:
+        """See `Sums`: of squares alone."""
+        pieces, self._pieces = self._pieces, {}
+        groups: dict[int, dict[Key, InputSum]] = {}
+        for key, parts in pieces.items():
+            for at, n, squares in sorted(parts, key=lambda part: part[0]):
+                group = groups.setdefault(at // n_rows, {})
+                if key in group:
+                    total, before = group[key]
+                    total += squares
+                    group[key] = InputSum(total, before + n)
+                else:
+                    group[key] = InputSum(squares, n)
+        return [groups[number] for number in sorted(groups)]
 
     def settle(self) -> None:
         """See `Sums`."""

@@ -38,7 +38,7 @@ from quantkit.evaluate.mixers import Memory, MixerRunner, Part, Tables
 from quantkit.evaluate.parts import Observer, Parts, Product
 from quantkit.evaluate.recurrent import DeltaNetRunner, Mamba2Runner, MambaRunner, ShortConvolutionRunner
 from quantkit.evaluate.streams import Around, is_wide
-from quantkit.evaluate.threads import Each, Workspace
+from quantkit.evaluate.threads import Each, Workspace, one_by_one
 from quantkit.evaluate.weights import Weights
 
 # What runs each kind of mixer.
@@ -176,7 +176,8 @@ class Routed(NamedTuple):
 class LayerRunner:
     """A layer with its weights decoded, ready to run on parts of a batch from several threads.
 
-    `tables` gives the cosines and sines of a rotary embedding. `observer` is told of each matrix product.
+    `tables` gives the cosines and sines of a rotary embedding. `observer` is told of each matrix product,
+    `each_block` runs what is done to blocks of rows.
 
     The order: `mix`, then `finish` for each part; where the layer has experts, all parts meet then, and `expert` runs
     for each part and each of `experts`, then `close` for each part.
@@ -190,13 +191,14 @@ class LayerRunner:
         tables: Tables,
         workspace: Workspace,
         observer: Observer | None,
+        each_block: Each = one_by_one,
     ) -> None:
         """Decode the layer's weights, but those of its experts."""
         ff, n_embd = layer.feed_forward, spec.n_embd
         widest = [1 if ff is None else 2 * ff.n_ff]
         for mixer in layer.mixers:
             widest.append(sum(n_out for n_in, n_out in mixer.shapes(n_embd).values() if n_in == n_embd))
-        self._parts = parts = Parts(n_embd, weights, workspace, observer, max(widest))
+        self._parts = parts = Parts(n_embd, weights, workspace, observer, max(widest), each_block)
         self.layer, self.n_embd, self._weights, self._take = layer, n_embd, weights, workspace.take
         for norm in (
             layer.attention_norm, layer.feed_forward_norm, layer.post_attention_norm, layer.post_feed_forward_norm,
@@ -262,7 +264,8 @@ class LayerRunner:
         row `at` of the batch.
         """
         take, n_embd, layer = self._take, self.n_embd, self.layer
-        for start, block in self._parts.blocks(x):
+
+        def finish_block(start: int, block: np.ndarray) -> None:
             n = len(block)
             branch = take("branch", n, n_embd)
             for i, (runner, rows) in enumerate(zip(self._mixers, mixed, strict=True)):
@@ -277,19 +280,21 @@ class LayerRunner:
             if layer.feed_forward is None:
                 if self._mixers:
                     forward_kernels.add(block, branch)
-                continue
+                return
             if routed is not None:
                 part = routed.part(start, start + n)
                 normed = self._add_and_norm(block, branch, part.normed)
                 if normed is not part.normed:
                     part.normed[:] = normed
                 self._route(part, block, branch, at + start)
-                continue
+                return
             normed = self._add_and_norm(block, branch, take("normed", n, n_embd))
             self._dense(normed, branch, at + start)
             self._prepare(branch, layer.post_feed_forward_norm)
             forward_kernels.add(block, branch)
             self._parts.normed(layer.out_feed_forward_norm, block, block)
+
+        self._parts.each(x, finish_block)
 
     def _add_laurel(self, laurel: Laurel, x: np.ndarray, branch: np.ndarray, at: int) -> None:
         """Add the learned residual of `x` to `branch`, and divide both by the root of two."""

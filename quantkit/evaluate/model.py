@@ -14,7 +14,7 @@ from quantkit.architectures.forward import ForwardSpec
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.inputs import Sums
-from quantkit.evaluate.parts import ROWS, Observer
+from quantkit.evaluate.parts import ROWS, Observer, aligned
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.threads import Threads
 from quantkit.machine import available_memory, default_threads, peak_memory
@@ -63,6 +63,8 @@ class Model(ABC):
     observer: Observer | None = None
     gpu: Any = None
     _listener: Callable[[float], None] | None = None
+    # The length of the sequences that are computed exactly, if they are.
+    _exact: int | None = None
 
     def __init__(self, source: TensorSource, compute: Compute) -> None:
         self.source = source
@@ -138,6 +140,19 @@ class Model(ABC):
         """The most memory, in bytes, taken until now: of the GPU where one computes, else of the process, or None."""
         return peak_memory()
 
+    @contextmanager
+    def exactly(self, n_ctx: int) -> Iterator[None]:
+        """Within the context, sequences of `n_ctx` tokens give the same bits whatever the batch and the threads.
+
+        That is true on the CPU through numpy, on one kind of processor, where batches begin at multiples of `aligned`:
+        sequences then go through products in the same groups. Elsewhere this changes nothing.
+        """
+        self._exact = n_ctx
+        try:
+            yield
+        finally:
+            self._exact = None
+
     # -- how far it is
 
     @contextmanager
@@ -163,8 +178,8 @@ class Model(ABC):
 
         `tokens` is int32 [n_seq, n_ctx]. `visit(sequence, rows, token, tiles)` gets the logits of some positions
         (`rows` counts from `first`) for the tokens from `token` on: this model's, then those of the models `beside`,
-        which have the same vocabulary. It is called on several threads, which share the work by sequence; the tiles of
-        a position come in the order of the tokens.
+        which have the same vocabulary. It is called on several threads, which share the work by sequence and
+        by position; the tiles of a position come in the order of the tokens.
         """
         opened = [model.open_logits(tokens, first, stop) for model in (self, *beside)]
         self.visit_opened(opened, len(tokens), stop - first, visit)
@@ -172,30 +187,32 @@ class Model(ABC):
     def visit_opened(self, opened: Sequence[Logits], n_seq: int, n_rows: int, visit: Visit) -> None:
         """Show logits of `n_rows` positions of each of `n_seq` sequences, as `visit_logits` does."""
         n_vocab, step = self.spec.n_vocab, min(each.step for each in opened)
-        together = max(1, min(ROWS // max(1, n_rows), n_seq // self.threads.count))
+        most = n_seq // self.threads.count if self._exact is None else aligned(self._exact)
+        together = max(1, min(ROWS // max(1, n_rows), most))
         n_units = -(-n_seq // together)
-        with self.threads.share(n_units) as share:
+        blocks = [slice(row, min(row + ROWS, n_rows)) for row in range(0, n_rows, ROWS)]
+        n_parts = n_units * len(blocks)
+        with self.threads.share(n_parts) if self._exact is None else self.threads.share_exactly(n_parts) as share:
             for start in range(0, n_vocab, step):
                 end = min(start + step, n_vocab)
                 for each in opened:
                     each.prepare(start, end)
 
-                def show(unit: int, start: int = start, end: int = end) -> None:
-                    seqs = slice(unit * together, min((unit + 1) * together, n_seq))
+                def show(part: int, start: int = start, end: int = end) -> None:
+                    unit, block = divmod(part, len(blocks))
+                    seqs, rows = slice(unit * together, min((unit + 1) * together, n_seq)), blocks[block]
                     n = seqs.stop - seqs.start
-                    for row in range(0, n_rows, ROWS):
-                        rows = slice(row, min(row + ROWS, n_rows))
-                        for at in range(start, end, TILE):
-                            to = min(at + TILE, end)
-                            tiles = []
-                            for i, each in enumerate(opened):
-                                out = self.threads.workspace.take(f"tile {i}", n, rows.stop - row, to - at)
-                                each.compute(seqs, rows, at, to, out)
-                                tiles.append(out)
-                            for i in range(n):
-                                visit(seqs.start + i, rows, at, [tile[i] for tile in tiles])
+                    for at in range(start, end, TILE):
+                        to = min(at + TILE, end)
+                        tiles = []
+                        for i, each in enumerate(opened):
+                            out = self.threads.workspace.take(f"tile {i}", n, rows.stop - rows.start, to - at)
+                            each.compute(seqs, rows, at, to, out)
+                            tiles.append(out)
+                        for i in range(n):
+                            visit(seqs.start + i, rows, at, [tile[i] for tile in tiles])
 
-                share.outer(show, n_units)
+                share.outer(show, n_parts)
 
     def logits(self, tokens: np.ndarray, first: int = 0, stop: int | None = None) -> np.ndarray:
         """Logits at positions `first` to `stop` of each sequence.

@@ -6,23 +6,34 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import logit_kernels
-from quantkit.evaluate.backends import AnyModel, load
-from quantkit.evaluate.model import Model
+from quantkit.evaluate.backends import AnyModel
+from quantkit.evaluate.ensemble import Ensemble
+from quantkit.evaluate.model import Logits, Model
+from quantkit.evaluate.parts import ROWS
 from quantkit.evaluate.settings import Chunking, Compute, Estimate, Progress
+from quantkit.evaluate.transformer import refuse_encoder
 from quantkit.formats.atomic import OutputFile
-from quantkit.formats.logits import LogitsWriter, empty_rows, first_scored, parts
+from quantkit.formats.logits import LogitsRows, LogitsWriter, empty_rows, first_scored, parts
 from quantkit.sources.source import TensorSource
 from quantkit.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from quantkit.pipeline.cluster import Cluster
+
 log = logging.getLogger(__name__)
+
+# What a logit takes: four bytes, and two of its code in a file.
+_LOGIT_BYTES = 6
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,7 @@ def perplexity(
     compute: Compute | None = None,
     save_logits: str | os.PathLike[str] | OutputFile | None = None,
     progress: Progress | None = None,
+    cluster: Cluster | None = None,
 ) -> PerplexityResult:
     """The perplexity of `text`, a string or token ids, under `model`: a loaded model, a source, or a path.
 
@@ -102,58 +114,49 @@ def perplexity(
     as `chunking` says, the first token of each replaced by BOS where the vocabulary adds one; the second half of each
     chunk is scored. `compute` says what computes. `save_logits` names a file to write the log-probabilities of the
     scored positions to, for `divergence` or llama-perplexity to compare with. `progress` is told of chunks
-    and of the estimate so far.
+    and of the estimate so far. With `cluster`, its workers compute; `model` is a source or a path that they reach.
 
     Raises QuantkitError for a text that is too short, and when the model's logits are NaN.
     """
-    model = load(model, compute)
-    n_ctx = chunking.n_ctx
-    ids, bos = tokenize(Vocabulary.from_metadata(model.source.metadata), text)
-    warn_of_context(model.source, n_ctx)
-    raw = chunked(ids, chunking, None, model.source.label)
+    ensemble = Ensemble([model], compute, cluster)
+    source, n_vocab, n_ctx = ensemble.sources[0], ensemble.specs[0].n_vocab, chunking.n_ctx
+    refuse_encoder(ensemble.specs[0], source.label)
+    ids, bos = tokenize(Vocabulary.from_metadata(source.metadata), text)
+    warn_of_context(source, n_ctx)
+    raw = chunked(ids, chunking, None, source.label)
     tokens = raw.copy()
     if bos is not None:
         tokens[:, 0] = bos
     first = first_scored(n_ctx)
     n_scored = n_ctx - 1 - first
-    step = chunking.batch or model.batch(n_ctx)
-    if save_logits is not None:
-        # All logits of a batch then stand in memory.
-        step = max(1, min(step, model.memory // 4 // (n_scored * model.spec.n_vocab * 6)))
+    most = None if save_logits is None else held_chunks(ensemble.memory, n_scored, n_vocab)
+    step = ensemble.batch(n_ctx, chunking.batch, most)
     nll = squares = 0.0
     chunk_nll: list[float] = []
     running: list[float] = []
     began = time.perf_counter()
 
-    def within(share: float) -> None:
-        if progress is not None:
-            progress(at + share * len(some), len(tokens), running[-1] if running else None)
+    def so_far() -> float | None:
+        return running[-1] if running else None
 
     with ExitStack() as stack:
-        stack.enter_context(model.telling(within))
         writer = None
         if save_logits is not None:
-            writer = stack.enter_context(LogitsWriter(save_logits, raw, model.spec.n_vocab))
-        for at in range(0, len(tokens), step):
-            some = tokens[at : at + step]
-            if writer is None:
-                losses = -model.log_likelihoods(some, first)
-            else:
-                losses = np.empty((len(some), n_scored))
-                logits = model.logits(some, first, n_ctx - 1)
-                for i, (rows, values) in enumerate(pack_chunks(model, logits, some, first)):
-                    writer.write(rows)
-                    losses[i] = values
+            writer = stack.enter_context(LogitsWriter(save_logits, raw, n_vocab))
+        rows = writer if writer is None or cluster is None else writer.hand_out()
+        measure = partial(_losses, first=first, rows=rows)
+        for part, losses in ensemble.run(tokens, measure, step, progress=progress, so_far=so_far):
+            if writer is not None and cluster is not None:
+                writer.written_elsewhere((part.stop - part.start) * n_scored)
             for chunk in losses:
                 nll += float(chunk.sum())
                 squares += float(np.square(chunk).sum())
                 chunk_nll.append(float(chunk.mean()))
                 running.append(Estimate(nll / (len(chunk_nll) * n_scored), 0.0).exp().value)
-            if progress is not None:
-                progress(len(running), len(tokens), running[-1])
     seconds = time.perf_counter() - began
     count = len(tokens) * n_scored
     mean = nll / count
+    ran = ensemble.ran
     variance = max(0.0, squares / count - mean * mean)
     return PerplexityResult(
         ppl=Estimate(mean, math.sqrt(variance / max(1, count - 1))).exp(),
@@ -163,28 +166,78 @@ def perplexity(
         seconds=seconds,
         tokens_per_second=tokens.size / seconds,
         batch=min(step, len(tokens)),
-        memory=model.peak_memory(),
-        backend=model.backend,
-        precision=model.precision,
-        blas=model.blas,
+        memory=ran.memory,
+        backend=ran.backend,
+        precision=ran.precision,
+        blas=ran.blas,
         chunk_nll=chunk_nll,
         running=running,
     )
 
 
-def pack_chunks(
-    model: Model, logits: np.ndarray, tokens: np.ndarray, first: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pack logits [n_seq, n_scored, n_vocab] of `tokens` [n_seq, n_ctx] into rows of a logits file.
+def _losses(models: Sequence[Model], tokens: np.ndarray, at: int, *, first: int, rows: LogitsRows | None) -> np.ndarray:
+    """Negative log-likelihoods at the scored positions of `tokens`, chunks from `at` on: float64 [n_seq, n_scored].
 
-    Yields each chunk's rows, uint16, and its negative log-likelihoods, float64 [n_scored]. `model`'s threads work.
+    The log-probabilities are written to `rows`.
     """
-    n_vocab = logits.shape[2]
-    targets = np.ascontiguousarray(tokens[:, first + 1 :])
+    (model,) = models
+    if rows is None:
+        return -model.log_likelihoods(tokens, first)
+    n_vocab = model.spec.n_vocab
+    losses = np.empty((len(tokens), tokens.shape[1] - 1 - first))
+    for some, opened in opened_slices(models, tokens, first):
+        logits = np.empty((len(tokens), some.stop - some.start, n_vocab), np.float32)
 
-    def pack(seq: int) -> tuple[np.ndarray, np.ndarray]:
-        rows, nll = empty_rows(logits.shape[1], n_vocab), np.empty(logits.shape[1])
-        logit_kernels.pack(logits[seq], targets[seq], *parts(rows, n_vocab), nll)
-        return rows, nll
+        def keep(seq: int, rows: slice, token: int, tiles: list[np.ndarray], logits: np.ndarray = logits) -> None:
+            logits[seq, rows, token : token + tiles[0].shape[1]] = tiles[0]
 
-    return model.threads.map(pack, range(len(logits)))
+        model.visit_opened(opened, len(tokens), some.stop - some.start, keep)
+        losses[:, some] = pack_chunks(model, logits, tokens, first, some, at, rows)
+    model.refuse_nan(tokens, losses)
+    return losses
+
+
+def held_chunks(memory: int, n_scored: int, n_vocab: int) -> int:
+    """How many chunks may run together whose logits, or those of a slice of their positions, stand in `memory`."""
+    return max(1, memory // 4 // (min(n_scored, ROWS) * n_vocab * _LOGIT_BYTES))
+
+
+def opened_slices(models: Sequence[Model], tokens: np.ndarray, first: int) -> Iterator[tuple[slice, list[Logits]]]:
+    """The logits of all models at the scored positions, from `first` on, of chunks `tokens` [n_seq, n_ctx].
+
+    They are cut so that the logits of a slice fit a quarter of the memory: there are `ROWS` positions or more in one,
+    those that go through products together. A slice counts from `first`.
+    """
+    stop, memory = tokens.shape[1] - 1, sum(model.memory for model in models)
+    n_vocab = models[0].spec.n_vocab
+    step = max(1, memory // 4 // (len(tokens) * ROWS * n_vocab * _LOGIT_BYTES)) * ROWS
+    if step >= stop - first:
+        yield slice(0, stop - first), [model.open_logits(tokens, first, stop) for model in models]
+        return
+    hidden = [model.hidden(tokens, first, stop) for model in models]
+    for at in range(0, stop - first, step):
+        some = slice(at, min(at + step, stop - first))
+        yield some, [model.scores(x[:, some]) for model, x in zip(models, hidden, strict=True)]
+
+
+def pack_chunks(
+    model: Model, logits: np.ndarray, tokens: np.ndarray, first: int, some: slice, at: int, to: LogitsRows
+) -> np.ndarray:
+    """Pack logits [n_seq, positions, n_vocab] of `tokens` [n_seq, n_ctx], chunks from `at` on, into `to`.
+
+    They are those of positions `some`, counted from `first`, the first that is scored. Returns their negative
+    log-likelihoods, float64 [n_seq, positions]. `model`'s threads work.
+    """
+    n_seq, n, n_vocab = logits.shape
+    n_scored = tokens.shape[1] - 1 - first
+    targets = np.ascontiguousarray(tokens[:, first + 1 :][:, some])
+    losses = np.empty((n_seq, n))
+
+    def pack(seq: int) -> None:
+        rows = empty_rows(n, n_vocab)
+        logit_kernels.pack(logits[seq], targets[seq], *parts(rows, n_vocab), losses[seq])
+        to.write(rows, (at + seq) * n_scored + some.start)
+
+    for _ in model.threads.map(pack, range(n_seq)):
+        pass
+    return losses

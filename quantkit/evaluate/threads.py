@@ -35,10 +35,14 @@ class Workspace(threading.local):
 
 
 class Share(NamedTuple):
-    """How the tasks of a piece of work share the threads: `outer` runs them, `inner` what each of them is made of."""
+    """How the tasks of a piece of work share the threads: `outer` runs them, `inner` what each of them is made of.
+
+    `blocks` runs those of its parts that are matrix products.
+    """
 
     outer: Each
     inner: Each
+    blocks: Each
 
 
 class Threads:
@@ -66,10 +70,22 @@ class Threads:
         """
         if n_tasks >= self.count > 1:
             with self.alone() as together:
-                yield Share(together, one_by_one)
+                yield Share(together, one_by_one, one_by_one)
         else:
             with self._controller.limit(limits=self.count, user_api="blas"):
-                yield Share(one_by_one, self._together if self.count > 1 else one_by_one)
+                yield Share(one_by_one, self._together if self.count > 1 else one_by_one, one_by_one)
+
+    @contextmanager
+    def share_exactly(self, n_tasks: int, n_blocks: int = 1) -> Iterator[Share]:
+        """As `share`, but products have one BLAS thread each: the last bits depend on the number of these.
+
+        A task has `n_blocks` blocks of rows, which run side by side instead where these are more than the tasks.
+        """
+        with self.alone() as together:
+            if n_tasks >= min(self.count, n_blocks):
+                yield Share(together, one_by_one, one_by_one)
+            else:
+                yield Share(one_by_one, together, together)
 
     @contextmanager
     def alone(self) -> Iterator[Each]:

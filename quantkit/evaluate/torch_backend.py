@@ -768,13 +768,17 @@ class TorchInputSums:
             self._totals[key] = sums
         self._counts[key] = self._counts.get(key, 0) + len(rows)
 
-    def add(self, names: tuple[str, ...], rows: np.ndarray) -> None:
+    def add(self, names: tuple[str, ...], rows: np.ndarray, at: int = 0) -> None:
         """See `inputs.Sums`."""
         with torch.no_grad(), exact_products():
             self.observe(names, torch.from_numpy(rows).to(self._device), 0, None)
 
     def settle(self) -> None:
         """See `inputs.Sums`: nothing waits."""
+
+    def take_groups(self, n_rows: int) -> list[dict[Key, InputSum]]:
+        """See `inputs.Sums`: one of the whole batch."""
+        return [self.take()]
 
     def take(self) -> dict[Key, InputSum]:
         """See `inputs.Sums`."""

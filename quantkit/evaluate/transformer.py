@@ -22,12 +22,12 @@ from quantkit.evaluate.inputs import InputSums
 from quantkit.evaluate.kv_cache import KVCache
 from quantkit.evaluate.layers import Expert, LayerRunner, Routed, unsupported
 from quantkit.evaluate.mixers import Tables
-from quantkit.evaluate.model import Model
+from quantkit.evaluate.model import TILE, Model
 from quantkit.evaluate.parts import ROWS, Product
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.streams import merged, widened
 from quantkit.evaluate.streams import unsupported as unsupported_streams
-from quantkit.evaluate.threads import Share, blas_name
+from quantkit.evaluate.threads import Each, Share, blas_name, one_by_one
 from quantkit.evaluate.weights import Replaced, Weights
 from quantkit.sources.source import TensorSource
 
@@ -149,11 +149,13 @@ class Transformer(Model):
         n_seq, n_ctx = tokens.shape
         spec = self.spec
         x = self.embedded(tokens)
-        units = self._units(n_seq, n_ctx, self.threads.count)
+        units = self._units(n_seq, n_ctx, 1 if self._exact else self.threads.count)
         last = np.empty((n_seq, stop - first, spec.width), np.float32)
-        with self.threads.share(len(units)) as share:
+        n_blocks = -(-n_ctx // ROWS)
+        shared = self.threads.share_exactly(len(units), n_blocks) if self._exact else self.threads.share(len(units))
+        with shared as share:
             for i in range(len(spec.layers)):
-                runner = self._runner(i, lambda rope: self._rope(rope, n_ctx))
+                runner = self._runner(i, lambda rope: self._rope(rope, n_ctx), share.blocks)
                 in_place = i + 1 < len(spec.layers)
                 span, to = ((0, n_ctx), x) if in_place else ((first, stop), last)
                 self._run_layer(runner, x, units, span, to, share)
@@ -271,10 +273,10 @@ class Transformer(Model):
         n_together = max(1, min(ROWS // n_ctx, n_seq // n_threads))
         return [slice(at, min(at + n_together, n_seq)) for at in range(0, n_seq, n_together)]
 
-    def _runner(self, index: int, tables: Tables) -> LayerRunner:
+    def _runner(self, index: int, tables: Tables, each_block: Each = one_by_one) -> LayerRunner:
         """Layer `index`, decoded, ready for rows whose cosines and sines `tables` gives."""
-        layer = self.spec.layers[index]
-        return LayerRunner(layer, self.spec, self._weights, tables, self.threads.workspace, self.observer)
+        layer, workspace = self.spec.layers[index], self.threads.workspace
+        return LayerRunner(layer, self.spec, self._weights, tables, workspace, self.observer, each_block)
 
     def next_logits(self, continued: Sequence[tuple[Sequence[int], KVCache]]) -> np.ndarray:
         """Logits, float32 [sequences, n_vocab], of what comes after each sequence, given as tokens and a cache.
@@ -491,7 +493,7 @@ class _Logits:
 
     def __init__(self, model: Transformer, hidden: np.ndarray) -> None:
         self._model, self._hidden, self._weights = model, hidden, model._weights
-        self.step = model.spec.n_vocab if model._keep else max(1, _SLAB_WEIGHTS // model.spec.n_embd)
+        self.step = model.spec.n_vocab if model._keep else max(1, _SLAB_WEIGHTS // model.spec.n_embd // TILE) * TILE
 
     def prepare(self, start: int, stop: int) -> None:
         """See `model.Logits`."""

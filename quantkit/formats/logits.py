@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import os
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
 import numpy as np
 
 from quantkit.errors import QuantkitError
-from quantkit.formats.atomic import OutputFile
+from quantkit.formats.atomic import OutputFile, SharedFile
 from quantkit.formats.reading import InputFile
 
 _MAGIC = b"_logits_"
@@ -87,21 +89,51 @@ class LogitsFile:
         self.tokens = self.tokens.reshape(self.n_chunks, self.n_ctx)
         self._start = at
 
-    def chunk(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The scored positions of a chunk: float32 [n_scored, 2] of scales and minima, uint16 [n_scored, n_vocab].
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is opened again: by the absolute path, for another process."""
+        return LogitsFile, (self.path.absolute(),)
 
-        Raises QuantkitError when they do not stand for probabilities.
+    def chunk(self, index: int, first: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Scored positions of a chunk, all or from `first` to `stop`, which count from the first that is scored.
+
+        They are float32 [positions, 2] of scales and minima, and uint16 [positions, n_vocab] of codes. Raises
+        QuantkitError when they do not stand for probabilities.
         """
         if not 0 <= index < self.n_chunks:
             raise IndexError(f"chunk {index} of {self.n_chunks}")
-        rows = np.empty((self.n_scored, row_words(self.n_vocab)), "<u2")
-        self._file.read_into(self._start + index * rows.nbytes, rows)
+        stop = self.n_scored if stop is None else stop
+        rows = np.empty((stop - first, row_words(self.n_vocab)), "<u2")
+        before = index * self.n_scored + first
+        self._file.read_into(self._start + before * 2 * row_words(self.n_vocab), rows)
         affine, codes = parts(rows, self.n_vocab)
         # A hair above 0 is what rounding makes of a probability of 1.
         highest = affine[:, 0].astype(np.float64) * 65535 + affine[:, 1]
         if not (np.isfinite(affine).all() and (affine[:, 0] >= 0).all() and (highest < 1e-2).all()):
             raise QuantkitError(f"{self.path}: damaged: chunk {index} holds values that are no log-probabilities")
         return affine, codes
+
+
+class LogitsRows(Protocol):
+    """What takes the rows of a log-probability file."""
+
+    def write(self, rows: np.ndarray, at: int) -> None:
+        """Write rows, uint16 [n, row_words], as rows `at` and on of all chunks."""
+        ...
+
+
+@dataclass(frozen=True)
+class SharedLogits:
+    """The unfinished log-probability file of another process: its path, device and inode, and where rows begin."""
+
+    path: Path
+    identity: tuple[int, int]
+    start: int
+    n_vocab: int
+
+    def write(self, rows: np.ndarray, at: int) -> None:
+        """See `LogitsRows`. Raises QuantkitError as `SharedFile` does."""
+        with SharedFile(self.path, self.identity) as file:
+            file.write_at(self.start + at * 2 * row_words(self.n_vocab), np.ascontiguousarray(rows, "<u2"))
 
 
 class LogitsWriter:
@@ -129,12 +161,21 @@ class LogitsWriter:
             raise
         return self
 
-    def write(self, rows: np.ndarray) -> None:
-        """Append rows, uint16 [n, row_words]: see `empty_rows` and `parts`."""
+    def write(self, rows: np.ndarray, at: int) -> None:
+        """Write rows, uint16 [n, row_words], as rows `at` and on of all chunks: see `empty_rows` and `parts`."""
         self._left -= len(rows)
         if rows.shape[1] != row_words(self.n_vocab) or self._left < 0:
             raise ValueError(f"rows of shape {rows.shape} do not fit the header")
-        self._file.write(np.ascontiguousarray(rows, "<u2"))
+        rows = np.ascontiguousarray(rows, "<u2")
+        self._file.write_at(len(self._header) + at * 2 * row_words(self.n_vocab), rows)
+
+    def hand_out(self) -> SharedLogits:
+        """The unfinished file, for other processes to write rows to, of which `written_elsewhere` must be told."""
+        return SharedLogits(*self._file.hand_out(), len(self._header), self.n_vocab)
+
+    def written_elsewhere(self, n_rows: int) -> None:
+        """Take note that another process has written so many rows, and synced them."""
+        self._left -= n_rows
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

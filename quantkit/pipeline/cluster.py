@@ -12,7 +12,8 @@ import functools
 import logging
 import os
 import pickle
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -34,6 +35,10 @@ class Task:
 
     name: str
     arguments: tuple[Any, ...]
+
+
+class ClusterLostError(QuantkitError):
+    """The scheduler has gone away: what is finished may be kept, for another run."""
 
 
 class Cluster:
@@ -85,8 +90,22 @@ class Cluster:
                 self.close()
                 raise QuantkitError(f"{worker}: has quantkit {version}, not {_version()}; install the same everywhere")
 
-    def run(self, function: Callable[..., Any], tasks: Iterable[Task], done: Callable[[int, Any], None]) -> None:
-        """Call `function` with every task's arguments on the workers; `done(number of the task, result)` as they end.
+    @property
+    def threads(self) -> int:
+        """The threads of the worker that has most; 1 where there is none yet."""
+        return max((worker["nthreads"] for worker in self._workers().values()), default=1)
+
+    @property
+    def n_workers(self) -> int:
+        """The workers that there are now."""
+        return len(self._workers())
+
+    def _workers(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
+        return found
+
+    def run(self, function: Callable[..., Any], tasks: Iterable[Task]) -> Iterator[tuple[int, Any]]:
+        """Call `function` with every task's arguments on the workers; (number of the task, result) as they end.
 
         A task whose worker dies is given to another. Raises the QuantkitErrors of tasks, and one when the scheduler is
         lost or a task has ended several workers.
@@ -122,14 +141,14 @@ class Cluster:
                         raise self._lost() from None
                     raise QuantkitError(f"{self.address}: {listed[number].name}: {kind}: {_line(error)}") from None
                 future.release()
-                done(number, result)
+                yield number, result
         finally:
             if numbers:
                 with suppress(Exception):
                     self._client.cancel(list(numbers), force=True)
 
-    def _lost(self) -> QuantkitError:
-        return QuantkitError(f"{self.address}: the scheduler has gone away; start it and run this again")
+    def _lost(self) -> ClusterLostError:
+        return ClusterLostError(f"{self.address}: the scheduler has gone away; start it and run this again")
 
     def close(self) -> None:
         """Leave the cluster, and end what was started for it here."""
@@ -176,6 +195,14 @@ def _call(version: str, function: Callable[..., Any], *arguments: Any) -> Any:
     if version != _version():
         raise QuantkitError(f"a worker has quantkit {_version()}, not {version}; install the same everywhere")
     return function(*arguments)
+
+
+def worker_limits() -> tuple[int, int]:
+    """The threads and the bytes of memory that the worker has which this is called on."""
+    import distributed
+
+    worker = distributed.get_worker()
+    return worker.state.nthreads, worker.memory_manager.memory_limit or sys.maxsize
 
 
 def packed(source: TensorSource) -> bytes:

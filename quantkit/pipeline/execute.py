@@ -208,7 +208,7 @@ def _execute_on(
         tasks.append(Task(label, (what, lines, part, places, allow_nonfinite)))
     left = Counter(part.index for part in parts)
 
-    def done(number: int, result: None) -> None:
+    for number, _ in cluster.run(encode_part, tasks):
         part = parts[number]
         line = plans[0].tensors[part.index]
         for plan, each in zip(plans, shards, strict=True):
@@ -220,8 +220,6 @@ def _execute_on(
             journal.finish(line.info.name)
         if progress is not None:
             progress(line.info.name, (part.stop - part.start) * line.source_type.row_nbytes(line.info.n_per_row))
-
-    cluster.run(encode_part, tasks, done)
 
 
 def _file_of(shards: Sequence[GGUFOutput], name: str) -> GGUFOutput:

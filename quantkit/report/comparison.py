@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from quantkit import blocks
 from quantkit.pipeline.execute import BITE, Progress
 from quantkit.report.contents import brief
 from quantkit.report.tables import table
 from quantkit.sources.source import TensorSource, open_model
+
+if TYPE_CHECKING:
+    from quantkit.pipeline.cluster import Cluster
 
 
 @dataclass(frozen=True)
@@ -88,10 +93,12 @@ def compare(
     first: TensorSource | str | os.PathLike[str],
     second: TensorSource | str | os.PathLike[str],
     progress: Progress | None = None,
+    cluster: Cluster | None = None,
 ) -> Comparison:
     """Compare two models, sources or what `open_model` takes: metadata, tensors, and the error of each.
 
-    Weights are decoded to float32 piece by piece. `progress(tensor, nbytes)` counts bytes of the second model.
+    Weights are decoded to float32 piece by piece. `progress(tensor, nbytes)` counts bytes of the second model. With
+    `cluster`, its workers compare tensors.
     """
     first, second = open_model(first), open_model(second)
     result = Comparison((first.label, second.label))
@@ -100,6 +107,7 @@ def compare(
         if a != b:
             result.metadata.append((key, brief(a) if a is not None else "", brief(b) if b is not None else ""))
     result.only_first = [name for name in first.tensors if name not in second.tensors]
+    alike = []
     for name, info in second.tensors.items():
         mine = first.tensors.get(name)
         if mine is None:
@@ -107,30 +115,60 @@ def compare(
         elif mine.shape != info.shape:
             result.other_shapes.append(name)
         else:
-            error = _tensor_error(first, second, name)
-            if error.max_error == 0:
-                result.n_equal += 1
-            else:
-                result.tensors.append(error)
+            alike.append(name)
+            continue
         if progress is not None:
             progress(name, info.nbytes)
+    for name, error in _errors(first, second, alike, cluster):
+        if error.max_error == 0:
+            result.n_equal += 1
+        else:
+            result.tensors.append(error)
+        if progress is not None:
+            progress(name, second.tensors[name].nbytes)
+    order = {name: at for at, name in enumerate(second.tensors)}
+    result.tensors.sort(key=lambda error: order[error.name])
     return result
+
+
+def _errors(
+    first: TensorSource, second: TensorSource, names: Sequence[str], cluster: Cluster | None
+) -> Iterator[tuple[str, TensorError]]:
+    """The errors of tensors `names`, as they are found."""
+    if cluster is None:
+        for name in names:
+            yield name, _tensor_error(first, second, name)
+        return
+    from quantkit.pipeline.cluster import Task, packed
+
+    both = packed(first), packed(second)
+    for number, error in cluster.run(compare_tensor, [Task(f"compare {name}", (*both, name)) for name in names]):
+        yield names[number], error
+
+
+def compare_tensor(first: bytes, second: bytes, name: str) -> TensorError:
+    """The error of tensor `name` between two packed sources: what a worker does."""
+    from quantkit.pipeline.cluster import opened
+
+    return _tensor_error(opened(first), opened(second), name)
 
 
 def _tensor_error(first: TensorSource, second: TensorSource, name: str) -> TensorError:
     mine, other = first.tensors[name], second.tensors[name]
     step = max(1, BITE * 4 // max(1, mine.n_per_row))
     square = squares_a = squares_b = product = largest = 0.0
-    for start in range(0, mine.n_rows, step):
-        stop = min(mine.n_rows, start + step)
-        a = blocks.decode(first.read(name, start, stop), mine.type).reshape(-1).astype(np.float64)
-        b = blocks.decode(second.read(name, start, stop), other.type).reshape(-1).astype(np.float64)
-        difference = a - b
-        square += float(difference @ difference)
-        squares_a += float(a @ a)
-        squares_b += float(b @ b)
-        product += float(a @ b)
-        largest = max(largest, float(np.abs(difference).max(initial=0.0)))
+    # The last bits of a sum depend on how many threads share it.
+    with threadpool_limits(limits=1, user_api="blas"):
+        for start in range(0, mine.n_rows, step):
+            stop = min(mine.n_rows, start + step)
+            a = blocks.decode(first.read(name, start, stop), mine.type).reshape(-1).astype(np.float64)
+            b = blocks.decode(second.read(name, start, stop), other.type).reshape(-1).astype(np.float64)
+            difference = a - b
+            square += float(difference @ difference)
+            squares_a += float(a @ a)
+            squares_b += float(b @ b)
+            product += float(a @ b)
+            largest = max(largest, float(np.abs(difference).max(initial=0.0)))
     first.release(name)
     second.release(name)
     norm = math.sqrt(squares_a * squares_b)

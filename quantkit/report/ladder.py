@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import quantkit
 from quantkit.calibration.rounding import execute_with_feedback
@@ -42,6 +42,9 @@ from quantkit.report.json_data import json_data, json_text
 from quantkit.report.publish import sha256
 from quantkit.sources.source import GGUFSource, TensorSource
 from quantkit.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from quantkit.pipeline.cluster import Cluster
 
 # Ladders by name, from large to small.
 LADDERS = {
@@ -110,17 +113,27 @@ def ladder_kernels(source: TensorSource, files: Sequence[FileType], backend: str
 class Ladder:
     """Makes a ladder in `directory`, step by step. `force` replaces existing files.
 
+    On `cluster`'s workers, where that is given: all but the continuations, and rounding by moments.
+
     Raises QuantkitError for texts that are too short to measure and requests that cannot be met, before a file is
     written, and for a file in the way that is not from an earlier run of the same.
     """
 
-    def __init__(self, source: TensorSource, directory: Path, options: LadderOptions, force: bool = False) -> None:
+    def __init__(
+        self,
+        source: TensorSource,
+        directory: Path,
+        options: LadderOptions,
+        force: bool = False,
+        cluster: Cluster | None = None,
+    ) -> None:
         if not options.texts:
             raise QuantkitError("name at least one text to measure on")
         check_rounding(options.rounding)
         if options.rounding != "nearest" and options.calibration is None:
             raise QuantkitError(f"rounding {options.rounding} needs a calibration text", option="calibration")
         self.source, self.directory, self.options, self._force = source, directory, options, force
+        self._cluster = cluster
         self._files: list[MadeFile] = []
         self._reports: list[Path] = []
         vocabulary = Vocabulary.from_metadata(source.metadata)
@@ -170,6 +183,7 @@ class Ladder:
             compute=o.compute,
             dataset=o.calibration.name,
             progress=progress,
+            cluster=self._cluster,
         )
         with self._group() as group:
             matrix.save(group.add(path))
@@ -244,7 +258,8 @@ class Ladder:
             done += nbytes
             tell(done / total, tensor)
 
-        execute(self.source, outputs, threads=o.compute.threads, progress=advance, group=group)
+        threads = o.compute.threads
+        execute(self.source, outputs, threads=threads, progress=advance, group=group, cluster=self._cluster)
 
     def measure(self, progress: Progress | None = None) -> None:
         """What each file lost on each text, and of each tensor, where it is not known yet."""
@@ -255,7 +270,13 @@ class Ladder:
                 continue
             models = [GGUFSource(file.path) for file in missing]
             results = divergences(
-                models, self.source, text.text, chunking=o.chunking, compute=o.compute, progress=progress
+                models,
+                self.source,
+                text.text,
+                chunking=o.chunking,
+                compute=o.compute,
+                progress=progress,
+                cluster=self._cluster,
             )
             for file, result in zip(missing, results, strict=True):
                 found = data.measurement(text.name, result)
@@ -263,7 +284,7 @@ class Ladder:
         for file in self._files:
             key = self._key("errors", file.digests)
             if self._state.noted(key) is None:
-                compared = compare(self.source, GGUFSource(file.path))
+                compared = compare(self.source, GGUFSource(file.path), cluster=self._cluster)
                 self._state.note(key, {error.name: error.relative_rmse for error in compared.tensors})
 
     def say(self, progress: Callable[[int, int], None] | None = None) -> None:

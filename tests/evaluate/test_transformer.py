@@ -26,6 +26,7 @@ from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import transformer
 from quantkit.evaluate.backends import load
+from quantkit.evaluate.parts import aligned
 from quantkit.evaluate.perplexity import perplexity
 from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.evaluate.transformer import Transformer
@@ -77,6 +78,20 @@ def test_results_do_not_depend_on_batch_threads_or_memory(model_path, n_ctx):
         model = Transformer(source, Compute(threads=n_threads, memory=memory))
         other = np.concatenate([model.log_likelihoods(tokens[i : i + step], n_ctx // 2) for i in range(0, 7, step)])
         np.testing.assert_allclose(other, base, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_ctx", [8, 70, 600, 1100])
+def test_exactly_the_same_bits_whatever_the_batch_threads_or_memory(model_path, n_ctx):
+    n = 2 * aligned(n_ctx) + 1
+    tokens, source = some_tokens(n, n_ctx), GGUFSource(model_path)
+    found = []
+    for n_threads, memory, step in [(1, None, n), (2, None, aligned(n_ctx)), (3, 0, n), (5, None, 2 * aligned(n_ctx))]:
+        model = Transformer(source, Compute(threads=n_threads, memory=memory))
+        with model.exactly(n_ctx):
+            parts = [model.log_likelihoods(tokens[i : i + step], n_ctx // 2) for i in range(0, n, step)]
+        found.append(np.concatenate(parts))
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
 
 
 def test_scored_positions_alone_equal_all_of_them(model_path):

@@ -36,7 +36,7 @@ def write_gguf(target: Path) -> None:
 
 def write_logits(target: Path) -> None:
     with LogitsWriter(target, np.zeros((1, 8), np.int32), 6) as writer:
-        writer.write(np.zeros((3, 10), np.uint16))
+        writer.write(np.zeros((3, 10), np.uint16), 0)
 
 
 def write_imatrix(target: Path) -> None:

@@ -20,13 +20,13 @@ def write(path: Path, n_chunks: int = 2, n_ctx: int = 9, n_vocab: int = 5) -> tu
     tokens = rng.integers(0, n_vocab, (n_chunks, n_ctx)).astype(np.int32)
     chunks = []
     with LogitsWriter(path, tokens, n_vocab) as writer:
-        for _ in range(n_chunks):
+        for chunk in range(n_chunks):
             rows = empty_rows(n_ctx - 1 - n_ctx // 2, n_vocab)
             affine, codes = parts(rows, n_vocab)
             affine[:, 0] = rng.random(len(rows)) / 65535
             affine[:, 1] = -1 - 20 * rng.random(len(rows))
             codes[:] = rng.integers(0, 65536, codes.shape)
-            writer.write(rows)
+            writer.write(rows, chunk * len(rows))
             chunks.append(rows)
     return tokens, chunks
 
@@ -60,6 +60,8 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, n_chunks: int, n_c
     np.testing.assert_array_equal(file.tokens, tokens)
     for i, rows in enumerate(chunks):
         for got, expected in zip(file.chunk(i), parts(rows, n_vocab), strict=True):
+            np.testing.assert_array_equal(got, expected)
+        for got, expected in zip(file.chunk(i, len(rows) - 1), parts(rows[-1:], n_vocab), strict=True):
             np.testing.assert_array_equal(got, expected)
     assert [p.name for p in path.parent.iterdir()] == ["f"]
 
@@ -107,7 +109,7 @@ def test_a_file_cut_short_is_refused(tmp_path_factory: pytest.TempPathFactory, c
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     def fail_after_one_row() -> None:
         with LogitsWriter(tmp_path / "f", np.zeros((2, 8), np.int32), 5) as writer:
-            writer.write(empty_rows(1, 5))
+            writer.write(empty_rows(1, 5), 0)
             raise RuntimeError
 
     with pytest.raises(RuntimeError):

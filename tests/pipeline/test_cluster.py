@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -11,7 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT, TINYLM, requires_dask
 from support.conversion import convert
@@ -87,6 +90,99 @@ def test_a_worker_is_killed_and_another_joins(
     os.killpg(first.pid, signal.SIGKILL)
     worker(start, address)
     assert process.wait() == 0
+    assert listing(tmp_path / "out") == alone
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    some = ["the", "and", "of", "tensor", "quick", "brown", "scale", "row", "weight", "is", "not"]
+    words = np.random.default_rng(0).choice(some, 6000)
+    path.write_text(" ".join(words))
+    return path
+
+
+def numbers(*args: object) -> dict[str, Any]:
+    """What a measurement printed, without what says how long it took and where."""
+    found: dict[str, Any] = json.loads(call(*args, "--json").stdout)
+    return {k: v for k, v in found.items() if k not in ("seconds", "tokens_per_second", "batch", "memory")}
+
+
+def test_measurements_are_the_same_to_the_last_digit(
+    start: Callable[..., tuple[subprocess.Popen[str], str]], tmp_path: Path, text: Path
+) -> None:
+    address = scheduler(start)
+    worker(start, address)
+    start("worker", address, "--nthreads", "2", "--no-nanny", "--no-dashboard", "--host", "127.0.0.1")
+    there = ["--cluster", address]
+    q4 = tmp_path / "q4.gguf"
+    call("quantize", TINYLM, "Q4_0", "-o", q4)
+    common = ["-f", text, "-c", 64]
+    assert numbers("perplexity", q4, *common) == numbers("perplexity", q4, *common, *there)
+    against = ["perplexity", q4, *common, "--base", TINYLM, "--save-logits"]
+    found = [numbers(*against, tmp_path / "here"), numbers(*against, tmp_path / "there", *there)]
+    assert found[0] == found[1]
+    assert (tmp_path / "here").read_bytes() == (tmp_path / "there").read_bytes()
+    stored = ["perplexity", q4, "--base-logits", tmp_path / "here"]
+    assert numbers(*stored) == numbers(*stored, *there)
+    for name, more in (("a", []), ("b", there)):
+        call("imatrix", TINYLM, *common, "--process-output", "--output-frequency", 40, "-o", tmp_path / name, *more)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_worker_is_killed_while_measuring(
+    start: Callable[..., tuple[subprocess.Popen[str], str]], tmp_path: Path, text: Path
+) -> None:
+    common = ["imatrix", TINYLM, "-f", text, "-c", 128, "--batch", 16]
+    call(*common, "-o", tmp_path / "here.gguf")
+    address = scheduler(start)
+    first = worker(start, address)
+    command = [sys.executable, "-m", "quantkit", *map(str, common), "-o", f"{tmp_path}/there.gguf"]
+    process = subprocess.Popen([*command, "--cluster", address], env=ENVIRONMENT)
+    from distributed import Client
+
+    with Client(address) as client:
+        while process.poll() is None and not any(client.processing().values()):
+            time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    worker(start, address)
+    assert process.wait() == 0
+    assert (tmp_path / "here.gguf").read_bytes() == (tmp_path / "there.gguf").read_bytes()
+
+
+def test_a_report_is_the_same(tmp_path: Path, text: Path) -> None:
+    found = []
+    for name, more in (("here", []), ("there", ["--cluster", "local:2"])):
+        options = ["--types", TYPES, "--calibration", text, "--calibration-chunks", 20, "-f", text, "-c", 64]
+        told = call("report", TINYLM, *options, "--prompts", 2, "-o", f"{tmp_path}/{name}/", "--json", *more).stdout
+        files = {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.gguf")}
+        rows = [
+            {k: v for k, v in file.items() if "seconds" not in k and k not in ("measurements", "made")}
+            for file in json.loads(told)["files"]
+        ]
+        found.append((files, rows))
+    assert found[0] == found[1]
+    assert len(found[0][0]) == 3
+
+
+def test_a_scheduler_goes_away_and_a_run_goes_on(
+    start: Callable[..., tuple[subprocess.Popen[str], str]], tmp_path: Path, alone: dict[str, bytes]
+) -> None:
+    lost, address = start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+    worker(start, address)
+    command = [sys.executable, "-m", "quantkit", "quantize", str(TINYLM), "--type", TYPES, "-o", f"{tmp_path}/out/"]
+    process = subprocess.Popen(
+        [*command, "--resume", "--cluster", address], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list(tmp_path.glob("out/*/*.partial")):
+        time.sleep(0.01)
+    os.killpg(lost.pid, signal.SIGKILL)
+    told = process.communicate(timeout=120)[1]
+    if process.returncode:
+        assert "scheduler has gone away; start it and run this again" in told and "Traceback" not in told
+        assert not list(tmp_path.glob("out/*.gguf"))
+        call("quantize", TINYLM, "--type", TYPES, "-o", f"{tmp_path}/out/", "--resume", "--cluster", "local:1")
     assert listing(tmp_path / "out") == alone
 
 
