@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -25,7 +27,7 @@ from quantkit.calibration.moments import Activations, LayerMoments, Moments, Mom
 from quantkit.calibration.progress import Step
 from quantkit.calibration.rounder import rounder
 from quantkit.calibration.roundings import check_rounding
-from quantkit.calibration.spool import Spool
+from quantkit.calibration.spool import Spool, TensorFiles
 from quantkit.calibration.text import CalibrationText
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.inputs import on_host
@@ -38,6 +40,10 @@ from quantkit.pipeline.execute import FLOAT_TYPES, execute
 from quantkit.pipeline.plan import Plan
 from quantkit.sources.overlay import Overlay
 from quantkit.sources.source import TensorSource
+
+if TYPE_CHECKING:
+    from quantkit.architectures.forward import ForwardSpec
+    from quantkit.pipeline.cluster import Cluster
 
 # What a spool written by another version of the rounding must not be taken for.
 _VERSION = 2
@@ -79,36 +85,48 @@ def execute_with_feedback(
     max_buffer_size: int | None = None,
     progress: Callable[[Step], None] | None = None,
     group: OutputGroup | None = None,
+    cluster: Cluster | None = None,
 ) -> list[list[RoundedTensor]]:
     """Write every (plan, path) of `outputs`, in one pass of `text` through `model`; says how the tensors came out.
 
     `rounding` is gptq, or yaqa, which takes gradients through the model first: see `gradients`. `damping` is added to
     the diagonal of the moments, as a share of its mean. Finished layers are kept in `work`, by default a directory
-    beside the first output, until all files are written. `group` is as for `execute`.
+    beside the first output, until all files are written. `group` is as for `execute`. With `cluster`, its workers round
+    the layers, of a model that they can open as this one was; for gptq alone.
     Raises QuantkitError as `pipeline.execute` does, for a text that is too short, for activations that are not finite,
     when the work directory is in the way, or another run's, and for a model that the backend takes no gradients
     through.
     """
-    run = _Run(model, outputs, text, rounding, damping, threads, allow_nonfinite, progress)
+    run = LayerRounding(
+        model, wanted_types(model.spec, outputs), text, rounding, damping, threads, allow_nonfinite, progress
+    )
+    if cluster is not None and rounding != "gptq":
+        raise QuantkitError(
+            f"rounding {rounding} takes gradients through all layers, which are not spread over workers"
+        )
     text.require(max((run.infos[name].n_per_row for name in run.wanted), default=0))
     with ExitStack() as stack:
         group = group or stack.enter_context(OutputGroup())
-        return _write(run, outputs, group, work or WorkDirectory(Path(outputs[0][1])), max_buffer_size)
+        return _write(run, outputs, group, work or WorkDirectory(Path(outputs[0][1])), max_buffer_size, cluster)
 
 
 def _write(
-    run: _Run,
+    run: LayerRounding,
     outputs: Sequence[tuple[Plan, Path]],
     group: OutputGroup,
     work: WorkDirectory,
     max_buffer_size: int | None,
+    cluster: Cluster | None,
 ) -> list[list[RoundedTensor]]:
     group.protect(run.source.files)
     for plan, path in outputs:
         for name, _, _ in plan.files(path):
             group.check(name)
     spool = Spool(work, run.digest)
-    run.round_layers(spool)
+    if cluster is None:
+        run.round_layers(spool)
+    else:
+        run.round_layers_on(cluster, spool)
     reports = []
     for plan, path in outputs:
         done = {
@@ -133,19 +151,35 @@ def _write(
     return reports
 
 
-class _Run:
-    """What one call of `execute_with_feedback` knows."""
+def wanted_types(spec: ForwardSpec, outputs: Sequence[tuple[Plan, Path]]) -> dict[str, list[GGMLType]]:
+    """The types that each tensor with moments becomes."""
+    wanted: dict[str, list[GGMLType]] = {}
+    inside = spec.matrices
+    for plan, _ in outputs:
+        for line in plan:
+            if line.source_name in inside and not line.is_copy and line.info.type.is_quantized:
+                kinds = wanted.setdefault(line.source_name, [])
+                if line.info.type not in kinds:
+                    kinds.append(line.info.type)
+    return wanted
+
+
+class LayerRounding:
+    """The rounding of layers: what one call of `execute_with_feedback` knows, and a worker that does a part of it.
+
+    `wanted` are the types that each tensor with moments becomes.
+    """
 
     def __init__(
         self,
         model: Model,
-        outputs: Sequence[tuple[Plan, Path]],
+        wanted: Mapping[str, Sequence[GGMLType]],
         text: CalibrationText,
         rounding: str,
         damping: float,
         threads: int | None,
         allow_nonfinite: bool,
-        progress: Callable[[Step], None] | None,
+        progress: Callable[[Step], None] | None = None,
     ) -> None:
         check_rounding(rounding)
         self._model, self._text, self._rounding, self._damping = model, text, rounding, damping
@@ -154,19 +188,10 @@ class _Run:
         self.source: TensorSource = model.source
         self.infos: Mapping[str, TensorInfo] = self.source.tensors
         self.number = {name: at for at, name in enumerate(self.infos)}
-        inside = model.spec.matrices
-        # The types that each tensor with moments becomes.
-        self.wanted: dict[str, list[GGMLType]] = {}
-        for plan, _ in outputs:
-            for line in plan:
-                if line.source_name in inside and not line.is_copy and line.info.type.is_quantized:
-                    kinds = self.wanted.setdefault(line.source_name, [])
-                    if line.info.type not in kinds:
-                        kinds.append(line.info.type)
+        self.wanted = wanted
         # Those of them that are rounded by moments of gradients too.
         self._coupled = coupled(model.spec) & self.wanted.keys() if rounding == "yaqa" else frozenset[str]()
         self.rounded: dict[tuple[str, GGMLType], RoundedTensor] = {}
-        self.digest = self._identify()
         self._layer, self._done = 0, 0.0
         self._total = self._work()
 
@@ -190,11 +215,40 @@ class _Run:
                 steps.skip()
             while steps.next <= n_layer:
                 self._layer = steps.next
-                spool.finish(self._round_layer(steps.gather(), spool))
+                spool.finish(self.round_layer(steps.gather(), spool))
                 if steps.next <= n_layer:
                     spool.keep_activations(activations.values)
         finally:
             activations.close()
+
+    def round_layers_on(self, cluster: Cluster, spool: Spool) -> None:
+        """The same as `round_layers` by the workers of `cluster`, to the last bit."""
+        # What workers run is told of in terms of this module.
+        from quantkit.calibration.apart import Job, round_apart
+
+        for layer in spool.layers:
+            self._remember(layer)
+        model, apart = self._model, dict[int, dict[str, Any]]()
+
+        def job(source: bytes) -> Job:
+            return Job(
+                source, model.compute, self._text, self.wanted, self._damping, self.allow_nonfinite,
+                spool.path.absolute(), model.spec.n_embd,
+            )  # fmt: skip
+
+        def finish(layer: int, record: dict[str, Any]) -> None:
+            apart[layer] = record
+            while (following := len(spool.layers)) in apart:
+                self._remember(apart[following])
+                spool.finish(apart.pop(following))
+            self._layer = layer
+            self._done += self._text.tokens.size * self._per_token.get(layer, 0.0)
+            for tensor in record["tensors"]:
+                info = self.infos[tensor["name"]]
+                self._done += _ROUNDING * info.n_elements * info.n_per_row
+            self._tell(f"blk.{layer}" if layer < len(model.spec.layers) else model.spec.output.weight)
+
+        round_apart(cluster, self.source, job, len(model.spec.layers), len(spool.layers), finish)
 
     def report(self, plan: Plan) -> list[RoundedTensor]:
         """How the tensors of `plan` came out that were to be rounded at all."""
@@ -209,8 +263,8 @@ class _Run:
 
     # -- one layer
 
-    def _round_layer(self, layer: LayerMoments, spool: Spool) -> dict[str, object]:
-        """Round the tensors of a layer; what to record of it."""
+    def round_layer(self, layer: LayerMoments, files: TensorFiles) -> dict[str, object]:
+        """Round the tensors of a layer into `files`; what to record of it."""
         results = []
         for shared in layer.inputs:
             curvatures = [self._curvature(shared, moments) for moments in shared.moments]
@@ -227,9 +281,14 @@ class _Run:
                 threads: int = max(1, count // max(1, together)),
             ) -> RoundedTensor:
                 name, kind = task
-                coupling = spool.load_moments(self.number[name]) if name in self._coupled else None
-                with open(spool.file(self.number[name], kind), "wb") as file:
-                    return self._round(name, kind, shared, curvatures, coupling, threads, file)
+                coupling = files.load_moments(self.number[name]) if name in self._coupled else None
+                target = files.file(self.number[name], kind)
+                # A worker that was given up may still be writing the same file.
+                temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
+                with open(temporary, "wb") as file:
+                    result = self._round(name, kind, shared, curvatures, coupling, threads, file)
+                temporary.replace(target)
+                return result
 
             with ThreadPoolExecutor(max(1, together)) as pool:
                 if tasks:
@@ -374,7 +433,8 @@ class _Run:
             total += _ROUNDING * len(kinds) * self.infos[name].n_elements * self.infos[name].n_per_row
         return total
 
-    def _identify(self) -> str:
+    @cached_property
+    def digest(self) -> str:
         """What the rounded tensors depend on, in one number."""
         source, digest = self.source, hashlib.sha256()
         infos = list(self.infos.values())

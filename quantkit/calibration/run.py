@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from quantkit.compile.ahead import KernelJob
     from quantkit.formats.imatrix import ImportanceMatrix
     from quantkit.formats.unfinished import WorkDirectory
+    from quantkit.pipeline.cluster import Cluster
 
 # Chunks of a text that second moments are taken of, unless told otherwise: more gain little.
 _CHUNKS = 128
@@ -65,7 +66,11 @@ class Calibration:
         )
 
     def importance(
-        self, source: TensorSource, output: bool = False, progress: Progress | None = None
+        self,
+        source: TensorSource,
+        output: bool = False,
+        progress: Progress | None = None,
+        cluster: Cluster | None = None,
     ) -> ImportanceMatrix:
         """The importance matrix of `source` over the text, with `output` of output.weight too."""
         from quantkit.evaluate.importance import importance_matrix
@@ -78,6 +83,7 @@ class Calibration:
             process_output=output,
             dataset=self.name,
             progress=progress,
+            cluster=cluster,
         )
 
 
@@ -86,6 +92,7 @@ class CalibratedRun:
 
     `types` are file types or plans; with `targets` types are chosen for these sizes instead, within `wishes`. Without a
     `calibration` only plans can be had, and not written. `progress` is told of every step.
+    With `cluster`, its workers gather importance, round (gptq alone) and write; they choose no types.
 
     Raises QuantkitError for sizes that cannot be reached, before anything is computed.
     """
@@ -96,6 +103,7 @@ class CalibratedRun:
         calibration: Calibration | None,
         options: QuantizeOptions,
         *,
+        cluster: Cluster | None = None,
         types: Sequence[str | Plan] = (),
         targets: Sequence[Target] = (),
         wishes: Wishes | None = None,
@@ -104,6 +112,9 @@ class CalibratedRun:
         from quantkit.calibration.planning import ChosenPlan, Target, TypeChooser, Wishes
 
         self._model, self._calibration, self._options, self._progress = model, calibration, options, progress
+        self._cluster = cluster
+        if cluster is not None and targets:
+            raise QuantkitError("types are not chosen by a cluster: have a plan made without, then use that")
         rounding = "" if calibration is None or calibration.rounding == "nearest" else calibration.rounding
         self._chooser = None
         if targets:
@@ -177,7 +188,7 @@ class CalibratedRun:
         from quantkit.evaluate.backends import load
 
         if self._calibration is None or self._calibration.rounding == "nearest":
-            execute(self._model, outputs, group=group, **options)
+            execute(self._model, outputs, group=group, cluster=self._cluster, **options)
             group.then(work.remove)
             return []
         text = self._calibration.cut(self._model)
@@ -192,6 +203,7 @@ class CalibratedRun:
             work=work,
             group=group,
             progress=self._progress,
+            cluster=self._cluster,
             **options,
         )
 
@@ -202,7 +214,8 @@ class CalibratedRun:
 
         from quantkit.calibration.progress import Step
 
-        return calibration.importance(self._model, any(isinstance(kind, Plan) for kind in self._types), advance)
+        output = any(isinstance(kind, Plan) for kind in self._types)
+        return calibration.importance(self._model, output, advance, self._cluster)
 
 
 def quantize(

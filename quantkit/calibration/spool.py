@@ -24,14 +24,30 @@ from quantkit.formats.unfinished import WorkDirectory
 _EVERY = 120.0
 
 
-class Spool:
+class TensorFiles:
+    """The files of encoded rows in `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def file(self, index: int, kind: GGMLType) -> Path:
+        """The file of the encoded rows of tensor number `index` as `kind`."""
+        return self.path / f"{index:05d}.{kind.name}"
+
+    def load_moments(self, index: int) -> np.ndarray:
+        """Moments that were kept: there are none."""
+        raise KeyError(index)
+
+
+class Spool(TensorFiles):
     """The rounded layers in the work directory `work`, of the run that `digest` identifies.
 
     Raises QuantkitError when there are some already that belong to another run.
     """
 
     def __init__(self, work: WorkDirectory, digest: str) -> None:
-        self._work, self.path, self._digest = work, work.make(), digest
+        super().__init__(work.make())
+        self._work, self._digest = work, digest
         self._saved = time.monotonic()
         found = work.load_record(digest)
         try:
@@ -57,10 +73,6 @@ class Spool:
     def start(self) -> int:
         """The layer that reads the activations that were kept last; 0 where none were."""
         return int(self._record["activations"])
-
-    def file(self, index: int, kind: GGMLType) -> Path:
-        """The file of the encoded rows of tensor number `index` as `kind`."""
-        return self.path / f"{index:05d}.{kind.name}"
 
     def reader(self, index: int, info: TensorInfo, kind: GGMLType) -> Callable[[int, int], np.ndarray]:
         """A function that reads encoded rows, from one to before another: uint8 [rows, bytes of a row].

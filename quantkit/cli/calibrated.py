@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from quantkit.cli.console import read_text, work_progress
+from quantkit.cli.console import joined, read_text, work_progress
 
 if TYPE_CHECKING:
     from quantkit.calibration.planning import Wishes
@@ -52,6 +52,7 @@ class CalibrationOptions:
         wishes: Wishes,
         destination: Destination,
         group: OutputGroup,
+        cluster: str | None,
         **common: object,
     ) -> tuple[list[tuple[Plan, Path]], list[list[RoundedTensor]]]:
         """Choose types where they are to be, and write the files unless this is a dry run."""
@@ -76,6 +77,7 @@ class CalibrationOptions:
             )
         targets = [Target.parse(size) for size in self.sizes]
         with ExitStack() as stack:
+            workers = stack.enter_context(joined(cluster))
             run = CalibratedRun(
                 model,
                 calibration,
@@ -84,8 +86,10 @@ class CalibrationOptions:
                 targets=targets,
                 wishes=wishes,
                 progress=stack.enter_context(_steps()),
+                cluster=workers,
             )
-            stack.enter_context(compiled_ahead(run.kernels(), self.compute.threads or default_threads()))
+            if workers is None:
+                stack.enter_context(compiled_ahead(run.kernels(), self.compute.threads or default_threads()))
             paths = output_paths(destination, model, run.names, run.marks)
             work = None
             if not self.dry_run:

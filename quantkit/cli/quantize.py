@@ -316,9 +316,7 @@ def command(
     with OutputGroup(force=force, inputs=inputs, directory=destination.directory) as group:
         if settings.wanted:
             wishes = wishes_of(min_type, max_type, tie, engine)
-            if cluster is not None:
-                raise QuantkitError("--cluster cannot be used together with a calibration: its layers run here")
-            outputs, reports = settings.run(model, given.types, options, wishes, destination, group, **common)
+            outputs, reports = settings.run(model, given.types, options, wishes, destination, group, cluster, **common)
         else:
             outputs = _plain(model, given.types, options, destination, group, dry_run, resume, cluster, **common)
             reports = []

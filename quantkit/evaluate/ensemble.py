@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
@@ -163,13 +163,14 @@ class Ensemble:
         tasks = [
             Task(
                 f"chunks {part.start}-{part.stop - 1}",
+                measure_chunks,
                 (self._packed, self._compute, measure, tokens[part], part.start),
             )
             for part in parts
         ]
         waiting: dict[int, R] = {}
         done = following = 0
-        for number, (result, ran) in self._cluster.run(measure_chunks, tasks):
+        for number, (result, ran) in self._cluster.run(tasks):
             if self._ran and ran.blas not in {each.blas for each in self._ran}:
                 log.warning("a worker multiplies by %s, others by %s: last digits may differ", ran.blas, self.ran.blas)
             self._ran.add(ran)
@@ -199,26 +200,31 @@ def measure_chunks(
 
     Also says what computed. The models stay loaded for the next chunks.
     """
+    with models_here(sources, compute) as models, ExitStack() as stack:
+        for model in models:
+            stack.enter_context(model.exactly(tokens.shape[1]))
+        return measure(models, tokens, first), Ran.of(models[0])
+
+
+@contextmanager
+def models_here(sources: tuple[bytes, ...], compute: Compute, keep: bool | None = None) -> Iterator[list[Model]]:
+    """The models of packed `sources`, loaded on this worker as `load` does, for one task at a time."""
     global _loaded
     with _alone:
-        key = sources, compute
+        key = sources, compute, keep
         if _loaded[0] != key:
             _loaded = (), []
-            _loaded = key, _load(sources, compute)
-        models = _loaded[1]
-        with ExitStack() as stack:
-            for model in models:
-                stack.enter_context(model.exactly(tokens.shape[1]))
-            return measure(models, tokens, first), Ran.of(models[0])
+            _loaded = key, _load(sources, compute, keep)
+        yield _loaded[1]
 
 
-def _load(sources: Sequence[bytes], compute: Compute) -> list[Model]:
+def _load(sources: Sequence[bytes], compute: Compute, keep: bool | None) -> list[Model]:
     from quantkit.pipeline.cluster import opened, worker_limits
 
     threads, memory = worker_limits()
     memory = min(available_memory(), memory) // 2 if compute.memory is None else compute.memory
     share = replace(compute, threads=compute.threads or threads, memory=memory // len(sources))
-    return [load(opened(source), share) for source in sources]
+    return [load(opened(source), share, keep) for source in sources]
 
 
 def in_groups(n_chunks: int, n_ctx: int) -> list[slice]:

@@ -49,10 +49,11 @@ class Logits(Protocol):
 class Model(ABC):
     """A model that can be run: token ids in, logits, log-likelihoods or activations out.
 
-    `source` is what its weights come from, `spec` describes its forward pass. `backend`, `precision` and `blas` (the
-    library that multiplies matrices, and its kernels) say what computes, `threads` on how many threads. `memory`
-    bounds, in bytes, what may be taken. `observer`, if set, is told of each matrix product of the layers. `gpu` is
-    torch's device where a GPU computes: what can be done there with what it has summed up, should be.
+    `source` is what its weights come from, `compute` what was asked for, `spec` describes its forward pass. `backend`,
+    `precision` and `blas` (the library that multiplies matrices, and its kernels) say what computes, `threads` on how
+    many threads. `memory` bounds, in bytes, what may be taken. `observer`, if set, is told of each matrix product of
+    the layers. `gpu` is torch's device where a GPU computes: what can be done there with what it has summed up, should
+    be.
 
     Raises QuantkitError when the architecture is unknown, or the tensors do not fit the metadata.
     """
@@ -67,7 +68,7 @@ class Model(ABC):
     _exact: int | None = None
 
     def __init__(self, source: TensorSource, compute: Compute) -> None:
-        self.source = source
+        self.source, self.compute = source, compute
         self.spec: ForwardSpec = forward_spec(source.metadata, source.tensors)
         self.threads = Threads(compute.threads or default_threads())
         self.memory = available_memory() // 2 if compute.memory is None else compute.memory

@@ -379,6 +379,17 @@ class SharedFile:
             os.close(self._descriptor)
             raise QuantkitError(f"{path}: is another file for this worker; it must be where all workers reach it")
 
+    def read_into(self, offset: int, buffer: np.ndarray) -> None:
+        """Fill the contiguous `buffer` with the bytes from `offset` on."""
+        with open(self._descriptor, "rb", buffering=0, closefd=False) as file:
+            file.seek(offset)
+            left = memoryview(buffer).cast("B")  # type: ignore[arg-type]
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise QuantkitError(f"{self.path}: cut short while it was used")
+                left = left[count:]
+
     def write_at(self, offset: int, data: np.ndarray) -> None:
         """Write the bytes of a contiguous array at byte `offset`."""
         view = memoryview(data).cast("B")  # type: ignore[arg-type]

@@ -31,9 +31,10 @@ LOCAL = "local:"
 
 @dataclass(frozen=True)
 class Task:
-    """One call on a worker; `name` is what Dask's dashboard shows."""
+    """A call of `function` on a worker; `name` is what Dask's dashboard shows."""
 
     name: str
+    function: Callable[..., Any]
     arguments: tuple[Any, ...]
 
 
@@ -104,8 +105,8 @@ class Cluster:
         found: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
         return found
 
-    def run(self, function: Callable[..., Any], tasks: Iterable[Task]) -> Iterator[tuple[int, Any]]:
-        """Call `function` with every task's arguments on the workers; (number of the task, result) as they end.
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Any]]:
+        """Carry out tasks on the workers; (number of the task, result) as they end.
 
         A task whose worker dies is given to another. Raises the QuantkitErrors of tasks, and one when the scheduler is
         lost or a task has ended several workers.
@@ -118,7 +119,7 @@ class Cluster:
         numbers = {}
         for number, task in enumerate(listed):
             future = self._client.submit(
-                _call, __version__, function, *task.arguments, key=f"{task.name}-{os.urandom(6).hex()}", pure=False
+                _call, __version__, task.function, *task.arguments, key=f"{task.name}-{os.urandom(6).hex()}", pure=False
             )
             numbers[future] = number
         log.info("%s: %s", self.address, count_text(len(listed), "task"))

@@ -205,10 +205,10 @@ def _execute_on(
         name = lines[0].info.name
         places = [_file_of(each, name).place(name) for each in shards]
         label = name if part.start == 0 and part.last else f"{name}[{part.start}:{part.stop}]"
-        tasks.append(Task(label, (what, lines, part, places, allow_nonfinite)))
+        tasks.append(Task(label, encode_part, (what, lines, part, places, allow_nonfinite)))
     left = Counter(part.index for part in parts)
 
-    for number, _ in cluster.run(encode_part, tasks):
+    for number, _ in cluster.run(tasks):
         part = parts[number]
         line = plans[0].tensors[part.index]
         for plan, each in zip(plans, shards, strict=True):

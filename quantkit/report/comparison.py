@@ -142,7 +142,8 @@ def _errors(
     from quantkit.pipeline.cluster import Task, packed
 
     both = packed(first), packed(second)
-    for number, error in cluster.run(compare_tensor, [Task(f"compare {name}", (*both, name)) for name in names]):
+    tasks = [Task(f"compare {name}", compare_tensor, (*both, name)) for name in names]
+    for number, error in cluster.run(tasks):
         yield names[number], error
 
 

@@ -113,7 +113,7 @@ def ladder_kernels(source: TensorSource, files: Sequence[FileType], backend: str
 class Ladder:
     """Makes a ladder in `directory`, step by step. `force` replaces existing files.
 
-    On `cluster`'s workers, where that is given: all but the continuations, and rounding by moments.
+    On `cluster`'s workers, where that is given: all but the continuations.
 
     Raises QuantkitError for texts that are too short to measure and requests that cannot be met, before a file is
     written, and for a file in the way that is not from an earlier run of the same.
@@ -249,6 +249,7 @@ class Ladder:
                 threads=o.compute.threads,
                 progress=lambda step: tell(step.done / step.total, step.tensor),
                 group=group,
+                cluster=self._cluster,
             )
             return
         total, done = sum(info.nbytes for info in self.source.tensors.values()), 0

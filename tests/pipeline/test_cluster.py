@@ -186,6 +186,32 @@ def test_a_scheduler_goes_away_and_a_run_goes_on(
     assert listing(tmp_path / "out") == alone
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_a_calibration_gives_the_same_bytes(
+    start: Callable[..., tuple[subprocess.Popen[str], str]], tmp_path: Path, text: Path, rounding: str
+) -> None:
+    common = ["quantize", TINYLM, "--type", TYPES, "--rounding", rounding, "--calibration", text, "--n-ctx", 64]
+    common += ["--chunks", 150]
+    call(*common, "-o", f"{tmp_path}/here/")
+    address = scheduler(start)
+    first, _ = worker(start, address), worker(start, address)
+    command = [sys.executable, "-m", "quantkit", *map(str, common), "-o", f"{tmp_path}/there/", "--cluster", address]
+    process = subprocess.Popen(command, env=ENVIRONMENT)
+    while process.poll() is None and not list(tmp_path.glob("there/*/inputs-1.f32")) and rounding == "gptq":
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert process.wait() == 0
+    assert listing(tmp_path / "here") == listing(tmp_path / "there")
+
+
+def test_what_a_cluster_does_not_share_out(tmp_path: Path, text: Path) -> None:
+    common = ["quantize", TINYLM, "-o", tmp_path / "o.gguf", "--calibration", text, "--n-ctx", 64, "--chunks", 20]
+    common += ["--cluster", "local:1"]
+    assert "not chosen by a cluster" in refusal(*common, "--target-size", "2.5MB")
+    assert "gradients" in refusal(*common, "Q4_K_M", "--rounding", "yaqa")
+    assert listing(tmp_path) == {}
+
+
 def test_processes_here(tmp_path: Path, alone: dict[str, bytes]) -> None:
     call("quantize", TINYLM, "--type", TYPES, "-o", f"{tmp_path}/out/", "--cluster", "local:2")
     assert listing(tmp_path / "out") == alone
