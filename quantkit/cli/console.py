@@ -60,6 +60,15 @@ Device = Annotated[
 Precision = Annotated[
     str, typer.Option(metavar="NAME", rich_help_panel=COMPUTING, help="Precision of torch's products: f32 or bf16.")
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        show_default="half of what is free",
+        rich_help_panel=COMPUTING,
+        help="Memory to take for weights and activations, such as 8GB.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -16,6 +16,7 @@ from quantkit.cli.console import (
     Device,
     Force,
     Json,
+    Memory,
     Pre,
     Precision,
     Quiet,
@@ -87,6 +88,7 @@ def command(
     backend: Backend = "numpy",
     device: Device = "cpu",
     precision: Precision = "f32",
+    memory: Memory = None,
     pre: Pre = None,
     revision: Revision = None,
     cluster: Workers = None,
@@ -101,11 +103,12 @@ def command(
     inputs are summed column by column.
     """
     setup(verbose, quiet)
+    from quantkit.cli.parsing import parse_memory
     from quantkit.evaluate.settings import Chunking, Compute
     from quantkit.formats.imatrix import ImportanceMatrix
     from quantkit.pipeline.naming import Destination
 
-    compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
+    compute = Compute(backend=backend, device=device, precision=precision, threads=threads, memory=parse_memory(memory))
 
     if source is None and not in_file:
         raise QuantkitError("nothing to do: name a model, or files to combine or show with --in-file")

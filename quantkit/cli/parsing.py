@@ -65,6 +65,11 @@ def parse_size(text: str) -> int:
     return int(size * (1024 if match[3] == "IB" else 1000) ** " KMGT".index(match[2] or " "))
 
 
+def parse_memory(text: str | None) -> int | None:
+    """A size of memory, None where none is given."""
+    return None if text is None else parse_size(text)
+
+
 def parse_layers(text: str) -> list[int]:
     """Layer numbers, as --prune-layers takes them: "3,4,7"."""
     try:

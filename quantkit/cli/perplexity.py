@@ -17,6 +17,7 @@ from quantkit.cli.console import (
     Device,
     Force,
     Json,
+    Memory,
     Model,
     Pre,
     Precision,
@@ -58,6 +59,7 @@ def command(
     backend: Backend = "numpy",
     device: Device = "cpu",
     precision: Precision = "f32",
+    memory: Memory = None,
     pre: Pre = None,
     revision: Revision = None,
     cluster: Workers = None,
@@ -74,9 +76,10 @@ def command(
     setup(verbose, quiet)
     if base_logits is not None and (base is not None or save_logits is not None):
         raise QuantkitError("--base-logits is the base: leave out --base and --save-logits")
+    from quantkit.cli.parsing import parse_memory
     from quantkit.evaluate.settings import Chunking, Compute
 
-    compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
+    compute = Compute(backend=backend, device=device, precision=precision, threads=threads, memory=parse_memory(memory))
     chunking = Chunking(n_ctx=n_ctx, chunks=chunks, batch=batch)
     # A file of log-probabilities brings its own text: one that is named beside it must be the same.
     words = read_text(text) if base_logits is None or given(context, "text") else None

@@ -14,6 +14,7 @@ from quantkit.cli.console import (
     Device,
     Force,
     Json,
+    Memory,
     Model,
     Pre,
     Precision,
@@ -200,6 +201,7 @@ def command(
     backend: Backend = "numpy",
     device: Device = "cpu",
     precision: Precision = "f32",
+    memory: Memory = None,
     pure: Annotated[
         bool, typer.Option("--pure", rich_help_panel=TENSORS, help="The same type for all tensors: no mixture.")
     ] = False,
@@ -258,7 +260,14 @@ def command(
     """
     setup(verbose, quiet)
     from quantkit.cli.calibrated import CalibrationOptions, summary, wishes_of
-    from quantkit.cli.parsing import parse_layers, parse_override, parse_scaled, parse_size, parse_tensor_types
+    from quantkit.cli.parsing import (
+        parse_layers,
+        parse_memory,
+        parse_override,
+        parse_scaled,
+        parse_size,
+        parse_tensor_types,
+    )
     from quantkit.evaluate.settings import Chunking, Compute
     from quantkit.formats.atomic import OutputGroup
     from quantkit.pipeline.naming import Destination, home_of
@@ -304,14 +313,14 @@ def command(
     destination = Destination.of(output, home_of(source))
     settings = CalibrationOptions(
         calibration, rounding, Chunking(n_ctx=n_ctx, chunks=chunks),
-        Compute(backend=backend, device=device, precision=precision, threads=threads),
+        Compute(backend=backend, device=device, precision=precision, threads=threads, memory=parse_memory(memory)),
         resume, sizes, plan, save_plan, dry_run,
     )  # fmt: skip
     inputs = [path for path in (imatrix, tensor_type_file, plan) if path is not None]
     common = {
         "threads": threads,
         "allow_nonfinite": allow_nonfinite,
-        "max_buffer_size": max_buffer_size * 2**20 if max_buffer_size else None,
+        "max_buffer_size": max_buffer_size * 2**20 if max_buffer_size else settings.compute.buffer_size,
     }
     with OutputGroup(force=force, inputs=inputs, directory=destination.directory) as group:
         if settings.wanted:

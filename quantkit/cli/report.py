@@ -16,6 +16,7 @@ from quantkit.cli.console import (
     Device,
     Force,
     Json,
+    Memory,
     Pre,
     Precision,
     Quiet,
@@ -109,6 +110,7 @@ def command(
     backend: Backend = "numpy",
     device: Device = "cpu",
     precision: Precision = "f32",
+    memory: Memory = None,
     pre: Pre = None,
     revision: Revision = None,
     cluster: Workers = None,
@@ -123,9 +125,10 @@ def command(
     README.md for the hub. An interrupted run continues when it is started again.
     """
     setup(verbose, quiet)
+    from quantkit.cli.parsing import parse_memory
     from quantkit.evaluate.settings import Chunking, Compute
 
-    compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
+    compute = Compute(backend=backend, device=device, precision=precision, threads=threads, memory=parse_memory(memory))
     from quantkit.compile.ahead import compiled_ahead
     from quantkit.machine import default_threads
     from quantkit.pipeline.cluster import ClusterLostError

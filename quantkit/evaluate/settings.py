@@ -54,6 +54,11 @@ class Compute:
         if self.memory is not None and self.memory < 0:
             raise QuantkitError(f"cannot compute in {self.memory} bytes of memory")
 
+    @property
+    def buffer_size(self) -> int | None:
+        """Bytes that the rows may take which are being quantized: half of the memory; None for any."""
+        return None if self.memory is None else max(1, self.memory // 2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chunking:

@@ -247,6 +247,7 @@ class Ladder:
                 rounding=o.rounding,
                 work=WorkDirectory(outputs[0][1], resume=True),
                 threads=o.compute.threads,
+                max_buffer_size=o.compute.buffer_size,
                 progress=lambda step: tell(step.done / step.total, step.tensor),
                 group=group,
                 cluster=self._cluster,
@@ -259,8 +260,15 @@ class Ladder:
             done += nbytes
             tell(done / total, tensor)
 
-        threads = o.compute.threads
-        execute(self.source, outputs, threads=threads, progress=advance, group=group, cluster=self._cluster)
+        execute(
+            self.source,
+            outputs,
+            threads=o.compute.threads,
+            max_buffer_size=o.compute.buffer_size,
+            progress=advance,
+            group=group,
+            cluster=self._cluster,
+        )
 
     def measure(self, progress: Progress | None = None) -> None:
         """What each file lost on each text, and of each tensor, where it is not known yet."""

@@ -1,9 +1,12 @@
-"""Peak memory of quantizing a model of experts whose one tensor is larger than the buffer it is given.
+"""Peak memory: quantizing a tensor larger than the buffer, and a model larger than the memory, evaluated and quantized.
 
     python scripts/bench/bench_memory.py [--gigabytes 2] [--max-buffer-size 64] [--type Q4_K_M]
+    python scripts/bench/bench_memory.py --model 4 [--memory 1G] [--chunks 16] [--n-ctx 512] [--directory DIR]
 
-Makes an F16 model with one stacked tensor of that size, quantizes it in a process of its own with
-`--max-buffer-size` MiB, and prints the process's peak resident memory, and that of an empty model for comparison.
+The first makes an F16 model with one stacked tensor of experts of that size, quantizes it in a process of its own with
+`--max-buffer-size` MiB, and prints the process's peak resident memory, and that of a small model for comparison. The
+second makes an F16 Llama of so many gigabytes, quantizes it to a ladder of three types, and takes its perplexity,
+importance matrix and divergence from one of those, each in a process of its own with `--memory`. The files are removed.
 """
 
 from __future__ import annotations
@@ -13,15 +16,33 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from bench_quantize import OURS, run
+from bench_quantize import EMBD, FF, HEADS, HEADS_KV, OURS, VOCAB, make_model, run
 
 from quantkit.blocks.types import GGMLType
+from quantkit.cli.parsing import parse_size
 from quantkit.formats.gguf import Metadata, TensorInfo, ValueType
 from quantkit.formats.output import GGUFOutput
 from quantkit.report.tables import table
 
+MEASURE = """
+import sys, numpy as np
+from quantkit.evaluate.divergence import divergence
+from quantkit.evaluate.importance import importance_matrix
+from quantkit.evaluate.perplexity import perplexity
+from quantkit.evaluate.settings import Chunking, Compute
+what, path, other, n_ctx, chunks, memory = sys.argv[1], sys.argv[2], sys.argv[3], *map(int, sys.argv[4:])
+ids = np.random.default_rng(0).integers(0, 1000, n_ctx * chunks)
+how = {"chunking": Chunking(n_ctx=n_ctx), "compute": Compute(memory=memory)}
+if what == "perplexity":
+    perplexity(path, ids, **how)
+elif what == "importance matrix":
+    importance_matrix(path, ids, **how)
+else:
+    divergence(other, path, ids, **how)
+"""
 
-def make_model(path: Path, n_expert: int) -> int:
+
+def make_experts(path: Path, n_expert: int) -> int:
     """Write a model of one layer with `n_expert` experts; returns the bytes of its largest tensor."""
     metadata = Metadata()
     metadata.set("general.architecture", ValueType.STRING, "llama")
@@ -35,35 +56,60 @@ def make_model(path: Path, n_expert: int) -> int:
     return info.nbytes
 
 
+def experts(options: argparse.Namespace) -> None:
+    """Quantize a large stacked tensor and a small one."""
+    rows = []
+    with tempfile.TemporaryDirectory(dir=options.directory) as temporary:
+        source, target = Path(temporary) / "experts.gguf", Path(temporary) / "out.gguf"
+        for n_expert in (2, max(3, int(options.gigabytes * 1e9 / (4096 * 2048 * 2)))):
+            nbytes = make_experts(source, n_expert)
+            limit = ["--max-buffer-size", str(options.max_buffer_size)]
+            command = [OURS, "quantize", str(source), "--type", options.type, "-o", str(target), "-q", "--force"]
+            run([*command, *limit])  # compiles the kernels
+            seconds, memory = run([*command, *limit])
+            rows.append([f"{nbytes / 2**20:.0f}", str(options.max_buffer_size), f"{memory:.0f}", f"{seconds:.2f}"])
+    print(table(["largest tensor MiB", "--max-buffer-size MiB", "peak memory MB", "s"], rows))
+
+
+def whole(options: argparse.Namespace) -> None:
+    """Quantize and evaluate a model that is larger than the memory it is given."""
+    per_layer = 2 * EMBD * EMBD + 2 * EMBD * EMBD // HEADS * HEADS_KV + 3 * EMBD * FF
+    layers = max(1, round((options.model * 1e9 / 2 - 2 * EMBD * VOCAB) / per_layer))
+    memory, rows = parse_size(options.memory), []
+    with tempfile.TemporaryDirectory(dir=options.directory) as temporary:
+        home = Path(temporary)
+        source, ladder = home / "model-F16.gguf", f"{home}/out/"
+        make_model(source, [f"t{i}" for i in range(VOCAB)], layers)
+        types = ["Q8_0", "Q4_K_M", "Q4_0"]
+        quantize = [OURS, "quantize", str(source), "--type", ",".join(types), "-o", ladder, "-q", "--force"]
+        commands = {f"quantize {', '.join(types)}": [*quantize, "--memory", options.memory]}
+        for what in ("perplexity", "importance matrix", "divergence"):
+            sizes = [str(options.n_ctx), str(options.chunks), str(memory)]
+            commands[what] = [MEASURE, what, str(source), f"{ladder}model-Q4_K_M.gguf", *sizes]
+        for what, command in commands.items():
+            seconds, peak = run(command)
+            rows.append([what, f"{peak:.0f}", f"{seconds:.1f}"])
+        size = source.stat().st_size
+    print(f"{size / 1e9:.2f} GB, --memory {options.memory}, {options.chunks} chunks of {options.n_ctx} tokens\n")
+    print(table(["what", "peak memory MB", "s"], rows))
+
+
 def main() -> None:
-    """Make both models, quantize them, print the table."""
+    """Do what was asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2)
     parser.add_argument("--max-buffer-size", type=int, default=64)
     parser.add_argument("--type", default="Q4_K_M")
+    parser.add_argument("--model", type=float, help="gigabytes of a whole model, evaluated and quantized instead")
+    parser.add_argument("--memory", default="1G")
+    parser.add_argument("--chunks", type=int, default=16)
+    parser.add_argument("--n-ctx", type=int, default=512)
+    parser.add_argument("--directory", type=Path)
     options = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        source, target = Path(temporary) / "experts.gguf", Path(temporary) / "out.gguf"
-        for n_expert in (2, max(3, int(options.gigabytes * 1e9 / (4096 * 2048 * 2)))):
-            nbytes = make_model(source, n_expert)
-            limit = ["--max-buffer-size", str(options.max_buffer_size)]
-            command = [
-                OURS,
-                "quantize",
-                str(source),
-                "--type",
-                options.type,
-                "-o",
-                str(target),
-                "-q",
-                "--force",
-                *limit,
-            ]
-            run(command)  # compiles the kernels
-            seconds, memory = run(command)
-            rows.append([f"{nbytes / 2**20:.0f}", str(options.max_buffer_size), f"{memory:.0f}", f"{seconds:.2f}"])
-    print(table(["largest tensor MiB", "--max-buffer-size MiB", "peak memory MB", "s"], rows))
+    if options.model is None:
+        experts(options)
+    else:
+        whole(options)
 
 
 if __name__ == "__main__":

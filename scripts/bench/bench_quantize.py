@@ -40,15 +40,15 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 """
 
 
-def make_model(path: Path, tokens: Sequence[str] = ()) -> None:
+def make_model(path: Path, tokens: Sequence[str] = (), layers: int = LAYERS) -> None:
     """Write the F16 model: normal weights of the usual spread, from one block of random numbers.
 
-    `tokens` are its vocabulary, which quantizing does without.
+    `tokens` are its vocabulary, which quantizing does without. All `layers` have 45 million weights.
     """
     metadata = Metadata()
     metadata.set("general.architecture", ValueType.STRING, "llama")
     for key, value in {
-        "block_count": LAYERS,
+        "block_count": layers,
         "context_length": 2048,
         "embedding_length": EMBD,
         "feed_forward_length": FF,
@@ -64,7 +64,7 @@ def make_model(path: Path, tokens: Sequence[str] = ()) -> None:
         metadata.set("tokenizer.ggml.merges", ValueType.ARRAY, [], ValueType.STRING)
     kv = EMBD // HEADS * HEADS_KV
     shapes = {"token_embd": (EMBD, VOCAB), "output_norm": (EMBD,), "output": (EMBD, VOCAB)}
-    for i in range(LAYERS):
+    for i in range(layers):
         shapes |= {
             f"blk.{i}.attn_norm": (EMBD,),
             f"blk.{i}.attn_q": (EMBD, EMBD),

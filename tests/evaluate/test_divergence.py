@@ -16,8 +16,10 @@ from support.tiny import BOS, N_VOCAB, plain_logits, tiny_metadata, tiny_weights
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import logit_kernels
+from quantkit.evaluate.backends import load
 from quantkit.evaluate.divergence import DivergenceResult, divergence, divergences
-from quantkit.evaluate.perplexity import perplexity
+from quantkit.evaluate.parts import ROWS
+from quantkit.evaluate.perplexity import opened_slices, perplexity
 from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.formats.gguf import ValueType
 from quantkit.formats.logits import LogitsFile
@@ -171,6 +173,24 @@ def test_results_do_not_depend_on_batch_or_threads(pair: tuple[Path, Path]) -> N
     base = numbers(1, 1)
     for n_threads, batch in ((2, None), (3, 2), (1, 9)):
         assert numbers(n_threads, batch) == base
+
+
+def test_long_contexts_go_in_slices_of_positions(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """However little memory there is, no more logits stand in it than of a slice: the numbers are the same."""
+    n_ctx = 2600
+    tokens = np.random.default_rng(3).integers(0, N_VOCAB, 2 * n_ctx).astype(np.int32)
+    model = load(pair[1], Compute(memory=1))
+    slices = [some for some, _ in opened_slices([model], tokens.reshape(2, n_ctx), n_ctx // 2)]
+    assert slices == [slice(0, ROWS), slice(ROWS, n_ctx - 1 - n_ctx // 2)]
+    found = []
+    for name, memory in (("much", 1 << 30), ("little", 1)):
+        path, how = tmp_path / name, {"chunking": Chunking(n_ctx=n_ctx), "compute": Compute(memory=memory)}
+        direct = divergence(*pair, tokens, save_logits=path, **how)
+        stored = divergence(pair[0], path, **how)
+        alone = perplexity(pair[1], tokens, save_logits=tmp_path / f"{name} alone", **how)
+        assert (tmp_path / f"{name} alone").read_bytes() == path.read_bytes()
+        found.append((path.read_bytes(), direct.chunk_kld, direct.ratio, stored.chunk_kld, alone.ppl))
+    assert found[0] == found[1]
 
 
 def test_several_models_in_one_pass_are_each_by_itself(pair: tuple[Path, Path], tmp_path: Path) -> None:
