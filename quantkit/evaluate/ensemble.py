@@ -74,7 +74,9 @@ class Ensemble:
             ]
             self.sources: list[TensorSource] = [model.source for model in self.models]
             self.specs: list[ForwardSpec] = [model.spec for model in self.models]
-            self.memory = budget
+            if not any(isinstance(one, Model) for one in models):
+                _take_turns(self.models, budget)
+            self.memory = self.models[0].memory
             return
         from quantkit.pipeline.cluster import packed
 
@@ -224,7 +226,21 @@ def _load(sources: Sequence[bytes], compute: Compute, keep: bool | None) -> list
     threads, memory = worker_limits()
     memory = min(available_memory(), memory) // 2 if compute.memory is None else compute.memory
     share = replace(compute, threads=compute.threads or threads, memory=memory // len(sources))
-    return [load(opened(source), share, keep) for source in sources]
+    models = [load(opened(source), share, keep) for source in sources]
+    _take_turns(models, memory)
+    return models
+
+
+def _take_turns(models: Sequence[Model], memory: int) -> None:
+    """Let models that share `memory` go through a batch one after the other, in the same place.
+
+    While one runs, all that stands of the others is their last layer's output at half of the positions: a quarter of
+    what a running model takes.
+    """
+    if len(models) > 1:
+        for model in models:
+            model.take_turns(models[0])
+            model.memory = memory * 5 // (4 + len(models))
 
 
 def in_groups(n_chunks: int, n_ctx: int) -> list[slice]:

@@ -137,6 +137,10 @@ class Model(ABC):
     def batch(self, n_ctx: int) -> int:
         """How many sequences of `n_ctx` tokens to run together."""
 
+    @abstractmethod
+    def take_turns(self, other: Model) -> None:
+        """Decode layers where `other` does: the two never run at the same time, but for their logits."""
+
     def peak_memory(self) -> int | None:
         """The most memory, in bytes, taken until now: of the GPU where one computes, else of the process, or None."""
         return peak_memory()

@@ -208,7 +208,7 @@ def opened_slices(models: Sequence[Model], tokens: np.ndarray, first: int) -> It
     They are cut so that the logits of a slice fit a quarter of the memory: there are `ROWS` positions or more in one,
     those that go through products together. A slice counts from `first`.
     """
-    stop, memory = tokens.shape[1] - 1, sum(model.memory for model in models)
+    stop, memory = tokens.shape[1] - 1, models[0].memory
     n_vocab = models[0].spec.n_vocab
     step = max(1, memory // 4 // (len(tokens) * ROWS * n_vocab * _LOGIT_BYTES)) * ROWS
     if step >= stop - first:

@@ -286,6 +286,9 @@ class TorchTransformer(Model):
         """The most memory, in bytes, taken until now: of the GPU, elsewhere of this process."""
         return int(torch.cuda.max_memory_allocated(self._device)) if self._kind == "cuda" else peak_memory()
 
+    def take_turns(self, other: Model) -> None:
+        """See `Model`: layers are on the device, or dropped when the next is loaded."""
+
     def batch(self, n_ctx: int) -> int:
         """How many sequences of `n_ctx` tokens to run together: enough to fill the device, bounded by its memory."""
         widest = max((self._width(layer) for layer in self.spec.layers), default=0)

@@ -130,6 +130,11 @@ class Transformer(Model):
         self._weights: Weights = Weights(source, self.threads.run, self._keep)
         self._tables: dict[tuple[Rope, str | None], tuple[np.ndarray, np.ndarray]] = {}
 
+    def take_turns(self, other: Model) -> None:
+        """See `Model`."""
+        if isinstance(other, Transformer):
+            self._weights.scratch = other._weights.scratch
+
     def batch(self, n_ctx: int) -> int:
         """How many sequences of `n_ctx` tokens to run together: many, so that each weight is decoded seldom.
 
@@ -437,7 +442,7 @@ class Transformer(Model):
         """The output product of tokens `start` to `stop`, from `weights` if given."""
         spec, weights = self.spec, weights or self._weights
         bias = None if spec.output.bias is None else weights.vector(spec.output.bias, spec.n_vocab)[start:stop]
-        slab = weights.slab("output", spec.output.weight, spec.n_vocab, spec.n_embd, start, stop)
+        slab = weights.slab(f"output of {id(self)}", spec.output.weight, spec.n_vocab, spec.n_embd, start, stop)
         return Product(slab, bias, (spec.output.weight,))
 
     def open_logits(self, tokens: np.ndarray, first: int, stop: int) -> _Logits:

@@ -23,14 +23,15 @@ Runner = Callable[[Iterable[Callable[[], None]]], None]
 class Weights:
     """Decodes the tensors of `source` on the threads of `run`, a function that carries out tasks side by side.
 
-    With `keep` every matrix is decoded once and held; else the next matrix of the same role takes its place.
+    With `keep` every matrix is decoded once and held; else the next matrix of the same role takes its place, in
+    `scratch`, arrays by role, which models that take turns may share.
     """
 
     def __init__(self, source: TensorSource, run: Runner, keep: bool) -> None:
         self.keep = keep
         self._source, self._run = source, run
         self._kept: dict[str, np.ndarray] = {}
-        self._scratch: dict[str, np.ndarray] = {}
+        self.scratch: dict[str, np.ndarray] = {}
 
     def vector(self, name: str, size: int) -> np.ndarray:
         """Tensor `name`, which must hold `size` numbers, as float32 [size]. Always kept."""
@@ -97,9 +98,9 @@ class Weights:
     def _new(self, role: str, n_rows: int, n_in: int) -> np.ndarray:
         if self.keep:
             return np.empty((n_rows, n_in), np.float32)
-        if role not in self._scratch or self._scratch[role].size < n_rows * n_in:
-            self._scratch[role] = np.empty(n_rows * n_in, np.float32)
-        return self._scratch[role][: n_rows * n_in].reshape(n_rows, n_in)
+        if role not in self.scratch or self.scratch[role].size < n_rows * n_in:
+            self.scratch[role] = np.empty(n_rows * n_in, np.float32)
+        return self.scratch[role][: n_rows * n_in].reshape(n_rows, n_in)
 
     def _check(self, name: str, n_rows: int, n_in: int) -> TensorInfo:
         info = self._source.tensors.get(name)
