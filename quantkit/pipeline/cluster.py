@@ -9,6 +9,7 @@ that is trusted.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 import pickle
@@ -62,7 +63,7 @@ class Cluster:
             if not count.isdecimal() or not 0 < int(count) <= 1024:
                 raise QuantkitError(f"{address}: not a cluster: use local:N for N processes on this machine")
             self._own = distributed.LocalCluster(
-                n_workers=int(count), threads_per_worker=1, dashboard_address=_dashboard()
+                n_workers=int(count), threads_per_worker=1, dashboard_address="127.0.0.1:0"
             )
             address = self._own.scheduler_address
         elif "://" not in address:
@@ -74,7 +75,7 @@ class Cluster:
             raise QuantkitError(f"{self.address}: no Dask scheduler answers there: {_line(error)}") from None
         _silence()
         self._check_versions()
-        if self._client.dashboard_link:
+        if self._client.dashboard_link and importlib.util.find_spec("bokeh") is not None:
             log.info("%s: what is under way is shown at %s", self.address, self._client.dashboard_link)
 
     def _check_versions(self) -> None:
@@ -172,13 +173,6 @@ def _silence() -> None:
     for name in ["distributed", "tornado", "asyncio", *logging.root.manager.loggerDict]:
         if name.partition(".")[0] in ("distributed", "tornado", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-
-
-def _dashboard() -> str | None:
-    """Where a local cluster shows itself: nowhere without the library that draws it."""
-    import importlib.util
-
-    return "127.0.0.1:0" if importlib.util.find_spec("bokeh") is not None else None
 
 
 def _version() -> str:

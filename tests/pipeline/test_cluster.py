@@ -151,12 +151,15 @@ def test_a_worker_is_killed_while_measuring(
     assert (tmp_path / "here.gguf").read_bytes() == (tmp_path / "there.gguf").read_bytes()
 
 
-def test_a_report_is_the_same(tmp_path: Path, text: Path) -> None:
+def test_a_report_is_the_same(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for name, more in (("here", []), ("there", ["--cluster", "local:2"])):
+        home = tmp_path / name
+        home.mkdir()
+        monkeypatch.chdir(home)  # files say where their importance matrix was
         options = ["--types", TYPES, "--calibration", text, "--calibration-chunks", 20, "-f", text, "-c", 64]
-        told = call("report", TINYLM, *options, "--prompts", 2, "-o", f"{tmp_path}/{name}/", "--json", *more).stdout
-        files = {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.gguf")}
+        told = call("report", TINYLM, *options, "--prompts", 2, "-o", "out/", "--json", *more).stdout
+        files = {path.name: path.read_bytes() for path in (home / "out").glob("*.gguf")}
         rows = [
             {k: v for k, v in file.items() if "seconds" not in k and k not in ("measurements", "made")}
             for file in json.loads(told)["files"]
