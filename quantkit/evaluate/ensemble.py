@@ -192,7 +192,6 @@ def whole_groups(n: int, n_ctx: int, up: bool = False) -> int:
 
 # Workers run one measurement at a time, on all their threads: models are large.
 _alone = threading.Lock()
-_loaded: tuple[object, list[Model]] = ((), [])
 
 
 def measure_chunks(
@@ -211,13 +210,10 @@ def measure_chunks(
 @contextmanager
 def models_here(sources: tuple[bytes, ...], compute: Compute, keep: bool | None = None) -> Iterator[list[Model]]:
     """The models of packed `sources`, loaded on this worker as `load` does, for one task at a time."""
-    global _loaded
+    from quantkit.pipeline.cluster import kept
+
     with _alone:
-        key = sources, compute, keep
-        if _loaded[0] != key:
-            _loaded = (), []
-            _loaded = key, _load(sources, compute, keep)
-        yield _loaded[1]
+        yield kept((sources, compute, keep), lambda: _load(sources, compute, keep))
 
 
 def _load(sources: Sequence[bytes], compute: Compute, keep: bool | None) -> list[Model]:

@@ -86,7 +86,7 @@ class Cluster:
             self.close()
             raise QuantkitError(f"{self.address}: its workers cannot run quantkit: {_line(error)}") from None
         if not found:
-            log.info("%s: there is no worker yet; waiting for one", self.address)
+            log.warning("%s: there is no worker yet; waiting for one", self.address)
         for worker, version in found.items():
             if version != _version():
                 self.close()
@@ -95,15 +95,18 @@ class Cluster:
     @property
     def threads(self) -> int:
         """The threads of the worker that has most; 1 where there is none yet."""
-        return max((worker["nthreads"] for worker in self._workers().values()), default=1)
+        return max(self._threads_of_each().values(), default=1)
 
     @property
     def n_workers(self) -> int:
         """The workers that there are now."""
-        return len(self._workers())
+        return len(self._threads_of_each())
 
-    def _workers(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
+    def _threads_of_each(self) -> dict[str, int]:
+        try:
+            found: dict[str, int] = self._client.nthreads()
+        except (OSError, TimeoutError):
+            raise self._lost() from None
         return found
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[int, Any]]:
@@ -154,6 +157,10 @@ class Cluster:
 
     def close(self) -> None:
         """Leave the cluster, and end what was started for it here."""
+        client = getattr(self, "_client", None)
+        if client is not None and self._own is None and client.status == "running":
+            with suppress(Exception):
+                client.run(let_go)
         for part in (getattr(self, "_client", None), self._own):
             with suppress(Exception):
                 if part is not None:
@@ -198,6 +205,25 @@ def worker_limits() -> tuple[int, int]:
 
     worker = distributed.get_worker()
     return worker.state.nthreads, worker.memory_manager.memory_limit or sys.maxsize
+
+
+# What this process keeps between tasks, as a worker: one thing, and what it is.
+_kept: tuple[object, Any] = (None, None)
+
+
+def kept(key: object, make: Callable[[], Any]) -> Any:
+    """What `make` gives, kept on this worker until another `key` is asked for, or the run is over."""
+    global _kept
+    if _kept[0] != key:
+        let_go()
+        _kept = key, make()
+    return _kept[1]
+
+
+def let_go() -> None:
+    """Keep nothing."""
+    global _kept
+    _kept = None, None
 
 
 def packed(source: TensorSource) -> bytes:
