@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from quantkit.blocks.types import GGMLType
-from quantkit.calibration.moments import Activations, MomentsPass, batches
+from quantkit.calibration.moments import MomentsPass, batches
 from quantkit.calibration.rounding import LayerRounding
 from quantkit.calibration.spool import TensorFiles
 from quantkit.calibration.text import CalibrationText
 from quantkit.errors import QuantkitError
+from quantkit.evaluate.activations import Activations
 from quantkit.evaluate.ensemble import models_here
 from quantkit.evaluate.settings import Compute
 from quantkit.formats.atomic import SharedFile
@@ -43,12 +44,12 @@ class Job:
     damping: float
     allow_nonfinite: bool
     directory: Path
-    n_embd: int
+    width: int
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of the activations between layers."""
-        return (*self.text.tokens.shape, self.n_embd)
+        return (*self.text.tokens.shape, self.width)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def advance(job: Job, part: slice, start: int, before: InputsFile | None, into: 
         if before is None:
             x = model.embedded(tokens)
         else:
-            x = np.empty((*tokens.shape, job.n_embd), np.float32)
+            x = np.empty((*tokens.shape, job.width), np.float32)
             before.read_into(x, part.start)
         for layer in range(start, max(into) + 1):
             if layer in into:

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from quantkit.architectures.forward import Attention, Experts, ForwardSpec, Layer
-from quantkit.calibration.moments import Activations, batches
+from quantkit.calibration.moments import batches
 from quantkit.errors import QuantkitError
+from quantkit.evaluate.activations import Activations
 from quantkit.evaluate.inputs import all_finite, on_host
 from quantkit.evaluate.model import Model
 

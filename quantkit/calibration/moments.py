@@ -7,12 +7,8 @@ activations, which go to a file where they are larger than their share of memory
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,38 +49,6 @@ class LayerMoments:
 
     index: int
     inputs: list[SharedInput] = field(repr=False)
-
-
-class Activations:
-    """What stands between two layers: float32 [n_chunks, n_ctx, width], in memory or in a file.
-
-    More than `budget` bytes go to a temporary file in `directory`, which `close` removes. Raises QuantkitError where
-    the disk has no room for them.
-    """
-
-    def __init__(self, shape: tuple[int, int, int], budget: int, directory: Path | None = None) -> None:
-        self._file: Path | None = None
-        nbytes = 4 * shape[0] * shape[1] * shape[2]
-        if nbytes <= budget:
-            self.values: np.ndarray = np.empty(shape, np.float32)
-            return
-        home = directory or Path(tempfile.gettempdir())
-        if shutil.disk_usage(home).free < nbytes:
-            raise QuantkitError(
-                f"{home}: activations take {nbytes / 1e9:.1f} GB, more than is free there: use fewer chunks of text"
-            )
-        handle, name = tempfile.mkstemp(prefix="activations-", suffix=".f32", dir=home)
-        self._file = Path(name)
-        os.truncate(handle, nbytes)
-        os.close(handle)
-        self.values = np.memmap(name, np.float32, "r+", shape=shape)
-
-    def close(self) -> None:
-        """Give back memory, or remove the file."""
-        self.values = np.empty((0, 0, 0), np.float32)
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
-            self._file = None
 
 
 def batches(n_chunks: int, n_ctx: int) -> list[slice]:

@@ -23,13 +23,14 @@ from quantkit import blocks
 from quantkit.blocks.types import GGMLType
 from quantkit.calibration.feedback import DAMPING, SUPPORTED
 from quantkit.calibration.gradients import CHUNKS, coupled, gradient_moments
-from quantkit.calibration.moments import Activations, LayerMoments, Moments, MomentsPass, SharedInput
+from quantkit.calibration.moments import LayerMoments, Moments, MomentsPass, SharedInput
 from quantkit.calibration.progress import Step
 from quantkit.calibration.rounder import rounder
 from quantkit.calibration.roundings import check_rounding
 from quantkit.calibration.spool import Spool, TensorFiles
 from quantkit.calibration.text import CalibrationText
 from quantkit.errors import QuantkitError
+from quantkit.evaluate.activations import Activations
 from quantkit.evaluate.inputs import on_host
 from quantkit.evaluate.model import Model
 from quantkit.formats.atomic import OutputGroup
@@ -233,7 +234,7 @@ class LayerRounding:
         def job(source: bytes) -> Job:
             return Job(
                 source, model.compute, self._text, self.wanted, self._damping, self.allow_nonfinite,
-                spool.path.absolute(), model.spec.n_embd,
+                spool.path.absolute(), model.spec.width,
             )  # fmt: skip
 
         def finish(layer: int, record: dict[str, Any]) -> None:

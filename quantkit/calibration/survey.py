@@ -19,11 +19,12 @@ import numpy as np
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
 from quantkit.calibration.feedback import DAMPING, SUPPORTED, Curvature, round_with_feedback
-from quantkit.calibration.moments import Activations, Moments, MomentsPass, SharedInput, batches
+from quantkit.calibration.moments import Moments, MomentsPass, SharedInput, batches
 from quantkit.calibration.progress import Step
 from quantkit.calibration.rounder import rounder
 from quantkit.calibration.text import CalibrationText
 from quantkit.evaluate import logit_kernels
+from quantkit.evaluate.activations import Activations
 from quantkit.evaluate.logit_kernels import BASE_MAX, BASE_SUM, MAX, N_STATE, SUM, TOP, WEIGHTED
 from quantkit.evaluate.model import Logits, Model
 

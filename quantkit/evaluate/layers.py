@@ -33,6 +33,7 @@ from quantkit.architectures.forward import (
     ShortConvolution,
 )
 from quantkit.evaluate import forward_kernels
+from quantkit.evaluate.activations import Activations
 from quantkit.evaluate.attention import AttentionRunner, LatentRunner
 from quantkit.evaluate.mixers import Memory, MixerRunner, Part, Tables
 from quantkit.evaluate.parts import Observer, Parts, Product
@@ -156,14 +157,18 @@ class Routed(NamedTuple):
     shares: np.ndarray
 
     @classmethod
-    def of(cls, layer: Layer, n_rows: int, n_embd: int) -> Routed | None:
-        """Space for `n_rows` rows, or None where `layer` has no experts."""
+    def of(cls, layer: Layer, n_rows: int, n_embd: int, memory: int | None = None) -> Routed | None:
+        """Space for `n_rows` rows, in a file where it is more than `memory`; None where `layer` has no experts."""
         ff = layer.feed_forward
         if not isinstance(ff, Experts):
             return None
+        budget = 4 * n_rows * n_embd if memory is None else memory
         return cls(
-            np.empty((n_rows, n_embd), np.float32),
-            np.zeros((n_rows, n_embd), np.float32),
+            Activations((1, n_rows, n_embd), budget).values[0],
+            # Zeros, as a new file is too; those of memory are not touched before they are used.
+            np.zeros((n_rows, n_embd), np.float32)
+            if 4 * n_rows * n_embd <= budget
+            else Activations((1, n_rows, n_embd), budget).values[0],
             np.empty((n_rows, ff.n_used), np.int32),
             np.empty((n_rows, ff.n_used), np.float32),
         )

@@ -17,6 +17,7 @@ import numpy as np
 from quantkit.architectures.forward import MAX_HEAD, Experts, ForwardSpec, Norm, NormKind, Rope
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import forward_kernels
+from quantkit.evaluate.activations import Activations, free_disk, let_go
 from quantkit.evaluate.backward import Draws, LayerGradients, normalised, unknown_to_backward
 from quantkit.evaluate.inputs import InputSums
 from quantkit.evaluate.kv_cache import KVCache
@@ -138,14 +139,21 @@ class Transformer(Model):
     def batch(self, n_ctx: int) -> int:
         """How many sequences of `n_ctx` tokens to run together: many, so that each weight is decoded seldom.
 
-        Bounded by memory; where weights are kept, only as many as keep all threads busy.
+        Bounded by memory; where weights are kept, only as many as keep all threads busy. Where reading them again for
+        each such batch would be twice as much as to read and write activations, these go through files.
         """
         copies = 4 if any(isinstance(layer.feed_forward, Experts) for layer in self.spec.layers) else 2
         bytes_per_sequence = n_ctx * self.spec.width * 4 * copies
         wanted = -(-4096 // n_ctx) if self._keep else -(-32768 // n_ctx)
         at_once = self.threads.count * max(1, ROWS // n_ctx)
         wanted = -(-wanted // at_once) * at_once
-        return max(1, min(wanted, self.memory // 4 // bytes_per_sequence))
+        batch = max(1, min(wanted, self.memory // 4 // bytes_per_sequence))
+        n_bytes = sum(info.nbytes for info in self.source.tensors.values())
+        # Each layer reads and writes what stands between it and the next.
+        through_files = n_bytes // max(1, 2 * len(self.spec.layers) * bytes_per_sequence)
+        if not self._keep and through_files > 2 * batch:
+            batch = max(batch, min(through_files, free_disk() // 2 // bytes_per_sequence))
+        return batch
 
     # -- the forward pass
 
@@ -153,9 +161,14 @@ class Transformer(Model):
         """See `Model`."""
         n_seq, n_ctx = tokens.shape
         spec = self.spec
-        x = self.embedded(tokens)
+        budget = max(self.memory // 4, 4 * ROWS * spec.width)
+        in_memory = 4 * n_seq * n_ctx * spec.width <= budget
+        x = self.embedded(tokens) if in_memory else Activations((n_seq, n_ctx, spec.width), budget).values
         units = self._units(n_seq, n_ctx, 1 if self._exact else self.threads.count)
-        last = np.empty((n_seq, stop - first, spec.width), np.float32)
+        for unit in units if not in_memory else []:
+            x[unit] = self.embedded(tokens[unit])
+            let_go(x, unit)
+        last = Activations((n_seq, stop - first, spec.width), budget).values
         n_blocks = -(-n_ctx // ROWS)
         shared = self.threads.share_exactly(len(units), n_blocks) if self._exact else self.threads.share(len(units))
         with shared as share:
@@ -399,13 +412,14 @@ class Transformer(Model):
     ) -> None:
         """Carry `x` [n_seq, n_ctx, width] through a layer into `to`, which is `x` or holds the positions of `span`."""
         n_embd, n_positions, around = self.spec.n_embd, span[1] - span[0], runner.around
-        routed = Routed.of(runner.layer, to.shape[0] * n_positions, n_embd)
+        budget = max(self.memory // 4, 4 * ROWS * n_embd)
+        routed = Routed.of(runner.layer, to.shape[0] * n_positions, n_embd, budget)
         cuts = [(unit.start * n_positions, unit.stop * n_positions) for unit in units]
         shares = [] if routed is None else [routed.part(*cut) for cut in cuts]
         wide = to.reshape(-1, to.shape[2])
         # What the layer works on, and at the positions of `span` what it makes of it.
-        active = x if around is None else np.empty((*x.shape[:2], n_embd), np.float32)
-        made = to if around is None else active if to is x else np.empty((*to.shape[:2], n_embd), np.float32)
+        active = x if around is None else Activations((*x.shape[:2], n_embd), budget).values
+        made = to if around is None else active if to is x else Activations((*to.shape[:2], n_embd), budget).values
         rows = made.reshape(-1, n_embd)
 
         def step(u: int) -> None:
@@ -421,6 +435,8 @@ class Transformer(Model):
             runner.finish(mixed, rows[cut], shares[u] if shares else None, cut.start)
             if around is not None and not shares:
                 around.leave(rows[cut], wide[cut], cut.start)
+            let_go(x, unit)
+            let_go(to, unit)
 
         def close(u: int) -> None:
             cut = slice(*cuts[u])

@@ -80,6 +80,22 @@ def test_results_do_not_depend_on_batch_threads_or_memory(model_path, n_ctx):
         np.testing.assert_allclose(other, base, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3moe"])
+def test_activations_in_files_change_nothing(tmp_path, name):
+    source, n_ctx = GGUFSource(family_path(tmp_path, name)), 70
+    tokens, found = some_tokens(2 * aligned(n_ctx), n_ctx), []
+    for memory in (1 << 30, 0):
+        model = Transformer(source, Compute(threads=2, memory=memory))
+        with model.exactly(n_ctx):
+            found.append(model.log_likelihoods(tokens, 20))
+            x = model.hidden(tokens, 0, n_ctx)
+            assert isinstance(x, np.memmap) == (memory == 0)
+            found.append(np.array(x))
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(found[1], found[3])
+    assert model.batch(n_ctx) * n_ctx > 1 << 10
+
+
 @pytest.mark.parametrize("n_ctx", [8, 70, 600, 1100])
 def test_exactly_the_same_bits_whatever_the_batch_threads_or_memory(model_path, n_ctx):
     n = 2 * aligned(n_ctx) + 1
