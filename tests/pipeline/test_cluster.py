@@ -169,24 +169,29 @@ def test_a_report_is_the_same(tmp_path: Path, text: Path, monkeypatch: pytest.Mo
     assert len(found[0][0]) == 3
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_a_scheduler_goes_away_and_a_run_goes_on(
-    start: Callable[..., tuple[subprocess.Popen[str], str]], tmp_path: Path, alone: dict[str, bytes]
+    start: Callable[..., tuple[subprocess.Popen[str], str]], tmp_path: Path, text: Path, rounding: str
 ) -> None:
+    common = ["quantize", str(TINYLM), "--type", TYPES]
+    if rounding == "gptq":
+        common += ["--rounding", rounding, "--calibration", str(text), "--n-ctx", "64", "--chunks", "150"]
+    call(*common, "-o", f"{tmp_path}/here/")
     lost, address = start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
     worker(start, address)
-    command = [sys.executable, "-m", "quantkit", "quantize", str(TINYLM), "--type", TYPES, "-o", f"{tmp_path}/out/"]
-    process = subprocess.Popen(
-        [*command, "--resume", "--cluster", address], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
-    while process.poll() is None and not list(tmp_path.glob("out/*/*.partial")):
+    common += ["-o", f"{tmp_path}/out/", "--resume", "--cluster"]
+    command = [sys.executable, "-m", "quantkit", *common, address]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    begun = "out/*/*.partial" if rounding == "nearest" else "out/*/inputs-1.f32"
+    while process.poll() is None and not list(tmp_path.glob(begun)):
         time.sleep(0.01)
     os.killpg(lost.pid, signal.SIGKILL)
-    told = process.communicate(timeout=120)[1]
+    told = process.communicate(timeout=300)[1]
     if process.returncode:
         assert "scheduler has gone away; start it and run this again" in told and "Traceback" not in told
-        assert not list(tmp_path.glob("out/*.gguf"))
-        call("quantize", TINYLM, "--type", TYPES, "-o", f"{tmp_path}/out/", "--resume", "--cluster", "local:1")
-    assert listing(tmp_path / "out") == alone
+        assert not list(tmp_path.glob("out/*.gguf")) and not list(tmp_path.glob("out/*/inputs-*"))
+        call(*common, "local:1")
+    assert listing(tmp_path / "here") == listing(tmp_path / "out")
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "nearest"])
