@@ -93,7 +93,7 @@ def test_activations_in_files_change_nothing(tmp_path, name):
             found.append(np.array(x))
     np.testing.assert_array_equal(found[0], found[2])
     np.testing.assert_array_equal(found[1], found[3])
-    assert model.batch(n_ctx) * n_ctx > 1 << 10
+    assert model.batch(n_ctx) > 1
 
 
 @pytest.mark.parametrize("n_ctx", [8, 70, 600, 1100])
