@@ -215,7 +215,7 @@ _WRAPPER = {"transformers_version": "5.23.0", "vision_config": {"hidden_size": 1
 # Those that bring their own code, so that transformers has no class for them.
 OWN_CODE = (
     "tiny-bailing", "tiny-bailing2", "tiny-internlm2", "tiny-internlm3", "tiny-minicpm", "tiny-minicpm4",
-    "tiny-nomic-bert", "tiny-jina-bert",
+    "tiny-nomic-bert", "tiny-jina-bert", "tiny-rwkv7",
 )  # fmt: skip
 _SPM_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _MINICPM = {**_without(_SILU, "tie_word_embeddings"), **_SPM_IDS, "scale_emb": 12, "scale_depth": 1.4,
@@ -259,8 +259,40 @@ _NOMIC = {
     }.items()
 }
 
+_RWKV = {
+    "model.embeddings.weight": "V E",
+    **{f"model.layers.0.pre_norm.{part}": "E" for part in ("weight", "bias")},
+    **{f"model.layers.#.{norm}_norm.{part}": "E" for norm in ("attn", "ffn") for part in ("weight", "bias")},
+    **{f"model.layers.#.attn.x_{part}": "1 1 E" for part in "rwkvag"},
+    **{f"model.layers.#.attn.k_{part}": "E" for part in "ka"},
+    "model.layers.#.attn.r_k": "4 64",
+    **{f"model.layers.#.attn.{part}_proj.weight": "E E" for part in "rkvo"},
+    **{f"model.layers.#.attn.{part}_lora.lora.0.weight": "32 E" for part in "wag"},
+    **{f"model.layers.#.attn.{part}_lora.lora.2.weight": "E 32" for part in "wag"},
+    **{f"model.layers.#.attn.{part}_lora.lora.2.bias": "E" for part in "wa"},
+    "model.layers.1.attn.v_lora.lora.0.weight": "32 E",
+    "model.layers.1.attn.v_lora.lora.2.weight": "E 32",
+    "model.layers.1.attn.v_lora.lora.2.bias": "E",
+    **{f"model.layers.#.attn.g_norm.{part}": "E" for part in ("weight", "bias")},
+    "model.layers.#.ffn.x_k": "E",
+    "model.layers.#.ffn.key.weight": "F E",
+    "model.layers.#.ffn.value.weight": "E F",
+    **{f"model.norm.{part}": "E" for part in ("weight", "bias")},
+    "lm_head.weight": "V E",
+}
+
 # By directory name: config.json, shapes, and what of the recipe differs from its defaults.
 FAMILIES: dict[str, tuple[Config, dict[str, str], Config]] = {
+    "tiny-rwkv7": (
+        {
+            "architectures": ["RWKV7ForCausalLM"], "model_type": "rwkv7", "hidden_size": 256, "num_hidden_layers": 2,
+            "intermediate_size": 512, "head_dim": 64, "norm_eps": 1e-5, "vocab_size": 320, "bos_token_id": 0,
+            "num_heads": None, "eos_token_id": 0, "decay_low_rank_dim": 32, "a_low_rank_dim": 32,
+            "v_low_rank_dim": 32, "gate_low_rank_dim": 32, "num_attention_heads": 4,
+        },
+        _RWKV,
+        {"vocabulary": "rwkv"},
+    ),
     "tiny-qwen2": (
         _config("Qwen2ForCausalLM", "qwen2", **_QWEN, rope_parameters=_rope(1000000.0), max_window_layers=28),
         _decoder(_ATTENTION, _BIASES, _MLP, _PRE_NORMS),

@@ -423,6 +423,19 @@ def _write_vocabulary(recipe: Recipe, directory: Path, write: Callable[[str, obj
         roles = zip(("pad", "unk", "cls", "sep", "mask"), WORDPIECE_SPECIAL, strict=True)
         write("tokenizer_config.json", {"tokenizer_class": "BertTokenizer", **{f"{r}_token": t for r, t in roles}})
         return
+    if recipe.vocabulary == "rwkv":
+        words = (
+            [bytes([byte]) for byte in range(256)]
+            + [merged_bytes(merge) for merge in MERGES]
+            + ["\n\n", "é🎩", b"\xc3\\'"]
+        )
+        lines = []
+        for token, word in enumerate(words, 1):
+            size = len(word.encode() if isinstance(word, str) else word)
+            lines.append(f"{token} {word!r} {size}\n")
+        (directory / "rwkv_vocab_v20230424.txt").write_text("".join(lines), encoding="utf-8", newline="\n")
+        write("tokenizer_config.json", {"tokenizer_class": "RwkvTokenizer", "chat_template": TEMPLATE})
+        return
     if recipe.vocabulary in ("kimi", "hunyuan-moe"):
         tokens = [bytes([byte]) for byte in range(256)] + [merged_bytes(merge) for merge in MERGES]
         lines = [f"{b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]

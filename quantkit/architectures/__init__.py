@@ -61,6 +61,7 @@ from quantkit.architectures.qwen3 import Qwen3
 from quantkit.architectures.qwen3_moe import Qwen3Moe
 from quantkit.architectures.qwen3_next import Qwen3Next, Qwen35, Qwen35Moe
 from quantkit.architectures.qwen_vl import Qwen2Vl, Qwen3Vl, Qwen3VlMoe
+from quantkit.architectures.rwkv7 import Rwkv7
 from quantkit.architectures.seed_oss import SeedOss
 from quantkit.architectures.smollm3 import SmolLM3
 from quantkit.architectures.stablelm import StableLm
@@ -143,6 +144,7 @@ FAMILIES: tuple[type[Architecture], ...] = (
     Gemma4,
     T5,
     T5Encoder,
+    Rwkv7,
 )
 
 BY_CLASS: dict[str, type[Architecture]] = {

@@ -291,14 +291,14 @@ class Architecture:
     def _stack(
         self, stack: Stack, layer: str, name: str, stored_name: str, waiting: dict[tuple[Stack, str], dict[str, str]]
     ) -> Iterator[Assembly]:
-        count = self.config.require(*stack.count)
+        items = stack.items or range(self.config.require(*stack.count))
         parts = waiting.setdefault((stack, layer), {})
         parts[name] = stored_name
-        if len(parts) < count * len(stack.projections):
+        if len(parts) < len(items) * len(stack.projections):
             return
         del waiting[stack, layer]
         for projection in stack.projections:
-            names = [stack.part.format(layer=layer, item=i, projection=projection) for i in range(count)]
+            names = [stack.part.format(layer=layer, item=item, projection=projection) for item in items]
             if missing := [n for n in names if n not in parts]:
                 raise QuantkitError(f"{self.config.path}: the checkpoint lacks {missing[0]}")
             merged = stack.merged_name(layer, projection)

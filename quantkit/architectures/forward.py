@@ -489,6 +489,98 @@ class Mamba(Mixer):
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """A product with two matrices, of `rank` numbers in between, and what is added, by the names of the tensors."""
+
+    rank: int
+    down: str
+    up: str
+    bias: str | None
+
+
+@dataclass(frozen=True)
+class TimeMix(Mixer):
+    """RWKV 7's memory (Peng et al. 2025): a matrix for each head, which decays, and learns a value for a key.
+
+    Six mixtures of a token with the one before it, by the rows of `lerp`, go into `receptance` r, `decay`, `key` k,
+    `value` v, `rate` and `gate`. A decay is e^(-e^-0.5 sigmoid(d)), d what `decay` makes of its tanh in between; a rate
+    a and the share of `values` are sigmoids. v is mixed with that of the model's first layer by this share; the first
+    layer, which has no `values`, leaves its own in the columns of a row from `values_at` on. q is k times `key_scale`,
+    brought to the length one in each head, and k is then multiplied with 1 + (a - 1) times `key_rate`. A head's matrix
+    S [values, keys] becomes S diag(decay) - (S q) (q a)T + v kT, and its result is S r. That goes through `norm`, head
+    by head; v times the sum of r k `bonus` is added, and all is multiplied with what `gate` makes of its sigmoid in
+    between.
+    """
+
+    n_head: int
+    head: int
+    lerp: str
+    receptance: Linear
+    key: Linear
+    value: Linear
+    out: Linear
+    decay: LowRank
+    rate: LowRank
+    gate: LowRank
+    values: LowRank | None
+    key_scale: str
+    key_rate: str
+    bonus: str
+    norm: Norm
+    values_at: int
+
+    @property
+    def width(self) -> int:
+        """See `Mixer`."""
+        return self.n_head * self.head
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """See `Mixer`."""
+        ranks = (part.rank for part in (self.decay, self.rate, self.gate, self.values) if part is not None)
+        return self.n_head, self.head, *ranks
+
+    @property
+    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
+        """See `Mixer`."""
+        return (self.receptance,), (self.key,), (self.value,)
+
+    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+        """See `Mixer`."""
+        return _rows(n_embd, (self.receptance, self.width), (self.key, self.width), (self.value, self.width))
+
+
+@dataclass(frozen=True)
+class ChannelMix(Mixer):
+    """RWKV's feed-forward block: `out` of the squared ReLU of what `key` makes of a token mixed with the one before."""
+
+    n_embd: int
+    n_ff: int
+    lerp: str
+    key: Linear
+    out: Linear
+
+    @property
+    def width(self) -> int:
+        """See `Mixer`."""
+        return self.n_ff
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """See `Mixer`."""
+        return self.n_embd, self.n_ff
+
+    @property
+    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
+        """See `Mixer`."""
+        return ((self.key,),)
+
+    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+        """See `Mixer`."""
+        return _rows(n_embd, (self.key, self.n_ff))
+
+
+@dataclass(frozen=True)
 class FeedForward:
     """A dense feed-forward block: `down(activation(gate(x)) * up(x))`, or `down(activation(up(x)))` without a gate.
 

@@ -17,6 +17,7 @@ from quantkit.architectures.forward import (
     XIELU,
     Activation,
     Attention,
+    ChannelMix,
     DeltaNet,
     Experts,
     FeedForward,
@@ -31,13 +32,21 @@ from quantkit.architectures.forward import (
     Norm,
     NormKind,
     ShortConvolution,
+    TimeMix,
 )
 from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.activations import Activations
 from quantkit.evaluate.attention import AttentionRunner, LatentRunner
 from quantkit.evaluate.mixers import Memory, MixerRunner, Part, Tables
 from quantkit.evaluate.parts import Observer, Parts, Product
-from quantkit.evaluate.recurrent import DeltaNetRunner, Mamba2Runner, MambaRunner, ShortConvolutionRunner
+from quantkit.evaluate.recurrent import (
+    ChannelMixRunner,
+    DeltaNetRunner,
+    Mamba2Runner,
+    MambaRunner,
+    ShortConvolutionRunner,
+    TimeMixRunner,
+)
 from quantkit.evaluate.streams import Around, is_wide
 from quantkit.evaluate.threads import Each, Workspace, one_by_one
 from quantkit.evaluate.weights import Weights
@@ -50,6 +59,8 @@ RUNNERS: dict[type[Mixer], type[MixerRunner[Any]]] = {
     DeltaNet: DeltaNetRunner,
     Mamba: MambaRunner,
     Mamba2: Mamba2Runner,
+    TimeMix: TimeMixRunner,
+    ChannelMix: ChannelMixRunner,
 }
 # What activations exist, with a gate and without: kernels from [rows, n_ff or twice that] to [rows, n_ff].
 _GATED = {

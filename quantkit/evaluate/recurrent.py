@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import numpy as np
 
-from quantkit.architectures.forward import Convolution, DeltaNet, Mamba, Mamba2, Mixer, NormKind, ShortConvolution
+from quantkit.architectures.forward import (
+    ChannelMix,
+    Convolution,
+    DeltaNet,
+    LowRank,
+    Mamba,
+    Mamba2,
+    Mixer,
+    NormKind,
+    ShortConvolution,
+    TimeMix,
+)
 from quantkit.evaluate import forward_kernels, recurrent_kernels
 from quantkit.evaluate.mixers import Memory, MixerRunner, Part, positioned
 from quantkit.evaluate.parts import Parts, Product
@@ -30,11 +41,20 @@ class RecurrentRunner(MixerRunner[R]):
 
     project: Product
 
-    @abstractmethod
-    def step(self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int) -> None:
-        """Read `rows` [n, columns of `project`], which follow what `state` holds, and change it: into `out` [n, width].
+    def projected(self, normed: np.ndarray, at: int) -> np.ndarray:
+        """What `step` reads of rows, which are normalised; the first is row `at` of the batch."""
+        return self.parts.multiply(
+            normed, self.project, self.parts.take("projected", len(normed), len(self.project.matrix)), at
+        )
 
-        The first row is row `at` of the batch.
+    @abstractmethod
+    def step(
+        self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int, own: np.ndarray | None = None
+    ) -> None:
+        """Read `rows` [n, any], which follow what `state` holds, and change it: into `out` [n, width].
+
+        The first row is row `at` of the batch. `own` [n, width of the model's rows] are the rows that these were made
+        of, where they hold more.
         """
 
     def run(
@@ -58,9 +78,10 @@ class RecurrentRunner(MixerRunner[R]):
         else:
             lengths = [part.rows.stop - part.rows.start for part in continued]
             states = [part.memory for part in continued]
+        whole = None if carried is None else carried.reshape(-1, carried.shape[2])
         for start, normed in self.normed_blocks(x.reshape(-1, x.shape[2])):
             n = len(normed)
-            rows = self.parts.multiply(normed, self.project, take("projected", n, len(self.project.matrix)), at + start)
+            rows = self.projected(normed, at + start)
             for seq, begin, done, count in positioned(start, n, lengths):
                 if continued is None and begin == 0:
                     for part in states[seq]:
@@ -68,7 +89,8 @@ class RecurrentRunner(MixerRunner[R]):
                 out = take("stepped", count, width)
                 # A few rows are over before threads have met.
                 within = each if count >= _FEW_ROWS else one_by_one
-                self.step(rows[done : done + count], states[seq], out, within, at + start + done)
+                own = None if whole is None else whole[start + done : start + done + count]
+                self.step(rows[done : done + count], states[seq], out, within, at + start + done, own)
                 where = (seq, begin) if continued is None else (0, start + done)
                 wanted = slice(max(first, where[1]), min(stop, where[1] + count))
                 if wanted.start < wanted.stop:
@@ -127,7 +149,9 @@ class ShortConvolutionRunner(RecurrentRunner[ShortConvolution]):
         )
         self._taps = Taps(self.mixer.convolution, f"taps {self.index}", self.parts)
 
-    def step(self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int) -> None:
+    def step(
+        self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int, own: np.ndarray | None = None
+    ) -> None:
         """See `RecurrentRunner`."""
         n, width = out.shape
         gated = self.parts.take("gated", n, width)
@@ -188,7 +212,9 @@ class DeltaNetRunner(RecurrentRunner[DeltaNet]):
         decay = np.exp(_softplus(alpha + self._bias) * self._decay)
         return decay, np.float32(1.0) / (np.float32(1.0) + np.exp(-beta))
 
-    def step(self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int) -> None:
+    def step(
+        self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int, own: np.ndarray | None = None
+    ) -> None:
         """See `RecurrentRunner`."""
         d, take, n = self.mixer, self.parts.take, len(rows)
         n_channels = 2 * d.n_keys + d.width
@@ -245,7 +271,9 @@ class MambaRunner(RecurrentRunner[Mamba]):
         for norm, size in ((m.step_norm, m.n_step), (m.b_norm, m.n_state), (m.c_norm, m.n_state)):
             parts.norm(norm, size)
 
-    def step(self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int) -> None:
+    def step(
+        self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int, own: np.ndarray | None = None
+    ) -> None:
         """See `RecurrentRunner`."""
         m, parts, take, n = self.mixer, self.parts, self.parts.take, len(rows)
         plain, x = take("plain", n, m.n_channels), take("convolved", n, m.n_channels)
@@ -304,7 +332,9 @@ class Mamba2Runner(RecurrentRunner[Mamba2]):
         if m.norm is not None and m.norm.weight is not None:
             self._norm = weights.matrix(f"norm {i}", [(m.norm.weight, m.n_groups)], self._group).reshape(-1)
 
-    def step(self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int) -> None:
+    def step(
+        self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int, own: np.ndarray | None = None
+    ) -> None:
         """See `RecurrentRunner`."""
         m, take, n, width = self.mixer, self.parts.take, len(rows), self.mixer.width
         n_channels, n_keys = m.convolution.n_channels, m.n_groups * m.n_state
@@ -333,3 +363,140 @@ class Mamba2Runner(RecurrentRunner[Mamba2]):
             forward_kernels.rms_norm_columns(out, 0, m.n_groups, even, m.norm.eps)
             if m.norm.weight is not None:
                 out *= self._norm
+
+
+def _shifted(rows: np.ndarray, before: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """How much each of `rows` [n, columns] lacks of the one before it, into `out`; `before` [1, columns] moves on."""
+    out[0] = before[0]
+    out[1:] = rows[:-1]
+    out -= rows
+    before[0] = rows[-1]
+    return out
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    result: np.ndarray = np.float32(1.0) / (np.float32(1.0) + np.exp(-x))
+    return result
+
+
+class TimeMixRunner(RecurrentRunner[TimeMix]):
+    """The last token is remembered, as it was read, and each head's matrix."""
+
+    @staticmethod
+    def unsupported(mixer: TimeMix) -> Iterable[str]:
+        """See `MixerRunner`."""
+        if mixer.norm.kind is not NormKind.LAYER:
+            yield "RMS norms of what RWKV remembers"
+
+    @staticmethod
+    def memory(mixer: TimeMix, n_ctx: int) -> tuple[tuple[int, ...], ...]:
+        """See `MixerRunner`."""
+        return (1, mixer.width), (mixer.n_head, mixer.head, mixer.head)
+
+    def load(self) -> None:
+        """See `MixerRunner`."""
+        m, parts, n = self.mixer, self.parts, self.parts.n_embd
+        self._lerp = parts.weights.matrix("lerp", [(m.lerp, 6)], n)
+        self._made = [
+            parts.product(role, [(linear, m.width)], n)
+            for role, linear in (("receptance", m.receptance), ("key", m.key), ("value", m.value))
+        ]
+        self._low = {
+            role: self._low_rank(role, part)
+            for role, part in (("decay", m.decay), ("rate", m.rate), ("values", m.values), ("gate", m.gate))
+            if part is not None
+        }
+        self._key_scale, self._key_rate, self._bonus = (
+            parts.vector(name, m.width) for name in (m.key_scale, m.key_rate, m.bonus)
+        )
+        self._norm, self._norm_bias = parts.vector(m.norm.weight, m.width), parts.vector(m.norm.bias, m.width)
+
+    def _low_rank(self, role: str, part: LowRank) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        weights, n, width = self.parts.weights, self.parts.n_embd, self.mixer.width
+        bias = np.zeros(width, np.float32) if part.bias is None else weights.vector(part.bias, width)
+        down = weights.matrix(f"{role} down", [(part.down, part.rank)], n)
+        return down, weights.matrix(f"{role} up", [(part.up, width)], part.rank), bias
+
+    def _through(self, role: str, x: np.ndarray, between: Callable[[np.ndarray], np.ndarray] | None) -> np.ndarray:
+        """What the two matrices called `role` make of `x`, with `between` them."""
+        down, up, bias = self._low[role]
+        few = x @ down.T
+        made: np.ndarray = (few if between is None else between(few)) @ up.T + bias
+        return made
+
+    def projected(self, normed: np.ndarray, at: int) -> np.ndarray:
+        """See `RecurrentRunner`: rows as they are."""
+        return normed
+
+    def step(
+        self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int, own: np.ndarray | None = None
+    ) -> None:
+        """See `RecurrentRunner`."""
+        m, take, n = self.mixer, self.parts.take, len(rows)
+        shift = _shifted(rows, state[0], take("shift", *rows.shape))
+        r_in, w_in, k_in, v_in, a_in, g_in = (rows + shift * mixture for mixture in self._lerp)
+        r, k, v = (
+            self.parts.multiply(read, product, take(f"made {i}", n, m.width), at)
+            for i, (read, product) in enumerate(zip((r_in, k_in, v_in), self._made, strict=True))
+        )
+        decay = np.exp(_sigmoid(self._through("decay", w_in, np.tanh)) * np.float32(-math.exp(-0.5)))
+        assert own is not None
+        first = own[:, m.values_at : m.values_at + m.width]
+        if m.values is None:
+            first[:] = v
+        else:
+            v += (first - v) * _sigmoid(self._through("values", v_in, None))
+        rate = _sigmoid(self._through("rate", a_in, None))
+        heads = n, m.n_head, m.head
+        unit = (k * self._key_scale).reshape(heads)
+        unit /= np.maximum(np.sqrt(np.square(unit).sum(2, keepdims=True)), np.float32(1e-12))
+        k *= np.float32(1.0) + (rate - np.float32(1.0)) * self._key_rate
+        learned = np.ascontiguousarray(unit.reshape(n, m.width) * rate)
+        unit = unit.reshape(n, m.width)
+
+        def read(head: int) -> None:
+            scratch = take("seen", m.head)
+            recurrent_kernels.remember(r, decay, k, v, unit, learned, head * m.head, state[1][head], scratch, out)
+
+        each(read, m.n_head)
+        grouped = out.reshape(heads)
+        grouped -= grouped.mean(2, keepdims=True)
+        grouped /= np.sqrt(np.square(grouped).mean(2, keepdims=True) + np.float32(m.norm.eps))
+        out *= self._norm
+        out += self._norm_bias
+        bonus = (r * k * self._bonus).reshape(heads).sum(2, keepdims=True)
+        grouped += bonus * v.reshape(heads)
+        out *= self._through("gate", g_in, _sigmoid)
+
+
+class ChannelMixRunner(RecurrentRunner[ChannelMix]):
+    """The last token is remembered, as it was read."""
+
+    @staticmethod
+    def unsupported(mixer: ChannelMix) -> Iterable[str]:
+        """See `MixerRunner`."""
+        yield from ()
+
+    @staticmethod
+    def memory(mixer: ChannelMix, n_ctx: int) -> tuple[tuple[int, ...], ...]:
+        """See `MixerRunner`."""
+        return ((1, mixer.n_embd),)
+
+    def load(self) -> None:
+        """See `MixerRunner`."""
+        self._lerp = self.parts.vector(self.mixer.lerp, self.parts.n_embd)
+        self._key = self.parts.product("channel key", [(self.mixer.key, self.mixer.n_ff)], self.parts.n_embd)
+
+    def projected(self, normed: np.ndarray, at: int) -> np.ndarray:
+        """See `RecurrentRunner`: rows as they are."""
+        return normed
+
+    def step(
+        self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int, own: np.ndarray | None = None
+    ) -> None:
+        """See `RecurrentRunner`."""
+        shift = _shifted(rows, state[0], self.parts.take("shift", *rows.shape))
+        shift *= self._lerp
+        shift += rows
+        made = self.parts.multiply(shift, self._key, self.parts.take("channels", *out.shape), at)
+        forward_kernels.relu_squared(made, out)

@@ -140,3 +140,38 @@ def multiply_silu(x: np.ndarray, gate: np.ndarray) -> None:
         row, by = x[i], gate[i]
         for j in range(row.size):
             row[j] *= by[j] / (_ONE + exp(-by[j]))
+
+
+@kernel
+def remember(
+    r: np.ndarray,
+    decay: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    unit: np.ndarray,
+    learned: np.ndarray,
+    first: int,
+    state: np.ndarray,
+    seen: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """RWKV 7's recurrence of one head, the columns from `first` on of all arrays [tokens, columns].
+
+    `state` [keys, values] is S transposed: for each token it becomes diag(decay) S - learned (unit S) + k v, and `out`
+    gets r S. `seen` has room for a row of it.
+    """
+    n = state.shape[0]
+    for t in range(r.shape[0]):
+        seen[:] = np.float32(0.0)
+        for j in range(n):
+            share = unit[t, first + j]
+            for i in range(n):
+                seen[i] += share * state[j, i]
+        for i in range(n):
+            out[t, first + i] = np.float32(0.0)
+        for j in range(n):
+            kept, learns, key, reads = decay[t, first + j], learned[t, first + j], k[t, first + j], r[t, first + j]
+            for i in range(n):
+                value = state[j, i] * kept + key * v[t, first + i] - seen[i] * learns
+                state[j, i] = value
+                out[t, first + i] += value * reads

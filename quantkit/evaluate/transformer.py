@@ -361,7 +361,13 @@ class Transformer(Model):
                 if runner.around is not None:
                     active = np.empty((1, n, self.spec.n_embd), np.float32)
                     runner.around.enter(x[0], active[0])
-                mixed = runner.mix(active, (0, n), share.inner, continued=list(zip(spans, memories, strict=True)))
+                mixed = runner.mix(
+                    active,
+                    (0, n),
+                    share.inner,
+                    continued=list(zip(spans, memories, strict=True)),
+                    rows=None if runner.around is None else x,
+                )
                 routed = Routed.of(layer, n, self.spec.n_embd)
                 runner.finish(mixed, active[0], routed)
                 if routed is not None:

@@ -21,6 +21,7 @@ FILES = (
     "special_tokens_map.json",
     "vocab.json",
     "vocab.txt",
+    "rwkv_vocab*.txt",
     "merges.txt",
     "tokenizer*",
     "*.model",

@@ -22,6 +22,7 @@ from quantkit.vocabulary.encoders import (
     SentencePieceEncoder,
     byte_alphabet,
 )
+from quantkit.vocabulary.rwkv import RwkvEncoder, bytes_of
 from quantkit.vocabulary.unigram import UnigramEncoder
 from quantkit.vocabulary.wordpiece import WordPieceEncoder
 
@@ -48,7 +49,7 @@ _SPECIAL_KEYS = {
 }
 _OLDER_KEYS = {"fim_pre": "prefix_token_id", "fim_suf": "suffix_token_id", "fim_mid": "middle_token_id"}
 # `tokenizer.ggml.model` of the vocabularies that are known.
-MODELS = ("gpt2", "gemma4", "llama", "bert", "t5")
+MODELS = ("gpt2", "gemma4", "llama", "bert", "t5", "rwkv")
 # The ids of special tokens that the kinds of vocabularies have where the metadata does not say.
 _DEFAULT_IDS: dict[str, dict[str, int | None]] = {
     "llama": {"bos": 1, "eos": 2, "unk": 0},
@@ -93,7 +94,8 @@ class Vocabulary:
         self._attributes = attributes(self._ids, types, special, pre=self.pre, model_name=name)
         self.bos, self.eos, self.eot = special["bos"], special["eos"], special["eot"]
         self._escapes_spaces = has_spaces or habits.escape_spaces
-        self._cleans_spaces = self.model == "bert" or (not has_spaces and habits.clean_spaces)
+        cleans = habits.clean_spaces and not has_spaces and self.model != "rwkv"
+        self._cleans_spaces = self.model == "bert" or cleans
         self._space_prefix = metadata.flag(_PREFIX + "add_space_prefix", is_spm)
         adds_bos = self.model in ("llama", "bert") or (self.model != "t5" and habits.add_bos)
         self.add_bos = metadata.flag(_PREFIX + "add_bos_token", adds_bos)
@@ -119,7 +121,7 @@ class Vocabulary:
     @classmethod
     def from_metadata(cls, metadata: Metadata) -> Vocabulary:
         """The vocabulary that `metadata` describes: `tokenizer.ggml.model` gpt2 or gemma4 (BPE), llama (SPM),
-        bert (WordPiece) or t5 (Unigram).
+        bert (WordPiece), t5 (Unigram) or rwkv.
 
         Raises QuantkitError when keys are missing, of the wrong type or contradictory, or the model is another.
         """
@@ -146,6 +148,8 @@ class Vocabulary:
         return special
 
     def _make_encoder(self, metadata: Metadata, unknown: int | None, types: Array | None) -> Encoder:
+        if self.model == "rwkv":
+            return RwkvEncoder(self.tokens)
         if self.model == "llama":
             return SentencePieceEncoder(self._ids, self._scores(metadata))
         if self.model in ("bert", "t5"):
@@ -315,6 +319,8 @@ class Vocabulary:
         if attribute & _SPLIT_OUT:
             return self._bytes(token)
         if attribute & Attribute.NORMAL:
+            if self.model == "rwkv":
+                return bytes_of(text)
             if self._escapes_spaces:
                 return self._bytes(token).replace(META_SPACE.encode(), b" ")
             return b"".join(_decode_character(character, text) for character in text)

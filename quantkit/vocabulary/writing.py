@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import QuantkitError
-from quantkit.vocabulary import pretokenizers, recognition, tiktoken_file
+from quantkit.vocabulary import pretokenizers, recognition, rwkv, tiktoken_file
 from quantkit.vocabulary.attributes import TokenType
 from quantkit.vocabulary.checkpoint_files import CheckpointFiles
 from quantkit.vocabulary.sentencepiece_model import Normalizer, read_normalizer
@@ -29,6 +29,9 @@ _GEMMA1_END_OF_TURN = 107
 _KIMI_RANKS, _KIMI_RESERVED = "tiktoken.model", 258
 _HUNYUAN_RANKS = "hy.tiktoken"
 _HUNYUAN_SPECIAL = ("<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>")
+_RWKV_VOCABULARY, _RWKV_END_OF_TURN = 65536, 261
+# llama.cpp's name for the template of these models.
+_RWKV_TEMPLATE = "rwkv-world"
 # Tokens that Gemma 4's chat parser has to see.
 _GEMMA4_VISIBLE = frozenset(
     ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
@@ -52,10 +55,11 @@ def write_vocabulary(
     from a tokenizer.json with byte fallback), "spm-or-bpe" (spm if there is a tokenizer.model), "gemma" (that, without
     a space in front of text), "spm-prefix" (spm with what tokenizer_config.json says of that space), "gemma1",
     "gemma3n", "phi3", "gemma4", "nemotron", "hunyuan", "hunyuan-moe", "kimi", "internlm2", "internlm3" and "jamba"
-    (what those families do with one of these, or with a file of ranks of tiktoken's), "wordpiece" (BERT's), "roberta"
-    (byte-level BPE if there is a tokenizer.json, else WordPiece), "xlm-roberta" and "t5" (Unigram from the
-    SentencePiece models of these), "wordpiece-or-xlm-roberta", "modern-bert" and "jina-bert" (what these do with one),
-    or "auto": the first of spm, llama-hf and bpe whose files are there, with what the reference adds for Llama.
+    (what those families do with one of these, or with a file of ranks of tiktoken's), "rwkv" (RWKV's list of byte
+    strings), "wordpiece" (BERT's), "roberta" (byte-level BPE if there is a tokenizer.json, else WordPiece),
+    "xlm-roberta" and "t5" (Unigram from the SentencePiece models of these), "wordpiece-or-xlm-roberta", "modern-bert"
+    and "jina-bert" (what these do with one), or "auto": the first of spm, llama-hf and bpe whose files are there, with
+    what the reference adds for Llama.
     `pre` overrides the name of the pre-tokenizer wherever byte-level BPE is written; `usual_pre`, the family's own
     name, is taken where the name that was found cuts a text in the same way. `special` has the texts of special tokens
     by their roles, for roles that the files of byte-level BPE give no token.
@@ -644,6 +648,24 @@ def _write_t5(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) 
     SpecialTokens(files, n_vocab=len(pieces.tokens)).write(writer)
 
 
+def _write_rwkv(files: CheckpointFiles, writer: gguf.GGUFWriter, _pre: str | None) -> None:
+    """RWKV's list of byte strings. Two line ends end a turn of a chat; what ends a text has no number there."""
+    tokens = ["<s>", *rwkv.read_tokens(files.directory / rwkv.NAME)]
+    n_vocab = files.vocab_size or _RWKV_VOCABULARY
+    _check_size(files, len(tokens), n_vocab)
+    types = [TokenType.CONTROL] + [TokenType.NORMAL] * (len(tokens) - 1)
+    missing = range(len(tokens), n_vocab)
+    writer.add_tokenizer_model("rwkv")
+    writer.add_token_list([*tokens, *(f"[PAD{token}]" for token in missing)])
+    writer.add_token_types([*map(int, types), *([int(TokenType.UNUSED)] * len(missing))])
+    special = SpecialTokens(files)
+    if special.chat_template is None:
+        special.chat_template = _RWKV_TEMPLATE
+    special.set("eot", _RWKV_END_OF_TURN)
+    special.ids |= {"bos": 0, "eos": 0}
+    special.write(writer)
+
+
 _STYLES: dict[str, Callable[[CheckpointFiles, Any, str | None], None]] = {
     "auto": _write_auto,
     "bpe": _write_bpe,
@@ -670,4 +692,5 @@ _STYLES: dict[str, Callable[[CheckpointFiles, Any, str | None], None]] = {
     "wordpiece-or-xlm-roberta": _write_wordpiece_or_xlm_roberta,
     "t5": _write_t5,
     "jamba": _write_jamba,
+    "rwkv": _write_rwkv,
 }

@@ -45,6 +45,7 @@ OTHER_MIXERS = [
     "tiny-gemma3n-deep",
     "tiny-gemma4",
     "tiny-gemma4-moe",
+    "tiny-rwkv7",
     "tiny-deepseek-v2",
     "tiny-deepseek-v2-lite",
     "tiny-deepseek-v3",
