@@ -427,7 +427,7 @@ def _write_vocabulary(recipe: Recipe, directory: Path, write: Callable[[str, obj
         words = (
             [bytes([byte]) for byte in range(256)]
             + [merged_bytes(merge) for merge in MERGES]
-            + ["\n\n", "é🎩", b"\xc3\\'"]
+            + ["🎩 hat", "é🎩", b"\xc3\\'"]
         )
         lines = []
         for token, word in enumerate(words, 1):

@@ -537,17 +537,26 @@ class TimeMix(Mixer):
     @property
     def sizes(self) -> tuple[int, ...]:
         """See `Mixer`."""
-        ranks = (part.rank for part in (self.decay, self.rate, self.gate, self.values) if part is not None)
-        return self.n_head, self.head, *ranks
+        return self.n_head, self.head, *(part.rank for part in self.low_ranks)
+
+    @property
+    def low_ranks(self) -> tuple[LowRank, ...]:
+        """The products with two matrices."""
+        return tuple(part for part in (self.decay, self.rate, self.gate, self.values) if part is not None)
 
     @property
     def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
         """See `Mixer`."""
-        return (self.receptance,), (self.key,), (self.value,)
+        low = tuple((name,) for part in self.low_ranks for name in (part.down, part.up))
+        return (self.receptance,), (self.key,), (self.value,), *low
 
     def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
         """See `Mixer`."""
-        return _rows(n_embd, (self.receptance, self.width), (self.key, self.width), (self.value, self.width))
+        return {
+            **_rows(n_embd, (self.receptance, self.width), (self.key, self.width), (self.value, self.width)),
+            **{part.down: (n_embd, part.rank) for part in self.low_ranks},
+            **{part.up: (part.rank, self.width) for part in self.low_ranks},
+        }
 
 
 @dataclass(frozen=True)

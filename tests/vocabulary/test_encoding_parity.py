@@ -12,6 +12,7 @@ import pytest
 from conftest import REFERENCE_SOURCE, ROOT, SHARED, requires_reference, requires_reference_source, requires_shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from make_checkpoints import make_checkpoint
 from sentencepiece import SentencePieceProcessor
 from support.vocabulary_reference import (
     SAMPLE,
@@ -143,6 +144,11 @@ def metadata_of(directory: Path, style: str) -> Metadata:
         items = [i.decode() if isinstance(i, bytes) else i for i in value.value] if item else value.value
         metadata.set(key, ValueType(int(value.type)), items, item)
     return metadata
+
+
+@requires_reference
+def test_rwkv(tmp_path: Path) -> None:
+    compare(metadata_of(make_checkpoint("tiny-rwkv7", tmp_path), "rwkv"), tmp_path / "vocabulary.gguf", 200)
 
 
 ENCODERS = {"bert": "wordpiece", "xlmr": "xlm-roberta", "xlmr_json": "xlm-roberta", "t5": "t5"}
