@@ -89,7 +89,7 @@ def test_what_rwkv_remembers_is_its_definition() -> None:
     out, state = np.empty(shape, np.float32), start.copy()
     for head in range(heads):
         scratch = np.empty(size, np.float32)
-        recurrent_kernels.remember(r, decay, k, v, unit, learned, head * size, state[head], scratch, out)
+        kernels.remember(r, decay, k, v, unit, learned, head * size, state[head], scratch, out)
         s = start[head].T.astype(np.float64)  # [values, keys]
         mine = slice(head * size, (head + 1) * size)
         for t in range(n):
