@@ -520,7 +520,9 @@ class _Logits:
 
     def __init__(self, model: Transformer, hidden: np.ndarray) -> None:
         self._model, self._hidden, self._weights = model, hidden, model._weights
-        self.step = model.spec.n_vocab if model._keep else max(1, _SLAB_WEIGHTS // model.spec.n_embd // TILE) * TILE
+        # As float32 a slab takes no more than an eighth of the memory, and it is cut where tiles are.
+        slab = min(_SLAB_WEIGHTS, model.memory // 32)
+        self.step = model.spec.n_vocab if model._keep else max(1, slab // model.spec.n_embd // TILE) * TILE
 
     def prepare(self, start: int, stop: int) -> None:
         """See `model.Logits`."""
