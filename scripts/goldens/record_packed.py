@@ -140,12 +140,17 @@ def torchao(config: Callable[[Any], Any], dtype: torch.dtype) -> Packed:
     return transformers_model(TorchAoConfig(made), dtype, lambda module: module.weight.dequantize())
 
 
-def awq() -> Packed:
-    """By AutoAWQ's module, dequantized by its own function. The package's own imports need all that trains."""
-    package = types.ModuleType("awq")
-    package.__path__ = list(importlib.util.find_spec("awq").submodule_search_locations)
-    sys.modules["awq"] = package
+def awq(version: str = "gemm") -> Packed:
+    """By AutoAWQ's module, dequantized by its own function. The package's own imports need all that trains.
+
+    Of the version "gemv", which it dequantizes on a GPU alone, the integers and their scales are those of "gemm".
+    """
+    if "awq" not in sys.modules:
+        package = types.ModuleType("awq")
+        package.__path__ = list(importlib.util.find_spec("awq").submodule_search_locations)
+        sys.modules["awq"] = package
     from awq.modules.linear.gemm import WQLinear_GEMM
+    from awq.modules.linear.gemv import WQLinear_GEMV
     from awq.utils.packing_utils import dequantize_gemm
 
     tensors, dense = {}, {}
@@ -158,9 +163,12 @@ def awq() -> Packed:
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         linear.weight.data = weight.float()
         made = WQLinear_GEMM.from_linear(linear, 4, size, scales=scales.t().contiguous(), zeros=zeros.t().contiguous())
-        tensors |= {base + part: getattr(made, part) for part in ("qweight", "qzeros", "scales")}
+        stored = made
+        if version == "gemv":
+            stored = WQLinear_GEMV.from_linear(linear, 4, size, scales=scales, zeros=zeros)
+        tensors |= {base + part: getattr(stored, part) for part in ("qweight", "qzeros", "scales")}
         dense[name] = dequantize_gemm(made.qweight, made.qzeros, made.scales, 4, size).t()
-    return {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}, tensors, dense
+    return {"quant_method": "awq", "bits": 4, "group_size": 32, "version": version, "zero_point": True}, tensors, dense
 
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -200,6 +208,7 @@ MADE: dict[str, Callable[[], Packed]] = {
     "torchao-int8": lambda: torchao(lambda library: library.Int8WeightOnlyConfig(version=2), BF16),
     "torchao-fp8": lambda: torchao(lambda library: library.Float8WeightOnlyConfig(), BF16),
     "awq": awq,
+    "awq-gemv": lambda: awq("gemv"),
 }  # fmt: skip
 
 

@@ -118,7 +118,7 @@ def test_any_rows_are_those_of_the_whole(tiny: dict[str, Path], data: st.DataObj
         source.release(info.name)
 
 
-@pytest.mark.parametrize("name", ["bnb-nf4", "awq"])
+@pytest.mark.parametrize("name", ["bnb-nf4", "awq", "awq-gemv"])
 def test_columns_of_a_quantized_matrix(plain: Path, tmp_path: Path, name: str) -> None:
     """Parts of rows and transposed matrices, as some families take them."""
     stored = CheckpointSource(packed_checkpoint(plain, tmp_path / "packed", name))._checkpoint
@@ -221,7 +221,9 @@ Q = "model.layers.0.self_attn.q_proj."
 BAD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "unknown method": ("awq", {"quant_method": "hqq"}, {}, r"quantized already \(hqq\), which is not supported"),
     "no method": ("awq", {"quant_method": None}, {}, r"quantized already \(None\)"),
-    "other awq": ("awq", {"version": "gemv"}, {}, "AWQ of version 'gemv'"),
+    "other awq": ("awq", {"version": "gemv_fast"}, {}, "AWQ of version 'gemv_fast'"),
+    "awq as rows": ("awq", {"version": "gemv"}, {}, "scales.* not the scales of .* columns in groups of 32, and zero"),
+    "groups of rows": ("awq-gemv", {"group_size": 24}, {}, "not the scales of 64 columns in groups of 24"),
     "group size": ("awq", {"group_size": 48}, {}, r"scales.* not the scales of .* columns in groups of 48"),
     "no zero points": ("awq", {}, {f"{Q}qzeros": None}, "qweight' is there, and .*qzeros' is not"),
     "words of floats": ("awq", {}, {f"{Q}qweight": ("F32", [64, 8], bytes(2048))}, "not I32 with two axes"),

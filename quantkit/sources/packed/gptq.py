@@ -1,7 +1,8 @@
 """Matrices of GPTQ and AWQ: integers packed into words, columns as rows, scales and zero points for groups.
 
 Sources of the layouts: GPTQModel's and AutoAWQ's modules (`qweight`, `qzeros`, `scales`, `g_idx`). Both store [inputs,
-outputs], so that a row of the weight is a column of words: what is stored of a matrix is held while it is read.
+outputs], so that a row of the weight is a column of words: what is stored of a matrix is held while it is read. AWQ's
+version for products with vectors (GEMV) stores rows as rows.
 """
 
 from __future__ import annotations
@@ -106,6 +107,30 @@ class AWQMatrix(GroupedColumns):
         return numbers.reshape(-1, words.shape[0])[start - 8 * first : stop - 8 * first]
 
 
+@dataclass
+class AWQRows(PackedMatrix):
+    """AWQ's for products with vectors: neighbours along the inputs share a word, in their order.
+
+    `base` is the name of the module. Zero points and scales [outputs, groups] are padded to whole words.
+    """
+
+    base: str
+    group_size: int
+
+    def prepare(self) -> _Stored:
+        """All of it."""
+        n_groups = self.shape[1] // self.group_size
+        zeros = unpack(words_of(self.raw, f"{self.base}.qzeros"), _AWQ_BITS, n_groups)
+        scales = floats(self.raw, f"{self.base}.scales")[:, :n_groups]
+        return _Stored(words_of(self.raw, f"{self.base}.qweight"), zeros, scales, self.group_size)
+
+    def rows(self, prepared: _Stored, start: int, stop: int) -> np.ndarray:
+        """See PackedMatrix."""
+        mine = slice(start, stop)
+        numbers = unpack(prepared.words[mine], _AWQ_BITS, self.shape[1])
+        return scale_groups(numbers, prepared.groups, prepared.zeros[mine], prepared.scales[mine])
+
+
 def find_gptq(raw: SafetensorsCheckpoint, config: Config) -> Iterator[PackedMatrix]:
     """The matrices of GPTQ in a checkpoint whose quantization_config is `config`.
 
@@ -137,13 +162,17 @@ def find_gptq(raw: SafetensorsCheckpoint, config: Config) -> Iterator[PackedMatr
 
 
 def find_awq(raw: SafetensorsCheckpoint, config: Config) -> Iterator[PackedMatrix]:
-    """The matrices of AWQ, as AutoAWQ's version "gemm" lays them out."""
-    version = config.find("version") or "gemm"
+    """The matrices of AWQ, as AutoAWQ's versions "gemm" and "gemv" lay them out."""
+    version = str(config.find("version") or "gemm").lower()
     bits = config.integer("bits", "w_bit")
-    if str(version).lower() != "gemm" or bits not in (None, _AWQ_BITS):
+    if version not in ("gemm", "gemv") or bits not in (None, _AWQ_BITS):
         raise QuantkitError(
-            f"{config.path}: AWQ of version {str(version)[:80]!r} with {bits} bits is not supported, only gemm with 4"
+            f"{config.path}: AWQ of version {version[:80]!r} with {bits} bits is not supported, "
+            "only gemm and gemv, with 4"
         )
+    if version == "gemv":
+        yield from _find_awq_rows(raw, config)
+        return
     for name, base, words, scales in _modules(raw):
         n_inputs, n_outputs = words[0], words[1] * 8
         zeros = require(raw, f"{base}.qzeros", name)
@@ -153,6 +182,24 @@ def find_awq(raw: SafetensorsCheckpoint, config: Config) -> Iterator[PackedMatri
         yield AWQMatrix(
             raw, f"{base}.weight", (n_outputs, n_inputs), (name, zeros, f"{base}.scales"),
             f"AWQ, INT4 in groups of {size}", base, _AWQ_BITS, size, None,
+        )  # fmt: skip
+
+
+def _find_awq_rows(raw: SafetensorsCheckpoint, config: Config) -> Iterator[PackedMatrix]:
+    """The matrices of AWQ's version "gemv"."""
+    for name, base, words, scales in _modules(raw):
+        n_inputs = words[1] * 8
+        zeros = require(raw, f"{base}.qzeros", name)
+        told = config.find("group_size", "q_group_size")
+        size = told if type(told) is int and 0 < told < n_inputs else n_inputs
+        fits = scales[0] == words[0] and n_inputs % size == 0 and scales[1] >= n_inputs // size
+        if not fits or raw.tensors[zeros].shape != (words[0], scales[1] // 8) or scales[1] % 8:
+            raise misshapen(
+                raw, f"{base}.scales", f"the scales of {n_inputs} columns in groups of {size}, and zero points"
+            )
+        yield AWQRows(
+            raw, f"{base}.weight", (words[0], n_inputs), (name, zeros, f"{base}.scales"),
+            f"AWQ, INT4 in groups of {size}", base, size,
         )  # fmt: skip
 
 
