@@ -32,6 +32,7 @@ COMMANDS = {
     "imatrix": ("imatrix", "Compute, combine and show importance matrices."),
     "tasks": ("tasks", "Score HellaSwag, Winogrande or multiple-choice tasks."),
     "generate": ("generate", "Continue a prompt, with one model or two side by side."),
+    "embed": ("embed", "Print the vectors of texts."),
     "report": ("report", "Convert, quantize and measure in one go."),
     "recommend": ("recommend", "Recommend a type for the memory available."),
     "lint": ("lint", "Check GGUF files before publishing them."),

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, TINYLM
+from make_checkpoints import make_checkpoint
 from test_cli import error, run
 
+import quantkit
 from quantkit.formats.imatrix import ImportanceMatrix
 
 TEXT = ROOT / "fixtures" / "tinylm-test.txt"
@@ -76,3 +78,20 @@ def test_imatrix_says_what_is_missing(tmp_path: Path) -> None:
     assert "not an importance matrix" in error("imatrix", "--in-file", TEXT, "-o", tmp_path / "x")
     assert "--resume" in error("imatrix", "--in-file", TEXT, "--resume", "-o", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_vectors_of_texts(tmp_path: Path) -> None:
+    encoder = make_checkpoint("tiny-bert", tmp_path)
+    (tmp_path / "texts.txt").write_text("the other\n\nhats on\n", encoding="utf-8")
+    args = ("embed", encoder, "-p", "the hats", "-f", tmp_path / "texts.txt")
+    data = json.loads(run(*args, "--json").stdout)
+    assert data["texts"] == ["the hats", "the other", "hats on"]
+    np.testing.assert_allclose(data["vectors"], quantkit.embed(encoder, data["texts"]), rtol=1e-5, atol=1e-7)
+    printed = [[float(word) for word in line.split()] for line in run(*args).stdout.splitlines()]
+    assert printed == data["vectors"]
+    longer = json.loads(run("embed", encoder, "-p", "the hats", "--pooling", "mean", "--raw", "--json").stdout)
+    assert np.linalg.norm(longer["vectors"][0]) > 1.5
+
+    assert "there is no pooling 'max'" in error("embed", encoder, "-p", "a", "--pooling", "max")
+    assert "there is no text" in run("embed", encoder, code=2).stderr
+    assert "its metadata names no pooling" in error("embed", TINYLM, "-p", "a")

@@ -70,6 +70,7 @@ def tasks_file(path: Path) -> Path:
         ("imatrix", ["imatrix", "MODEL", *SOME, "-o", "OUT.gguf", "--show-statistics"]),
         ("compare", ["compare", TINYLM, "MODEL"]),
         ("hash", ["hash", "MODEL"]),
+        ("embed", ["embed", "MODEL", "--pooling", "last", "-p", "a"]),
         ("verify", ["verify", "MODEL", "--source", TINYLM]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
