@@ -216,3 +216,42 @@ def test_a_bad_config_is_refused_in_one_line(copy: Callable[..., Path], case: st
     with pytest.raises(QuantkitError, match=told) as caught:
         assert CheckpointSource(copy(name, **changes)).metadata
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrapper"),
+    [("tiny-gemma3n", "Gemma3nForConditionalGeneration"), ("tiny-gemma4", "Gemma4ForConditionalGeneration")],
+)
+def test_the_text_model_of_a_wrapper_is_the_same(
+    tiny: dict[str, Path], copy: Callable[..., Path], name: str, wrapper: str
+) -> None:
+    """As published: with the towers of images and sounds, and the text model's config within another."""
+    from safetensors.numpy import save_file
+
+    plain = json.loads((tiny[name] / "config.json").read_text())
+    wrapped = copy(name)
+    outer = {"architectures": [wrapper], "model_type": name, "text_config": {**plain, "architectures": None}}
+    (wrapped / "config.json").write_text(json.dumps(outer))
+    raw = (wrapped / "model.safetensors").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    start = header.pop("__metadata__", None)
+    renamed = {key.replace("model.", "model.language_model.", 1): entry for key, entry in header.items()}
+    text = json.dumps({"__metadata__": start, **renamed}).encode()
+    (wrapped / "model-00001-of-00002.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    (wrapped / "model.safetensors").unlink()
+    others = {
+        f"model.{part}.weight": np.zeros((2, 2), np.float32)
+        for part in ("vision_tower.layers.0.mlp", "audio_tower.layers.0.mlp", "embed_vision.embedding_projection")
+    }
+    save_file(others, wrapped / "model-00002-of-00002.safetensors")
+    index = dict.fromkeys(renamed, "model-00001-of-00002.safetensors")
+    index |= dict.fromkeys(others, "model-00002-of-00002.safetensors")
+    (wrapped / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    ours, expected = CheckpointSource(wrapped), CheckpointSource(tiny[name])
+    assert ours.tensors == expected.tensors
+    assert all(np.array_equal(ours.read(tensor), expected.read(tensor)) for tensor in expected.tensors)
+    records = [
+        [(key, value.type, bytes(value.raw)) for key, value in each.metadata.items()] for each in (ours, expected)
+    ]
+    assert records[0] == records[1]
