@@ -272,13 +272,13 @@ def _compare(
         opened = [model.open_logits(tokens, first, first + n_scored) for model in models]
         comparison.add(slice(0, n_scored), opened)
     else:
+        # Nothing of a slice has a name here: it would stand in memory beside the next.
         for some, opened in opened_slices(models, tokens, first):
-            loaded = [] if stored is None else [
-                stored.chunk(at + seq, some.start, some.stop) for seq in range(len(tokens))
-            ]  # fmt: skip
-            logits = comparison.add(some, opened, loaded, keep=rows is not None)
-            if rows is not None:
-                pack_chunks(models[-1], logits, tokens, first, some, at, rows)
+            if stored is not None:
+                part = some.start, some.stop
+                comparison.add(some, opened, [stored.chunk(at + seq, *part) for seq in range(len(tokens))])
+            elif rows is not None:
+                pack_chunks(models[-1], comparison.add(some, opened, keep=True), tokens, first, some, at, rows)
     return comparison.results()
 
 

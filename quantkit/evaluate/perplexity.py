@@ -183,18 +183,23 @@ def _losses(models: Sequence[Model], tokens: np.ndarray, at: int, *, first: int,
     (model,) = models
     if rows is None:
         return -model.log_likelihoods(tokens, first)
-    n_vocab = model.spec.n_vocab
     losses = np.empty((len(tokens), tokens.shape[1] - 1 - first))
     for some, opened in opened_slices(models, tokens, first):
-        logits = np.empty((len(tokens), some.stop - some.start, n_vocab), np.float32)
-
-        def keep(seq: int, rows: slice, token: int, tiles: list[np.ndarray], logits: np.ndarray = logits) -> None:
-            logits[seq, rows, token : token + tiles[0].shape[1]] = tiles[0]
-
-        model.visit_opened(opened, len(tokens), some.stop - some.start, keep)
-        losses[:, some] = pack_chunks(model, logits, tokens, first, some, at, rows)
+        # Without a name, so that it does not stand in memory beside the next.
+        losses[:, some] = pack_chunks(model, _kept(model, opened, losses[:, some].shape), tokens, first, some, at, rows)
     model.refuse_nan(tokens, losses)
     return losses
+
+
+def _kept(model: Model, opened: Sequence[Logits], shape: tuple[int, ...]) -> np.ndarray:
+    """The opened logits of `shape` [n_seq, positions]: float32 [n_seq, positions, n_vocab]."""
+    logits = np.empty((*shape, model.spec.n_vocab), np.float32)
+
+    def keep(seq: int, rows: slice, token: int, tiles: list[np.ndarray]) -> None:
+        logits[seq, rows, token : token + tiles[0].shape[1]] = tiles[0]
+
+    model.visit_opened(opened, shape[0], shape[1], keep)
+    return logits
 
 
 def held_chunks(memory: int, n_scored: int, n_vocab: int) -> int:

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench_quantize import OURS, make_model, run
+from bench_quantize import OURS, VOCAB, Shape, make_model, run
 
 from quantkit.pipeline.cluster import Cluster, Task
 from quantkit.pipeline.execute import PART
@@ -124,7 +124,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.directory) as temporary:
         home = Path(temporary)
         source, here, there = home / "model-F16.gguf", home / "here", home / "there"
-        make_model(source, [f"t{i}" for i in range(32000)], args.layers)
+        make_model(source, [f"t{i}" for i in range(VOCAB)], Shape(args.layers))
         n_weights = sum(info.n_elements for info in GGUFSource(source).tensors.values())
         quantized = 0
         for n in map(int, args.workers.split(",")):

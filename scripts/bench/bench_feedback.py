@@ -85,14 +85,14 @@ def main() -> None:
                 run([*command, "--force", "--chunks", "4"])
                 measure(f"docs-llama-45m, {name}", [*command, "--force"])
         if "large" in what:
-            bench_quantize.LAYERS = options.layers
-            bench_quantize.make_model(home / "large.gguf", [f"<{i}>" for i in range(bench_quantize.VOCAB)])
+            tokens = [f"<{i}>" for i in range(bench_quantize.VOCAB)]
+            bench_quantize.make_model(home / "large.gguf", tokens, bench_quantize.Shape(options.layers))
             command = [LARGE, str(home / "large.gguf"), str(home / "large-q.gguf"), str(options.chunks), threads]
             _, processor, _ = measure(
                 f"synthetic Llama, {options.layers} layers of 1.1B, {options.chunks} chunks", command
             )
             b = bench_quantize
-            small = work_of_layers(b.LAYERS, b.EMBD, b.FF, b.EMBD // b.HEADS * b.HEADS_KV, 512 * options.chunks)
+            small = work_of_layers(options.layers, b.EMBD, b.FF, b.EMBD // b.HEADS * b.HEADS_KV, 512 * options.chunks)
             large = work_of_layers(32, 4096, 14336, 1024, 512 * 128)
             hours = processor / options.threads * large / small / 3600
             note = f"By the processor's seconds, 32 layers of 8B with 128 chunks: about {hours:.1f} hours"

@@ -1,12 +1,15 @@
 """Peak memory: quantizing a tensor larger than the buffer, and a model larger than the memory, evaluated and quantized.
 
     python scripts/bench/bench_memory.py [--gigabytes 2] [--max-buffer-size 64] [--type Q4_K_M]
+    python scripts/bench/bench_memory.py --long [--memory 1G] [--directory DIR]
     python scripts/bench/bench_memory.py --model 4 [--memory 1G] [--chunks 16] [--n-ctx 512] [--directory DIR]
 
 The first makes an F16 model with one stacked tensor of experts of that size, quantizes it in a process of its own with
 `--max-buffer-size` MiB, and prints the process's peak resident memory, and that of a small model for comparison. The
 second makes an F16 Llama of so many gigabytes, quantizes it to a ladder of three types, and takes its perplexity,
-importance matrix and divergence from one of those, each in a process of its own with `--memory`. The files are removed.
+importance matrix and divergence from one of those, each in a process of its own with `--memory`. With
+`--long` the model is small, but has a vocabulary of 128,000, and the context 32,768 tokens: its logits would take 8.4
+GB; log-probabilities are saved (4.2 GB of disk) and compared with. The files are removed.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from bench_quantize import EMBD, FF, HEADS, HEADS_KV, OURS, VOCAB, make_model, run
+from bench_quantize import EMBD, FF, HEADS, HEADS_KV, OURS, VOCAB, Shape, make_model, run
 
 from quantkit.blocks.types import GGMLType
 from quantkit.cli.parsing import parse_size
@@ -32,11 +35,15 @@ from quantkit.evaluate.perplexity import perplexity
 from quantkit.evaluate.settings import Chunking, Compute
 what, path, other, n_ctx, chunks, memory = sys.argv[1], sys.argv[2], sys.argv[3], *map(int, sys.argv[4:])
 ids = np.random.default_rng(0).integers(0, 1000, n_ctx * chunks)
-how = {"chunking": Chunking(n_ctx=n_ctx), "compute": Compute(memory=memory)}
+how = {"chunking": Chunking(n_ctx=n_ctx, chunks=1 if n_ctx > 4096 else None), "compute": Compute(memory=memory)}
 if what == "perplexity":
     perplexity(path, ids, **how)
 elif what == "importance matrix":
     importance_matrix(path, ids, **how)
+elif what == "saved":
+    divergence(other, path, ids, save_logits=path + ".logits", **how)
+elif what == "stored":
+    divergence(other, path + ".logits", **how)
 else:
     divergence(other, path, ids, **how)
 """
@@ -79,7 +86,7 @@ def whole(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=options.directory) as temporary:
         home = Path(temporary)
         source, ladder = home / "model-F16.gguf", f"{home}/out/"
-        make_model(source, [f"t{i}" for i in range(VOCAB)], layers)
+        make_model(source, [f"t{i}" for i in range(VOCAB)], Shape(layers))
         types = ["Q8_0", "Q4_K_M", "Q4_0"]
         quantize = [OURS, "quantize", str(source), "--type", ",".join(types), "-o", ladder, "-q", "--force"]
         commands = {f"quantize {', '.join(types)}": [*quantize, "--memory", options.memory]}
@@ -94,6 +101,21 @@ def whole(options: argparse.Namespace) -> None:
     print(table(["what", "peak memory MB", "s"], rows))
 
 
+def long(options: argparse.Namespace) -> None:
+    """Compare models of a large vocabulary at a long context."""
+    shape, n_ctx, rows = Shape(2, 256, 512, 4, 4, 128_000), 32_768, []
+    with tempfile.TemporaryDirectory(dir=options.directory) as temporary:
+        source, other = Path(temporary) / "model-F16.gguf", Path(temporary) / "model-Q8_0.gguf"
+        make_model(source, [f"t{i}" for i in range(shape.vocab)], shape)
+        run([OURS, "quantize", str(source), "-q", "--type", "Q8_0", "-o", str(other)])
+        for what in ("divergence", "saved", "stored"):
+            sizes = [str(n_ctx), "2", str(parse_size(options.memory))]
+            seconds, peak = run([MEASURE, what, str(source), str(other), *sizes])
+            rows.append([what, f"{peak:.0f}", f"{seconds:.1f}"])
+    print(f"--memory {options.memory}, {n_ctx:,} tokens of context, a vocabulary of {shape.vocab:,}\n")
+    print(table(["divergence", "peak memory MB", "s"], rows))
+
+
 def main() -> None:
     """Do what was asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,12 +123,15 @@ def main() -> None:
     parser.add_argument("--max-buffer-size", type=int, default=64)
     parser.add_argument("--type", default="Q4_K_M")
     parser.add_argument("--model", type=float, help="gigabytes of a whole model, evaluated and quantized instead")
+    parser.add_argument("--long", action="store_true", help="a long context and a large vocabulary instead")
     parser.add_argument("--memory", default="1G")
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--n-ctx", type=int, default=512)
     parser.add_argument("--directory", type=Path)
     options = parser.parse_args()
-    if options.model is None:
+    if options.long:
+        long(options)
+    elif options.model is None:
         experts(options)
     else:
         whole(options)

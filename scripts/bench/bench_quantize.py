@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,20 +41,31 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 """
 
 
-def make_model(path: Path, tokens: Sequence[str] = (), layers: int = LAYERS) -> None:
+class Shape(NamedTuple):
+    """The sizes of a Llama."""
+
+    layers: int = LAYERS
+    embd: int = EMBD
+    ff: int = FF
+    heads: int = HEADS
+    heads_kv: int = HEADS_KV
+    vocab: int = VOCAB
+
+
+def make_model(path: Path, tokens: Sequence[str] = (), shape: Shape = Shape()) -> None:  # noqa: B008
     """Write the F16 model: normal weights of the usual spread, from one block of random numbers.
 
-    `tokens` are its vocabulary, which quantizing does without. All `layers` have 45 million weights.
+    `tokens` are its vocabulary, which quantizing does without.
     """
     metadata = Metadata()
     metadata.set("general.architecture", ValueType.STRING, "llama")
     for key, value in {
-        "block_count": layers,
+        "block_count": shape.layers,
         "context_length": 2048,
-        "embedding_length": EMBD,
-        "feed_forward_length": FF,
-        "attention.head_count": HEADS,
-        "attention.head_count_kv": HEADS_KV,
+        "embedding_length": shape.embd,
+        "feed_forward_length": shape.ff,
+        "attention.head_count": shape.heads,
+        "attention.head_count_kv": shape.heads_kv,
     }.items():
         metadata.set(f"llama.{key}", ValueType.UINT32, value)
     metadata.set("llama.attention.layer_norm_rms_epsilon", ValueType.FLOAT32, 1e-5)
@@ -62,23 +74,23 @@ def make_model(path: Path, tokens: Sequence[str] = (), layers: int = LAYERS) -> 
         metadata.set("tokenizer.ggml.pre", ValueType.STRING, "llama-bpe")
         metadata.set("tokenizer.ggml.tokens", ValueType.ARRAY, list(tokens), ValueType.STRING)
         metadata.set("tokenizer.ggml.merges", ValueType.ARRAY, [], ValueType.STRING)
-    kv = EMBD // HEADS * HEADS_KV
-    shapes = {"token_embd": (EMBD, VOCAB), "output_norm": (EMBD,), "output": (EMBD, VOCAB)}
-    for i in range(layers):
+    embd, ff, kv = shape.embd, shape.ff, shape.embd // shape.heads * shape.heads_kv
+    shapes = {"token_embd": (embd, shape.vocab), "output_norm": (embd,), "output": (embd, shape.vocab)}
+    for i in range(shape.layers):
         shapes |= {
-            f"blk.{i}.attn_norm": (EMBD,),
-            f"blk.{i}.attn_q": (EMBD, EMBD),
-            f"blk.{i}.attn_k": (EMBD, kv),
-            f"blk.{i}.attn_v": (EMBD, kv),
-            f"blk.{i}.attn_output": (EMBD, EMBD),
-            f"blk.{i}.ffn_norm": (EMBD,),
-            f"blk.{i}.ffn_gate": (EMBD, FF),
-            f"blk.{i}.ffn_up": (EMBD, FF),
-            f"blk.{i}.ffn_down": (FF, EMBD),
+            f"blk.{i}.attn_norm": (embd,),
+            f"blk.{i}.attn_q": (embd, embd),
+            f"blk.{i}.attn_k": (embd, kv),
+            f"blk.{i}.attn_v": (embd, kv),
+            f"blk.{i}.attn_output": (embd, embd),
+            f"blk.{i}.ffn_norm": (embd,),
+            f"blk.{i}.ffn_gate": (embd, ff),
+            f"blk.{i}.ffn_up": (embd, ff),
+            f"blk.{i}.ffn_down": (ff, embd),
         }
     infos = [
-        TensorInfo(f"{name}.weight", shape, GGMLType.F32 if len(shape) == 1 else GGMLType.F16)
-        for name, shape in shapes.items()
+        TensorInfo(f"{name}.weight", sizes, GGMLType.F32 if len(sizes) == 1 else GGMLType.F16)
+        for name, sizes in shapes.items()
     ]
     rng = np.random.default_rng(0)
     pool = (rng.standard_normal(1 << 24).astype(np.float32) * np.float32(0.02)).astype(np.float16)
