@@ -32,9 +32,9 @@ ROWS = 256  # rows that are worked on together: in lanes of sixteen, and as the 
 PANEL = 256  # columns whose errors reach the others by a matrix product
 DAMPING = 0.01  # of the moments' diagonal, as a share of its mean
 SWEEPS = 3  # how often all sub-blocks are settled again
-_GROUPS, _COUPLED_SWEEPS = 16, 1  # of rows whose outputs are coupled: groups, and how often they are settled again
+_GROUPS, COUPLED_SWEEPS = 16, 1  # of rows whose outputs are coupled: groups, and how often they are settled again
 _PARTS = 8  # of a group, worked on side by side
-_OUTPUT_DAMPING = 0.3  # moments of gradients are noisy, and only roughly the same for all inputs
+OUTPUT_DAMPING = 0.3  # moments of gradients are noisy, and only roughly the same for all inputs
 _FACTOR_BLOCK = 512
 _SHIFT = np.float32(0.125)  # of the levels of IQ1_S and IQ1_M
 
@@ -288,6 +288,12 @@ def _keep(
     result.plain_loss[where] = plain_loss
 
 
+def coupled_groups(n_rows: int) -> list[np.ndarray]:
+    """The numbers of the rows of each group that is settled together where outputs are coupled."""
+    n_groups = min(_GROUPS, -(-n_rows // 16))
+    return [np.arange(g, n_rows, n_groups) for g in range(n_groups)]
+
+
 class _Coupled:
     """Rows that are rounded one group after another, because their outputs' errors add up.
 
@@ -304,12 +310,11 @@ class _Coupled:
         if outputs.shape != (n_rows, n_rows):
             raise QuantkitError(f"{n_rows} outputs cannot be coupled by moments of shape {outputs.shape}")
         self._weights, self._curvature, self._kind, self._pool = weights, curvature, kind, pool
-        n_groups = min(_GROUPS, -(-n_rows // 16))
-        groups = [np.arange(g, n_rows, n_groups) for g in range(n_groups)]
+        groups = coupled_groups(n_rows)
         self._order = np.concatenate(groups)
         turned = self._order[::-1]
         work, _ = _normalised(np.asarray(outputs)[np.ix_(turned, turned)], "moments of outputs")
-        work[np.diag_indices(n_rows)] += _OUTPUT_DAMPING
+        work[np.diag_indices(n_rows)] += OUTPUT_DAMPING
         self._coupling = work[::-1, ::-1].astype(np.float32)
         _factorise(work)
         self._factor = work[::-1, ::-1].astype(np.float32)
@@ -324,7 +329,7 @@ class _Coupled:
             solve = np.linalg.inv(self._factor[group, group].astype(np.float64))
             before = slice(0, group.start)
             self._settle(group, before, (self._factor[before, group] @ solve).astype(np.float32), None)
-        for _ in range(_COUPLED_SWEEPS):
+        for _ in range(COUPLED_SWEEPS):
             for group in self._groups:
                 weigh = np.abs(self._coupling[group, group]).sum(1)
                 self._settle(group, slice(None), self._coupling[:, group] / weigh, self._errors[:, group].copy())

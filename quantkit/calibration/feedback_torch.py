@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,15 @@ from quantkit import blocks
 from quantkit.blocks.parts import parts
 from quantkit.blocks.types import GGMLType
 from quantkit.calibration.feedback import (
+    COUPLED_SWEEPS,
     DAMPING,
+    OUTPUT_DAMPING,
     PANEL,
     SWEEPS,
     Curvature,
     LevelRule,
     Rounded,
+    coupled_groups,
     level_rule,
     round_with_feedback,
 )
@@ -169,7 +172,7 @@ def factorised(a: Any) -> Any:
 def running(device: Any) -> Iterator[None]:
     """No gradients, exact float32 products, and one line where the memory is too small."""
     try:
-        with torch.no_grad(), exact_products():
+        with torch.no_grad(), exact_products(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             yield
     except torch.OutOfMemoryError:
         raise QuantkitError(
@@ -221,7 +224,8 @@ class _Panel:
             self._settle()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Another thread may be fetching weights.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._settle()
         self._graph = graph
 
@@ -312,7 +316,7 @@ class TorchRounder:
 
     def __init__(self, device: Any) -> None:
         self._device = device
-        self._panels: dict[tuple[GGMLType, int, int, bool], _Panel] = {}
+        self._made: dict[tuple[GGMLType, int, int, bool], _Panel] = {}
 
     def curvature(self, moments: Any, damping: float) -> TorchCurvature:
         """See `TorchCurvature.of`."""
@@ -327,44 +331,63 @@ class TorchRounder:
         outputs: np.ndarray | None = None,
         threads: int | None = None,
     ) -> Rounded:
-        """See `feedback.round_with_feedback`, which is what rounds formats with a grid, and coupled outputs."""
-        if kind not in parts() or outputs is not None:
+        """See `feedback.round_with_feedback`, which is what rounds formats with a grid."""
+        if self.note(kind):
             return round_with_feedback(weights, curvature.host(), kind, outputs=outputs, threads=threads)
         n_rows, n = weights.shape
         if n != curvature.n:
             raise QuantkitError(f"rows of {n} weights cannot be rounded by the moments of {curvature.n} columns")
-        kind.row_nbytes(n)
+        result = Rounded.empty(n_rows, n, kind)
         if n_rows == 0:
-            return Rounded.empty(n_rows, n, kind)
+            return result
         with ThreadPoolExecutor(threads or default_threads()) as pool, running(self._device):
             rows = np.ascontiguousarray(weights, np.float32)
-            settled = _TorchRounding(self._upload(rows).t().contiguous(), curvature, kind, self.panel, pool)
-            settled.first()
+            targets = self._upload(rows).t().contiguous()
+
+            def rounding(of: Any) -> _TorchRounding:
+                return _TorchRounding(of, curvature, kind, self._panel, pool)
+
+            if outputs is not None and n_rows > 1:
+                groups = _coupled(targets, outputs, rounding)
+            else:
+                groups = [(np.arange(n_rows), rounding(targets))]
+                groups[0][1].first()
             # The processor has nothing to do meanwhile.
             plain, waiting = _by_rows(rows, kind, curvature.importance, pool)
-            for _ in range(SWEEPS):
-                settled.again()
-            result = Rounded.empty(n_rows, n, kind)
-            losses = curvature.loss(settled.errors)
+            if outputs is None or n_rows == 1:
+                for _ in range(SWEEPS):
+                    groups[0][1].again()
+            for where, settled in groups:
+                wanted = targets[:, self._upload(where)] if len(groups) > 1 else targets
+                result.loss[where] = curvature.loss(wanted - settled.rounded).cpu().numpy()
+                result.data[where] = settled.packed()
             for each in waiting:
                 each.result()
             coded = decode(self._upload(plain), kind).t()
-            plain_losses = curvature.loss(settled.targets - coded)
-            result.plain_loss[:], result.loss[:] = plain_losses.cpu().numpy(), losses.cpu().numpy()
-            better = result.loss < result.plain_loss
-            settled.pack(result.data)
-            result.data[~better] = plain[~better]
-            result.loss[~better] = result.plain_loss[~better]
+            result.plain_loss[:] = curvature.loss(targets - coded).cpu().numpy()
+        # Rows that have made up for others' errors are not kept each for itself: only where their loss is no number.
+        better = result.loss < result.plain_loss if outputs is None else np.isfinite(result.loss)
+        result.data[~better], result.loss[~better] = plain[~better], result.plain_loss[~better]
         return result
 
-    def panel(self, kind: GGMLType, m: int, n_rows: int, again: bool) -> _Panel:
+    def losses(self, errors: np.ndarray, curvature: TorchCurvature) -> np.ndarray:
+        """What `errors`, float32 [n_rows, n], cost under `curvature`: float64 [n_rows]."""
+        with running(self._device):
+            found: np.ndarray = curvature.loss(self._upload(errors).t()).cpu().numpy()
+        return found
+
+    def note(self, kind: GGMLType) -> str:
+        """Whether tensors of `kind` are the processor's."""
+        return "" if kind in parts() else f"rounded by the processor, not by {self._device}"
+
+    def _panel(self, kind: GGMLType, m: int, n_rows: int, again: bool) -> _Panel:
         """A panel of this shape, made where none is kept."""
         key = kind, m, n_rows, again
-        if key not in self._panels:
-            while len(self._panels) >= _RECORDED:
-                self._panels.pop(next(iter(self._panels)))
-            self._panels[key] = _Panel(level_rule(kind), m, n_rows, again, self._device)
-        return self._panels[key]
+        if key not in self._made:
+            while len(self._made) >= _RECORDED:
+                self._made.pop(next(iter(self._made)))
+            self._made[key] = _Panel(level_rule(kind), m, n_rows, again, self._device)
+        return self._made[key]
 
     def _upload(self, array: np.ndarray) -> Any:
         return torch.from_numpy(array).to(self._device)
@@ -381,6 +404,41 @@ def _by_rows(
         blocks.encode(rows[part], kind, weights, out[part])
 
     return out, [pool.submit(encode, start) for start in range(0, len(rows), _ROWS)]
+
+
+def _coupled(
+    targets: Any, outputs: np.ndarray, rounding: Callable[[Any], _TorchRounding]
+) -> list[tuple[np.ndarray, _TorchRounding]]:
+    """Round rows whose outputs are coupled, one group after another: see `feedback`. Their numbers, and the rows."""
+    n_rows = targets.shape[1]
+    if outputs.shape != (n_rows, n_rows):
+        raise QuantkitError(f"{n_rows} outputs cannot be coupled by moments of shape {outputs.shape}")
+    groups = coupled_groups(n_rows)
+    order = torch.from_numpy(np.concatenate(groups)).to(targets.device)
+    turned = order.flip(0)
+    work, _ = normalised(torch.from_numpy(outputs).to(targets.device)[turned][:, turned], "moments of outputs")
+    work.diagonal().add_(OUTPUT_DAMPING)
+    coupling, factor = (each.flip(0, 1) for each in (work, factorised(work)))
+    targets = targets[:, order]
+    errors, at, found = torch.zeros_like(targets), 0, []
+    for group in groups:
+        own = slice(at, at := at + len(group))
+        unit = torch.eye(len(group), dtype=factor.dtype, device=factor.device)
+        solve = torch.linalg.solve_triangular(factor[own, own], unit, upper=True)
+        moved = errors[:, : own.start] @ (factor[: own.start, own] @ solve).float()
+        settled = rounding(targets[:, own] + moved)
+        settled.first()
+        settled.again()
+        errors[:, own] = settled.errors - moved
+        found.append((own, settled))
+    for _ in range(COUPLED_SWEEPS):
+        for own, settled in found:
+            push = (coupling[:, own] / coupling[own, own].abs().sum(1)).float()
+            moved = errors @ push - errors[:, own]
+            settled.retarget(targets[:, own] + moved)
+            settled.again()
+            errors[:, own] = settled.errors - moved
+    return [(group, settled) for group, (_, settled) in zip(groups, found, strict=True)]
 
 
 class _TorchRounding:
@@ -400,6 +458,16 @@ class _TorchRounding:
         self._scales = torch.zeros((n // self._n_sub, n_rows), device=targets.device)
         self._lows = torch.zeros_like(self._scales)
         self._units = torch.zeros((n // size, 2, n_rows), device=targets.device) if self._rule.coded else None
+
+    @property
+    def rounded(self) -> Any:
+        """What the rows are rounded to."""
+        return self.targets - self.errors
+
+    def retarget(self, targets: Any) -> None:
+        """Other targets for the values that the rows have."""
+        self.errors += targets - self.targets
+        self.targets = targets
 
     def first(self) -> None:
         """Settle all columns in order: scales by the encoder's search, levels with feedback."""
@@ -480,10 +548,10 @@ class _TorchRounding:
         coded = torch.from_numpy(codes).to(targets.device).t().float()
         self._scales[subs], self._lows[subs] = coded[:count], coded[count:]
 
-    def pack(self, out: np.ndarray) -> None:
-        """Write the rows as blocks into `out`, uint8 [n_rows, bytes of a row]."""
-        count = self._kind.block_size // self._n_sub
-        n_rows = len(out)
+    def packed(self) -> np.ndarray:
+        """The rows as blocks: uint8 [n_rows, bytes of a row]."""
+        count, (n, n_rows) = self._kind.block_size // self._n_sub, self.targets.shape
+        out = np.empty((n_rows, self._kind.row_nbytes(n)), np.uint8)
         values = (self._values + 128).to(torch.uint8).t().contiguous().cpu().numpy()
         scales, lows = (
             each.t().contiguous().cpu().numpy().reshape(n_rows, -1, count) for each in (self._scales, self._lows)
@@ -497,3 +565,4 @@ class _TorchRounding:
 
         for _ in self._pool.map(pack, range(0, n_rows, _ROWS)):
             pass
+        return out

@@ -117,7 +117,8 @@ class _Pass:
     def _activations(self, stack: ExitStack) -> np.ndarray:
         """Space for what stands between two layers."""
         model = self._model
-        made = Activations((*self._tokens.shape, model.spec.width), model.memory // 64, self._directory)
+        shape = *self._tokens.shape, model.spec.width
+        made = Activations(shape, model.memory // 64, self._directory, model.staging)
         stack.callback(made.close)
         return made.values
 

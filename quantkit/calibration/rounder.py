@@ -38,11 +38,26 @@ class Rounder(Protocol):
         """See `feedback.round_with_feedback`."""
         ...
 
+    def losses(self, errors: np.ndarray, curvature: Any) -> np.ndarray:
+        """What `errors`, float32 [n_rows, n], cost under `curvature`: float64 [n_rows]."""
+        ...
+
+    def note(self, kind: GGMLType) -> str:
+        """What is to be said of how tensors of `kind` are rounded; "" for nothing."""
+        ...
+
 
 class _Processor:
     """Rounds on the processor."""
 
     shared, rows = True, 0
+
+    def losses(self, errors: np.ndarray, curvature: Any) -> np.ndarray:
+        found: np.ndarray = curvature.loss(errors)
+        return found
+
+    def note(self, kind: GGMLType) -> str:
+        return ""
 
     def curvature(self, moments: Any, damping: float) -> Curvature:
         return Curvature.of(on_host(moments), damping=damping)

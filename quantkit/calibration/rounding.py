@@ -62,8 +62,8 @@ _ROUNDING = 6.0
 class RoundedTensor:
     """How a tensor came out: its type, and its loss, the mean squared error of its output over the text, in all rows.
 
-    `plain_loss` is that of rounding to the nearest with the importance of the columns. `note` says why feedback was
-    not used, "" where it was; losses are then None.
+    `plain_loss` is that of rounding to the nearest with the importance of the columns. Losses are None where feedback
+    was not used; `note` says why, or what else is to be said.
     """
 
     name: str
@@ -206,7 +206,8 @@ class LayerRounding:
             return
         if self._coupled:
             self._take_gradients(spool)
-        activations = Activations((*tokens.shape, model.spec.width), model.memory // 4, spool.path)
+        shape = *tokens.shape, model.spec.width
+        activations = Activations(shape, model.memory // 4, spool.path, model.staging)
         try:
             if spool.start:
                 spool.load_activations(activations.values)
@@ -378,7 +379,9 @@ class LayerRounding:
                 loss, plain_loss = loss + float(result.loss.sum()), plain_loss + float(result.plain_loss.sum())
         if not feedback:
             return RoundedTensor(name, kind.name, None, None, f"no feedback for {kind.name}")
-        note = f"{unseen} of {n_matrices} experts saw no token" if unseen else ""
+        note = self._rounder.note(kind)
+        if unseen:
+            note = f"{unseen} of {n_matrices} experts saw no token"
         return RoundedTensor(name, kind.name, loss, plain_loss, note)
 
     def _to_nearest(self, rows: np.ndarray, kind: GGMLType, importance: np.ndarray) -> np.ndarray:

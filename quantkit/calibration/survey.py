@@ -10,9 +10,10 @@ each layer's weights are decoded once, and a perturbation costs the layers after
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,10 +24,8 @@ from quantkit.calibration.moments import Moments, MomentsPass, SharedInput, batc
 from quantkit.calibration.progress import Step
 from quantkit.calibration.rounder import rounder
 from quantkit.calibration.text import CalibrationText
-from quantkit.evaluate import logit_kernels
 from quantkit.evaluate.activations import Activations
-from quantkit.evaluate.logit_kernels import BASE_MAX, BASE_SUM, MAX, N_STATE, SUM, TOP, WEIGHTED
-from quantkit.evaluate.model import Logits, Model
+from quantkit.evaluate.model import Model
 
 # Chunks of the text that perturbed copies are made of, and copies compared with the base together.
 _CHUNKS = 4
@@ -114,8 +113,10 @@ class _Survey:
         self._text.require(max((self._infos[n].n_per_row for n in self._candidates if n in spec.matrices), default=0))
         n_seq, n_ctx = self._tokens.shape
         most = 1 + sum(name not in (spec.output.weight,) or spec.tied for name in self._candidates)
-        x = Activations((*self._text.tokens.shape, spec.width), model.memory // 8, self._directory)
-        copies = Activations((most * n_seq, n_ctx, spec.width), model.memory // 8, self._directory)
+        x, copies = (
+            Activations(shape, model.memory // 8, self._directory, model.staging)
+            for shape in ((*self._text.tokens.shape, spec.width), (most * n_seq, n_ctx, spec.width))
+        )
         try:
             self._copies = copies.values.reshape(most, n_seq, n_ctx, spec.width)
             # A tied embedding has no moments: it is looked up, too, and rounded to the nearest.
@@ -170,9 +171,7 @@ class _Survey:
     def _try(self, index: int, shared: SharedInput, before: np.ndarray) -> None:
         """Try the types of tensors that share an input, and perturb each."""
         model, n_ctx = self._model, self._tokens.shape[1]
-        curvatures = [
-            None if m is None else self._rounder.curvature(m.mean, self._damping).host() for m in shared.moments
-        ]
+        curvatures = [None if m is None else self._rounder.curvature(m.mean, self._damping) for m in shared.moments]
         for name in shared.names:
             kinds = self._candidates.get(name)
             if not kinds:
@@ -196,7 +195,7 @@ class _Survey:
         name: str,
         kinds: Sequence[GGMLType],
         moments: Sequence[Moments | None],
-        curvatures: Sequence[Curvature | None],
+        curvatures: Sequence[Any],
     ) -> tuple[_Perturbed, np.ndarray]:
         """The losses of tensor `name` as each of `kinds`, and its rounding to the probe type."""
         info, probe = self._infos[name], self._probe(name)
@@ -213,12 +212,12 @@ class _Survey:
             share = own.n_rows / seen
             rounded = self._nearest(rows, probe, curvature.importance)
             whole[at : at + per_matrix] = rounded
-            row_losses = curvature.loss(rows - rounded)
+            row_losses = self._rounder.losses(rows - rounded, curvature)
             total = float(row_losses.sum())
             probe_loss += share * total
             some = np.unique(np.linspace(0, per_matrix - 1, min(per_matrix, _ROWS)).round().astype(int))
             sample, reference = rows[some], float(row_losses[some].sum())
-            for kind, tried in zip(kinds, self._sampled(sample, curvature, kinds), strict=True):
+            for kind, tried in zip(kinds, self._sampled(sample, curvature.host(), kinds), strict=True):
                 losses[kind] += share * (total * tried / reference if reference > 0 else 0.0)
         self._model.source.release(name)
         return _Perturbed(name, losses, probe_loss), whole
@@ -268,43 +267,16 @@ class _Survey:
         for at in range(0, len(self._perturbed), _TOGETHER):
             some = self._perturbed[at : at + _TOGETHER]
             self._tell(len(self._model.spec.layers), "")
-            opened = [self._open(entry, hidden) for entry in some]
-            for entry, divergence in zip(some, self._divergences(opened, hidden), strict=True):
+            others = [
+                (hidden if entry.at is None else self._model.normed(self._copies[entry.at]), entry.output)
+                for entry in some
+            ]
+            for entry, divergence in zip(some, self._model.mean_divergences(hidden, others), strict=True):
                 sensitivity = divergence / entry.probe_loss if entry.probe_loss > 0 else 0.0
                 info = self._infos[entry.name]
                 nbytes = {kind: kind.nbytes(info.shape) for kind in entry.losses}
                 costs[entry.name] = TensorCosts(sensitivity, entry.losses, nbytes)
         return costs
-
-    def _open(self, entry: _Perturbed, hidden: np.ndarray) -> Logits:
-        model = self._model
-        if entry.at is not None:
-            hidden = model.normed(self._copies[entry.at])
-        if entry.output is None:
-            return model.scores(hidden)
-        with model.replaced({model.spec.output.weight: entry.output}):
-            return model.scores(hidden)
-
-    def _divergences(self, opened: Sequence[Logits], hidden: np.ndarray) -> Iterator[float]:
-        """The mean divergence of each of `opened` from the base, over all positions."""
-        shape = hidden.shape[0], hidden.shape[1]
-        state = np.zeros((len(opened), *shape, N_STATE))
-        state[..., MAX] = state[..., BASE_MAX] = -np.inf
-        values = np.full((len(opened), *shape, 2, TOP), -np.inf, np.float32)
-        ids = np.full((len(opened), *shape, 2, TOP), -1, np.int32)
-        nothing = np.zeros(shape, np.int32)
-
-        def compare(seq: int, rows: slice, at: int, tiles: list[np.ndarray]) -> None:
-            for i in range(len(opened)):
-                logit_kernels.compare_tile(
-                    tiles[i + 1], tiles[0], at, nothing[seq, rows], state[i, seq, rows], values[i, seq, rows],
-                    ids[i, seq, rows],
-                )  # fmt: skip
-
-        self._model.visit_opened([self._model.scores(hidden), *opened], shape[0], shape[1], compare)
-        for s in state:
-            log_sum, log_base = s[..., MAX] + np.log(s[..., SUM]), s[..., BASE_MAX] + np.log(s[..., BASE_SUM])
-            yield max(0.0, float((s[..., WEIGHTED] / s[..., BASE_SUM] - log_base + log_sum).mean()))
 
     def _tell(self, layer: int, tensor: str) -> None:
         if self._progress is not None:

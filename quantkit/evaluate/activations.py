@@ -6,6 +6,8 @@ import math
 import mmap
 import shutil
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,20 @@ from quantkit.errors import QuantkitError
 class Activations:
     """What stands between two layers: float32 [n_chunks, n_ctx, width], in memory or in a file.
 
-    More than `budget` bytes go to a temporary file in `directory`, which is gone when the values are. Raises
-    QuantkitError where the disk has no room for them.
+    More than `budget` bytes go to a temporary file in `directory`, which is gone when the values are; others to memory
+    that `new` gives. Raises QuantkitError where the disk has no room for them.
     """
 
-    def __init__(self, shape: tuple[int, int, int], budget: int, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        budget: int,
+        directory: Path | None = None,
+        new: Callable[[tuple[int, ...]], np.ndarray] = partial(np.empty, dtype=np.float32),  # noqa: B008
+    ) -> None:
         nbytes = 4 * math.prod(shape)
         if nbytes <= budget or not nbytes:
-            self.values: np.ndarray = np.empty(shape, np.float32)
+            self.values: np.ndarray = new(shape)
             return
         home = directory or Path(tempfile.gettempdir())
         if free_disk(home) < nbytes:

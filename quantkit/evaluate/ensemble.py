@@ -237,9 +237,3 @@ def _take_turns(models: Sequence[Model], memory: int) -> None:
         for model in models:
             model.take_turns(models[0])
             model.memory = memory * 5 // (4 + len(models))
-
-
-def in_groups(n_chunks: int, n_ctx: int) -> list[slice]:
-    """The chunks that go through products together, of `n_chunks`: what is summed, is summed group by group."""
-    step = aligned(n_ctx)
-    return [slice(at, min(at + step, n_chunks)) for at in range(0, n_chunks, step)]

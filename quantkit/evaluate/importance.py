@@ -14,7 +14,7 @@ import numpy as np
 
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import AnyModel
-from quantkit.evaluate.ensemble import Ensemble, in_groups
+from quantkit.evaluate.ensemble import Ensemble
 from quantkit.evaluate.inputs import InputSum, Key
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.parts import aligned
@@ -135,12 +135,10 @@ def _input_sums(models: Sequence[Model], tokens: np.ndarray, at: int, *, output:
     """Sums of squares over `tokens` [n_seq, n_ctx], of each group of chunks that go through products together."""
     (model,), n_ctx = models, tokens.shape[1]
     sums = model.input_sums(full=False)
-    hidden = model.hidden(tokens, 0, n_ctx)
-    model.observer = None
-    model.refuse_nan(tokens, hidden.reshape(len(tokens), -1))
-    if output:
-        for group in in_groups(*tokens.shape):
-            sums.add((model.spec.output.weight,), hidden[group].reshape(-1, model.spec.n_embd), group.start * n_ctx)
+    try:
+        model.pass_through(tokens, sums if output else None)
+    finally:
+        model.observer = None
     return sums.take_groups(aligned(n_ctx) * n_ctx)
 
 

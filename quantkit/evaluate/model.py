@@ -12,9 +12,10 @@ import numpy as np
 from quantkit.architectures import forward_spec
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.errors import QuantkitError
-from quantkit.evaluate import forward_kernels
+from quantkit.evaluate import forward_kernels, logit_kernels
 from quantkit.evaluate.inputs import Sums
-from quantkit.evaluate.parts import ROWS, Observer, aligned
+from quantkit.evaluate.logit_kernels import BASE_MAX, BASE_SUM, MAX, N_STATE, SUM, TOP, WEIGHTED
+from quantkit.evaluate.parts import ROWS, Observer, aligned, in_groups
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.threads import Threads
 from quantkit.machine import available_memory, default_threads, peak_memory
@@ -145,6 +146,10 @@ class Model(ABC):
         """The most memory, in bytes, taken until now: of the GPU where one computes, else of the process, or None."""
         return peak_memory()
 
+    def staging(self, shape: tuple[int, ...]) -> np.ndarray:
+        """New memory for activations, float32 of `shape`, that the device reads and writes fast."""
+        return np.empty(shape, np.float32)
+
     @contextmanager
     def exactly(self, n_ctx: int) -> Iterator[None]:
         """Within the context, sequences of `n_ctx` tokens give the same bits whatever the batch and the threads.
@@ -159,6 +164,18 @@ class Model(ABC):
             self._exact = None
 
     # -- how far it is
+
+    def pass_through(self, tokens: np.ndarray, sums: Sums | None = None) -> None:
+        """Run `tokens` [n_seq, n_ctx] through all layers, for what the observer is told.
+
+        `sums` get what the output matrix is multiplied with. Raises QuantkitError, as `refuse_nan`, for NaN.
+        """
+        hidden = self.hidden(tokens, 0, tokens.shape[1])
+        self.refuse_nan(tokens, hidden.reshape(len(tokens), -1))
+        if sums is not None:
+            for group in in_groups(*tokens.shape):
+                rows = hidden[group].reshape(-1, self.spec.n_embd)
+                sums.add((self.spec.output.weight,), rows, group.start * tokens.shape[1])
 
     @contextmanager
     def telling(self, listener: Callable[[float], None]) -> Iterator[None]:
@@ -253,6 +270,39 @@ class Model(ABC):
         result: np.ndarray = chosen - maxima - np.log(sums)
         self.refuse_nan(tokens, result)
         return result
+
+    def mean_divergences(
+        self, base: np.ndarray, others: Sequence[tuple[np.ndarray, np.ndarray | None]]
+    ) -> Sequence[float]:
+        """The mean divergence, over all positions, of each of `others` from `base`: KL(base || other), in nats.
+
+        `base` is [n_seq, positions, n_embd], as the method `hidden` or `normed` gave it, and so is the first of each
+        pair; the second is what takes the place of the output matrix, or None.
+        """
+        shape = base.shape[0], base.shape[1]
+        opened = []
+        for hidden, output in others:
+            with self.replaced({} if output is None else {self.spec.output.weight: output}):
+                opened.append(self.scores(hidden))
+        state = np.zeros((len(opened), *shape, N_STATE))
+        state[..., MAX] = state[..., BASE_MAX] = -np.inf
+        values = np.full((len(opened), *shape, 2, TOP), -np.inf, np.float32)
+        ids = np.full((len(opened), *shape, 2, TOP), -1, np.int32)
+        nothing = np.zeros(shape, np.int32)
+
+        def compare(seq: int, rows: slice, at: int, tiles: list[np.ndarray]) -> None:
+            for i in range(len(opened)):
+                logit_kernels.compare_tile(
+                    tiles[i + 1], tiles[0], at, nothing[seq, rows], state[i, seq, rows], values[i, seq, rows],
+                    ids[i, seq, rows],
+                )  # fmt: skip
+
+        self.visit_opened([self.scores(base), *opened], shape[0], shape[1], compare)
+        found = []
+        for s in state:
+            log_sum, log_base = s[..., MAX] + np.log(s[..., SUM]), s[..., BASE_MAX] + np.log(s[..., BASE_SUM])
+            found.append(max(0.0, float((s[..., WEIGHTED] / s[..., BASE_SUM] - log_base + log_sum).mean())))
+        return found
 
     def refuse_nan(self, tokens: np.ndarray, result: np.ndarray) -> None:
         """Check `result` [n_seq, any], which came of `tokens` [n_seq, n_ctx].

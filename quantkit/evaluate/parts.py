@@ -139,3 +139,9 @@ class Parts:
         else:
             forward_kernels.layer_norm(x, weight, np.zeros_like(weight) if bias is None else bias, norm.eps, out)
         return out
+
+
+def in_groups(n_chunks: int, n_ctx: int) -> list[slice]:
+    """The chunks that go through products together, of `n_chunks`: what is summed, is summed group by group."""
+    step = aligned(n_ctx)
+    return [slice(at, min(at + step, n_chunks)) for at in range(0, n_chunks, step)]

@@ -24,9 +24,9 @@ class Compute:
     """What carries out a forward pass, and how much of the machine it may take.
 
     `backend` is numpy, or torch (the extra quantkit[torch]), which also takes `device` (cpu, cuda or mps; cuda:1 for
-    the second GPU) and `precision` (f32 or bf16); numpy computes on the CPU in float32. `threads` is the number of
-    threads, all usable processors if None. `memory` bounds the bytes that numpy takes for weights and activations,
-    half of what is available if None.
+    the second GPU, cuda:0,cuda:1 for both) and `precision` (f32 or bf16); numpy computes on the CPU in float32.
+    `threads` is the number of threads, all usable processors if None. `memory` bounds the bytes that numpy takes for
+    weights and activations, half of what is available if None.
 
     Raises QuantkitError for names that are not known, combinations that cannot be, and less than one thread.
     """
@@ -40,7 +40,7 @@ class Compute:
     def __post_init__(self) -> None:
         for what, name, known in (
             ("backend", self.backend, BACKENDS),
-            ("device", self.device.partition(":")[0], DEVICES),
+            *(("device", each.partition(":")[0], DEVICES) for each in self.device.split(",")),
             ("precision", self.precision, PRECISIONS),
         ):
             if name not in known:
@@ -49,6 +49,8 @@ class Compute:
             raise QuantkitError(
                 f"the numpy backend computes on the CPU in f32, not on {self.device} in {self.precision}: use torch"
             )
+        if "," in self.device and not all(each.startswith("cuda") for each in self.device.split(",")):
+            raise QuantkitError(f"only GPUs compute together, as cuda:0,cuda:1, not {self.device}")
         if self.threads is not None and self.threads < 1:
             raise QuantkitError(f"cannot compute on {self.threads} threads: use 1 or more")
         if self.memory is not None and self.memory < 0:

@@ -6,7 +6,9 @@ embeddings, the residual stream and the log-softmax are float32 in either. float
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+import logging
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
@@ -33,7 +35,7 @@ from quantkit.architectures.forward import (
     Yarn,
 )
 from quantkit.errors import QuantkitError
-from quantkit.evaluate.inputs import InputSum, Key
+from quantkit.evaluate.inputs import InputSum, Key, Sums
 from quantkit.evaluate.layers import NEAR
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Compute
@@ -46,16 +48,25 @@ from quantkit.sources.source import TensorSource
 try:
     import torch
     from torch.nn import functional
+
+    from quantkit.evaluate.torch_blocks import DECODABLE, decode
 except ImportError as error:
     raise QuantkitError(
         f"the torch backend needs the package torch ({error}): install it with pip install 'quantkit[torch]'"
     ) from None
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 # Logits that stand in memory together.
 _LOGITS = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}
 # Tokens that go through the layers together.
 _TOKENS = {"cpu": 1024, "cuda": 32768, "mps": 8192}
+# Parts of a batch for each of several devices.
+_PARTS = 4
+# Of what a GPU has free, the weights' share, and the bytes of packed weights that go over together.
+_SHARE_OF_WEIGHTS = 0.8
+_PACKED = 1 << 26
 # Tokens for each thread of a CPU: their activations stay near its processor.
 _TOKENS_OF_A_THREAD = 512
 
@@ -133,8 +144,11 @@ class TorchTransformer(Model):
     """A model that runs through torch.
 
     `compute` says the device, and the precision of the weights and of the products. All weights are decoded once and
-    stay on the device; without `keep` those of one layer at a time, beside the embedding and the output matrix. Its
-    number of threads holds for decoding and for torch's work on the CPU, and for the whole process.
+    stay on the device; without `keep`, or where a GPU has no room for them, those of one layer at a time, beside the
+    embedding and the output matrix: each layer's are fetched while the one before it computes. A GPU gets packed
+    weights and decodes them itself. Several GPUs (cuda:0,cuda:1) share kept layers, and work on parts of a batch one
+    after the other; layers that are not kept are the first's. The number of threads holds for decoding and for torch's
+    work on the CPU, and for the whole process.
 
     Raises QuantkitError when the device is not there or its memory too small, and for models that the backend does
     not know.
@@ -144,9 +158,18 @@ class TorchTransformer(Model):
         super().__init__(source, compute)
         device, precision = compute.device, compute.precision
         self._kind = device.partition(":")[0]
-        self._device = _open_device(device, self._kind)
+        # The first has the embedding and the output matrix, and what is asked for.
+        self._devices = [_open_device(each, self._kind) for each in device.split(",")]
+        self._device = self._devices[0]
         self.gpu = self._device if self._kind == "cuda" else None
-        self._dtype, self._keep, self._held = _DTYPES[precision], keep, -1
+        self._dtype = _DTYPES[precision]
+        self._keep, self._held, self._packs = keep and self._fits(), -1, self._kind == "cuda"
+        if not self._keep:
+            del self._devices[1:]
+        # The layer that is being fetched, by a thread and in a stream of its own.
+        self._coming: tuple[int, Future[dict[str, Any]]] | None = None
+        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="quantkit-fetch")
+        self._side = torch.cuda.Stream(self._device) if self._kind == "cuda" else None
         self.backend, self.precision = f"torch {device}", precision
         # torch brings MKL, which leaves AVX-512 unused on other processors than Intel's; numpy's BLAS does not.
         self._through_numpy = self._kind == "cpu" and self._dtype == torch.float32
@@ -157,8 +180,10 @@ class TorchTransformer(Model):
         if self._kind == "cpu":
             torch.set_num_threads(self.threads.count)
         self._tensors: dict[str, Any] = {}
+        self._outer: dict[str, Any] = {}
+        self._weights = Weights(source, self.threads.run, keep=False)
         self._others: dict[str, Any] = {}
-        self._tables: dict[tuple[Rope, str | None, int], tuple[Any, Any]] = {}
+        self._tables: dict[tuple[Rope, str | None, int, Any], tuple[Any, Any]] = {}
         self._gradient_observer: Callable[..., None] | None = None
         with self._running():
             self._load()
@@ -187,6 +212,16 @@ class TorchTransformer(Model):
             result: np.ndarray = self._hidden(tokens, first, stop).cpu().numpy()
         return result
 
+    def pass_through(self, tokens: np.ndarray, sums: Sums | None = None) -> None:
+        """See `Model`: what comes out stays on the device."""
+        with self._running():
+            x = self._hidden(tokens, 0, tokens.shape[1])
+            bad = x.isnan().flatten(1).any(1, keepdim=True).cpu().numpy()
+            self.refuse_nan(tokens, np.where(bad, np.nan, 0.0))
+            if sums is not None:
+                assert isinstance(sums, TorchInputSums)
+                sums.observe((self.spec.output.weight,), x.reshape(-1, self.spec.n_embd), 0, None)
+
     def embedded(self, tokens: np.ndarray) -> np.ndarray:
         """What the first layer reads for `tokens` [n_seq, n_ctx]: float32 [n_seq, n_ctx, n_embd]."""
         with self._running():
@@ -203,7 +238,8 @@ class TorchTransformer(Model):
         def advance(x: np.ndarray) -> None:
             with self._running():
                 self._hold(index)
-                x[:] = self._layer(layer, torch.from_numpy(x).to(self._device), slice(0, n_ctx)).cpu().numpy()
+                there = torch.from_numpy(x)
+                there.copy_(self._layer(layer, there.to(self._place(index), non_blocking=True), slice(0, n_ctx)))
 
         return advance
 
@@ -217,7 +253,7 @@ class TorchTransformer(Model):
             with self._running(), torch.enable_grad():
                 read = torch.from_numpy(np.ascontiguousarray(rows[part])).to(self._device).requires_grad_(True)
                 scores = self._scores(self._normed(spec.output_norm, read).to(self._dtype), 0, spec.n_vocab)
-                wide = torch.float32 if self._kind == "mps" else torch.float64
+                wide = _wide(self._device)
                 reached = scores.detach().softmax(1).to(wide).cumsum(1)
                 drawn = torch.searchsorted(
                     reached, torch.from_numpy(places[part]).to(self._device, wide), right=True
@@ -235,12 +271,13 @@ class TorchTransformer(Model):
             self._gradient_observer = observer
             try:
                 with self._running(), torch.enable_grad():
-                    self._hold(index)
+                    self._hold(index, index - 1)
                     for at in range(0, len(x), per_call):
                         part = slice(at, at + per_call)
-                        read = torch.from_numpy(np.ascontiguousarray(x[part])).to(self._device).requires_grad_(True)
+                        read = torch.from_numpy(np.ascontiguousarray(x[part])).to(self._place(index))
+                        read.requires_grad_(True)
                         written = self._layer(layer, read, slice(0, n_ctx))
-                        written.backward(torch.from_numpy(np.ascontiguousarray(gradients[part])).to(self._device))
+                        written.backward(torch.from_numpy(np.ascontiguousarray(gradients[part])).to(read.device))
                         gradients[part] = read.grad.cpu().numpy()
             finally:
                 self.observer, self._gradient_observer = observer, None
@@ -268,7 +305,7 @@ class TorchTransformer(Model):
             # Experts are stacked.
             name: torch.from_numpy(np.ascontiguousarray(rows))
             .to(self._dtype)
-            .to(self._device)
+            .to(self._tensors[name].device if name in self._tensors else self._device)
             .view(*reversed(shapes[name]))
             for name, rows in tensors.items()
         }
@@ -282,9 +319,37 @@ class TorchTransformer(Model):
         rows = torch.from_numpy(np.ascontiguousarray(hidden)).to(self._device)
         return _Logits(self, rows.to(self._dtype).reshape(-1, self.spec.n_embd), hidden.shape[:2])
 
+    def staging(self, shape: tuple[int, ...]) -> np.ndarray:
+        """See `Model`: a GPU copies to and from pinned memory without the processor."""
+        memory: np.ndarray = torch.empty(shape, pin_memory=self._kind == "cuda").numpy()
+        return memory
+
+    def mean_divergences(
+        self, base: np.ndarray, others: Sequence[tuple[np.ndarray, np.ndarray | None]]
+    ) -> Sequence[float]:
+        """See `Model`: logits stay on the device."""
+        spec, found = self.spec, []
+        for hidden, output in others:
+            with self.replaced({} if output is None else {spec.output.weight: output}), self._running():
+                other = self._weight(spec.output.weight)
+                rows = [
+                    torch.from_numpy(np.ascontiguousarray(x)).to(self._device).to(self._dtype).reshape(-1, spec.n_embd)
+                    for x in (base, hidden)
+                ]
+                step, total = max(1, _LOGITS[self._kind] // spec.n_vocab), 0.0
+                for at in range(0, len(rows[0]), step):
+                    part = slice(at, at + step)
+                    p = self._scores(rows[0][part], 0, spec.n_vocab, self._tensors[spec.output.weight]).log_softmax(1)
+                    q = self._scores(rows[1][part], 0, spec.n_vocab, other).log_softmax(1)
+                    total += float((p.exp() * (p - q)).sum(dtype=_wide(self._device)))
+                found.append(max(0.0, total / max(1, len(rows[0]))))
+        return found
+
     def peak_memory(self) -> int | None:
-        """The most memory, in bytes, taken until now: of the GPU, elsewhere of this process."""
-        return int(torch.cuda.max_memory_allocated(self._device)) if self._kind == "cuda" else peak_memory()
+        """The most memory, in bytes, taken until now: of the GPUs, elsewhere of this process."""
+        if self._kind != "cuda":
+            return peak_memory()
+        return sum(int(torch.cuda.max_memory_allocated(device)) for device in self._devices)
 
     def take_turns(self, other: Model) -> None:
         """See `Model`: layers are on the device, or dropped when the next is loaded."""
@@ -293,8 +358,8 @@ class TorchTransformer(Model):
         """How many sequences of `n_ctx` tokens to run together: enough to fill the device, bounded by its memory."""
         widest = max((self._width(layer) for layer in self.spec.layers), default=0)
         per_token = 4 * (6 * self.spec.n_embd + widest)
-        free = torch.cuda.mem_get_info(self._device)[0] // 2 if self._kind == "cuda" else self.memory // 2
-        wanted = _TOKENS[self._kind]
+        free = self._free() // 2 if self._kind == "cuda" else self.memory // 2
+        wanted = _TOKENS[self._kind] * len(self._devices)
         if self._kind == "cpu":
             wanted = max(wanted, _TOKENS_OF_A_THREAD * self.threads.count)
         return max(1, min(-(-wanted // n_ctx), int(free) // (per_token * n_ctx)))
@@ -308,87 +373,160 @@ class TorchTransformer(Model):
     # -- weights
 
     def _load(self) -> None:
-        """Decode what the forward pass reads and put it on the device; of the layers only if all are kept."""
-        spec = self.spec
-
-        self._weights = Weights(self.source, self.threads.run, keep=False)
-        self._lookup(spec.embedding)
+        """Put what the forward pass reads on the device; of the layers only if all are kept."""
+        spec, to, device = self.spec, self._tensors, self._device
+        self._lookup(spec.embedding, to, device)
         if spec.position_embedding is not None:
-            self._lookup(spec.position_embedding)
-        for layer in spec.layers if self._keep else ():
-            self._load_layer(layer)
-        self._norm_weights(spec.output_norm, spec.n_embd)
-        self._linear_weights(spec.output, spec.n_vocab, spec.n_embd)
-        self._outer = frozenset(self._tensors)
+            self._lookup(spec.position_embedding, to, device)
+        self._norm_weights(spec.output_norm, spec.n_embd, to, device)
+        self._linear_weights(spec.output, spec.n_vocab, spec.n_embd, to, device)
+        self._outer = dict(to)
+        for index, layer in enumerate(spec.layers if self._keep else ()):
+            self._load_layer(layer, to, self._place(index))
 
-    def _hold(self, index: int) -> None:
-        """See that the weights of layer `index` are on the device, alone of the layers unless all are kept."""
+    def _place(self, index: int) -> Any:
+        """The device that has layer `index`: neighbours are together."""
+        if not self._keep:
+            return self._device
+        return self._devices[index * len(self._devices) // len(self.spec.layers)]
+
+    def _free(self) -> int:
+        """The bytes that are free on the fullest GPU."""
+        return min(int(torch.cuda.mem_get_info(device)[0]) for device in self._devices)
+
+    def _fits(self) -> bool:
+        """Whether the device has room for all weights, and for the activations beside them."""
+        if self._kind != "cuda":
+            return True
+        needed = sum(info.n_elements for info in self.source.tensors.values()) * self._dtype.itemsize
+        free = self._free() * len(self._devices)
+        if needed > _SHARE_OF_WEIGHTS * free:
+            log.info(
+                "%s: %.1f GB of weights and the activations do not fit into the %.1f GB that %s has free: its layers "
+                "come and go",
+                self.source.label, needed / 1e9, free / 1e9, self.backend,
+            )  # fmt: skip
+            return False
+        return True
+
+    def _hold(self, index: int, after: int | None = None) -> None:
+        """See that the weights of layer `index` are on the device, alone of the layers unless all are kept.
+
+        Those of the layer `after` it, the next where None, are fetched meanwhile.
+        """
         if self._keep or index == self._held:
             return
-        self._tensors = {name: tensor for name, tensor in self._tensors.items() if name in self._outer}
-        self._held = index
-        self._load_layer(self.spec.layers[index])
+        # What was held can go before the next is there.
+        self._tensors, self._held = self._outer, -1
+        coming, self._coming = self._coming, None
+        if self._side is None:
+            own = self._fetched(index)
+        else:
+            if coming is None or coming[0] != index:
+                coming = index, self._fetcher.submit(self._fetched, index)
+            own = coming[1].result()
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._side)
+            for tensor in own.values():
+                tensor.record_stream(current)
+            following = index + 1 if after is None else after
+            if 0 <= following < len(self.spec.layers):
+                self._coming = following, self._fetcher.submit(self._fetched, following)
+        self._tensors, self._held = {**self._outer, **own}, index
 
-    def _load_layer(self, layer: Layer) -> None:
+    def _fetched(self, index: int) -> dict[str, Any]:
+        """The weights of layer `index`, on the device. Several threads may not call this."""
+        own: dict[str, Any] = {}
+        with torch.no_grad(), torch.cuda.stream(self._side):  # that of None is the usual one
+            self._load_layer(self.spec.layers[index], own, self._device)
+        return own
+
+    def _load_layer(self, layer: Layer, to: dict[str, Any], device: Any) -> None:
         ff, n_embd = layer.feed_forward, self.spec.n_embd
         for norm in (
             layer.attention_norm, layer.feed_forward_norm, layer.post_attention_norm, layer.post_feed_forward_norm
         ):  # fmt: skip
-            self._norm_weights(norm, n_embd)
+            self._norm_weights(norm, n_embd, to, device)
         for a in attentions(layer):
             n_q, n_k, n_v = a.n_head * a.head_k, a.n_head_kv * a.head_k, a.n_head_kv * a.head_v
             if a.sinks is not None:
-                self._vector(a.sinks, a.n_head)
-            self._norm_weights(a.q_norm, n_q if a.norm_whole else a.head_k)
-            self._norm_weights(a.k_norm, n_k if a.norm_whole else a.head_k)
+                self._vector(a.sinks, a.n_head, to, device)
+            self._norm_weights(a.q_norm, n_q if a.norm_whole else a.head_k, to, device)
+            self._norm_weights(a.k_norm, n_k if a.norm_whole else a.head_k, to, device)
             for linear, n_out in ((a.qkv, n_q + n_k + n_v), (a.q, n_q), (a.k, n_k), (a.v, n_v)):
-                self._linear_weights(linear, n_out, n_embd)
-            self._linear_weights(a.out, n_embd, a.n_head * a.head_v)
+                self._linear_weights(linear, n_out, n_embd, to, device)
+            self._linear_weights(a.out, n_embd, a.n_head * a.head_v, to, device)
         dense = ff.shared if isinstance(ff, Experts) else ff
         if dense is not None:
             for linear, n_out in ((dense.gate_up, 2 * dense.n_ff), (dense.gate, dense.n_ff), (dense.up, dense.n_ff)):
-                self._linear_weights(linear, n_out, n_embd)
-            self._linear_weights(dense.down, n_embd, dense.n_ff)
+                self._linear_weights(linear, n_out, n_embd, to, device)
+            self._linear_weights(dense.down, n_embd, dense.n_ff, to, device)
         if isinstance(ff, Experts):
-            self._linear_weights(ff.router, ff.n_expert, n_embd)
-            self._linear_weights(ff.shared_gate, 1, n_embd)
+            self._linear_weights(ff.router, ff.n_expert, n_embd, to, device)
+            self._linear_weights(ff.shared_gate, 1, n_embd, to, device)
             if ff.selection_bias is not None:
-                self._vector(ff.selection_bias, ff.n_expert)
+                self._vector(ff.selection_bias, ff.n_expert, to, device)
             for name, biases, n_out, n_in in (
                 (ff.gate, ff.gate_bias, ff.n_ff, n_embd),
                 (ff.up, ff.up_bias, ff.n_ff, n_embd),
                 (ff.down, ff.down_bias, n_embd, ff.n_ff),
             ):
                 if name is not None:
-                    self._matrix(name, ff.n_expert * n_out, n_in)
+                    self._matrix(name, ff.n_expert * n_out, n_in, to, device)
                 if biases is not None:
-                    self._matrix(biases, ff.n_expert, n_out)
+                    self._matrix(biases, ff.n_expert, n_out, to, device)
 
-    def _matrix(self, name: str, n_rows: int, n_in: int) -> None:
-        if name not in self._tensors:
-            decoded = torch.from_numpy(self._weights.matrix("any", [(name, n_rows)], n_in))
-            self._tensors[name] = decoded.to(self._dtype).to(self._device, copy=True)
-
-    def _vector(self, name: str, size: int) -> None:
-        if name not in self._tensors:
-            self._tensors[name] = torch.from_numpy(self._weights.vector(name, size)).to(self._device, copy=True)
-
-    def _lookup(self, name: str) -> None:
+    def _matrix(self, name: str, n_rows: int, n_in: int, to: dict[str, Any], device: Any) -> None:
+        if name in to:
+            return
         info = self.source.tensors.get(name)
-        self._matrix(name, 0 if info is None else info.n_rows, self.spec.n_embd)
+        if not self._packs or info is None or info.type not in DECODABLE:
+            decoded = torch.from_numpy(self._weights.matrix("any", [(name, n_rows)], n_in))
+            to[name] = decoded.to(self._dtype).to(device, copy=True)
+            return
+        # Packed weights are fewer bytes, and the device decodes them in no time.
+        self._weights.check(name, n_rows, n_in)
+        whole = torch.empty((n_rows, n_in), dtype=self._dtype, device=device)
+        step = max(1, _PACKED // info.type.row_nbytes(n_in))
+        for start in range(0, n_rows, step):
+            packed = self._packed(name, start, min(n_rows, start + step))
+            whole[start : start + step] = decode(packed.to(device, non_blocking=True), info.type, self._dtype)
+        to[name] = whole
+        self.source.release(name)
 
-    def _linear_weights(self, linear: Linear | None, n_out: int, n_in: int) -> None:
+    def _packed(self, name: str, start: int, stop: int) -> Any:
+        """Rows of a tensor as they are stored, in memory that a GPU reads by itself."""
+        rows = self.source.read(name, start, stop)
+        pinned = torch.empty(rows.shape, dtype=torch.uint8, pin_memory=self._kind == "cuda")
+        into, step = pinned.numpy(), max(1, -(-len(rows) // self.threads.count))
+
+        def copy(at: int) -> None:
+            into[at : at + step] = rows[at : at + step]
+
+        for _ in self.threads.map(copy, range(0, len(rows), step)):
+            pass
+        return pinned
+
+    def _vector(self, name: str, size: int, to: dict[str, Any], device: Any) -> None:
+        if name not in to:
+            to[name] = torch.from_numpy(self._weights.vector(name, size)).to(device, copy=True)
+
+    def _lookup(self, name: str, to: dict[str, Any], device: Any) -> None:
+        info = self.source.tensors.get(name)
+        self._matrix(name, 0 if info is None else info.n_rows, self.spec.n_embd, to, device)
+
+    def _linear_weights(self, linear: Linear | None, n_out: int, n_in: int, to: dict[str, Any], device: Any) -> None:
         if linear is not None:
-            self._matrix(linear.weight, n_out, n_in)
+            self._matrix(linear.weight, n_out, n_in, to, device)
             if linear.bias is not None:
-                self._vector(linear.bias, n_out)
+                self._vector(linear.bias, n_out, to, device)
 
-    def _norm_weights(self, norm: Norm | None, size: int) -> None:
+    def _norm_weights(self, norm: Norm | None, size: int, to: dict[str, Any], device: Any) -> None:
         if norm is not None:
             if norm.weight is not None:
-                self._vector(norm.weight, size)
+                self._vector(norm.weight, size, to, device)
             if norm.bias is not None:
-                self._vector(norm.bias, size)
+                self._vector(norm.bias, size, to, device)
 
     # -- the forward pass
 
@@ -421,7 +559,7 @@ class TorchTransformer(Model):
         return scores
 
     def _product_float32(self, x: Any, weight: Any) -> Any:
-        if self._kind == "cuda" and x.dtype != torch.float32:
+        if self._kind == "cuda" and x.dtype != torch.float32 and not torch.is_grad_enabled():
             try:
                 # Sums of bfloat16 products as they are, not rounded to bfloat16.
                 return torch.mm(x, weight.t(), out_dtype=torch.float32)
@@ -431,16 +569,30 @@ class TorchTransformer(Model):
 
     def _hidden(self, tokens: np.ndarray, first: int, stop: int) -> Any:
         """The last layer's output, normalised, at positions `first` to `stop`: float32 [n_seq, positions, n_embd]."""
-        spec = self.spec
         x = self._embedded(tokens)
-        span = slice(0, tokens.shape[1])
+        if len(self._devices) == 1:
+            return self._finished(self._through(x, first, stop, self._layer_done))
+        # Nothing waits for the last device before all is asked of all: while that is at a part, the first is at the
+        # next one.
+        parts = [self._through(part, first, stop, lambda index: None) for part in x.chunk(_PARTS * len(self._devices))]
+        return torch.cat([self._finished(part.to(self._device, non_blocking=True)) for part in parts])
+
+    def _finished(self, x: Any) -> Any:
+        """The last layer's output `x`, normalised."""
+        return self._normed(self.spec.output_norm, x)
+
+    def _through(self, x: Any, first: int, stop: int, done: Callable[[int], None]) -> Any:
+        """`x`, what the first layer reads, through all layers, at positions `first` to `stop`."""
+        spec = self.spec
+        span = slice(0, x.shape[1])
         for i, layer in enumerate(spec.layers):
             if i + 1 == len(spec.layers):
                 span = slice(first, stop)
-            self._hold(i)
-            x = self._layer(layer, x, span)
-            self._layer_done(i)
-        return self._normed(spec.output_norm, x if spec.layers else x[:, first:stop])
+            # A batch's last layer is followed by the next batch's first.
+            self._hold(i, (i + 1) % len(spec.layers))
+            x = self._layer(layer, x.to(self._place(i), non_blocking=True), span)
+            done(i)
+        return x if spec.layers else x[:, first:stop]
 
     def _embedded(self, tokens: np.ndarray) -> Any:
         """What the first layer reads for `tokens` [n_seq, n_ctx]: float32 [n_seq, n_ctx, n_embd]."""
@@ -502,7 +654,7 @@ class TorchTransformer(Model):
             return y.to(self._dtype).transpose(1, 2)
 
         if a.temperature is not None:
-            steps = (torch.arange(n_ctx, device=self._device) + a.temperature.offset) // a.temperature.step
+            steps = (torch.arange(n_ctx, device=x.device) + a.temperature.offset) // a.temperature.step
             growth = 1 + a.temperature.scale * torch.log(steps.float() + 1)
             q = heads(q, a.n_head, a.q_norm) * growth[:, None].to(self._dtype)
         else:
@@ -515,7 +667,7 @@ class TorchTransformer(Model):
         mask: Any = None
         plain = a.softcap is None and a.sinks is None
         if not whole or a.window is not None or a.chunk is not None or not plain:
-            positions = torch.arange(n_ctx, device=self._device)
+            positions = torch.arange(n_ctx, device=x.device)
             distance = positions[span, None] - positions
             mask = distance >= 0 if a.window is None else (distance >= 0) & (distance < a.window)
             if a.chunk is not None:
@@ -541,7 +693,7 @@ class TorchTransformer(Model):
         """`x` [n_seq, n_ctx, heads, head size] rotated by its positions, in float32."""
         if rope is None or rope.n_dims == 0:
             return x
-        cosines, sines = self._rope(rope, n_ctx)
+        cosines, sines = self._rope(rope, n_ctx, x.device)
         rotary, rest = x[..., : rope.n_dims].float(), x[..., rope.n_dims :]
         if rope.style is RopeStyle.NORMAL:
             a, b = rotary[..., 0::2], rotary[..., 1::2]
@@ -552,15 +704,15 @@ class TorchTransformer(Model):
         result = torch.stack(rotated, dim=4).flatten(3) if neighbours else torch.cat(rotated, dim=3)
         return torch.cat((result, rest.float()), dim=3) if rest.shape[3] else result
 
-    def _rope(self, rope: Rope, n_ctx: int) -> tuple[Any, Any]:
+    def _rope(self, rope: Rope, n_ctx: int, device: Any) -> tuple[Any, Any]:
         """Cosines and sines [n_ctx, 1, n_dims / 2]."""
         long = rope.long_factors is not None and n_ctx > rope.n_ctx_orig
         name = rope.long_factors if long else rope.factors
-        key = rope, name, n_ctx
+        key = rope, name, n_ctx, device
         if key not in self._tables:
             factors = None if name is None else self._weights.vector(name, rope.n_dims // 2)
             cosines, sines = (torch.from_numpy(t[:, None]) for t in rope_tables(rope, n_ctx, factors))
-            self._tables[key] = cosines.to(self._device), sines.to(self._device)
+            self._tables[key] = cosines.to(device), sines.to(device)
         return self._tables[key]
 
     def _dense(self, ff: FeedForward, x: Any) -> Any:
@@ -581,7 +733,7 @@ class TorchTransformer(Model):
         rows = x.reshape(-1, x.shape[2])
         (logits,) = self._products(rows, ff.router)
         chosen, shares = self._route(ff, logits.float())
-        branch = torch.zeros(rows.shape, dtype=torch.float32, device=self._device)
+        branch = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
         if ff.shared is not None:
             branch += self._dense(ff.shared, x).reshape(rows.shape)
         if ff.shared_gate is not None:
@@ -625,7 +777,7 @@ class TorchTransformer(Model):
         if ff.n_groups > 1:
             groups = scores.view(len(scores), ff.n_groups, -1)
             best = groups.topk(min(2, groups.shape[2]), dim=2)[0].sum(2).topk(ff.n_groups_used, dim=1)[1]
-            left_out = torch.ones(groups.shape[:2], dtype=torch.bool, device=self._device).scatter(1, best, False)
+            left_out = torch.ones(groups.shape[:2], dtype=torch.bool, device=groups.device).scatter(1, best, False)
             scores = groups.masked_fill(left_out[:, :, None], -torch.inf).view(scores.shape)
         chosen = scores.topk(ff.n_used, dim=1)[1]
         shares = shares.gather(1, chosen)
@@ -755,7 +907,7 @@ class TorchInputSums:
 
     def __init__(self, full: bool, device: Any, wanted: Container[str] | None = None, stay: bool = False) -> None:
         self._full, self._device, self._wanted, self._stay = full, device, wanted, stay and full
-        self._wide = torch.float32 if device.type == "mps" else torch.float64
+        self._wide = _wide(device)
         self._totals: dict[Key, Any] = {}
         self._counts: dict[Key, int] = {}
 
@@ -763,8 +915,13 @@ class TorchInputSums:
         """Take torch's `rows`, which tensors `names` are multiplied with."""
         if self._wanted is not None and not any(name in self._wanted for name in names):
             return
-        rows, key = rows.float(), (names, expert)
-        sums = (rows.t() @ rows if self._full else rows.square().sum(0)).to(self._wide)
+        key = names, expert
+        if self._full:
+            rows = rows.float()
+            sums = (rows.t() @ rows).to(self._wide)
+        else:
+            # One reading of the rows, whatever they are.
+            sums = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).to(self._wide).square()
         if key in self._totals:
             self._totals[key] += sums
         else:
@@ -801,6 +958,11 @@ def exact_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _wide(device: Any) -> Any:
+    """The widest floats that `device` has."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _library(kind: str) -> str:

@@ -36,7 +36,7 @@ class Weights:
     def vector(self, name: str, size: int) -> np.ndarray:
         """Tensor `name`, which must hold `size` numbers, as float32 [size]. Always kept."""
         if name not in self._kept:
-            self._check(name, 1, size)
+            self.check(name, 1, size)
             self._kept[name] = self._rows(name, 0, 1).reshape(-1)
         return self._kept[name]
 
@@ -49,7 +49,7 @@ class Weights:
         if key in self._kept:
             return self._kept[key]
         for name, n_rows in parts:
-            self._check(name, n_rows, n_in)
+            self.check(name, n_rows, n_in)
         out = self._new(role, sum(n for _, n in parts), n_in)
         at, pieces = 0, []
         for name, n_rows in parts:
@@ -67,7 +67,7 @@ class Weights:
         """
         if self.keep:
             return self.matrix(role, [(name, n_rows)], n_in)[start:stop]
-        self._check(name, n_rows, n_in)
+        self.check(name, n_rows, n_in)
         out = self._new(role, stop - start, n_in)
         self._decode([(name, start, stop, out)], n_in)
         return out
@@ -75,7 +75,7 @@ class Weights:
     def lookup(self, name: str, rows: np.ndarray, n_in: int) -> np.ndarray:
         """The rows of matrix `name` with these indices, as float32 [rows.shape, n_in]."""
         present = self._source.tensors.get(name)
-        info = self._check(name, 0 if present is None else present.n_rows, n_in)
+        info = self.check(name, 0 if present is None else present.n_rows, n_in)
         unique, inverse = np.unique(rows, return_inverse=True)
         if unique.size and not 0 <= unique[0] <= unique[-1] < info.n_rows:
             wrong = unique[-1] if unique[0] >= 0 else unique[0]
@@ -102,7 +102,8 @@ class Weights:
             self.scratch[role] = np.empty(n_rows * n_in, np.float32)
         return self.scratch[role][: n_rows * n_in].reshape(n_rows, n_in)
 
-    def _check(self, name: str, n_rows: int, n_in: int) -> TensorInfo:
+    def check(self, name: str, n_rows: int, n_in: int) -> TensorInfo:
+        """The entry of tensor `name`. Raises QuantkitError where it is missing or of another shape."""
         info = self._source.tensors.get(name)
         if info is None:
             raise QuantkitError(f"{self._source.label}: the tensor {name} is missing")

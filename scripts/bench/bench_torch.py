@@ -6,7 +6,8 @@
 For float32 and bfloat16: perplexity over all chunks, seconds after loading (the first run, which also starts the
 device, and the second), and on the first chunks the difference from numpy. With --synthetic, for a Llama of so many
 weights made up at random: seconds to load, tokens a second of perplexity, its time over that of the bare matrix
-products, tokens a second of an importance matrix and of second moments, and the peak memory of the device. `feedback`
+products, tokens a second of an importance matrix and of second moments, the peak memory of the device, and tokens a
+second of perplexity, and that memory, where the device keeps one layer's weights at a time. `feedback`
 writes a Q4_K_M with error feedback from 128 chunks of 512 random tokens into the directory, `choose` chooses types for
 its size by the same tokens: the minutes, and where they went. `--layers` makes the model shallower, for a short trial.
 """
@@ -151,29 +152,37 @@ def observed(model: TorchTransformer, tokens: np.ndarray, full: bool) -> None:
     """Run `tokens` and sum what the matrices are multiplied with: squares, or all second moments of the first layer."""
     wanted = {f"blk.0.{name}.weight" for name in ("attn_q", "ffn_gate", "ffn_down")} if full else None
     sums = model.input_sums(full, wanted=wanted)
-    model.hidden(tokens, 0, tokens.shape[1])
+    model.pass_through(tokens)
     sums.take()
     model.observer = None
 
 
 class Where:
-    """The seconds that went to each kind of tensor, from the steps of a run."""
+    """The seconds that went to each kind of tensor, from the steps of a run.
 
-    def __init__(self) -> None:
+    Those of error feedback come when a tensor is done, those of a choice when one is `begun`.
+    """
+
+    def __init__(self, begun: bool) -> None:
         self.seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
+        self._since, self._begun, self._part = time.perf_counter(), begun, "through the layer"
 
     def __call__(self, step: Step) -> None:
         """Count what has passed since the last step."""
         now, part = time.perf_counter(), step.tensor.removeprefix(f"blk.{step.layer}.") or "through the layer"
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._since
+        self._part, of = part, self._part if self._begun else part
+        self.seconds[of] = self.seconds.get(of, 0.0) + now - self._since
         self._since = now
 
 
 def calibrated(llama: SyntheticLlama, device: str, precision: str, what: str, directory: str | None) -> None:
     """Print the minutes that error feedback or the choice of types takes."""
     tokens = np.random.default_rng(3).integers(0, llama.n_vocab, (128, 512)).astype(np.int32)
-    text, options, where = CalibrationText("random", "", tokens), QuantizeOptions(calibrated=True), Where()
+    text, options, where = (
+        CalibrationText("random", "", tokens),
+        QuantizeOptions(calibrated=True),
+        Where(what == "choose"),
+    )
     model = TorchTransformer(llama, Compute(backend="torch", device=device, precision=precision), keep=False)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=directory) as home:
@@ -206,8 +215,14 @@ def calibrated(llama: SyntheticLlama, device: str, precision: str, what: str, di
     )
 
 
+def streamed(llama: SyntheticLlama, device: str, precision: str, tokens: np.ndarray) -> float:
+    """Seconds of perplexity of `tokens` where the device keeps one layer's weights at a time."""
+    model = TorchTransformer(llama, Compute(backend="torch", device=device, precision=precision), keep=False)
+    return seconds_of(partial(model.log_likelihoods, tokens, 256), device, 1)
+
+
 def synthetic(llama: SyntheticLlama, device: str, precisions: list[str]) -> None:
-    """Print what a synthetic Llama takes."""
+    """Print what a synthetic Llama takes; several devices share the bare products without loss."""
     n_weights = sum(info.n_elements for info in llama.tensors.values())
     for precision in precisions:
         dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -218,7 +233,8 @@ def synthetic(llama: SyntheticLlama, device: str, precisions: list[str]) -> None
         tokens = np.random.default_rng(2).integers(0, llama.n_vocab, (n_seq, 512)).astype(np.int32)
 
         measured = seconds_of(partial(model.log_likelihoods, tokens, 256), device)
-        floor = seconds_of(bare_products(llama, tokens.size, dtype, device), device)
+        first, *others = device.split(",")
+        floor = seconds_of(bare_products(llama, tokens.size, dtype, first), first) / (1 + len(others))
         print(
             json.dumps(
                 {
@@ -240,6 +256,19 @@ def synthetic(llama: SyntheticLlama, device: str, precisions: list[str]) -> None
             flush=True,
         )
         del model
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        print(
+            json.dumps(
+                {
+                    "precision": precision,
+                    "streamed_tokens_per_second": round(tokens.size / streamed(llama, device, precision, tokens)),
+                    "peak_memory": torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_memory(),
+                }
+            ),
+            flush=True,
+        )
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -79,7 +79,30 @@ def test_rows_of_32s_and_no_rows(rounder) -> None:
         rounder.round(rows(), curvature, GGMLType.Q4_K)
 
 
+@pytest.mark.parametrize("n_rows", [2, 40, 300])
+def test_coupled_outputs(rounder, n_rows: int) -> None:
+    w, h, outputs = rows(n_rows), moments(), moments(n_rows, 4096).astype(np.float32)
+    own, found = (
+        method(w, curvature, GGMLType.Q4_K, outputs=outputs)
+        for method, curvature in ((round_with_feedback, Curvature.of(h)), (rounder.round, rounder.curvature(h, 0.01)))
+    )
+
+    def together(data: np.ndarray) -> float:
+        errors = w.astype(np.float64) - quantkit.dequantize_rows(data, GGMLType.Q4_K)
+        return float(np.einsum("ij,jk,lk,il->", errors, h, errors, outputs, optimize=True))
+
+    alone = rounder.round(w, rounder.curvature(h, 0.01), GGMLType.Q4_K)
+    np.testing.assert_allclose(found.loss, loss_of(w, found.data, GGMLType.Q4_K, h), rtol=1e-4)
+    assert together(found.data) == pytest.approx(together(own.data), rel=0.02)
+    if n_rows > 16:  # of fewer there is but one group
+        assert together(found.data) < together(alone.data)
+    with pytest.raises(QuantkitError, match=r"outputs cannot be coupled by moments of shape \(1, 1\)"):
+        rounder.round(w, rounder.curvature(h, 0.01), GGMLType.Q4_K, outputs=outputs[:1, :1])
+
+
 def test_grids_are_the_processors(rounder) -> None:
+    assert rounder.note(GGMLType.Q4_K) == ""
+    assert rounder.note(GGMLType.IQ2_XS) == "rounded by the processor, not by cpu"
     w, h = rows(20), moments()
     found = rounder.round(w, rounder.curvature(h, 0.01), GGMLType.IQ2_XS)
     own = round_with_feedback(w, Curvature.of(h), GGMLType.IQ2_XS)

@@ -322,13 +322,15 @@ def test_torch_measures_the_same_costs(tmp_path: Path) -> None:
     family = FAMILIES["mixtral"]
     source = GGUFSource(write_gguf(tmp_path / "e.gguf", family.metadata(), family.weights(7)))
     tokens = np.random.default_rng(1).integers(0, N_VOCAB, 2048)
-    ours, theirs = (
-        quantkit.choose_types(
-            source, "6bpw", tokens, chunking=Chunking(n_ctx=64), compute=Compute(backend=backend), rounding="nearest"
-        ).costs
-        for backend in ("numpy", "torch")
-    )
-    for name, each in ours.items():
-        assert theirs[name].sensitivity == pytest.approx(each.sensitivity, rel=0.02), name
-        for kind, loss in each.losses.items():
-            assert theirs[name].losses[kind] == pytest.approx(loss, rel=0.01, abs=1e-9), (name, kind)
+    text = CalibrationText.of(source, tokens, Chunking(n_ctx=64))
+    chooser = TypeChooser(source, [Target.parse("6bpw")], QuantizeOptions(), text, "nearest")
+    models = [load(source, Compute(backend=backend), keep=False) for backend in ("numpy", "torch", "torch")]
+    import torch
+
+    models[2].gpu = torch.device("cpu")  # as where a GPU computes
+    ours, *others = (chooser.survey(model) for model in models)
+    for theirs in others:
+        for name, each in ours.items():
+            assert theirs[name].sensitivity == pytest.approx(each.sensitivity, rel=0.02), name
+            for kind, loss in each.losses.items():
+                assert theirs[name].losses[kind] == pytest.approx(loss, rel=0.01, abs=1e-9), (name, kind)

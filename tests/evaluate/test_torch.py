@@ -26,6 +26,8 @@ from quantkit.formats.gguf import ValueType
 from quantkit.sources.checkpoint import CheckpointSource
 from quantkit.sources.source import GGUFSource, open_model
 
+pytest.importorskip("torch", reason="needs torch")
+
 pytestmark = requires_torch
 
 TORCH = Compute(backend="torch", threads=2)
@@ -84,6 +86,55 @@ def test_divergence_equals_numpys(tmp_path):
     assert mixed.kld.value == pytest.approx(judge.kld.value, rel=1e-3)
     both = divergences([coarse, base], base, tokens, chunking=cut, compute=TORCH)
     assert [one.kld.value for one in both] == pytest.approx([other.kld.value, 0.0], abs=1e-9)
+
+
+def test_devices_share_the_layers(tmp_path):
+    """As several GPUs do: here all are the processor."""
+    source = GGUFSource(write_gguf(tmp_path / "m.gguf", tiny_metadata(), tiny_weights()))
+    model = load(source, TORCH)
+    n_layer, tokens = len(model.spec.layers), some_tokens(5, 40)
+    whole, sums = model.logits(tokens), model.input_sums(full=False)
+    model.pass_through(tokens)
+    once, model.observer = sums.take(), None
+    model._devices = model._devices * 2
+    assert [model._place(index) for index in range(n_layer)] == [model._device] * n_layer
+    np.testing.assert_allclose(model.logits(tokens), whole, rtol=1e-5, atol=1e-5 * np.abs(whole).max())
+    model.observer = sums.observe
+    model.pass_through(tokens)
+    for key, (total, n_rows) in sums.take().items():
+        assert n_rows == once[key].n_rows
+        np.testing.assert_allclose(total, once[key].total, rtol=1e-5)
+
+
+def test_mean_divergences_equal_numpys(tmp_path):
+    source = GGUFSource(write_gguf(tmp_path / "m.gguf", tiny_metadata(), tiny_weights()))
+    numpys, ours = Transformer(source), load(source, TORCH)
+    base = numpys.hidden(some_tokens(3, 40), 0, 40)
+    random = np.random.default_rng(4)
+    near = base + 0.05 * random.standard_normal(base.shape, np.float32)
+    info = source.tensors[numpys.spec.output.weight]
+    output = random.standard_normal((info.n_rows, info.n_per_row), np.float32)
+    others = [(near, None), (base, output), (base, None)]
+    expected, found = numpys.mean_divergences(base, others), ours.mean_divergences(base, others)
+    assert 0 < expected[0] < expected[1]
+    # Logits are float32: what is nearly nothing is what their last bits say.
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert expected[2] < 1e-7
+
+
+@pytest.mark.parametrize("kind", [GGMLType.F16, GGMLType.Q8_0, GGMLType.Q4_0], ids=lambda kind: kind.name)
+def test_layers_that_come_and_go_as_packed_weights(tmp_path, kind):
+    """As on a GPU without room for the model."""
+    source = GGUFSource(write_gguf(tmp_path / "m.gguf", tiny_metadata(), tiny_weights(), kind))
+    model = load(source, TORCH, keep=False)
+    model._packs = True
+    tokens = some_tokens(2, 33)
+    for _ in range(2):
+        assert_same_logits(model, Transformer(source), tokens)
+    layers = {name.split(".")[1] for name in model._tensors if name.startswith("blk.")}
+    assert len(layers) == 1
+    kept = load(source, TORCH)
+    np.testing.assert_array_equal(kept.logits(tokens), model.logits(tokens))
 
 
 @pytest.mark.parametrize(
@@ -167,6 +218,8 @@ def test_bad_input(tmp_path):
     for arguments, message in [
         ({"backend": "torch", "device": "tpu"}, "no device 'tpu'"),
         ({"backend": "torch", "precision": "f16"}, "no precision 'f16'"),
+        ({"backend": "torch", "device": "cuda:0,cpu"}, "only GPUs compute together"),
+        ({"backend": "torch", "device": "cuda:0,"}, "no device ''"),
         ({"backend": "jax"}, "no backend 'jax'"),
         ({"device": "cuda"}, "use torch"),
         ({"threads": 0}, "0 threads"),
