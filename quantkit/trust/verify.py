@@ -25,7 +25,7 @@ from quantkit.vocabulary.attributes import TokenType
 from quantkit.vocabulary.vocabulary import MODELS, Vocabulary
 from quantkit.wording import count_text, size_text
 
-READ = 1 << 19  # bytes looked through at a time: they stay in the second-level cache
+READ = 1 << 22  # bytes looked through at a time: few enough for the cache, enough for threads to meet seldom
 TASK = 1 << 25  # bytes handed to a thread at a time: handing over costs as much as looking through a megabyte
 # Problems of one kind are listed up to this many.
 LISTED = 20
