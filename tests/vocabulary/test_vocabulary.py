@@ -78,7 +78,7 @@ STRING, ARRAY, UINT32, INT32, FLOAT32 = (
     ("kind", "key", "value", "message"),
     [
         ("bpe", "model", None, "lacks tokenizer.ggml.model"),
-        ("bpe", "model", (STRING, "rwkv"), "'rwkv' is not supported"),
+        ("bpe", "model", (STRING, "plamo2"), "'plamo2' is not supported"),
         ("bpe", "model", (UINT32, 3), "ggml.model is 3, not text"),
         ("bpe", "pre", (STRING, "nonsense"), "'nonsense' is not one of"),
         ("bpe", "tokens", None, "lacks tokenizer.ggml.tokens"),
