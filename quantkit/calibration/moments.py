@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from quantkit.errors import QuantkitError
-from quantkit.evaluate.inputs import InputSum, Key, all_finite
+from quantkit.evaluate.inputs import Balance, InputSum, Key, all_finite
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.parts import ROWS
 
@@ -25,7 +25,7 @@ _BATCH = 8192
 class Moments(NamedTuple):
     """Second moments of the input of one matrix: their mean x xT, float64 [n_in, n_in], over `n_rows` rows.
 
-    Where a GPU computes the mean is torch's, on it.
+    Rows count as `evaluate.inputs.Balance` weighs them. Where a GPU computes the mean is torch's, on it.
     """
 
     mean: Any
@@ -93,7 +93,7 @@ class MomentsPass:
         Raises QuantkitError when they are not finite.
         """
         model, index = self._model, self.next
-        sums = model.input_sums(full=True, wanted=self._wanted)
+        sums = model.input_sums(full=True, wanted=self._wanted, balance=Balance(self._tokens.shape[1]))
         if index < len(model.spec.layers):
             self._advance(sums.settle)
         else:

@@ -43,6 +43,33 @@ def all_finite(array: Any) -> bool:
     return bool(np.isfinite(array).all() if isinstance(array, np.ndarray) else array.isfinite().all())
 
 
+class Balance(NamedTuple):
+    """How much each token's row counts in sums of products, over chunks of `n_ctx` tokens.
+
+    All rows count alike whatever their length: what follows a matrix is mostly normalised, and the longest rows would
+    be made up for at the cost of all others. The first token of a chunk counts as an eighth of it: where there is
+    nothing to attend to, trained models attend to the first token (attention sinks, Xiao et al., arXiv 2309.17453), so
+    that an error there is in all that follows, and their rows are most unlike others'.
+    """
+
+    n_ctx: int
+
+    @property
+    def first(self) -> float:
+        """The weight of a chunk's first token; others have 1."""
+        return max(1.0, self.n_ctx / 8)
+
+    def balanced(self, rows: np.ndarray, at: int | np.ndarray) -> np.ndarray:
+        """Float32 `rows` [n, n_in], scaled by the roots of their weights; for `at` see `parts.Observer`."""
+        places = at if isinstance(at, np.ndarray) else at + np.arange(len(rows))
+        lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+        sizes = np.where(places % self.n_ctx == 0, self.first**0.5, 1.0)
+        scales = np.divide(sizes, lengths, out=lengths, where=lengths > 0)
+        with np.errstate(invalid="ignore"):  # an infinite row becomes NaN, and is found with the sums
+            scaled: np.ndarray = rows * scales.astype(np.float32)[:, None]
+        return scaled
+
+
 class Sums(Protocol):
     """Sums over the inputs of matrices, whatever backend adds them."""
 
@@ -71,21 +98,32 @@ class InputSums:
 
     With `full` the sums are those of x xT, else of the squares of x. Of the products of tensors `names`, those are
     summed of which one is in `wanted`; None for all. They are added up on `threads`. `settle` needs the memory of the
-    batch's inputs with `full`: they are kept until then.
+    batch's inputs with `full`: they are kept until then. Sums of products are of rows as `balance` weighs them.
     """
 
-    def __init__(self, full: bool, threads: Threads, wanted: Container[str] | None = None) -> None:
-        self._full, self._threads, self._wanted = full, threads, wanted
+    def __init__(
+        self,
+        full: bool,
+        threads: Threads,
+        wanted: Container[str] | None = None,
+        balance: Balance | None = None,
+    ) -> None:
+        self._full, self._threads, self._wanted, self._balance = full, threads, wanted, balance
         self._lock = threading.Lock()
         self._pieces: dict[Key, list[tuple[int, int, np.ndarray]]] = {}
         self._totals: dict[Key, np.ndarray] = {}
         self._counts: dict[Key, int] = {}
 
-    def observe(self, names: tuple[str, ...], rows: np.ndarray, at: int, expert: int | None) -> None:
-        """Take `rows` of the batch from row `at` on, which tensors `names` are multiplied with."""
+    def observe(self, names: tuple[str, ...], rows: np.ndarray, at: int | np.ndarray, expert: int | None) -> None:
+        """Take `rows` of the batch, which tensors `names` are multiplied with; for `at` see `parts.Observer`."""
         if self._wanted is not None and not any(name in self._wanted for name in names):
             return
-        piece = rows.copy() if self._full else squares_by_column(rows)
+        if not self._full:
+            piece = squares_by_column(rows)
+        else:
+            piece = rows.copy() if self._balance is None else self._balance.balanced(rows, at)
+        if isinstance(at, np.ndarray):
+            at = int(at[0]) if len(at) else 0
         with self._lock:
             self._pieces.setdefault((names, expert), []).append((at, len(rows), piece))
 

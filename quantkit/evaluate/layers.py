@@ -441,7 +441,7 @@ class LayerRunner:
             if ff.weigh_input:
                 x *= shares[:, None]
                 shares = np.ones_like(shares)
-            self._parts.observe(read_by, x, at + start, e)
+            self._parts.observe(read_by, x, at + some, e)
             wide = take("wide", n, n_ff * (2 if gate else 1))
             if gate is not None:
                 self._expert_product(x, gate, wide[:, :n_ff])
@@ -449,7 +449,7 @@ class LayerRunner:
             active = take("active", n, n_ff)
             assert self._activate_expert is not None
             self._activate_expert(wide, active)
-            self._parts.observe(down.names, active, at + start, e)
+            self._parts.observe(down.names, active, at + some, e)
             branch = self._expert_product(active, down, take("branch", n, self.n_embd))
             forward_kernels.add_rows(branch, some, shares, routed.branch)
 

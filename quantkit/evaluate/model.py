@@ -13,7 +13,7 @@ from quantkit.architectures import forward_spec
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import forward_kernels, logit_kernels
-from quantkit.evaluate.inputs import Sums
+from quantkit.evaluate.inputs import Balance, Sums
 from quantkit.evaluate.logit_kernels import BASE_MAX, BASE_SUM, MAX, N_STATE, SUM, TOP, WEIGHTED
 from quantkit.evaluate.parts import ROWS, Observer, aligned, in_groups
 from quantkit.evaluate.settings import Compute
@@ -115,8 +115,11 @@ class Model(ABC):
         """
 
     @abstractmethod
-    def input_sums(self, full: bool, wanted: Container[str] | None = None) -> Sums:
-        """Sums over what the matrices are multiplied with from now on: of squares, with `full` of all products."""
+    def input_sums(self, full: bool, wanted: Container[str] | None = None, balance: Balance | None = None) -> Sums:
+        """Sums over what the matrices are multiplied with from now on: of squares, with `full` of all products.
+
+        Rows of products are weighed by `balance`; without it, all count as they are.
+        """
 
     @abstractmethod
     def open_logits(self, tokens: np.ndarray, first: int, stop: int) -> Logits:

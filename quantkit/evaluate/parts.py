@@ -39,10 +39,10 @@ class Product(NamedTuple):
 
 # Told of what is multiplied, from several threads at once: the names of tensors that share an input, some rows of it
 # (float32 [rows, n_in], valid during the call; of the backend's own kind), which row of the batch the first of them
-# is, and the expert (or the head, of tensors with a matrix for each) that multiplies them, None for other tensors. Rows
-# come in the same parts whatever the number of threads, but in any order: `evaluate.inputs` sums them up by their
-# place.
-Observer = Callable[[tuple[str, ...], Any, int, "int | None"], None]
+# is, or, of rows that are not neighbours, each of them in rising order, and the expert (or the head, of tensors with a
+# matrix for each) that multiplies them, None for other tensors. Rows come in the same parts whatever the number of
+# threads, but in any order: `evaluate.inputs` sums them up by their place.
+Observer = Callable[[tuple[str, ...], Any, Any, "int | None"], None]
 
 
 class Parts:
@@ -116,8 +116,8 @@ class Parts:
 
     # Rows
 
-    def observe(self, names: tuple[str, ...], x: np.ndarray, at: int, expert: int | None = None) -> None:
-        """Tell the observer, if there is one, what `names` are multiplied with."""
+    def observe(self, names: tuple[str, ...], x: np.ndarray, at: int | np.ndarray, expert: int | None = None) -> None:
+        """Tell the observer, if there is one, what `names` are multiplied with: see `Observer`."""
         if self.observer is not None:
             self.observer(names, np.ascontiguousarray(x), at, expert)
 

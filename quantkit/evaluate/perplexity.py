@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# What a logit takes: four bytes, and two of its code in a file.
-_LOGIT_BYTES = 6
+# What a logit takes.
+_LOGIT_BYTES = 4
+# Rows of log-probabilities that are packed together.
+_PACKED = 128
 
 
 @dataclass(frozen=True)
@@ -239,9 +241,11 @@ def pack_chunks(
     losses = np.empty((n_seq, n))
 
     def pack(seq: int) -> None:
-        rows = empty_rows(n, n_vocab)
-        logit_kernels.pack(logits[seq], targets[seq], *parts(rows, n_vocab), losses[seq])
-        to.write(rows, (at + seq) * n_scored + some.start)
+        for start in range(0, n, _PACKED):
+            part = slice(start, min(start + _PACKED, n))
+            rows = empty_rows(part.stop - start, n_vocab)
+            logit_kernels.pack(logits[seq, part], targets[seq, part], *parts(rows, n_vocab), losses[seq, part])
+            to.write(rows, (at + seq) * n_scored + some.start + start)
 
     for _ in model.threads.map(pack, range(n_seq)):
         pass

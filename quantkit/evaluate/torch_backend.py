@@ -35,7 +35,7 @@ from quantkit.architectures.forward import (
     Yarn,
 )
 from quantkit.errors import QuantkitError
-from quantkit.evaluate.inputs import InputSum, Key, Sums
+from quantkit.evaluate.inputs import Balance, InputSum, Key, Sums
 from quantkit.evaluate.layers import NEAR
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Compute
@@ -291,9 +291,11 @@ class TorchTransformer(Model):
             result: np.ndarray = self._normed(self.spec.output_norm, rows).cpu().numpy()
         return result
 
-    def input_sums(self, full: bool, wanted: Container[str] | None = None) -> TorchInputSums:
+    def input_sums(
+        self, full: bool, wanted: Container[str] | None = None, balance: Balance | None = None
+    ) -> TorchInputSums:
         """Sums over what the matrices are multiplied with from now on, see `TorchInputSums`."""
-        sums = TorchInputSums(full, self._device, wanted, stay=self.gpu is not None)
+        sums = TorchInputSums(full, self._device, wanted, balance, stay=self.gpu is not None)
         self.observer = sums.observe
         return sums
 
@@ -746,13 +748,13 @@ class TorchTransformer(Model):
             y = rows[some]
             if ff.weigh_input:
                 y = y * share.to(y.dtype)
-            self._observe((ff.up,) if ff.gate is None else (ff.gate, ff.up), y, e)
+            self._observe((ff.up,) if ff.gate is None else (ff.gate, ff.up), y, e, some)
             up = self._expert(ff, ff.up, ff.up_bias, e, y)
             if ff.gate is None:
                 y = _activate(ff.activation, up)
             else:
                 y = _gated(ff.activation, self._expert(ff, ff.gate, ff.gate_bias, e, y), up)
-            self._observe((ff.down,), y, e)
+            self._observe((ff.down,), y, e, some)
             y = self._expert(ff, ff.down, ff.down_bias, e, y).float()
             branch.index_add_(0, some, y if ff.weigh_input else y * share)
         return branch.reshape(x.shape)
@@ -839,9 +841,9 @@ class TorchTransformer(Model):
             out += bias
         return out.view(*x.shape[:-1], len(weight))
 
-    def _observe(self, names: tuple[str, ...], x: Any, expert: int | None = None) -> None:
+    def _observe(self, names: tuple[str, ...], x: Any, expert: int | None = None, at: Any = 0) -> None:
         if self.observer is not None and x.numel():
-            self.observer(names, x.reshape(-1, x.shape[-1]), 0, expert)
+            self.observer(names, x.reshape(-1, x.shape[-1]), at, expert)
 
     def _normed(self, norm: Norm | None, x: Any) -> Any:
         """`x` normalised over its last axis, float32."""
@@ -905,19 +907,29 @@ class TorchInputSums:
     Sums of products `stay` where they are when they are taken, if told so.
     """
 
-    def __init__(self, full: bool, device: Any, wanted: Container[str] | None = None, stay: bool = False) -> None:
+    def __init__(
+        self,
+        full: bool,
+        device: Any,
+        wanted: Container[str] | None = None,
+        balance: Balance | None = None,
+        stay: bool = False,
+    ) -> None:
         self._full, self._device, self._wanted, self._stay = full, device, wanted, stay and full
+        self._balance = balance
         self._wide = _wide(device)
         self._totals: dict[Key, Any] = {}
         self._counts: dict[Key, int] = {}
 
-    def observe(self, names: tuple[str, ...], rows: Any, at: int, expert: int | None) -> None:
-        """Take torch's `rows`, which tensors `names` are multiplied with."""
+    def observe(self, names: tuple[str, ...], rows: Any, at: Any, expert: int | None) -> None:
+        """Take torch's `rows`, which tensors `names` are multiplied with; for `at` see `parts.Observer`."""
         if self._wanted is not None and not any(name in self._wanted for name in names):
             return
         key = names, expert
         if self._full:
             rows = rows.float()
+            if self._balance is not None:
+                rows = self._balanced(rows, at, self._balance)
             sums = (rows.t() @ rows).to(self._wide)
         else:
             # One reading of the rows, whatever they are.
@@ -928,10 +940,18 @@ class TorchInputSums:
             self._totals[key] = sums
         self._counts[key] = self._counts.get(key, 0) + len(rows)
 
+    def _balanced(self, rows: Any, at: Any, balance: Balance) -> Any:
+        """See `inputs.Balance.balanced`."""
+        places = at if isinstance(at, torch.Tensor) else at + torch.arange(len(rows), device=rows.device)
+        lengths = torch.linalg.vector_norm(rows, dim=1, dtype=self._wide)
+        sizes = torch.where(places % balance.n_ctx == 0, balance.first**0.5, 1.0).to(lengths)
+        scales = torch.where(lengths > 0, sizes / lengths, lengths)
+        return rows * scales.float()[:, None]
+
     def add(self, names: tuple[str, ...], rows: np.ndarray, at: int = 0) -> None:
         """See `inputs.Sums`."""
         with torch.no_grad(), exact_products():
-            self.observe(names, torch.from_numpy(rows).to(self._device), 0, None)
+            self.observe(names, torch.from_numpy(rows).to(self._device), at, None)
 
     def settle(self) -> None:
         """See `inputs.Sums`: nothing waits."""

@@ -19,7 +19,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.activations import Activations, free_disk, let_go
 from quantkit.evaluate.backward import Draws, LayerGradients, normalised, unknown_to_backward
-from quantkit.evaluate.inputs import InputSums
+from quantkit.evaluate.inputs import Balance, InputSums
 from quantkit.evaluate.kv_cache import KVCache
 from quantkit.evaluate.layers import Expert, LayerRunner, Routed, unsupported
 from quantkit.evaluate.mixers import Tables
@@ -265,9 +265,9 @@ class Transformer(Model):
 
         return back
 
-    def input_sums(self, full: bool, wanted: Container[str] | None = None) -> InputSums:
+    def input_sums(self, full: bool, wanted: Container[str] | None = None, balance: Balance | None = None) -> InputSums:
         """See `Model`."""
-        sums = InputSums(full, self.threads, wanted)
+        sums = InputSums(full, self.threads, wanted, balance)
         self.observer = sums.observe
         return sums
 

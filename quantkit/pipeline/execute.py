@@ -199,57 +199,84 @@ def _execute_on(
     """Have `parts` of tensors encoded and written by the workers of `cluster`."""
     from quantkit.pipeline.cluster import Task, packed
 
-    what, tasks = packed(source), []
-    for part in parts:
-        lines = [plan.tensors[part.index] for plan in plans]
-        name = lines[0].info.name
-        places = [_file_of(each, name).place(name) for each in shards]
-        label = name if part.start == 0 and part.last else f"{name}[{part.start}:{part.stop}]"
-        tasks.append(Task(label, encode_part, (what, lines, part, places, allow_nonfinite)))
+    what, tasks, jobs = packed(source), [], []
+    for some in _together(parts, plans[0]):
+        job = []
+        for part in some:
+            lines = [plan.tensors[part.index] for plan in plans]
+            name = lines[0].info.name
+            job.append((lines, part, [_file_of(each, name).place(name) for each in shards]))
+        lines, part, _ = job[0]
+        label = (
+            lines[0].info.name if part.start == 0 and part.last else f"{lines[0].info.name}[{part.start}:{part.stop}]"
+        )
+        if len(some) > 1:
+            label += f" and {len(some) - 1} more"
+        tasks.append(Task(label, encode_parts, (what, job, allow_nonfinite)))
+        jobs.append(some)
     left = Counter(part.index for part in parts)
 
     for number, _ in cluster.run(tasks):
-        part = parts[number]
-        line = plans[0].tensors[part.index]
-        for plan, each in zip(plans, shards, strict=True):
-            info = plan.tensors[part.index].info
-            row = info.type.row_nbytes(info.n_per_row)
-            _file_of(each, info.name).written_elsewhere(info.name, part.start * row, (part.stop - part.start) * row)
-        left[part.index] -= 1
-        if journal is not None and not left[part.index]:
-            journal.finish(line.info.name)
-        if progress is not None:
-            progress(line.info.name, (part.stop - part.start) * line.source_type.row_nbytes(line.info.n_per_row))
+        for part in jobs[number]:
+            line = plans[0].tensors[part.index]
+            for plan, each in zip(plans, shards, strict=True):
+                info = plan.tensors[part.index].info
+                row = info.type.row_nbytes(info.n_per_row)
+                _file_of(each, info.name).written_elsewhere(info.name, part.start * row, (part.stop - part.start) * row)
+            left[part.index] -= 1
+            if journal is not None and not left[part.index]:
+                journal.finish(line.info.name)
+            if progress is not None:
+                progress(line.info.name, (part.stop - part.start) * line.source_type.row_nbytes(line.info.n_per_row))
+
+
+def _together(parts: Iterable[Piece], plan: Plan) -> Iterator[list[Piece]]:
+    """`parts` in order, small ones together: a task takes a scheduler as long as some million weights a worker."""
+    some: list[Piece] = []
+    size = 0
+    for part in parts:
+        n = (part.stop - part.start) * plan.tensors[part.index].info.n_per_row
+        if some and size + n > PART // 4:
+            yield some
+            some, size = [], 0
+        some.append(part)
+        size += n
+    if some:
+        yield some
 
 
 def _file_of(shards: Sequence[GGUFOutput], name: str) -> GGUFOutput:
     return next(file for file in shards if name in file)
 
 
-def encode_part(
+def encode_parts(
     source: bytes,
-    lines: Sequence[PlannedTensor],
-    part: Piece,
-    places: Sequence[tuple[Path, tuple[int, int], int]],
+    parts: Sequence[tuple[Sequence[PlannedTensor], Piece, Sequence[tuple[Path, tuple[int, int], int]]]],
     allow_nonfinite: bool,
 ) -> None:
-    """Encode `part` of a tensor by `lines`, one of each plan, into unfinished files: what a worker does.
+    """Encode parts of tensors into unfinished files: what a worker does.
 
-    `source` is packed; `places` are the files, what identifies them, and where the tensor begins in each.
+    Each of `parts` has the tensor's lines, one of each plan, the part, and its places: the files, what identifies them,
+    and where the tensor begins in each. `source` is packed.
     """
     from quantkit.formats.atomic import SharedFile
     from quantkit.pipeline.cluster import opened
 
     model = opened(source)
-    step = max(1, PIECE // max(1, lines[0].info.n_per_row))
     with ExitStack() as stack:
-        files = [stack.enter_context(SharedFile(path, identity)) for path, identity, _ in places]
-        for start in range(part.start, part.stop, step):
-            piece = Piece(part.index, start, min(start + step, part.stop), False)
-            results = _encode_piece(model, lines, piece, allow_nonfinite, lambda: False)
-            for file, (_, _, at), line, data in zip(files, places, lines, results, strict=True):
-                file.write_at(at + start * line.info.type.row_nbytes(line.info.n_per_row), data)
-        model.release(lines[0].source_name)
+        files: dict[tuple[Path, tuple[int, int]], SharedFile] = {}
+        for lines, part, places in parts:
+            for path, identity, _ in places:
+                if (path, identity) not in files:
+                    files[path, identity] = stack.enter_context(SharedFile(path, identity))
+            step = max(1, PIECE // max(1, lines[0].info.n_per_row))
+            for start in range(part.start, part.stop, step):
+                piece = Piece(part.index, start, min(start + step, part.stop), False)
+                results = _encode_piece(model, lines, piece, allow_nonfinite, lambda: False)
+                for (path, identity, at), line, data in zip(places, lines, results, strict=True):
+                    row = line.info.type.row_nbytes(line.info.n_per_row)
+                    files[path, identity].write_at(at + start * row, data)
+            model.release(lines[0].source_name)
 
 
 def encode_pieces(

@@ -2,13 +2,14 @@
 
     python scripts/bench/bench_quality.py --shared ../shared --cache /tmp/quality [--models docs-llama,smollm2]
         [--sizes Q4_K_M,Q3_K_M] [--methods importance,feedback] [--chunks 128] [--test-chunks 80]
-        [--damping 0.01] [--backend torch --device cuda]
+        [--damping 0.01] [--unbalanced] [--backend torch --device cuda]
 
 For each model and size three files are written from the F16 model with one calibration text, and measured on three
 others: mean and 99.9% percentile of the divergence from the F16 model, ratio of perplexities, and how often the
 likeliest token is the same, each with its standard error. The first file is ours to the nearest, which is that of
 llama-quantize to the byte; `--verify` has llama.cpp write one too and compares. The third has no more bytes than the
 first. Methods "yaqa" and "chosen-yaqa" are the second and third with gradients (`--rounding yaqa`).
+`--unbalanced` shows what it is worth to weigh tokens: with it, all count as they are.
 
 Everything that takes long is kept in the cache directory, and a run goes on where another stopped.
 """
@@ -31,6 +32,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import quantkit
+from quantkit.calibration import moments
 from quantkit.calibration.feedback import DAMPING
 from quantkit.calibration.planning import Target, TypeChooser, Wishes, load_plan, save_plan
 from quantkit.calibration.rounding import execute_with_feedback
@@ -80,7 +82,8 @@ class Bench:
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         self.name, self.arguments = name, arguments
-        self.cache = arguments.cache / f"{name}-{arguments.chunks or 'all'}-{arguments.damping}"
+        unbalanced = "-unbalanced" if arguments.unbalanced else ""
+        self.cache = arguments.cache / f"{name}-{arguments.chunks or 'all'}-{arguments.damping}{unbalanced}"
         self.cache.mkdir(parents=True, exist_ok=True)
         self.sizes, self.methods = arguments.sizes.split(","), arguments.methods.split(",")
         self.source = f16_model(name, arguments.shared, arguments.cache)
@@ -258,6 +261,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--chunks", type=int, help="of the calibration text, for all methods; all by default")
     parser.add_argument("--damping", type=float, default=DAMPING)
+    parser.add_argument("--unbalanced", action="store_true")
     parser.add_argument("--test-chunks", type=int, default=80)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--backend", default="numpy")
@@ -265,6 +269,8 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true")
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
+    if arguments.unbalanced:
+        moments.Balance = lambda n_ctx: None  # type: ignore[assignment,misc]
     wanted = arguments.texts.split(",")
     measured = {name: text for name, text in texts(arguments.shared).items() if name in wanted}
     for name in arguments.models.split(","):

@@ -11,7 +11,7 @@ from make_checkpoints import make_checkpoint
 from support.tiny import BOS, FAMILIES, N_VOCAB, plain_logits, tiny_metadata, tiny_weights, write_gguf
 
 from quantkit.evaluate.backends import load
-from quantkit.evaluate.inputs import mirror
+from quantkit.evaluate.inputs import Balance, mirror
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
@@ -52,11 +52,14 @@ def test_what_stands_between_layers_is_all_that_they_need(tmp_path: Path, name: 
 BACKENDS = ["numpy", pytest.param("torch", marks=requires_torch)]
 
 
+@pytest.mark.parametrize("balance", [None, Balance(N_CTX)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_second_moments_of_what_the_plain_forward_pass_multiplies(model_path: Path, backend: str) -> None:
+def test_second_moments_of_what_the_plain_forward_pass_multiplies(
+    model_path: Path, backend: str, balance: Balance | None
+) -> None:
     tokens = some_tokens(5)
     model = load(model_path, Compute(backend=backend))
-    sums = model.input_sums(full=True)
+    sums = model.input_sums(full=True, balance=balance)
     hidden = layer_by_layer(model, tokens, 8)
     sums.add(("output.weight",), hidden.reshape(-1, hidden.shape[2]))
     sums.settle()
@@ -66,6 +69,9 @@ def test_second_moments_of_what_the_plain_forward_pass_multiplies(model_path: Pa
         inputs: dict[str, np.ndarray] = {}
         plain_logits(model_path, chunk, seen=inputs)
         for name, x in inputs.items():
+            if balance is not None:
+                x = x / np.linalg.norm(x, axis=1, keepdims=True)
+                x[0] *= np.sqrt(N_CTX / 8)
             expected[name] = expected.get(name, 0) + x.T @ x
     assert {name for names, _ in found for name in names} == expected.keys()
     for (names, expert), (total, n_rows) in found.items():
@@ -74,6 +80,30 @@ def test_second_moments_of_what_the_plain_forward_pass_multiplies(model_path: Pa
             np.testing.assert_allclose(total, expected[name], rtol=1e-4, atol=1e-4 * np.abs(total).max())
         np.testing.assert_array_equal(total, total.T)
     assert not sums.take()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_first_tokens_count_for_the_experts_that_see_them(tmp_path: Path, backend: str) -> None:
+    family = FAMILIES["mixtral"]
+    model = load(write_gguf(tmp_path / "m.gguf", family.metadata(), family.weights(3)), Compute(backend=backend))
+    balance, n_chunks, n_layer = Balance(N_CTX), 5, len(model.spec.layers)
+    sums = model.input_sums(full=True, balance=balance)
+    layer_by_layer(model, some_tokens(n_chunks), 8)
+    sums.settle()
+    of_experts = {key: found for key, found in sums.take().items() if key[1] is not None}
+    n_rows = sum(found.n_rows for found in of_experts.values())
+    assert n_rows % (n_chunks * N_CTX * n_layer) == 0
+    # Rows of length 1, the first of each chunk of its own: whatever experts they went to.
+    size = sum(np.trace(found.total) for found in of_experts.values())
+    np.testing.assert_allclose(size, n_rows * (1 + (balance.first - 1) / N_CTX), rtol=1e-4)
+
+
+def test_a_row_of_zeros_has_no_direction() -> None:
+    rows = np.array([[0, 0], [3e20, 4e20], [0, -1e-30]], np.float32)
+    np.testing.assert_allclose(Balance(3).balanced(rows, 1), [[0, 0], [0.6, 0.8], [0, -1]], rtol=1e-6)
+    np.testing.assert_allclose(
+        Balance(80).balanced(rows[1:], np.array([7, 80])), [[0.6, 0.8], [0, -(10**0.5)]], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gemma2", "gpt2"])
