@@ -41,6 +41,7 @@ OutType = Literal["f32", "f16", "bf16", "q8_0", "auto"]
 SMALL = 1 << 16  # weights
 _MAX_FRONT_MATTER = 1 << 18  # bytes of YAML in a model card
 _MAX_ALIASES = 16
+_MAX_DEPTH = 100
 
 _STORED = {"F32": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16}
 # general.file_type, as llama.cpp numbers it.
@@ -430,7 +431,7 @@ class CheckpointSource:
 
 
 def _refuse_bombs(card: Path) -> None:
-    """Refuse a model card whose front matter is huge or has many aliases, which can expand without limit."""
+    """Refuse a model card whose front matter is huge, nests deeply, or has many aliases, which expand without limit."""
     import yaml
 
     if not card.is_file():
@@ -442,8 +443,16 @@ def _refuse_bombs(card: Path) -> None:
     front, end, _ = start[3:].partition(b"\n---")
     if not end and len(start) > _MAX_FRONT_MATTER:
         raise QuantkitError(f"{card}: front matter of more than {_MAX_FRONT_MATTER} bytes")
+    opening = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
+    closing = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
+    aliases = depth = 0
     try:
-        aliases = sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(front))
+        for token in yaml.scan(front):
+            aliases += isinstance(token, yaml.AliasToken)
+            depth += isinstance(token, opening) - isinstance(token, closing)
+            # The scanner looks at every open bracket again for each token.
+            if depth > _MAX_DEPTH:
+                raise QuantkitError(f"{card}: brackets within more than {_MAX_DEPTH} others in its front matter")
     except (yaml.YAMLError, RecursionError):
         return  # the parser will report it
     if aliases > _MAX_ALIASES:
