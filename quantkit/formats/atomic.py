@@ -398,6 +398,11 @@ class SharedFile:
                 count = _write_at(self._descriptor, view[:WRITE], offset)
                 view, offset = view[count:], offset + count
 
+    def sync(self) -> None:
+        """Have what was written on the disk."""
+        with _told(self.path):
+            os.fsync(self._descriptor)
+
     def __enter__(self) -> SharedFile:
         return self
 
@@ -406,8 +411,7 @@ class SharedFile:
     ) -> None:
         try:
             if kind is None:
-                with _told(self.path):
-                    os.fsync(self._descriptor)
+                self.sync()
         finally:
             os.close(self._descriptor)
 

@@ -265,18 +265,35 @@ def encode_parts(
     model = opened(source)
     with ExitStack() as stack:
         files: dict[tuple[Path, tuple[int, int]], SharedFile] = {}
-        for lines, part, places in parts:
+        for _, _, places in parts:
             for path, identity, _ in places:
                 if (path, identity) not in files:
                     files[path, identity] = stack.enter_context(SharedFile(path, identity))
+        # What is encoded goes to the disk while what comes after it is encoded. It ends before the files are closed.
+        disk = stack.enter_context(ThreadPoolExecutor(1))
+        written: Future[None] | None = None
+
+        def write(pieces: Sequence[tuple[SharedFile, int, np.ndarray]], last: bool) -> None:
+            for file, at, data in pieces:
+                file.write_at(at, data)
+                if last:
+                    file.sync()
+
+        for lines, part, places in parts:
             step = max(1, PIECE // max(1, lines[0].info.n_per_row))
             for start in range(part.start, part.stop, step):
                 piece = Piece(part.index, start, min(start + step, part.stop), False)
                 results = _encode_piece(model, lines, piece, allow_nonfinite, lambda: False)
-                for (path, identity, at), line, data in zip(places, lines, results, strict=True):
-                    row = line.info.type.row_nbytes(line.info.n_per_row)
-                    files[path, identity].write_at(at + start * row, data)
+                pieces = [
+                    (files[path, identity], at + start * line.info.type.row_nbytes(line.info.n_per_row), data)
+                    for (path, identity, at), line, data in zip(places, lines, results, strict=True)
+                ]
+                if written is not None:
+                    written.result()
+                written = disk.submit(write, pieces, piece.stop == part.stop)
             model.release(lines[0].source_name)
+        if written is not None:
+            written.result()
 
 
 def encode_pieces(
