@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from quantkit.errors import QuantkitError
 
-ROUNDINGS = ("nearest", "gptq", "yaqa")
+Rounding = Literal["nearest", "gptq", "yaqa"]
+ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 
 
 def check_rounding(rounding: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantkit.calibration.roundings import Rounding
 from quantkit.cli.console import (
     SPLITTING,
     Backend,
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from quantkit.sources.source import TensorSource
 
 Names = list[str]
-Rounding = Literal["nearest", "gptq", "yaqa"]
 
 # Sections of the help.
 IMPORTANCE = "Importance matrix"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from quantkit.calibration.roundings import Rounding
 from quantkit.cli.console import (
     Backend,
     Chunks,
@@ -39,7 +40,6 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate.texts import DEFAULT
 
 Names = list[str]
-Rounding = Literal["nearest", "gptq", "yaqa"]
 
 # Sections of the help.
 IMPORTANCE = "Importance matrix"
