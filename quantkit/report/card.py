@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from quantkit.errors import QuantkitError
 from quantkit.report.tables import table
+from quantkit.sources.front_matter import refuse_bombs_in
 
 Data = Mapping[str, Any]
 
@@ -47,6 +48,7 @@ def _parsed(existing: str) -> tuple[dict[str, Any], str]:
         return {}, existing
     import yaml
 
+    refuse_bombs_in(match[0].encode(), "README.md")
     try:
         loaded = yaml.safe_load(match["yaml"])
     except (yaml.YAMLError, RecursionError) as error:

@@ -22,6 +22,7 @@ from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import MAX_DIMENSIONS, Metadata, TensorInfo, Value, ValueType
 from quantkit.formats.safetensors import NUMPY_TYPES, SafetensorsCheckpoint, Shards, StoredTensor, take_rows
+from quantkit.sources.front_matter import refuse_bombs
 from quantkit.sources.gguf_gaps import complete_sampling
 from quantkit.sources.hub import FILES, repo_id_of
 from quantkit.sources.packed import UnpackedCheckpoint, quantization_of, unpacked
@@ -39,9 +40,6 @@ logging.getLogger("gguf.gguf_writer").addFilter(lambda record: "Duplicated key" 
 OutType = Literal["f32", "f16", "bf16", "q8_0", "auto"]
 
 SMALL = 1 << 16  # weights
-_MAX_FRONT_MATTER = 1 << 18  # bytes of YAML in a model card
-_MAX_ALIASES = 16
-_MAX_DEPTH = 100
 
 _STORED = {"F32": GGMLType.F32, "F16": GGMLType.F16, "BF16": GGMLType.BF16}
 # general.file_type, as llama.cpp numbers it.
@@ -325,7 +323,7 @@ class CheckpointSource:
         repo_id = repo_id_of(directory)
         directory = Path(repo_id) if repo_id else directory
         load = gguf.Metadata
-        _refuse_bombs(self.directory / "README.md")
+        refuse_bombs(self.directory / "README.md")
         try:
             card, generation = load.load_model_card(self.directory), load.load_generation_config(self.directory)
             parameters = load.load_hf_parameters(self.directory)
@@ -428,35 +426,6 @@ class CheckpointSource:
                 pieces.append(self._checkpoint.read(parts[i], view, *rows) if parts else take_rows(view, *rows))
             at += n
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-
-def _refuse_bombs(card: Path) -> None:
-    """Refuse a model card whose front matter is huge, nests deeply, or has many aliases, which expand without limit."""
-    import yaml
-
-    if not card.is_file():
-        return
-    with open(card, "rb") as file:
-        start = file.read(_MAX_FRONT_MATTER + 8)
-    if not start.startswith(b"---"):
-        return
-    front, end, _ = start[3:].partition(b"\n---")
-    if not end and len(start) > _MAX_FRONT_MATTER:
-        raise QuantkitError(f"{card}: front matter of more than {_MAX_FRONT_MATTER} bytes")
-    opening = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
-    closing = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
-    aliases = depth = 0
-    try:
-        for token in yaml.scan(front):
-            aliases += isinstance(token, yaml.AliasToken)
-            depth += isinstance(token, opening) - isinstance(token, closing)
-            # The scanner looks at every open bracket again for each token.
-            if depth > _MAX_DEPTH:
-                raise QuantkitError(f"{card}: brackets within more than {_MAX_DEPTH} others in its front matter")
-    except (yaml.YAMLError, RecursionError):
-        return  # the parser will report it
-    if aliases > _MAX_ALIASES:
-        raise QuantkitError(f"{card}: {aliases} aliases in its front matter, and {_MAX_ALIASES} are the most")
 
 
 def _multiplied(rows: np.ndarray, factors: list[float | np.ndarray], start: int) -> np.ndarray:

@@ -165,6 +165,8 @@ def test_card(made):
         card.render(report, None, "---\n---\n<!-- quantkit:begin -->\n")
     with pytest.raises(QuantkitError, match="front matter"):
         card.render(report, None, "---\n{ a: [\n---\n")
+    with pytest.raises(QuantkitError, match="front matter"):
+        card.render(report, None, f"---\na: {'[' * 50_000}\n---\n")
 
 
 def test_requirements(made):
