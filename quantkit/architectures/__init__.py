@@ -10,7 +10,7 @@ from pathlib import Path
 from quantkit.architectures.apertus import Apertus
 from quantkit.architectures.bailing import Bailing, Bailing2
 from quantkit.architectures.base import Architecture, Assembly, Transform
-from quantkit.architectures.bert import Bert, Roberta, XlmRoberta
+from quantkit.architectures.bert import Bert, DistilBert, Roberta, XlmRoberta
 from quantkit.architectures.command_r import Cohere2, CommandR
 from quantkit.architectures.config import Config
 from quantkit.architectures.deepseek2 import DeepSeek2
@@ -129,6 +129,7 @@ FAMILIES: tuple[type[Architecture], ...] = (
     Lfm2Moe,
     GraniteHybrid,
     Bert,
+    DistilBert,
     Roberta,
     XlmRoberta,
     NomicBert,

@@ -1,4 +1,7 @@
-"""BERT, RoBERTa and XLM-RoBERTa: encoders with learned positions, LayerNorms after what is added, GELU and no gate."""
+"""BERT, DistilBERT, RoBERTa and XLM-RoBERTa: encoders.
+
+They have learned positions, LayerNorms after what is added, GELU and no gate.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,14 @@ DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 512,
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
+}
+_DISTIL_BERT = {
+    "vocab_size": 30522,
+    "dim": 768,
+    "n_layers": 6,
+    "n_heads": 12,
+    "hidden_dim": 3072,
+    "max_position_embeddings": 512,
 }
 _ROBERTA = DEFAULTS | {"vocab_size": 50265, "pad_token_id": 1}
 _XLM_ROBERTA = DEFAULTS | {"pad_token_id": 1}
@@ -85,6 +96,20 @@ class Bert(Architecture):
             [model.feed_forward(i, Activation.GELU, gated=False) for i in range(model.n_layer)],
             position_embedding="position_embd.weight",
         )
+
+
+class DistilBert(Bert):
+    """DistilBertModel: BERT without segments, its parts called otherwise; every norm's epsilon is fixed."""
+
+    checkpoints = dict.fromkeys(
+        ("DistilBertModel", "DistilBertForMaskedLM", "DistilBertForSequenceClassification"), _DISTIL_BERT
+    )
+    parameters = (Constant("add_layer_norm_eps", 1e-12), *Bert.parameters)
+    prefix = "distilbert."
+
+    def canonical_name(self, name: str) -> str | None:
+        """See Architecture: without what predicts hidden words."""
+        return None if name.startswith("vocab_") else super().canonical_name(name)
 
 
 def encoder_spec(model: ModelReader, attention: list[Any], feed_forward: list[Any], **changes: Any) -> ForwardSpec:

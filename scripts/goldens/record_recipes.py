@@ -107,6 +107,10 @@ T5 = STATE_SPACE | {
     "num_hidden_layers": "absent", "bos_token_id": "absent", "eos_token_id": 2, "pad_token_id": 0,
     "decoder_start_token_id": 0,
 }  # fmt: skip
+DISTIL_BERT = ENCODER | STATE_SPACE | {
+    "dim": 256, "hidden_dim": 512, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 512, "hidden_size": "absent",
+    "num_hidden_layers": "absent",
+}  # fmt: skip
 POOLED = {"modules.json": json.dumps([{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "1_Pooling"}])}
 GEMMA = {
     "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "head_dim": 64, "sliding_window": 32,
@@ -176,6 +180,15 @@ MODELS = {
     "tiny-bert-classifier": Model(
         "BertForSequenceClassification",
         ENCODER | {"id2label": {"0": "no", "1": "maybe", "2": "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}},
+        {"vocabulary": "wordpiece", "dtype": "F32"},
+    ),
+    "tiny-distilbert": Model(
+        DISTIL_BERT,
+        {"vocabulary": "wordpiece", "files": POOLED | {"1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}'}},
+    ),
+    "tiny-distilbert-classifier": Model(
+        "DistilBertForSequenceClassification",
+        DISTIL_BERT | {"id2label": {"0": "no", "1": "maybe", "2": "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}},
         {"vocabulary": "wordpiece", "dtype": "F32"},
     ),
     "tiny-t5": Model(

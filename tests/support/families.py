@@ -13,7 +13,12 @@ _CLASSES = {name for row in supported() if row.evaluated for name in row.classes
 # Those whose class is of a family that is not evaluated, and whose hyper-parameters make them one that is.
 _OF_ANOTHER_FAMILY = {"tiny-granite-micro"}
 # Those with the head of a classifier, which are not evaluated.
-_CLASSIFIERS = {"tiny-bert-classifier", "tiny-qwen3-reranker", "tiny-qwen3-reranker-untied"}
+_CLASSIFIERS = {
+    "tiny-bert-classifier",
+    "tiny-distilbert-classifier",
+    "tiny-qwen3-reranker",
+    "tiny-qwen3-reranker-untied",
+}
 # The checkpoints that have a forward pass here, and those of them that transformers has one for.
 EVALUATED = [
     name
