@@ -16,6 +16,7 @@ from quantkit.architectures.config import Config
 from quantkit.architectures.deepseek2 import DeepSeek2
 from quantkit.architectures.dots1 import Dots1
 from quantkit.architectures.ernie4_5 import Ernie, ErnieMoe
+from quantkit.architectures.eurobert import EuroBert
 from quantkit.architectures.exaone4 import Exaone4
 from quantkit.architectures.falcon import Falcon
 from quantkit.architectures.falcon_h1 import FalconH1
@@ -135,6 +136,7 @@ FAMILIES: tuple[type[Architecture], ...] = (
     NomicBert,
     ModernBert,
     JinaBert,
+    EuroBert,
     Mamba2,
     Mamba,
     FalconH1,

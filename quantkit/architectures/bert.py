@@ -61,6 +61,20 @@ def class_names(config: Config) -> list[str]:
     return [] if len(names) == 2 and names[0] == "LABEL_0" else names
 
 
+def classifier_pooling(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
+    """What a classifier reads: the first token's vector, or the mean.
+
+    GGUF has no number for "late", the mean of what each token is classified as.
+    """
+    kind = architecture.config.find("classifier_pooling")
+    if kind in (None, "late"):
+        return
+    numbers = {"mean": 1, "cls": 2}
+    if kind not in numbers:
+        raise architecture.config.wrong(("classifier_pooling",), kind, "cls, mean or late")
+    writer.add_uint32(f"{architecture.gguf_name}.classifier.pooling_type", numbers[kind])
+
+
 class Bert(Architecture):
     """BertModel, without the parts that it was trained with, and its classifiers."""
 

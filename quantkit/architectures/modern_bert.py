@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture
-from quantkit.architectures.bert import Bert, labels
+from quantkit.architectures.bert import Bert, classifier_pooling, labels
 from quantkit.architectures.forward import Activation, FeedForward, ForwardSpec, NormKind, RopeStyle
 from quantkit.architectures.parameters import SHARED, VOCABULARY_SIZE, Constant, Field, pooling, rope_unscaled
 from quantkit.architectures.reader import ModelReader
@@ -23,17 +23,6 @@ _DEFAULTS = {
     "classifier_pooling": "cls", "hidden_activation": "gelu", "global_rope_theta": 160000.0,
     "local_rope_theta": 10000.0,
 }  # fmt: skip
-
-
-def _classifier_pooling(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
-    """What a classifier reads: the first token's vector, or the mean."""
-    kind = architecture.config.find("classifier_pooling")
-    if kind is None:
-        return
-    numbers = {"mean": 1, "cls": 2}
-    if kind not in numbers:
-        raise architecture.config.wrong(("classifier_pooling",), kind, "cls or mean")
-    writer.add_uint32(f"{architecture.gguf_name}.classifier.pooling_type", numbers[kind])
 
 
 def _activation(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
@@ -55,7 +44,7 @@ class ModernBert(Bert):
         *SHARED,
         Constant("add_causal_attention", False),
         pooling,
-        _classifier_pooling,
+        classifier_pooling,
         labels,
         Field("add_sliding_window", ("local_attention",)),
         Field("add_sliding_window_pattern", ("global_attn_every_n_layers",)),

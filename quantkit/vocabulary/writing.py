@@ -57,9 +57,9 @@ def write_vocabulary(
     "gemma3n", "phi3", "gemma4", "nemotron", "hunyuan", "hunyuan-moe", "kimi", "internlm2", "internlm3" and "jamba"
     (what those families do with one of these, or with a file of ranks of tiktoken's), "rwkv" (RWKV's list of byte
     strings), "wordpiece" (BERT's), "roberta" (byte-level BPE if there is a tokenizer.json, else WordPiece),
-    "xlm-roberta" and "t5" (Unigram from the SentencePiece models of these), "wordpiece-or-xlm-roberta", "modern-bert"
-    and "jina-bert" (what these do with one), or "auto": the first of spm, llama-hf and bpe whose files are there, with
-    what the reference adds for Llama.
+    "xlm-roberta" and "t5" (Unigram from the SentencePiece models of these), "wordpiece-or-xlm-roberta", "modern-bert",
+    "jina-bert" and "eurobert" (what these do with one), or "auto": the first of spm, llama-hf and bpe whose files are
+    there, with what the reference adds for Llama.
     `pre` overrides the name of the pre-tokenizer wherever byte-level BPE is written; `usual_pre`, the family's own
     name, is taken where the name that was found cuts a text in the same way. `special` has the texts of special tokens
     by their roles, for roles that the files of byte-level BPE give no token.
@@ -577,6 +577,12 @@ def _write_modern_bert(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str
     _write_bpe(files, writer, pre)
 
 
+def _write_eurobert(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    """Byte-level BPE, with nothing in front of a text."""
+    writer.add_add_bos_token(False)
+    _write_bpe(files, writer, pre)
+
+
 def _write_wordpiece_or_xlm_roberta(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
     (_write_xlm_roberta if files.model.get("type") == "Unigram" else _write_wordpiece)(files, writer, pre)
 
@@ -688,6 +694,7 @@ _STYLES: dict[str, Callable[[CheckpointFiles, Any, str | None], None]] = {
     "roberta": _write_roberta,
     "modern-bert": _write_modern_bert,
     "jina-bert": _write_jina_bert,
+    "eurobert": _write_eurobert,
     "xlm-roberta": _write_xlm_roberta,
     "wordpiece-or-xlm-roberta": _write_wordpiece_or_xlm_roberta,
     "t5": _write_t5,

@@ -191,6 +191,12 @@ MODELS = {
         DISTIL_BERT | {"id2label": {"0": "no", "1": "maybe", "2": "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2}},
         {"vocabulary": "wordpiece", "dtype": "F32"},
     ),
+    "tiny-eurobert": Model(
+        "EuroBertModel",
+        {"pad_token_id": 297, "mask_token_id": 298, "rope_parameters": _rope(250000.0)},
+        {"files": POOLED | {"1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}'}},
+        said={"classifier_pooling": "mean"},
+    ),
     "tiny-t5": Model(
         "T5ForConditionalGeneration",
         T5 | {"num_decoder_layers": 1, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
