@@ -215,7 +215,7 @@ _WRAPPER = {"transformers_version": "5.23.0", "vision_config": {"hidden_size": 1
 # Those that bring their own code, so that transformers has no class for them.
 OWN_CODE = (
     "tiny-bailing", "tiny-bailing2", "tiny-internlm2", "tiny-internlm3", "tiny-minicpm", "tiny-minicpm4",
-    "tiny-nomic-bert", "tiny-jina-bert", "tiny-rwkv7",
+    "tiny-nomic-bert", "tiny-nomic-bert-moe", "tiny-jina-bert", "tiny-rwkv7",
 )  # fmt: skip
 _SPM_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _MINICPM = {**_without(_SILU, "tie_word_embeddings"), **_SPM_IDS, "scale_emb": 12, "scale_depth": 1.4,
@@ -242,22 +242,43 @@ _JINA = {
         "mlp.wo.weight": "E F",
     }.items()
 }
-_NOMIC = {
+_NOMIC_EMBEDDINGS = {
     "embeddings.token_type_embeddings.weight": "2 E",
     "embeddings.word_embeddings.weight": "V E",
     "emb_ln.weight": "E",
     "emb_ln.bias": "E",
-} | {
+}
+_NOMIC_LAYER = {
+    "attn.Wqkv.weight": "3E E",
+    "attn.out_proj.weight": "E E",
+    **{f"norm{i}.{part}": "E" for i in (1, 2) for part in ("weight", "bias")},
+}
+_NOMIC = _NOMIC_EMBEDDINGS | {
     f"encoder.layers.#.{name}": shape
     for name, shape in {
-        "attn.Wqkv.weight": "3E E",
-        "attn.out_proj.weight": "E E",
+        **_NOMIC_LAYER,
         "mlp.fc11.weight": "512 E",
         "mlp.fc12.weight": "512 E",
         "mlp.fc2.weight": "E 512",
-        **{f"norm{i}.{part}": "E" for i in (1, 2) for part in ("weight", "bias")},
     }.items()
 }
+_NOMIC_MOE = (
+    _NOMIC_EMBEDDINGS
+    | {
+        f"encoder.layers.#.{name}": shape
+        for name, shape in {**_NOMIC_LAYER, "attn.Wqkv.bias": "3E", "attn.out_proj.bias": "E"}.items()
+    }
+    | {
+        "encoder.layers.0.mlp.fc1.weight": "512 E",
+        "encoder.layers.0.mlp.fc1.bias": "512",
+        "encoder.layers.0.mlp.fc2.weight": "E 512",
+        "encoder.layers.0.mlp.fc2.bias": "E",
+        "encoder.layers.1.mlp.router.layer.weight": "4 E",
+        "encoder.layers.1.mlp.experts.bias": "E",
+        "encoder.layers.1.mlp.experts.mlp.w1": "2048 E",
+        "encoder.layers.1.mlp.experts.mlp.w2": "2048 E",
+    }
+)
 
 _RWKV = {
     "model.embeddings.weight": "V E",
@@ -496,6 +517,26 @@ FAMILIES: dict[str, tuple[Config, dict[str, str], Config]] = {
             "rotary_emb_scale_base": None, "rotary_scaling_factor": None, "type_vocab_size": 2, "vocab_size": 320,
         },
         _NOMIC,
+        {
+            "vocabulary": "wordpiece",
+            "files": {
+                "modules.json": '[{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "1_Pooling"}]',
+                "1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}',
+            },
+        },
+    ),
+    "tiny-nomic-bert-moe": (
+        {
+            "architectures": ["NomicBertModel"], "model_type": "nomic_bert", "activation_function": "gelu",
+            "bos_token_id": None, "causal": False, "eos_token_id": None, "expert_choice_router": False,
+            "layer_norm_epsilon": 1e-5, "max_trained_positions": 2048, "mlp_fc1_bias": True, "mlp_fc2_bias": True,
+            "moe_every_n_layers": 2, "moe_impl": "megablocks", "moe_normalize_expert_weights": False, "moe_top_k": 2,
+            "n_embd": 256, "n_head": 4, "n_inner": 512, "n_layer": 2, "n_positions": 2048, "num_experts": 4,
+            "num_shared_experts": 0, "pad_token_id": 0, "prenorm": False, "qkv_proj_bias": True,
+            "rotary_emb_base": 10000, "rotary_emb_fraction": 1.0, "rotary_emb_interleaved": False,
+            "rotary_emb_scale_base": None, "rotary_scaling_factor": None, "type_vocab_size": 2, "vocab_size": 320,
+        },
+        _NOMIC_MOE,
         {
             "vocabulary": "wordpiece",
             "files": {

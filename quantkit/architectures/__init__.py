@@ -49,7 +49,7 @@ from quantkit.architectures.mixtral import Mixtral
 from quantkit.architectures.modern_bert import ModernBert
 from quantkit.architectures.nemotron import Nemotron
 from quantkit.architectures.nemotron_h import NemotronH, NemotronHMoe
-from quantkit.architectures.nomic_bert import NomicBert
+from quantkit.architectures.nomic_bert import NomicBert, NomicBertMoe
 from quantkit.architectures.olmo import Olmo
 from quantkit.architectures.olmo2 import Olmo2
 from quantkit.architectures.olmoe import Olmoe
@@ -133,6 +133,7 @@ FAMILIES: tuple[type[Architecture], ...] = (
     DistilBert,
     Roberta,
     XlmRoberta,
+    NomicBertMoe,
     NomicBert,
     ModernBert,
     JinaBert,
