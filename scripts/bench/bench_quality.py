@@ -2,14 +2,15 @@
 
     python scripts/bench/bench_quality.py --shared ../shared --cache /tmp/quality [--models docs-llama,smollm2]
         [--sizes Q4_K_M,Q3_K_M] [--methods importance,feedback] [--chunks 128] [--test-chunks 80]
-        [--damping 0.01] [--unbalanced] [--backend torch --device cuda]
+        [--damping 0.01] [--unbalanced | --first WEIGHT] [--backend torch --device cuda]
 
 For each model and size three files are written from the F16 model with one calibration text, and measured on three
 others: mean and 99.9% percentile of the divergence from the F16 model, ratio of perplexities, and how often the
 likeliest token is the same, each with its standard error. The first file is ours to the nearest, which is that of
 llama-quantize to the byte; `--verify` has llama.cpp write one too and compares. The third has no more bytes than the
 first. Methods "yaqa" and "chosen-yaqa" are the second and third with gradients (`--rounding yaqa`).
-`--unbalanced` shows what it is worth to weigh tokens: with it, all count as they are.
+`--unbalanced` shows what it is worth to weigh tokens: with it, all count as they are. `--first` is the weight of the
+first token of each chunk, where it is not that of the product.
 
 Everything that takes long is kept in the cache directory, and a run goes on where another stopped.
 """
@@ -82,7 +83,7 @@ class Bench:
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         self.name, self.arguments = name, arguments
-        unbalanced = "-unbalanced" if arguments.unbalanced else ""
+        unbalanced = "-unbalanced" if arguments.unbalanced else f"-{arguments.first}" if arguments.first else ""
         self.cache = arguments.cache / f"{name}-{arguments.chunks or 'all'}-{arguments.damping}{unbalanced}"
         self.cache.mkdir(parents=True, exist_ok=True)
         self.sizes, self.methods = arguments.sizes.split(","), arguments.methods.split(",")
@@ -262,6 +263,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, help="of the calibration text, for all methods; all by default")
     parser.add_argument("--damping", type=float, default=DAMPING)
     parser.add_argument("--unbalanced", action="store_true")
+    parser.add_argument("--first", type=float)
     parser.add_argument("--test-chunks", type=int, default=80)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--backend", default="numpy")
@@ -271,6 +273,8 @@ def main() -> None:
     arguments.cache.mkdir(parents=True, exist_ok=True)
     if arguments.unbalanced:
         moments.Balance = lambda n_ctx: None  # type: ignore[assignment,misc]
+    elif arguments.first:
+        moments.Balance = type("Trial", (moments.Balance,), {"first": arguments.first})  # type: ignore[misc]
     wanted = arguments.texts.split(",")
     measured = {name: text for name, text in texts(arguments.shared).items() if name in wanted}
     for name in arguments.models.split(","):
