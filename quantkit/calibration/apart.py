@@ -1,10 +1,12 @@
-"""Error feedback by the workers of a cluster: layers apart from each other.
+"""Error feedback and the choice of types by the workers of a cluster: layers, and tensors, apart from each other.
 
 Moments are those of the unquantized model, so no layer waits for the rounding of another. The text goes through some
 layers, part by part on all workers, and what each of these layers reads is left in files of the work directory; then
 each layer is a task of its own: it runs once more over the whole text, its moments are gathered and its tensors
 rounded, while the text goes through the next layers. So the text goes through every layer twice, and there are files
 of the activations for as many layers at a time as there are workers.
+
+What types cost is asked of each worker for its share of the tensors; the text goes through the model for each.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ import numpy as np
 
 from quantkit.blocks.types import GGMLType
 from quantkit.calibration.moments import MomentsPass, batches
+from quantkit.calibration.progress import Step
 from quantkit.calibration.rounding import LayerRounding
 from quantkit.calibration.spool import TensorFiles
+from quantkit.calibration.survey import TensorCosts, survey
 from quantkit.calibration.text import CalibrationText
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.activations import Activations
@@ -175,3 +179,45 @@ def round_apart(
         for path in shared.directory.glob("inputs-*.f32"):
             with suppress(OSError):
                 path.unlink()
+
+
+def survey_share(
+    source: bytes,
+    compute: Compute,
+    text: CalibrationText,
+    candidates: Mapping[str, Sequence[GGMLType]],
+    feedback: bool,
+    directory: Path | None,
+) -> dict[str, TensorCosts]:
+    """What a share of the tensors cost as their `candidates`: what a worker does."""
+    with models_here((source,), compute, keep=False) as (model,):
+        return survey(model, text, candidates, feedback=feedback, directory=directory)
+
+
+def survey_apart(
+    cluster: Cluster,
+    source: TensorSource,
+    compute: Compute,
+    text: CalibrationText,
+    candidates: Mapping[str, Sequence[GGMLType]],
+    *,
+    feedback: bool,
+    directory: Path | None,
+    progress: Callable[[Step], None] | None,
+) -> dict[str, TensorCosts]:
+    """What each tensor costs as each of its types, as `survey.survey` says, by the workers of `cluster`."""
+    names, what = list(candidates), packed(source)
+    # A tensor costs a worker the layers after its own: every share has some of all layers.
+    n_shares = max(1, min(cluster.n_workers, len(names)))
+    home = None if directory is None else directory.absolute()
+    shares = [{name: candidates[name] for name in names[i::n_shares]} for i in range(n_shares)]
+    tasks = [
+        Task(f"types of {len(share)} tensors", survey_share, (what, compute, text, share, feedback, home))
+        for share in shares
+    ]
+    found: dict[str, TensorCosts] = {}
+    for done, (_, costs) in enumerate(cluster.run(tasks), 1):
+        found |= costs
+        if progress is not None:
+            progress(Step("choose types", 0, 0, "", done, n_shares))
+    return {name: found[name] for name in names if name in found}

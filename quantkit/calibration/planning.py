@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from quantkit.calibration.roundings import check_rounding
 from quantkit.calibration.survey import TensorCosts, survey
 from quantkit.calibration.text import CalibrationText
 from quantkit.errors import QuantkitError
-from quantkit.evaluate.model import Model
+from quantkit.evaluate.backends import load
+from quantkit.evaluate.settings import Compute
 from quantkit.formats.atomic import OutputFile, write_whole
 from quantkit.formats.gguf import ValueType, padded
 from quantkit.formats.unfinished import WorkDirectory
@@ -32,6 +33,9 @@ from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import Plan, PlannedTensor, plan_quantize
 from quantkit.sources.source import TensorSource
 from quantkit.wording import size_text
+
+if TYPE_CHECKING:
+    from quantkit.pipeline.cluster import Cluster
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _VERSION = 1
@@ -162,26 +166,33 @@ class TypeChooser:
 
     def survey(
         self,
-        model: Model,
+        compute: Compute,
         *,
         work: WorkDirectory | None = None,
         progress: Callable[[Step], None] | None = None,
+        cluster: Cluster | None = None,
     ) -> dict[str, TensorCosts]:
-        """What each tensor would cost as each type. Kept in `work`, and taken from there where it was."""
+        """What each tensor would cost as each type, by the workers of `cluster` if there is one.
+
+        Kept in `work`, and taken from there where it was.
+        """
         digest = ""
         if work is not None:
             digest = self._identify()
             known = work.load_costs(digest)
             if known is not None:
                 return {name: _costs(self._source, name, entry) for name, entry in known.items()}
-        costs = survey(
-            model,
-            self._text,
-            self.candidates,
-            feedback=self._rounding != "nearest",
-            directory=None if work is None else work.make(),
-            progress=progress,
-        )
+        how: dict[str, Any] = {
+            "feedback": self._rounding != "nearest",
+            "directory": None if work is None else work.make(),
+            "progress": progress,
+        }
+        if cluster is None:
+            costs = survey(load(self._source, compute, keep=False), self._text, self.candidates, **how)
+        else:
+            from quantkit.calibration.apart import survey_apart
+
+            costs = survey_apart(cluster, self._source, compute, self._text, self.candidates, **how)
         if work is not None:
             work.save_costs(digest, {name: _as_json(each) for name, each in costs.items()})
         return costs

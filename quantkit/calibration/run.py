@@ -92,7 +92,7 @@ class CalibratedRun:
 
     `types` are file types or plans; with `targets` types are chosen for these sizes instead, within `wishes`. Without a
     `calibration` only plans can be had, and not written. `progress` is told of every step.
-    With `cluster`, its workers gather importance, round (gptq alone) and write; they choose no types.
+    With `cluster`, its workers gather importance, try types, round (gptq alone) and write.
 
     Raises QuantkitError for sizes that cannot be reached, before anything is computed.
     """
@@ -113,8 +113,6 @@ class CalibratedRun:
 
         self._model, self._calibration, self._options, self._progress = model, calibration, options, progress
         self._cluster = cluster
-        if cluster is not None and targets:
-            raise QuantkitError("types are not chosen by a cluster: have a plan made without, then use that")
         rounding = "" if calibration is None or calibration.rounding == "nearest" else calibration.rounding
         self._chooser = None
         if targets:
@@ -156,13 +154,12 @@ class CalibratedRun:
         Unfinished work is kept in `work`; without one the plans are for show: nothing is computed for files whose types
         are named.
         """
-        from quantkit.evaluate.backends import load
-
         calibration, options = self._calibration, replace(self._options, calibrated=self._calibration is not None)
         if self._chooser is not None and calibration is not None:
             if costs is None:
-                model = load(self._model, calibration.compute, keep=False)
-                costs = self._chooser.survey(model, work=work, progress=self._progress)
+                costs = self._chooser.survey(
+                    calibration.compute, work=work, progress=self._progress, cluster=self._cluster
+                )
             self._types = list(self._chooser.choose(costs))
         matrix = None
         if work is not None and calibration is not None and calibration.rounding == "nearest":

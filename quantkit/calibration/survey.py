@@ -26,6 +26,7 @@ from quantkit.calibration.rounder import rounder
 from quantkit.calibration.text import CalibrationText
 from quantkit.evaluate.activations import Activations
 from quantkit.evaluate.model import Model
+from quantkit.evaluate.parts import aligned
 
 # Chunks of the text that perturbed copies are made of, and copies compared with the base together.
 _CHUNKS = 4
@@ -78,8 +79,8 @@ def survey(
     """What each tensor of `candidates` costs as each of its types.
 
     With `feedback` losses are those of rounding with error feedback, else to the nearest with the importance of the
-    columns. Divergence is measured on `chunks` chunks of the text. Activations that are larger than their share of
-    memory go to a file in `directory`.
+    columns. Divergence is measured on `chunks` chunks of the text, or on some more. Activations that are larger than
+    their share of memory go to a file in `directory`. What is said of a tensor does not depend on the others.
     """
     return _Survey(model, text, candidates, feedback, damping, chunks, directory, progress).run()
 
@@ -100,7 +101,8 @@ class _Survey:
         self._feedback, self._damping, self._rounder = feedback, damping, rounder(model)
         self._progress, self._directory = progress, directory
         self._text = text
-        n = min(chunks, text.n_chunks)
+        # Whole groups of chunks, of those that go through products together, so that neighbours change nothing.
+        n = min(-(-chunks // aligned(text.n_ctx)) * aligned(text.n_ctx), text.n_chunks)
         self._some = np.unique(np.linspace(0, text.n_chunks - 1, n).round().astype(int))
         self._tokens = text.tokens[self._some]
         self._infos = model.source.tensors
@@ -130,15 +132,22 @@ class _Survey:
                 found = layers.gather()
                 if index < len(spec.layers):
                     advance = model.layer_pass(index, n_ctx)
-                    travelling = self._copies[: self._n_copies].reshape(-1, n_ctx, spec.width)
-                    for part in batches(*travelling.shape[:2]):
-                        advance(travelling[part])
+                    for travelling in self._travelling():
+                        for part in batches(*travelling.shape[:2]):
+                            advance(travelling[part])
                 for shared in found.inputs:
                     self._try(index, shared, before)
-            return self._measure(model.normed(x.values[self._some]))
+            with model.exactly(n_ctx):
+                return self._measure(model.normed(x.values[self._some]))
         finally:
             x.close()
             copies.close()
+
+    def _travelling(self) -> list[np.ndarray]:
+        """The perturbed copies on their way: together, or each alone where they are no whole groups of chunks."""
+        copies = self._copies[: self._n_copies]
+        n_seq, n_ctx, width = copies.shape[1:]
+        return list(copies) if n_seq % aligned(n_ctx) else [copies.reshape(-1, n_ctx, width)]
 
     # -- perturbing
 

@@ -31,6 +31,7 @@ from quantkit.blocks.types import GGMLType
 from quantkit.calibration.planning import Target, TypeChooser
 from quantkit.calibration.progress import Step
 from quantkit.calibration.rounding import execute_with_feedback
+from quantkit.calibration.survey import survey
 from quantkit.calibration.text import CalibrationText
 from quantkit.evaluate.perplexity import chunked, perplexity, tokenize
 from quantkit.evaluate.settings import Chunking, Compute
@@ -196,7 +197,7 @@ def calibrated(llama: SyntheticLlama, device: str, precision: str, what: str, di
             gain["bytes"] = path.stat().st_size
         else:
             chooser = TypeChooser(llama, [Target.parse("Q4_K_M")], options, text)
-            gain = {"tensors": len(chooser.survey(model, progress=where))}
+            gain = {"tensors": len(survey(model, text, chooser.candidates, progress=where))}
     print(
         json.dumps(
             {

@@ -24,7 +24,7 @@ from quantkit.calibration.planning import (
     load_plan,
     save_plan,
 )
-from quantkit.calibration.survey import TensorCosts
+from quantkit.calibration.survey import TensorCosts, survey
 from quantkit.calibration.text import CalibrationText
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import load
@@ -55,7 +55,7 @@ def text(tinylm: CheckpointSource) -> CalibrationText:
 @pytest.fixture(scope="module")
 def costs(tinylm: CheckpointSource, text: CalibrationText) -> dict[str, TensorCosts]:
     chooser = TypeChooser(tinylm, TARGETS, QuantizeOptions(), text, "gptq", FEW_TYPES)
-    return chooser.survey(load(tinylm, keep=False))
+    return chooser.survey(Compute())
 
 
 @pytest.fixture(scope="module")
@@ -260,15 +260,15 @@ def test_costs_are_kept_for_a_run_that_goes_on(tinylm: CheckpointSource, text: C
     narrow = Wishes(T.Q4_K, T.Q5_K)
     chooser = TypeChooser(tinylm, TARGETS[:1], QuantizeOptions(), text, "nearest", narrow)
     work = WorkDirectory(tmp_path / "q.gguf")
-    found = chooser.survey(load(tinylm, keep=False), work=work)
+    found = chooser.survey(Compute(), work=work)
     with pytest.raises(QuantkitError, match="holds the work of a run that was stopped") as caught:
         WorkDirectory(tmp_path / "q.gguf")
     assert caught.value.option == "resume"
     work = WorkDirectory(tmp_path / "q.gguf", resume=True)
-    assert chooser.survey(None, work=work) == found  # type: ignore[arg-type]
+    assert chooser.survey(Compute(), work=work) == found
     other = TypeChooser(tinylm, TARGETS[:1], QuantizeOptions(), text, "gptq", narrow)
     with pytest.raises(QuantkitError, match="belongs to a run with another model"):
-        other.survey(None, work=work)  # type: ignore[arg-type]
+        other.survey(Compute(), work=work)
     work.remove()
     assert not list(tmp_path.iterdir())
 
@@ -328,7 +328,7 @@ def test_torch_measures_the_same_costs(tmp_path: Path) -> None:
     import torch
 
     models[2].gpu = torch.device("cpu")  # as where a GPU computes
-    ours, *others = (chooser.survey(model) for model in models)
+    ours, *others = (survey(model, text, chooser.candidates, feedback=False) for model in models)
     for theirs in others:
         for name, each in ours.items():
             assert theirs[name].sensitivity == pytest.approx(each.sensitivity, rel=0.02), name
