@@ -75,7 +75,10 @@ def _by_expert(config: Config, stored: np.ndarray) -> np.ndarray:
 
 
 class NomicBertMoe(NomicBert):
-    """NomicBertModel with experts: nomic-embed-text v2. The biases that its experts share are zero, and left out."""
+    """NomicBertModel with experts: nomic-embed-text v2.
+
+    A bias that the experts of a layer share is left out, as by the reference converter: llama.cpp has no place for one.
+    """
 
     gguf_name = "nomic-bert-moe"
     parameters = (
