@@ -62,8 +62,8 @@ _ROUNDING = 6.0
 class RoundedTensor:
     """How a tensor came out: its type, and its loss, the mean squared error of its output over the text, in all rows.
 
-    `plain_loss` is that of rounding to the nearest with the importance of the columns. Losses are None where feedback
-    was not used; `note` says why, or what else is to be said.
+    Tokens count as `evaluate.inputs.Balance` weighs them. `plain_loss` is that of rounding to the nearest with the
+    importance of the columns. Losses are None where feedback was not used; `note` says why, or what else is to be said.
     """
 
     name: str

@@ -48,8 +48,8 @@ class Balance(NamedTuple):
 
     All rows count alike whatever their length: what follows a matrix is mostly normalised, and the longest rows would
     be made up for at the cost of all others. The first token of a chunk counts as an eighth of it: where there is
-    nothing to attend to, trained models attend to the first token (attention sinks, Xiao et al., arXiv 2309.17453), so
-    that an error there is in all that follows, and their rows are most unlike others'.
+    nothing to attend to, trained models attend to the first token (attention sinks, Xiao et al., arXiv 2309.17453).
+    What is wrong there is in all that follows, and its rows are the least like the others.
     """
 
     n_ctx: int
