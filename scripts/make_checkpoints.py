@@ -600,7 +600,10 @@ PACKED = {
 
 
 # Multimodal ones, of which only the projector is converted.
-PROJECTORS = {name: Recipe(**recipe) for name, recipe in projector_recipes.PROJECTORS.items()}
+PROJECTORS = {name: Recipe(**recipe) for name, recipe in projector_recipes.PROJECTORS.items()} | {
+    path.stem: Recipe(**json.loads(path.read_text(encoding="utf-8")))
+    for path in sorted((Path(__file__).resolve().parent / "recipes" / "projectors").glob("*.json"))
+}
 
 
 def _weights(name: str, shape: tuple[int, ...], dtype: str, norm_at: float) -> np.ndarray:

@@ -282,4 +282,40 @@ PROJECTORS: dict[str, dict[str, Any]] = {
         },
         _HALVES,
     ),
+    # As its repositories hold it: the class is their own code, around transformers' encoder of Whisper.
+    "tiny-ear-ultravox": _recipe(
+        {
+            "architectures": ["UltravoxModel"], "model_type": "ultravox", "hidden_size": _TEXT, "stack_factor": 8,
+            "projector_ln_mid": True, "text_model_id": "example-org/Llama-1B", "audio_model_id": None,
+            "audio_config": {
+                "architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper", "d_model": _WIDTH,
+                "encoder_layers": 3, "num_hidden_layers": 3, "decoder_layers": 4, "encoder_attention_heads": 2,
+                "encoder_ffn_dim": _WIDE, "num_mel_bins": 128, "max_source_positions": 1500,
+            },
+        },
+        {
+            "audio_tower.conv1.weight": "64 128 3",
+            "audio_tower.conv1.bias": "64",
+            "audio_tower.conv2.weight": "64 64 3",
+            "audio_tower.conv2.bias": "64",
+            "audio_tower.embed_positions.weight": "1500 64",
+            **_norm("audio_tower.layer_norm"),
+            **_norm("audio_tower.layers.{0-2}.self_attn_layer_norm"),
+            **_norm("audio_tower.layers.{0-2}.final_layer_norm"),
+            **_linear("audio_tower.layers.{0-2}.fc1", _WIDE, _WIDTH),
+            **_linear("audio_tower.layers.{0-2}.fc2", _WIDTH, _WIDE),
+            "audio_tower.layers.{0-2}.self_attn.k_proj.weight": "64 64",
+            **{
+                k: v
+                for part in ("out", "q", "v")
+                for k, v in _linear(f"audio_tower.layers.{{0-2}}.self_attn.{part}_proj", 64, 64).items()
+            },
+            "multi_modal_projector.ln_pre.weight": "512",
+            "multi_modal_projector.linear_1.weight": "192 512",
+            "multi_modal_projector.ln_mid.weight": "96",
+            "multi_modal_projector.linear_2.weight": f"{_TEXT} 96",
+        },
+        {},
+        dtype="F32",
+    ),
 }  # fmt: skip

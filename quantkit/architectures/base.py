@@ -181,6 +181,11 @@ class Architecture:
             count += more
         return count
 
+    @property
+    def n_numbers(self) -> int:
+        """How many numbers names of tensors can have: those of the blocks."""
+        return self.n_layers
+
     @cached_property
     def rope(self) -> RotaryConfig:
         """The rotary parameters."""
@@ -309,8 +314,8 @@ class Architecture:
         import gguf
 
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf_name)
-        names = gguf.get_tensor_name_map(arch, self.n_layers)
-        names.mapping.update(more_names(self.gguf_name, self.n_layers))
+        names = gguf.get_tensor_name_map(arch, self.n_numbers)
+        names.mapping.update(more_names(self.gguf_name, self.n_numbers))
         return names
 
     def gguf_tensor_name(self, name: str) -> str:

@@ -24,6 +24,6 @@ def command(as_json: Json = False, verbose: Verbose = 0, quiet: Quiet = False) -
         ],
         left=5,
     )
-    seeing = classes()
-    text += f"\n\nProjectors (`convert --mmproj`): {', '.join(seeing)}."
-    emit(text, {"architectures": rows, "projectors": seeing}, as_json)
+    multimodal = classes()
+    text += f"\n\nProjectors (`convert --mmproj`): {', '.join(multimodal)}."
+    emit(text, {"architectures": rows, "projectors": multimodal}, as_json)

@@ -43,7 +43,7 @@ def command(
         bool, typer.Option("--lora", help="MODEL is a LoRA adapter, as PEFT saves it: write a GGUF adapter.")
     ] = False,
     mmproj: Annotated[
-        bool, typer.Option("--mmproj", help="Write the projector of a multimodal MODEL: what lets the text model see.")
+        bool, typer.Option("--mmproj", help="Write the projector of a multimodal MODEL: what lets it see or hear.")
     ] = False,
     base: Annotated[
         str | None,
@@ -78,8 +78,9 @@ def command(
 ) -> None:
     """Convert a Hugging Face checkpoint to a GGUF file, like llama.cpp's convert_hf_to_gguf.py.
 
-    With --lora, a LoRA adapter as PEFT saves it, like llama.cpp's convert_lora_to_gguf.py. With --mmproj, the vision
-    tower and the projector of a multimodal checkpoint, to be given to llama.cpp beside the text model.
+    With --lora, a LoRA adapter as PEFT saves it, like llama.cpp's convert_lora_to_gguf.py. With --mmproj, the
+    encoders of images and sound and the projector of a multimodal checkpoint, to be given to llama.cpp beside the text
+    model.
 
     Without --output, the file is named by the GGUF naming convention and written to the checkpoint's directory, or to
     the current directory for a checkpoint from the hub.

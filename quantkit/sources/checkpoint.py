@@ -222,13 +222,13 @@ class CheckpointSource:
             ]
         except (ValueError, IndexError):
             raise QuantkitError(
-                f"{self.directory}: tensor {part!r} of shape {data.shape} does not fit what config.json says of heads"
+                f"{self.directory}: tensor {part!r} of shape {data.shape} does not fit what config.json says"
             ) from None
         if data.ndim > 1:
             return views
         # One axis: all of it is one row unless a transform says otherwise, so the order must be made now; it is small.
         whole = np.concatenate([view.reshape(-1) for view in views])
-        return [whole if assembly.transform.n_axes is None else whole.reshape(-1, views[0].shape[-1])]
+        return [whole if assembly.transform.n_axes is None else whole.reshape(-1, *views[0].shape[1:])]
 
     def _type_of(self, name: str, shape: tuple[int, ...]) -> GGMLType:
         """The type of a tensor: float32 for vectors, norms and all but weights, else the file's if its blocks fit."""

@@ -190,7 +190,7 @@ def open_model(
 def open_checkpoint(
     checkpoint: str, *, revision: str | None = None, remote: bool = False, projector: bool = False, **options: Any
 ) -> CheckpointSource:
-    """Open a checkpoint directory or a model on the hub, or with `projector` the part of it that sees.
+    """Open a checkpoint directory or a model on the hub, or with `projector` the part of it that sees or hears.
 
     `options` are as for `CheckpointSource`. See `open_model`.
     """

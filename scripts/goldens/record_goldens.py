@@ -6,7 +6,7 @@ LLAMA_CPP is llama.cpp's source directory; needs what its convert_hf_to_gguf.py 
 the tiny checkpoints of make_checkpoints.py called NAME, and each CHECKPOINT directory, or all the tiny ones, into
 tests/goldens/convert/NAME.json. The converter knows pre-tokenizers by a hash of their vocabulary; it is told
 llama-bpe, which all of these use, or the name that it knows the real vocabulary of the family by, which means the same.
-Its exponentials are rounded correctly: those of torch depend on the machine in the last bit.
+Its exponentials, sines and cosines are rounded correctly: those of torch depend on the machine in the last bit.
 The files are read back with the reader of its own gguf package. Records and tensors are told by the first 64 bits of
 their SHA-256, whole files by all.
 """
@@ -161,7 +161,11 @@ def main() -> None:
     import torch
     import transformers
 
-    torch.exp = lambda x: x.to(torch.float64).exp().to(x.dtype)
+    def exact(function: Any) -> Any:
+        return lambda x: function(x.to(torch.float64)).to(x.dtype)
+
+    torch.exp, torch.sin, torch.cos = exact(torch.exp), exact(torch.sin), exact(torch.cos)
+    torch.nn.functional.softplus = exact(torch.nn.functional.softplus)
 
     global REFERENCE_LOAD_HPARAMS
     REFERENCE_LOAD_HPARAMS = conversion.base.ModelBase.load_hparams

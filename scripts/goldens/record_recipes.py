@@ -41,7 +41,8 @@ class Model:
     """A class of transformers, what of its config is not `SIZES`, and the other fields of a recipe.
 
     `called` is what published checkpoints call the class, where that is not the name that transformers gives it, and
-    `said` are fields as these say them, where that is not what transformers saves.
+    `said` are fields as these say them, where that is not what transformers saves. `renamed` has beginnings of names of
+    tensors and what these have instead. `inside` is the field of their config.json that holds what transformers saves.
     """
 
     name: str
@@ -49,6 +50,8 @@ class Model:
     recipe: dict[str, Any] = field(default_factory=dict)
     called: str | None = None
     said: dict[str, Any] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    inside: str | None = None
 
 
 def _rope(theta: float, **values: Any) -> dict[str, Any]:
@@ -671,6 +674,104 @@ MODELS = {
 }  # fmt: skip
 
 
+# A text model that is there for its width.
+_TEXT = {
+    "vocab_size": 320, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32,
+}  # fmt: skip
+_HEARS = {
+    "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2, "num_mel_bins": 128,
+}  # fmt: skip
+_WHISPER = {
+    "d_model": 64, "encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 128, "num_mel_bins": 128,
+}  # fmt: skip
+_OMNI = {**_WHISPER, "output_dim": 96}
+_QWEN25_EYE = {
+    "depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 96,
+    "fullatt_block_indexes": [0, 1, 2],
+}  # fmt: skip
+_QWEN3_EYE = {
+    "depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 96,
+    "num_position_embeddings": 16, "deepstack_visual_indexes": [1],
+}  # fmt: skip
+_GEMMA4_EYE = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 32, "patch_size": 4, "position_embedding_size": 64,
+}  # fmt: skip
+_GEMMA4_TEXT = {**_TEXT, "hidden_size_per_layer_input": 0, "layer_types": ["full_attention"]}
+_IMAGES = {"preprocessor_config.json": json.dumps({"image_mean": [0.5, 0.25, 0.125], "image_std": [0.5, 0.25, 0.75]})}
+_PLAIN_IMAGES = {"preprocessor_config.json": json.dumps({"image_mean": [0.0] * 3, "image_std": [1.0] * 3})}
+
+PROJECTORS = {
+    "tiny-ear-qwen2-audio": Model(
+        "Qwen2AudioForConditionalGeneration",
+        {"audio_config": _WHISPER, "text_config": {"model_type": "qwen2", **_TEXT}},
+    ),
+    "tiny-ear-voxtral": Model(
+        "VoxtralForConditionalGeneration",
+        {"audio_config": _HEARS, "text_config": {"model_type": "llama", **_TEXT}},
+        {"dtype": "F16"},
+    ),
+    "tiny-ear-flamingo": Model(
+        "AudioFlamingo3ForConditionalGeneration",
+        {"audio_config": _HEARS, "text_config": {"model_type": "qwen2", **_TEXT}},
+    ),
+    "tiny-ear-qwen3-asr": Model(
+        "Qwen3ASRForConditionalGeneration",
+        {"audio_config": {**_OMNI, "encoder_layers": 4, "downsample_hidden_size": 32}, "text_config": _TEXT},
+        called="Qwen3ASRForConditionalGeneration",
+        inside="thinker_config",
+        said={"model_type": "qwen3_asr"},
+        renamed={
+            "model.multi_modal_projector.linear_": "thinker.audio_tower.proj",
+            "model.language_model.": "thinker.model.",
+            "model.": "thinker.",
+        },
+    ),
+    "tiny-omni-qwen25": Model(
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        {"audio_config": _OMNI, "text_config": _TEXT, "vision_config": _QWEN25_EYE},
+        {"files": _IMAGES},
+        called="Qwen2_5OmniModel",
+        inside="thinker_config",
+        said={"model_type": "qwen2_5_omni"},
+        renamed={"": "thinker."},
+    ),
+    "tiny-omni-qwen3": Model(
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        {
+            "audio_config": {**_OMNI, "downsample_hidden_size": 32}, "vision_config": _QWEN3_EYE,
+            "text_config": {**_TEXT, "moe_intermediate_size": 32, "num_experts": 2, "num_experts_per_tok": 1},
+        },
+        {"files": _IMAGES},
+        called="Qwen3OmniMoeForConditionalGeneration",
+        inside="thinker_config",
+        said={"model_type": "qwen3_omni_moe"},
+        # With the published beginning, `thinker.visual.`, the reference fails.
+        renamed={"audio_tower.": "thinker.audio_tower.", "model.": "thinker.model."},
+    ),
+    "tiny-eye-gemma4": Model(
+        "Gemma4ForConditionalGeneration",
+        {
+            "text_config": _GEMMA4_TEXT, "audio_config": None,
+            "vision_config": {**_GEMMA4_EYE, "standardize": True, "use_clipped_linears": True},
+        },
+        {"files": _PLAIN_IMAGES},
+    ),
+    "tiny-omni-gemma4": Model(
+        "Gemma4ForConditionalGeneration",
+        {
+            "text_config": _GEMMA4_TEXT, "vision_config": _GEMMA4_EYE,
+            "audio_config": {
+                "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "output_proj_dims": 96,
+                "subsampling_conv_channels": [128, 8],
+            },
+        },
+        {"files": _PLAIN_IMAGES},
+    ),
+}  # fmt: skip
+
+
 def _brace(numbers: list[int]) -> str:
     first, last = numbers[0], numbers[-1]
     if numbers == list(range(first, last + 1)):
@@ -697,13 +798,13 @@ def fold(tensors: dict[str, str]) -> dict[str, str]:
     return tensors
 
 
-def record(model: Model) -> dict[str, Any]:
+def record(model: Model, sizes: dict[str, Any]) -> dict[str, Any]:
     """Make the model, save it as transformers saves it, and read what it wrote."""
     import torch
     import transformers
 
     cls = getattr(transformers, model.name)
-    values = {name: value for name, value in {**SIZES, **model.config}.items() if value != "absent"}
+    values = {name: value for name, value in {**sizes, **model.config}.items() if value != "absent"}
     config = cls.config_class(**values)
     dtype = {"F32": torch.float32, "F16": torch.float16}.get(model.recipe.get("dtype", ""), torch.bfloat16)
     with tempfile.TemporaryDirectory() as name:
@@ -718,7 +819,11 @@ def record(model: Model) -> dict[str, Any]:
                     kind = entry["dtype"]
                     plain = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
                     tensors[tensor] = " ".join([kind] * (kind != plain) + [str(n) for n in entry["shape"]])
+    if model.inside:
+        saved = {"architectures": [model.called], model.inside: saved}
     saved = {name: value for name, value in (saved | model.said).items() if value != "absent"}
+    for before, after in model.renamed.items():
+        tensors = {after + n.removeprefix(before) if n.startswith(before) else n: said for n, said in tensors.items()}
     if model.called:
         saved["architectures"] = [model.called]
     recipe = dict(model.recipe)
@@ -735,12 +840,15 @@ def record(model: Model) -> dict[str, Any]:
 
 def main() -> None:
     """Record the models named, or all."""
-    RECIPES.mkdir(exist_ok=True)
-    for name in sys.argv[1:] or MODELS:
-        text = json.dumps(record(MODELS[name]), indent=1, ensure_ascii=False)
+    for name in sys.argv[1:] or MODELS | PROJECTORS:
+        models, sizes, directory = (
+            (MODELS, SIZES, RECIPES) if name in MODELS else (PROJECTORS, {}, RECIPES / "projectors")
+        )
+        directory.mkdir(exist_ok=True)
+        text = json.dumps(record(models[name], sizes), indent=1, ensure_ascii=False)
         # Lists of numbers and short texts on one line.
         text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: "[" + re.sub(r"\s*\n\s*", " ", m[1]) + "]", text)
-        (RECIPES / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         print(name)
 
 

@@ -157,3 +157,19 @@ def llama_vector(model: Path, tokens: Sequence[int], pooling: int) -> np.ndarray
         return result
     finally:
         llm.close()
+
+
+def llama_senses(projector: Path) -> tuple[bool, bool]:
+    """Whether the projector in a file lets a text model see, and hear, once libmtmd has loaded it and tried it out."""
+    from llama_cpp import mtmd_cpp
+
+    _llama()
+    params = mtmd_cpp.mtmd_context_params_default()
+    params.use_gpu, params.n_threads, params.warmup = False, 2, True
+    context = mtmd_cpp.mtmd_init_from_file(str(projector).encode(), None, params)
+    if not context:
+        raise ValueError(f"{projector}: llama.cpp does not load it")
+    try:
+        return bool(mtmd_cpp.mtmd_support_vision(context)), bool(mtmd_cpp.mtmd_support_audio(context))
+    finally:
+        mtmd_cpp.mtmd_free(context)

@@ -1,4 +1,4 @@
-"""The projectors that quantkit converts, one file for each kind: what lets a text model of GGUF see."""
+"""The projectors that quantkit converts, one file for each kind: what lets a text model of GGUF see, or hear."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ from pathlib import Path
 from quantkit.architectures.config import Config
 from quantkit.architectures.projectors.base import Projector
 from quantkit.architectures.projectors.gemma3 import Gemma3Projector
+from quantkit.architectures.projectors.gemma4 import Gemma4Projector
 from quantkit.architectures.projectors.internvl import InternVlProjector
 from quantkit.architectures.projectors.llama4 import Llama4Projector
 from quantkit.architectures.projectors.pixtral import PixtralProjector
 from quantkit.architectures.projectors.qwen2_vl import Qwen2VlProjector, Qwen25VlProjector
 from quantkit.architectures.projectors.qwen3_vl import Qwen3VlProjector
+from quantkit.architectures.projectors.qwen_omni import Qwen3AsrProjector, Qwen3OmniProjector, Qwen25OmniProjector
 from quantkit.architectures.projectors.smolvlm import SmolVlmProjector
+from quantkit.architectures.projectors.whisper import (
+    AudioFlamingo3Projector,
+    Qwen2AudioProjector,
+    UltravoxProjector,
+    VoxtralProjector,
+)
 from quantkit.errors import QuantkitError
 
 PROJECTORS: tuple[type[Projector], ...] = (
@@ -24,6 +32,14 @@ PROJECTORS: tuple[type[Projector], ...] = (
     PixtralProjector,
     Llama4Projector,
     InternVlProjector,
+    Gemma4Projector,
+    Qwen2AudioProjector,
+    UltravoxProjector,
+    VoxtralProjector,
+    AudioFlamingo3Projector,
+    Qwen25OmniProjector,
+    Qwen3OmniProjector,
+    Qwen3AsrProjector,
 )
 
 _BY_CLASS = {name: projector for projector in PROJECTORS for name in projector.checkpoints}

@@ -1,4 +1,4 @@
-"""What a projector is: how the part of a multimodal checkpoint that sees becomes a GGUF file of its own (mmproj)."""
+"""What a projector is: how the part of a multimodal checkpoint that sees or hears becomes a GGUF file (mmproj)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,31 @@ from quantkit.architectures.forward import MAX_LAYERS
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.formats.safetensors import StoredTensor, read_json
+from quantkit.wording import count_text
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_BLOCK = re.compile(r"v\.blk\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"([va])\.blk\.(\d+)\.(.+)")
+_SECTIONS = {"vision_config": "v", "audio_config": "a"}
+# What comes before these in the names of some versions of transformers is taken away.
+_TOWERS = ("visual.", "vision_tower.", "audio_tower.", "multi_modal_projector.")
+_MORE_NUMBERS = 4  # convolutions and layers of projectors are numbered too, the last of them 3
 
 
 class Projector(Architecture):
-    """One family of vision towers with what maps their outputs to a text model's embeddings.
+    """One family of encoders, of images, sound or both, with what maps their outputs to a text model's embeddings.
 
-    `config` holds the fields of `vision_config`, over those that the configuration class assumes; `root` is the whole
-    config.json. Class attributes beside those of `Architecture` (`checkpoints` has the defaults of `vision_config`):
+    `root` is the whole config.json. `vision` and `audio` hold the fields of the encoders' sections in it, over those
+    that the configuration class assumes, or are None; `config` is the first of them. Class attributes beside those of
+    `Architecture`:
+    - `checkpoints`: by class, its encoders: the sections `vision_config` and `audio_config`, each with the defaults of
+      its fields. The first one must be there.
     - `kind`: `clip.projector_type`.
     - `beginnings`: how the names of its stored tensors begin, once `renames` are done.
-    - `required`: GGUF tensors that must be there, beside the same kinds in every block.
-    - `forced`: by a part of a GGUF name, the type of tensors that do not follow the file's.
+    - `required`: GGUF tensors that must be there, beside the same kinds in every block of an encoder. Those of an
+      encoder that the checkpoint has not (`a.`, `mm.a.`) are not.
+    - `forced`: by a pattern for a part of a weight's GGUF name, the type of tensors that do not follow the file's.
     """
 
     gguf_name = "clip"
@@ -41,23 +50,44 @@ class Projector(Architecture):
     def __init__(self, config: Config, checkpoint: str) -> None:
         """Take the hyper-parameters of `config`, a model of the class `checkpoint` of `checkpoints`.
 
-        Raises QuantkitError where there is no tower.
+        Raises QuantkitError where there is no encoder.
         """
-        vision = config.table("vision_config")
-        if vision is None:
-            raise QuantkitError(f"{config.path}: it has no vision_config")
-        self.root = config
-        self.config = self.complete(Config({**self.checkpoints[checkpoint], **vision}, config.path))
+        self.root = self.opened(config)
+        encoders: dict[str, Config] = {}
+        for section, defaults in self.checkpoints[checkpoint].items():
+            if (own := self.root.table(section)) is not None:
+                encoders[section] = self.complete(Config({**defaults, **own}, config.path))
+            elif not encoders:
+                raise QuantkitError(f"{config.path}: it has no {section}")
+        self.vision, self.audio = encoders.get("vision_config"), encoders.get("audio_config")
+        self.config = next(iter(encoders.values()))
+
+    def opened(self, config: Config) -> Config:
+        """The config with the sections of encoders at its root, where a family has them elsewhere."""
+        return config
 
     # Metadata
 
     @cached_property
-    def n_layers(self) -> int:
-        """The number of blocks of the tower."""
-        count = self.config.require("num_hidden_layers", "depth")
+    def depths(self) -> dict[str, int]:
+        """The number of blocks of each encoder, by the letter that its GGUF names begin with."""
+        return {letter: self._depth(encoder) for letter, encoder in (("v", self.vision), ("a", self.audio)) if encoder}
+
+    def _depth(self, encoder: Config) -> int:
+        count = encoder.require("num_hidden_layers", "depth", "encoder_layers")
         if count > MAX_LAYERS:
-            raise self.config.wrong(("num_hidden_layers",), count, f"at most {MAX_LAYERS}")
+            raise encoder.wrong(("num_hidden_layers",), count, f"at most {MAX_LAYERS}")
         return count
+
+    @cached_property
+    def n_layers(self) -> int:
+        """The number of blocks of the deeper encoder."""
+        return max(self.depths.values())
+
+    @property
+    def n_numbers(self) -> int:
+        """See Architecture."""
+        return max(self.n_layers, _MORE_NUMBERS)
 
     @cached_property
     def text(self) -> Config:
@@ -92,20 +122,35 @@ class Projector(Architecture):
 
     def write_parameters(self, writer: GGUFWriter, file_type: int) -> None:
         """Add the hyper-parameters, in the reference converter's order and types."""
-        config = self.config
         writer.add_file_type(file_type)
+        if self.vision is not None:
+            self.write_vision(writer, self.vision)
+        if self.audio is not None:
+            self.write_audio(writer, self.audio)
+        self.write_kind(writer)
+
+    def write_vision(self, writer: GGUFWriter, vision: Config) -> None:
+        """Add the sizes of the encoder of images, and what is done to them first."""
         writer.add_clip_has_vision_encoder(True)
         writer.add_vision_projection_dim(self.text.require("hidden_size"))
         writer.add_vision_image_size(self.image_size)
-        writer.add_vision_patch_size(config.require("patch_size"))
+        writer.add_vision_patch_size(vision.require("patch_size"))
         width, wide = self.sizes
         writer.add_vision_embedding_length(width)
         writer.add_vision_feed_forward_length(wide)
-        writer.add_vision_block_count(self.n_layers)
-        writer.add_vision_head_count(config.require("num_attention_heads", "num_heads"))
+        writer.add_vision_block_count(self.depths["v"])
+        writer.add_vision_head_count(vision.require("num_attention_heads", "num_heads"))
         writer.add_vision_image_mean(self._channels("image_mean"))
         writer.add_vision_image_std(self._channels("image_std"))
-        self.write_kind(writer)
+
+    def write_audio(self, writer: GGUFWriter, audio: Config) -> None:
+        """Add the sizes of the encoder of sound, in transformers' names or in Whisper's."""
+        writer.add_clip_has_audio_encoder(True)
+        writer.add_audio_projection_dim(self.text.require("hidden_size"))
+        writer.add_audio_embedding_length(audio.require("hidden_size", "d_model"))
+        writer.add_audio_feed_forward_length(audio.require("intermediate_size", "encoder_ffn_dim"))
+        writer.add_audio_block_count(self.depths["a"])
+        writer.add_audio_head_count(audio.require("num_attention_heads", "encoder_attention_heads"))
 
     def write_kind(self, writer: GGUFWriter) -> None:
         """Add what is this family's own: its projector's type first."""
@@ -131,7 +176,8 @@ class Projector(Architecture):
         """See Architecture: here it is the text model that is another part."""
         if "language_model." in name:
             return None
-        name = name.removeprefix("model.") if name.startswith(("model.visual.", "model.vision_tower.")) else name
+        inner = name.removeprefix("model.")
+        name = inner if inner.startswith(_TOWERS) else name
         for part, instead in self.renames.items():
             name = name.replace(part, instead)
         return name if name.startswith(self.beginnings) else None
@@ -142,18 +188,38 @@ class Projector(Architecture):
         for assembly in super().tensors(stored):
             seen.add(assembly.name)
             yield assembly
-        blocks: dict[int, set[str]] = {i: set() for i in range(self.n_layers)}
+        blocks: dict[str, dict[int, set[str]]] = {
+            letter: {i: set() for i in range(depth)} for letter, depth in self.depths.items()
+        }
         for name in seen:
+            self._refuse_unannounced(name)
             if match := _BLOCK.fullmatch(name):
-                blocks.setdefault(int(match[1]), set()).add(match[2])
-        kinds = set().union(*blocks.values()) or {"attn_out.weight"}
-        missing = [name for name in self.required if name not in seen]
-        missing += [f"v.blk.{i}.{kind}" for i, own in sorted(blocks.items()) for kind in sorted(kinds - own)]
+                blocks[match[1]][int(match[2])].add(match[3])
+        missing = [name for name in self.required if name not in seen and self._letter(name) in self.depths]
+        for letter, own in blocks.items():
+            kinds = set().union(*own.values()) or {"attn_out.weight"}
+            missing += [f"{letter}.blk.{i}.{kind}" for i, found in own.items() for kind in sorted(kinds - found)]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise QuantkitError(
                 f"{self.root.path.parent}: the projector lacks {', '.join(missing[:3])}{more}; is the checkpoint whole?"
             )
+
+    def _refuse_unannounced(self, name: str) -> None:
+        """Refuse a tensor of an encoder, or of a block, that config.json does not have."""
+        letter = self._letter(name)
+        section = next(section for section, its in _SECTIONS.items() if its == letter)
+        if letter not in self.depths:
+            raise QuantkitError(f"{self.root.path}: it has no {section}, and there is {name}")
+        if (match := _BLOCK.fullmatch(name)) and int(match[2]) >= self.depths[letter]:
+            raise QuantkitError(
+                f"{self.root.path}: {section} has {count_text(self.depths[letter], 'block')}, and there is {name}"
+            )
+
+    @staticmethod
+    def _letter(name: str) -> str:
+        """Which encoder the GGUF tensor `name` belongs to."""
+        return "a" if name.startswith(("a.", "mm.a.")) else "v"
 
     def gguf_tensor_name(self, name: str) -> str:
         """See Architecture; a second tensor of one name, which ends in `.1`, is called after the first."""
@@ -162,9 +228,9 @@ class Projector(Architecture):
 
     def forced_type(self, name: str, file_type: GGMLType) -> GGMLType | None:
         """The type of the matrix `name` where it is not the file's; None where it is."""
-        for part, kind in self.forced.items():
-            if part in name:
+        for pattern, kind in self.forced.items():
+            if ".weight" in name and re.search(pattern, name):
                 return kind
         if ".patch_embd.weight" in name or ".patch_merger.weight" in name:
             return GGMLType.F16 if file_type == GGMLType.F16 else GGMLType.F32
-        return GGMLType.F32 if name == "v.position_embd.weight" else None
+        return GGMLType.F32 if name in ("v.position_embd.weight", "a.position_embd.weight") else None

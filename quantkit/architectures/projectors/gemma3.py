@@ -22,15 +22,14 @@ class Gemma3Projector(Projector):
 
     kind = "gemma3"
     checkpoints = {  # noqa: RUF012
-        "Gemma3ForConditionalGeneration": {
+        "Gemma3ForConditionalGeneration": {"vision_config": {
             "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
             "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6,
-        }
+        }}
     }  # fmt: skip
     beginnings = ("multi_modal_projector.", "vision_tower.")
     # Published files have a level more in the tower's names than transformers 5 saves.
     renames = {  # noqa: RUF012
-        "model.multi_modal_projector.": "multi_modal_projector.",
         "_weight": ".weight",
         **{
             f"{_TOWER}{part}": f"{_TOWER}vision_model.{part}" for part in ("embeddings.", "encoder.", "post_layernorm.")

@@ -18,7 +18,7 @@ class InternVlProjector(Projector):
     """InternVLChatModel's, as its repositories publish it with code of their own."""
 
     kind = "internvl"
-    checkpoints = {"InternVLChatModel": {}}  # noqa: RUF012
+    checkpoints = {"InternVLChatModel": {"vision_config": {}}}  # noqa: RUF012
     beginnings = ("vision_tower.", "mlp1.")
     renames = {"vision_model.": "vision_tower.vision_model."}  # noqa: RUF012
     pieces = {  # noqa: RUF012

@@ -15,16 +15,13 @@ class Llama4Projector(Projector):
 
     kind = "llama4"
     checkpoints = {  # noqa: RUF012
-        "Llama4ForConditionalGeneration": {
+        "Llama4ForConditionalGeneration": {"vision_config": {
             "hidden_size": 768, "intermediate_size": 5632, "num_hidden_layers": 34, "num_attention_heads": 16,
             "image_size": 448, "patch_size": 14, "norm_eps": 1e-5, "pixel_shuffle_ratio": 0.5, "hidden_act": "gelu",
-        }
+        }}
     }  # fmt: skip
     beginnings = ("multi_modal_projector.", "vision_model.")
-    renames = {  # noqa: RUF012
-        "model.multi_modal_projector.": "multi_modal_projector.",
-        "model.vision_model.": "vision_model.",
-    }
+    renames = {"model.vision_model.": "vision_model."}  # noqa: RUF012
     required = (
         "v.patch_embd.weight", "v.class_embd", "v.position_embd.weight", "v.pre_ln.weight", "v.post_ln.weight",
         "mm.model.mlp.1.weight", "mm.model.mlp.2.weight", "mm.model.fc.weight",

@@ -17,10 +17,10 @@ from quantkit.formats.safetensors import read_json
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_DEFAULTS = {
+_DEFAULTS = {"vision_config": {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 1024, "patch_size": 16, "layer_norm_eps": 1e-5, "hidden_act": "gelu",
-}  # fmt: skip
+}}  # fmt: skip
 _BREAK = "[IMG_BREAK]"
 _EMBEDDING = "embed_tokens.weight"
 _USUAL_MERGE = 2  # of Mistral3Config
@@ -45,7 +45,6 @@ class PixtralProjector(Projector):
         "Mistral3ForConditionalGeneration": _DEFAULTS,
     }
     beginnings = ("multi_modal_projector.", "vision_tower.", _EMBEDDING)
-    renames = {"model.multi_modal_projector.": "multi_modal_projector."}  # noqa: RUF012
     transforms = {  # noqa: RUF012
         "q_proj.weight": Transform(interleave_rotary("num_attention_heads")),
         "k_proj.weight": Transform(interleave_rotary("num_attention_heads")),

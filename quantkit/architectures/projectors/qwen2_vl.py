@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -36,7 +36,7 @@ PATCHES = {
 
 
 class _QwenVlProjector(Projector):
-    beginnings = ("visual.",)
+    beginnings: ClassVar[tuple[str, ...]] = ("visual.",)
     pieces = {  # noqa: RUF012
         **PATCHES,
         **{
@@ -44,7 +44,7 @@ class _QwenVlProjector(Projector):
             for kind in ("weight", "bias")
         },
     }
-    required = (
+    required: ClassVar[tuple[str, ...]] = (
         "v.patch_embd.weight", "v.patch_embd.weight.1", "v.post_ln.weight",
         "mm.0.weight", "mm.0.bias", "mm.2.weight", "mm.2.bias",
     )  # fmt: skip
@@ -70,9 +70,9 @@ class Qwen2VlProjector(_QwenVlProjector):
 
     kind = "qwen2vl_merger"
     checkpoints = {  # noqa: RUF012
-        "Qwen2VLForConditionalGeneration": {
+        "Qwen2VLForConditionalGeneration": {"vision_config": {
             "depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "patch_size": 14,
-        }
+        }}
     }  # fmt: skip
 
     @property
@@ -86,10 +86,10 @@ class Qwen25VlProjector(_QwenVlProjector):
 
     kind = "qwen2.5vl_merger"
     checkpoints = {  # noqa: RUF012
-        "Qwen2_5_VLForConditionalGeneration": {
+        "Qwen2_5_VLForConditionalGeneration": {"vision_config": {
             "depth": 32, "hidden_size": 3584, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14,
             "fullatt_block_indexes": [7, 15, 23, 31],
-        }
+        }}
     }  # fmt: skip
 
     def write_windows(self, writer: GGUFWriter) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from quantkit.architectures.projectors.base import Projector
 from quantkit.architectures.projectors.qwen2_vl import PATCHES
@@ -14,10 +14,10 @@ from quantkit.errors import QuantkitError
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_DEFAULTS = {
+_DEFAULTS = {"vision_config": {
     "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16,
     "num_position_embeddings": 2304, "spatial_merge_size": 2, "deepstack_visual_indexes": [8, 16, 24],
-}  # fmt: skip
+}}  # fmt: skip
 # The merger after the last block, as the layers of llama.cpp's projector, and those that text layers are given.
 _MERGER = {"linear_fc1": "mm.0", "linear_fc2": "mm.2", "norm": "v.post_ln"}
 _DEEP = re.compile(r"visual\.deepstack_merger_list\.(\d{1,4})\.(norm|linear_fc1|linear_fc2)\.(weight|bias)")
@@ -31,9 +31,9 @@ class Qwen3VlProjector(Projector):
         "Qwen3VLForConditionalGeneration": _DEFAULTS,
         "Qwen3VLMoeForConditionalGeneration": _DEFAULTS,
     }
-    beginnings = ("visual.",)
+    beginnings: ClassVar[tuple[str, ...]] = ("visual.",)
     pieces = PATCHES
-    required = (
+    required: ClassVar[tuple[str, ...]] = (
         "v.patch_embd.weight", "v.patch_embd.weight.1", "v.patch_embd.bias", "v.position_embd.weight",
         "v.post_ln.weight", "mm.0.weight", "mm.0.bias", "mm.2.weight", "mm.2.bias",
     )  # fmt: skip
@@ -43,7 +43,7 @@ class Qwen3VlProjector(Projector):
         """The blocks whose outputs are given to text layers."""
         name = "deepstack_visual_indexes"
         blocks = self.config.find(name)
-        if not isinstance(blocks, list) or not all(isinstance(i, int) and 0 <= i < self.n_layers for i in blocks):
+        if not isinstance(blocks, list) or not all(isinstance(i, int) and 0 <= i < self.depths["v"] for i in blocks):
             raise self.config.wrong((name,), blocks, "a list of blocks")
         return blocks
 
@@ -58,11 +58,15 @@ class Qwen3VlProjector(Projector):
     def write_kind(self, writer: GGUFWriter) -> None:
         """GELU, how many patches are merged, the text model's epsilon, and the blocks that text layers are given."""
         super().write_kind(writer)
+        self.write_sight(writer)
+
+    def write_sight(self, writer: GGUFWriter) -> None:
+        """Add what of these the encoder of images has."""
         writer.add_vision_use_gelu(True)
         writer.add_vision_spatial_merge_size(self.config.require("spatial_merge_size"))
         eps = self.text.number("rms_norm_eps")
         writer.add_vision_attention_layernorm_eps(1e-6 if eps is None else eps)
-        writer.add_vision_is_deepstack_layers([i in self.deep for i in range(self.n_layers)])
+        writer.add_vision_is_deepstack_layers([i in self.deep for i in range(self.depths["v"])])
 
     def gguf_tensor_name(self, name: str) -> str:
         """See Architecture."""

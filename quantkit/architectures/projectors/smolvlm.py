@@ -10,10 +10,10 @@ from quantkit.blocks.types import GGMLType
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_DEFAULTS = {
+_DEFAULTS = {"vision_config": {
     "hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16,
     "image_size": 224, "patch_size": 32, "layer_norm_eps": 1e-6,
-}  # fmt: skip
+}}  # fmt: skip
 
 
 class SmolVlmProjector(Projector):
