@@ -36,8 +36,8 @@ from quantkit.calibration.feedback import (
     round_with_feedback,
 )
 from quantkit.errors import QuantkitError
-from quantkit.evaluate.torch_backend import exact_products
 from quantkit.evaluate.torch_blocks import decode
+from quantkit.evaluate.torch_parts import exact_products
 from quantkit.machine import default_threads
 
 # Rows that a thread of the processor searches or packs at a time.

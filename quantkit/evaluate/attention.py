@@ -27,7 +27,7 @@ def temperatures(temperature: Temperature, positions: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=2)
-def _falling(steepest: float, n_head: int, n_positions: int) -> np.ndarray:
+def falling(steepest: float, n_head: int, n_positions: int) -> np.ndarray:
     """What ALiBi adds to scores by the distance from query to key: float32 [n_head, 2 * n_positions - 1]."""
     whole = 1 << (n_head.bit_length() - 1)
     powers = [steepest * (h + 1) / whole if h < whole else steepest / 2 * (2 * (h - whole) + 1) / whole
@@ -165,7 +165,7 @@ class AttentionRunner(MixerRunner[Attention]):
             half = stop if attention.window is None else attention.window // 2
             reach = half + 1, half, 0
         cap, sinks = np.float32(attention.softcap or 0.0), self.sinks
-        distances = None if attention.alibi is None else _falling(attention.alibi, attention.n_head, k.shape[1])
+        distances = None if attention.alibi is None else falling(attention.alibi, attention.n_head, k.shape[1])
 
         def mix_group(group: int) -> None:
             scratch = self.parts.take("attention", forward_kernels.attention_scratch(stop, head_k, head_v))

@@ -16,7 +16,7 @@ from quantkit.evaluate.threads import Each
 from quantkit.evaluate.weights import Weights
 
 # What a mean square is at least where something is divided by its root, as in transformers.
-_LEAST = 1e-5
+LEAST = 1e-5
 
 
 def is_wide(spec: ForwardSpec, layer: Layer) -> bool:
@@ -83,7 +83,7 @@ def _square(spec: ForwardSpec, weights: Weights, name: str) -> list[np.ndarray]:
 def _as_long_as(made: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """The rows of `made` brought to the lengths of those of `wanted`."""
     length = np.sqrt(np.mean(np.square(wanted), axis=-1, keepdims=True))
-    own = np.sqrt(np.maximum(np.mean(np.square(made), axis=-1, keepdims=True), np.float32(_LEAST)))
+    own = np.sqrt(np.maximum(np.mean(np.square(made), axis=-1, keepdims=True), np.float32(LEAST)))
     result: np.ndarray = made * (length / own)
     return result
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import requires_torch
+from make_checkpoints import make_checkpoint
+from support.families import OTHER_MIXERS
 from support.tiny import FAMILIES, N_VOCAB, tiny_metadata, tiny_weights, write_gguf
 from support.variants import VARIANTS, variant
 
@@ -13,6 +15,7 @@ from quantkit.evaluate import model as models
 from quantkit.evaluate.backends import load
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
+from quantkit.sources.checkpoint import CheckpointSource
 from quantkit.sources.source import GGUFSource
 
 DENSE = [name for name, family in FAMILIES.items() if not family.n_expert]
@@ -99,6 +102,33 @@ def test_gradients_are_the_slopes_of_log_likelihoods(tmp_path):
     direction = np.random.default_rng(6).standard_normal(last.shape).astype(np.float32)
     slope = (likelihood(last + 1e-2 * direction) - likelihood(last - 1e-2 * direction)) / 2e-2
     assert slope == pytest.approx(float((gradients * direction).sum()), rel=2e-3)
+
+
+@requires_torch
+@pytest.mark.parametrize("name", OTHER_MIXERS)
+def test_gradients_through_other_mixers_are_slopes(tmp_path, monkeypatch, name):
+    """Of what each layer makes, in a random direction, in float64: steps must be small where much is bent."""
+    import torch
+
+    source = CheckpointSource(make_checkpoint(name, tmp_path), "f32")
+    model = load(source, Compute(backend="torch", threads=2))
+    tokens, step = some_tokens(2, 70) % 250, 1e-6
+    x = torch.from_numpy(model.embedded(tokens)).double()
+    weights = model._weights.tensors
+    weights.update({tensor: values.double() for tensor, values in weights.items()})
+    model._weights.dtype = model._parts.dtype = torch.float64
+    monkeypatch.setattr(model._parts, "_through_numpy", False)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    random = torch.Generator().manual_seed(6)
+    for layer in model._layers:
+        of, direction = (torch.randn(x.shape, generator=random, dtype=torch.float64) for _ in range(2))
+        read = x.clone().requires_grad_(True)
+        layer.run(read, slice(0, 70)).backward(of)
+        with torch.no_grad():
+            ahead, back = (layer.run(x + sign * step * direction, slice(0, 70)) for sign in (1, -1))
+            slope = float(((ahead - back) * of).sum()) / (2 * step)
+            x = layer.run(x, slice(0, 70))
+        assert slope == pytest.approx(float((read.grad * direction).sum()), abs=1e-6 * float(read.grad.norm()))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
