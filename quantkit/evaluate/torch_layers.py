@@ -159,7 +159,8 @@ class TorchLayer:
     def numbers(self) -> int:
         """How many numbers its activations hold for a token, about."""
         ff = self._layer.feed_forward
-        return sum(mixer.numbers for mixer in self._mixers) + (0 if ff is None else 4 * ff.n_ff)
+        of_experts = 2 * ff.n_used * (self._n_embd + 2 * ff.n_ff) if isinstance(ff, Experts) else 0
+        return sum(mixer.numbers for mixer in self._mixers) + (0 if ff is None else 4 * ff.n_ff) + of_experts
 
     def load(self, to: Loading) -> None:
         """Ask for what the layer reads."""
@@ -280,36 +281,48 @@ class TorchLayer:
         chosen, shares = self._route(ff, parts.product(router_read.reshape(rows.shape), ff.router).float())
         if ff.expert_scales is not None:
             shares = shares * parts.tensor(ff.expert_scales)[chosen]
-        branch = torch.zeros_like(x).view(rows.shape)
         # The choices in the experts' order, those of one in the order of the rows: the device is waited for once.
         choices = chosen.flatten()
         counts = torch.bincount(choices, minlength=ff.n_expert).tolist()
-        shares, gate = shares.flatten(), ff.gate_up or ff.gate
-        for e, choice in enumerate(choices.argsort(stable=True).split(counts)):
-            if not len(choice):
-                continue
-            some, share = choice // ff.n_used, shares[choice, None]
-            y = rows[some]
-            if ff.weigh_input:
-                y = y * share.to(y.dtype)
-            parts.observe(tuple(name for name in (ff.gate_up, ff.gate, ff.up) if name is not None), y, e, some)
-            made = [
-                self._expert(ff, name, biases, e, y)
-                for name, biases in ((ff.gate_up, None), (ff.gate, ff.gate_bias), (ff.up, ff.up_bias))
-                if name is not None
-            ]
-            if ff.gate_up is not None:
-                made = list(made[0].chunk(2, 1))
-            y = _activate(ff.activation, made[0]) if gate is None else _gated(ff, *made)
-            parts.observe((ff.down,), y, e, some)
-            y = self._expert(ff, ff.down, ff.down_bias, e, y).float()
-            branch.index_add_(0, some, y if ff.weigh_input else y * share)
+        order = choices.argsort(stable=True)
+        some = order // ff.n_used
+        read = rows[some]
+        if ff.weigh_input:
+            read = read * shares.flatten()[order, None].to(read.dtype)
+        self._observe_experts((ff.gate_up, ff.gate, ff.up), read, some, counts)
+        made = [
+            self._each_expert(name, biases, read, counts)
+            for name, biases in ((ff.gate_up, None), (ff.gate, ff.gate_bias), (ff.up, ff.up_bias))
+            if name is not None
+        ]
+        if ff.gate_up is not None:
+            made = list(made[0].chunk(2, 1))
+        active = _gated(ff, *made) if len(made) == 2 else _activate(ff.activation, made[0])
+        self._observe_experts((ff.down,), active, some, counts)
+        made_of = self._each_expert(ff.down, ff.down_bias, active, counts)
+        branch = torch.zeros_like(x).view(rows.shape)
+        for place, share in zip(order.argsort().view(chosen.shape).t(), shares.t(), strict=True):
+            y = made_of[place].float()
+            branch = branch + y if ff.weigh_input else torch.addcmul(branch, y, share[:, None])
         return branch.view(x.shape)
 
-    def _expert(self, ff: Experts, name: str, biases: str | None, e: int, x: Any) -> Any:
-        weights = self._parts.weights
-        bias = None if biases is None else weights.matrix(biases)[e]
-        return self._parts.times(x, weights.matrix(name).view(ff.n_expert, -1, x.shape[1])[e], bias)
+    def _observe_experts(self, names: tuple[str | None, ...], read: Any, some: Any, counts: list[int]) -> None:
+        """Tell what each expert reads: of `read`, made of the rows `some`, as many as `counts` has for it."""
+        present = tuple(name for name in names if name is not None)
+        for e, (own, at) in enumerate(zip(read.split(counts), some.split(counts), strict=True)):
+            self._parts.observe(present, own, e, at)
+
+    def _each_expert(self, name: str, biases: str | None, read: Any, counts: list[int]) -> Any:
+        """Each expert's rows of `read` times its own matrix of `name`, plus its row of `biases`, below each other."""
+        parts = self._parts
+        matrices = parts.weights.matrix(name).view(len(counts), -1, read.shape[1])
+        bias = None if biases is None else parts.weights.matrix(biases)
+        made = [
+            parts.times(own, matrices[e], None if bias is None else bias[e])
+            for e, own in enumerate(read.split(counts))
+            if len(own)
+        ]
+        return torch.cat(made) if made else read.new_empty(0, matrices.shape[1])
 
     def _route(self, ff: Experts, logits: Any) -> tuple[Any, Any]:
         """The experts that each row of `logits` [rows, experts] chooses, and their shares: [rows, experts used]."""
