@@ -82,6 +82,12 @@ class Recipe:
     added: tuple[str, ...] = ()
 
 
+def _recorded(folder: str) -> dict[str, Recipe]:
+    """The recipes that record_recipes.py wrote into a folder."""
+    paths = sorted((Path(__file__).resolve().parent / "recipes" / folder).glob("*.json"))
+    return {path.stem: Recipe(**json.loads(path.read_text(encoding="utf-8"))) for path in paths}
+
+
 def _config(**changes: Any) -> dict[str, Any]:
     base = {
         "architectures": ["LlamaForCausalLM"],
@@ -197,10 +203,7 @@ RECIPES = {
 FAMILIES = {
     name: Recipe(config, letters=letters, **changes)
     for name, (config, letters, changes) in family_recipes.FAMILIES.items()
-} | {
-    path.stem: Recipe(**json.loads(path.read_text(encoding="utf-8")))
-    for path in sorted((Path(__file__).resolve().parent / "recipes").glob("*.json"))
-}
+} | _recorded(".")
 ADDED = (
     ("<|begin|>", True),
     ("<|finish|>", True),
@@ -600,10 +603,9 @@ PACKED = {
 
 
 # Multimodal ones, of which only the projector is converted.
-PROJECTORS = {name: Recipe(**recipe) for name, recipe in projector_recipes.PROJECTORS.items()} | {
-    path.stem: Recipe(**json.loads(path.read_text(encoding="utf-8")))
-    for path in sorted((Path(__file__).resolve().parent / "recipes" / "projectors").glob("*.json"))
-}
+PROJECTORS = {name: Recipe(**recipe) for name, recipe in projector_recipes.PROJECTORS.items()} | _recorded("projectors")
+# And those that the reference converter does not know.
+LLAVA = _recorded("llava")
 
 
 def _weights(name: str, shape: tuple[int, ...], dtype: str, norm_at: float) -> np.ndarray:
@@ -645,7 +647,7 @@ def _safetensors(tensors: dict[str, tuple[str, np.ndarray]]) -> bytes:
 
 def make_checkpoint(name: str, parent: Path) -> Path:
     """Write the checkpoint called `name` into a directory of that name under `parent`, and return it."""
-    recipe, directory = (RECIPES | FAMILIES | PACKED | PROJECTORS)[name], parent / name
+    recipe, directory = (RECIPES | FAMILIES | PACKED | PROJECTORS | LLAVA)[name], parent / name
     directory.mkdir(parents=True)
 
     def write(file: str, value: object) -> None:
@@ -674,5 +676,5 @@ def make_checkpoint(name: str, parent: Path) -> Path:
 
 
 if __name__ == "__main__":
-    for recipe_name in RECIPES | FAMILIES | PACKED | PROJECTORS:
+    for recipe_name in RECIPES | FAMILIES | PACKED | PROJECTORS | LLAVA:
         make_checkpoint(recipe_name, Path(sys.argv[1]))

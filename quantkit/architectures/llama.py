@@ -54,6 +54,7 @@ class Llama(Architecture):
     }
     wrappers = {  # noqa: RUF012
         "LlavaForConditionalGeneration": {"llama": _LLAMA, "mistral": _MISTRAL},
+        "LlavaNextForConditionalGeneration": {"llama": _LLAMA, "mistral": _MISTRAL},
         "VoxtralForConditionalGeneration": {"llama": _LLAMA},
     }
     derived = {  # noqa: RUF012

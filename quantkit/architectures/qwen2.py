@@ -28,7 +28,10 @@ class Qwen2(Architecture):
 
     gguf_name = "qwen2"
     checkpoints = {"Qwen2ForCausalLM": _DEFAULTS}  # noqa: RUF012
-    wrappers = {"Qwen2AudioForConditionalGeneration": {"qwen2": _DEFAULTS}}  # noqa: RUF012
+    wrappers = {  # noqa: RUF012
+        "Qwen2AudioForConditionalGeneration": {"qwen2": _DEFAULTS},
+        "AudioFlamingo3ForConditionalGeneration": {"qwen2": _DEFAULTS},
+    }
     derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
     parameters = (*SHARED, pooling)
     vocabulary = "spm-or-bpe"

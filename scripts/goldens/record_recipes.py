@@ -699,6 +699,12 @@ _GEMMA4_EYE = {
     "num_key_value_heads": 2, "head_dim": 32, "patch_size": 4, "position_embedding_size": 64,
 }  # fmt: skip
 _GEMMA4_TEXT = {**_TEXT, "hidden_size_per_layer_input": 0, "layer_types": ["full_attention"]}
+_CLIP = {
+    "model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "image_size": 32, "patch_size": 8, "projection_dim": 48,
+}  # fmt: skip
+# As they are published; transformers 5 has a level less.
+_CLIP_NAMES = {"vision_tower.": "vision_tower.vision_model."}
 _IMAGES = {"preprocessor_config.json": json.dumps({"image_mean": [0.5, 0.25, 0.125], "image_std": [0.5, 0.25, 0.75]})}
 _PLAIN_IMAGES = {"preprocessor_config.json": json.dumps({"image_mean": [0.0] * 3, "image_std": [1.0] * 3})}
 
@@ -768,6 +774,24 @@ PROJECTORS = {
             },
         },
         {"files": _PLAIN_IMAGES},
+    ),
+}  # fmt: skip
+# Those that only older scripts of llama.cpp convert (record_llava.py).
+LLAVA = {
+    "tiny-eye-llava15": Model(
+        "LlavaForConditionalGeneration",
+        {"vision_config": _CLIP, "text_config": {"model_type": "llama", **_TEXT}},
+        {"dtype": "F16", "files": _IMAGES},
+        renamed=_CLIP_NAMES,
+    ),
+    "tiny-eye-llava16": Model(
+        "LlavaNextForConditionalGeneration",
+        {
+            "vision_config": {**_CLIP, "hidden_act": "gelu"}, "text_config": {"model_type": "llama", **_TEXT},
+            "image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]], "vision_feature_layer": -1,
+        },
+        {"files": _IMAGES},
+        renamed=_CLIP_NAMES,
     ),
 }  # fmt: skip
 
@@ -840,12 +864,11 @@ def record(model: Model, sizes: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Record the models named, or all."""
-    for name in sys.argv[1:] or MODELS | PROJECTORS:
-        models, sizes, directory = (
-            (MODELS, SIZES, RECIPES) if name in MODELS else (PROJECTORS, {}, RECIPES / "projectors")
-        )
+    for name in sys.argv[1:] or MODELS | PROJECTORS | LLAVA:
+        directory = RECIPES / ("projectors" if name in PROJECTORS else "llava" if name in LLAVA else ".")
+        sizes = SIZES if name in MODELS else {}
         directory.mkdir(exist_ok=True)
-        text = json.dumps(record(models[name], sizes), indent=1, ensure_ascii=False)
+        text = json.dumps(record((MODELS | PROJECTORS | LLAVA)[name], sizes), indent=1, ensure_ascii=False)
         # Lists of numbers and short texts on one line.
         text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: "[" + re.sub(r"\s*\n\s*", " ", m[1]) + "]", text)
         (directory / f"{name}.json").write_text(text + "\n", encoding="utf-8")

@@ -11,27 +11,37 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import requires_reference
-from make_checkpoints import PROJECTORS, make_checkpoint
+from make_checkpoints import LLAVA, PROJECTORS, make_checkpoint
 from safetensors.numpy import load_file, save_file
-from support.conversion import OUTTYPES, assert_recorded, changed_copy, golden, sha256, write
-from support.llama_reference import llama_senses
+from support.conversion import (
+    OUTTYPES,
+    assert_recorded,
+    changed_copy,
+    golden,
+    metadata_records,
+    sha256,
+    tensor_records,
+    write,
+)  # fmt: skip
+from support.llama_reference import llama_sees, llama_senses
 from support.program import call
 
 from quantkit.architectures.projectors import PROJECTORS as FAMILIES
 from quantkit.architectures.projectors import load_projector
 from quantkit.architectures.projectors.qwen2_vl import Qwen2VlProjector
 from quantkit.errors import QuantkitError
+from quantkit.sources.checkpoint import CheckpointSource
 from quantkit.sources.projector import ProjectorSource
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     parent = tmp_path_factory.mktemp("projectors")
-    return {name: make_checkpoint(name, parent) for name in PROJECTORS}
+    return {name: make_checkpoint(name, parent) for name in PROJECTORS | LLAVA}
 
 
 def test_every_projector_has_a_checkpoint() -> None:
-    made = {recipe.config["architectures"][0] for recipe in PROJECTORS.values()}
+    made = {recipe.config["architectures"][0] for recipe in (PROJECTORS | LLAVA).values()}
     assert all(made & {*family.checkpoints} for family in FAMILIES)
 
 
@@ -41,8 +51,26 @@ def test_the_file_is_the_reference_converters(tiny: dict[str, Path], tmp_path: P
     assert_recorded(ProjectorSource(tiny[name], outtype), golden(name)[outtype], tmp_path / "out.gguf")
 
 
+@pytest.mark.parametrize("outtype", ["f32", "f16"])
+@pytest.mark.parametrize("name", LLAVA)
+def test_llava_is_what_older_scripts_make(tiny: dict[str, Path], name: str, outtype: Any) -> None:
+    """The converter does not know it; their files have the tensors in another order, and no `general.type`."""
+    source, wanted = ProjectorSource(tiny[name], outtype), golden(name)[outtype]
+    own = [record for record in metadata_records(source) if record[0].startswith("clip.")]
+    assert own == [(key, digest) for key, _, digest, _ in wanted["metadata"]]
+    assert sorted(tensor_records(source)) == sorted(wanted["tensors"])
+
+
+@pytest.mark.parametrize("outtype", ["auto", "bf16", "q8_0"])
+def test_llava_in_types_that_the_scripts_do_not_know(tiny: dict[str, Path], outtype: Any) -> None:
+    source = ProjectorSource(tiny["tiny-eye-llava16"], outtype)
+    assert source.tensors["mm.2.weight"].type == source.tensors["v.blk.0.ffn_up.weight"].type == source.type
+    assert source.tensors["v.patch_embd.weight"].type.name == "F16"
+    assert source.tensors["v.position_embd.weight"].type.name == "F32"
+
+
 @requires_reference
-@pytest.mark.parametrize("name", PROJECTORS)
+@pytest.mark.parametrize("name", PROJECTORS | LLAVA)
 def test_llama_cpp_loads_the_file(tiny: dict[str, Path], tmp_path: Path, name: str) -> None:
     """And computes with it, on an empty image or on silence."""
     directory = tiny[name]
@@ -51,6 +79,50 @@ def test_llama_cpp_loads_the_file(tiny: dict[str, Path], tmp_path: Path, name: s
         directory = without_deep_mergers(directory, tmp_path / "copy")
     wanted = ("eye" in name or "omni" in name), ("ear" in name or "omni" in name)
     assert llama_senses(write(ProjectorSource(directory, "f16"), tmp_path / "out.gguf")) == wanted
+
+
+@requires_reference
+def test_llama_cpp_computes_llava_with_the_class_token_last(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """Which is where it puts it. All else of the tower, and the choice of a layer, is what transformers computes."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    directory = tiny["tiny-eye-llava15"]
+    settings = json.loads((directory / "preprocessor_config.json").read_text())
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    projector = write(ProjectorSource(directory, "f32"), tmp_path / "projector.gguf")
+    found = llama_sees(write(CheckpointSource(directory, "f32"), tmp_path / "text.gguf"), projector, image)
+
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+    embeddings = model.model.vision_tower.embeddings
+
+    def last(pixels: Any, **_options: Any) -> Any:
+        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        whole = torch.cat([patches, embeddings.class_embedding.expand(1, 1, -1)], dim=1)
+        return whole + embeddings.position_embedding.weight
+
+    embeddings.forward = last
+    pixels = (image / 255 - settings["image_mean"]) / settings["image_std"]
+    with torch.no_grad():
+        out = model.get_image_features(torch.tensor(pixels.transpose(2, 0, 1)[None], dtype=torch.float32))
+    wanted = out.pooler_output[0].numpy()
+    # llama.cpp's GELUs read tables in float16, which are within 2^-11 of them; outputs are below 0.25.
+    np.testing.assert_allclose(found, wanted, atol=0.25 * 2**-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("tiny-eye-llava16", "LlavaForConditionalGeneration"),
+        ("tiny-ear-flamingo", "Qwen2AudioForConditionalGeneration"),
+    ],
+)
+def test_the_text_model_is_read_like_that_of_another_wrapper(
+    tiny: dict[str, Path], tmp_path: Path, name: str, known: str
+) -> None:
+    own = CheckpointSource(tiny[name])
+    other = CheckpointSource(changed_copy(tiny[name], tmp_path / name, architectures=[known]))
+    assert dict(own.tensors) == dict(other.tensors)
+    assert metadata_records(own) == metadata_records(other)
 
 
 def without_deep_mergers(checkpoint: Path, target: Path) -> Path:
@@ -86,6 +158,10 @@ def without(directory: Path, part: str) -> list[str]:
     ("name", "before", "after"),
     [
         ("tiny-ear-qwen2-audio", "", "model."),
+        # As transformers 5 saves it, and as it keeps it.
+        ("tiny-eye-llava15", "vision_tower.vision_model.", "vision_tower."),
+        ("tiny-eye-llava16", "vision_tower.vision_model.", "model.vision_tower."),
+        ("tiny-eye-llava16", "image_newline", "model.image_newline"),
         ("tiny-ear-voxtral", "multi_modal_projector.", "model.multi_modal_projector."),
         ("tiny-omni-qwen25", "thinker.", ""),
         # As it is published, which the reference fails on.
@@ -178,10 +254,12 @@ def test_a_missing_tensor_is_named(tiny: dict[str, Path], tmp_path: Path, lost: 
         ("tiny-ear-qwen2-audio", "layers.2.fc1", "lacks a.blk.2.ffn_up.bias, a.blk.2.ffn_up.weight; is the checkpoint"),
         ("tiny-omni-qwen25", "audio_tower.ln_post", "lacks a.post_ln.weight, a.post_ln.bias; is the checkpoint whole"),
         ("tiny-omni-gemma4", "layers.1.self_attn.q_proj.input_max", "lacks a.blk.1.attn_q.input_max; is"),
+        ("tiny-eye-llava15", "linear_2.weight", "lacks mm.2.weight; is the checkpoint whole"),
+        ("tiny-eye-llava15", "layers.1.mlp.fc1.weight", "lacks v.blk.1.ffn_down.weight; is the checkpoint whole"),
         ("tiny-omni-gemma4", "embed_audio", "lacks mm.a.input_projection.weight; is the checkpoint whole"),
     ],
 )
-def test_what_an_ear_lacks_is_named(tiny: dict[str, Path], tmp_path: Path, name: str, part: str, told: str) -> None:
+def test_what_is_lacking_is_named(tiny: dict[str, Path], tmp_path: Path, name: str, part: str, told: str) -> None:
     directory = changed_copy(tiny[name], tmp_path / "copy")
     assert without(directory, part)
     with pytest.raises(QuantkitError, match=told):
@@ -223,7 +301,25 @@ def test_the_text_model_alone_is_no_projector(tiny: dict[str, Path], tmp_path: P
         ("qwen25-vl", {"vision_config": {"fullatt_block_indexes": [], "depth": 3}}, "not a list of blocks"),
         ("qwen3-vl", {"vision_config": {"deepstack_visual_indexes": [99], "depth": 3}}, "not a list of blocks"),
         ("smolvlm", {"scale_factor": "x"}, "scale_factor"),
-        ("pixtral", {"vision_config": {"model_type": "clip_vision_model"}}, "clip_vision_model"),
+        (
+            "pixtral",
+            {"vision_config": {"model_type": "siglip"}},
+            "a tower of type 'siglip'",
+        ),
+        (
+            "llava15",
+            {"vision_config": {"model_type": 5}},
+            "only pixtral and clip_vision_model",
+        ),
+        ("llava15", {"vision_feature_layer": 9}, "not one of the states of 3 blocks"),
+        ("llava15", {"vision_feature_layer": []}, "not one of the states of 3 blocks"),
+        ("llava15", {"vision_feature_layer": [-2] * 9999}, "not one of the states of 3 blocks"),
+        ("llava15", {"vision_feature_layer": 0}, "not what a block makes"),
+        ("llava15", {"vision_feature_select_strategy": "full"}, "not default"),
+        ("llava15", {"projector_hidden_act": "relu"}, "not gelu"),
+        ("llava16", {"image_grid_pinpoints": [[32, 64], [32]]}, "image_grid_pinpoints has '\\[32\\]', not two sides"),
+        ("llava16", {"image_grid_pinpoints": [[32, "x"]]}, "not a whole number"),
+        ("llava16", {"image_grid_pinpoints": [[32, 32]] * 2000}, "not a list of at most 1024 sizes"),
         ("gemma4", {"vision_config": {"num_hidden_layers": 1 << 40}}, "num_hidden_layers"),
     ],
 )

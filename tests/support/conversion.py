@@ -47,17 +47,27 @@ def changed_copy(checkpoint: Path, target: Path, **changes: Any) -> Path:
 def assert_recorded(source: CheckpointSource, wanted: dict[str, Any], path: Path) -> None:
     """The file made of `source`, at `path`, is the one that the record is of."""
     if "tensors" in wanted:  # first what is told record by record, so that a difference is named
-        records = []
-        for key, value in source.metadata.items():
-            kind = int(value.type).to_bytes(4, "little")
-            raw = len(key.encode()).to_bytes(8, "little") + key.encode() + kind + bytes(value.raw)
-            records.append((key, sha256(raw)[:16]))
+        records = metadata_records(source)
         assert [key for key, _ in records] == [key for key, *_ in wanted["metadata"]]
         assert records == [(key, digest) for key, _, digest, _ in wanted["metadata"]]
-        tensors = [
-            [t.name, t.type.name, list(t.shape), sha256(source.read(t.name).tobytes())[:16]]
-            for t in source.tensors.values()
-        ]
-        assert tensors == wanted["tensors"]
+        assert tensor_records(source) == wanted["tensors"]
     assert output_name(source.metadata, source.kind) == wanted["file"]
     assert sha256(write(source, path).read_bytes()) == wanted["sha256"]
+
+
+def metadata_records(source: CheckpointSource) -> list[tuple[str, str]]:
+    """The metadata of a source, each key with a digest of its record."""
+    records = []
+    for key, value in source.metadata.items():
+        kind = int(value.type).to_bytes(4, "little")
+        raw = len(key.encode()).to_bytes(8, "little") + key.encode() + kind + bytes(value.raw)
+        records.append((key, sha256(raw)[:16]))
+    return records
+
+
+def tensor_records(source: CheckpointSource) -> list[list[Any]]:
+    """The tensors of a source: name, type, shape, and a digest of their bytes."""
+    return [
+        [t.name, t.type.name, list(t.shape), sha256(source.read(t.name).tobytes())[:16]]
+        for t in source.tensors.values()
+    ]

@@ -173,3 +173,36 @@ def llama_senses(projector: Path) -> tuple[bool, bool]:
         return bool(mtmd_cpp.mtmd_support_vision(context)), bool(mtmd_cpp.mtmd_support_audio(context))
     finally:
         mtmd_cpp.mtmd_free(context)
+
+
+def llama_sees(text_model: Path, projector: Path, image: np.ndarray) -> np.ndarray:
+    """The vectors [tokens, width] that a text model is given of an image [height, width, 3], uint8."""
+    from llama_cpp import mtmd_cpp as mtmd
+
+    llama_cpp = _llama()
+    model = llama_cpp.llama_model_load_from_file(str(text_model).encode(), llama_cpp.llama_model_default_params())
+    params = mtmd.mtmd_context_params_default()
+    params.use_gpu, params.n_threads, params.warmup = False, 2, False
+    context = mtmd.mtmd_init_from_file(str(projector).encode(), model, params)
+    if not context:
+        raise ValueError(f"{projector}: llama.cpp does not load it")
+    pixels = np.ascontiguousarray(image).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+    bitmap = mtmd.mtmd_bitmap_init(image.shape[1], image.shape[0], pixels)
+    chunks, text = mtmd.mtmd_input_chunks_init(), mtmd.mtmd_input_text()
+    text.text = mtmd.mtmd_default_marker()
+    text.text_len, text.parse_special = len(text.text), True
+    try:
+        code = mtmd.mtmd_tokenize(context, chunks, ctypes.byref(text), (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap), 1)
+        if code or mtmd.mtmd_input_chunks_size(chunks) != 1:
+            raise ValueError("an image alone is not one chunk")
+        chunk = mtmd.mtmd_input_chunks_get(chunks, 0)
+        if mtmd.mtmd_encode_chunk(context, chunk):
+            raise ValueError("llama.cpp cannot encode the image")
+        shape = mtmd.mtmd_input_chunk_get_n_tokens(chunk), llama_cpp.llama_model_n_embd(model)
+        found = ctypes.cast(mtmd.mtmd_get_output_embd(context), ctypes.POINTER(ctypes.c_float))
+        return np.ctypeslib.as_array(found, shape).copy()
+    finally:
+        mtmd.mtmd_input_chunks_free(chunks)
+        mtmd.mtmd_bitmap_free(bitmap)
+        mtmd.mtmd_free(context)
+        llama_cpp.llama_model_free(model)

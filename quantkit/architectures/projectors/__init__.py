@@ -10,6 +10,7 @@ from quantkit.architectures.projectors.gemma3 import Gemma3Projector
 from quantkit.architectures.projectors.gemma4 import Gemma4Projector
 from quantkit.architectures.projectors.internvl import InternVlProjector
 from quantkit.architectures.projectors.llama4 import Llama4Projector
+from quantkit.architectures.projectors.llava import LlavaProjector
 from quantkit.architectures.projectors.pixtral import PixtralProjector
 from quantkit.architectures.projectors.qwen2_vl import Qwen2VlProjector, Qwen25VlProjector
 from quantkit.architectures.projectors.qwen3_vl import Qwen3VlProjector
@@ -30,6 +31,7 @@ PROJECTORS: tuple[type[Projector], ...] = (
     Qwen3VlProjector,
     SmolVlmProjector,
     PixtralProjector,
+    LlavaProjector,
     Llama4Projector,
     InternVlProjector,
     Gemma4Projector,
@@ -42,7 +44,11 @@ PROJECTORS: tuple[type[Projector], ...] = (
     Qwen3AsrProjector,
 )
 
-_BY_CLASS = {name: projector for projector in PROJECTORS for name in projector.checkpoints}
+_BY_CLASS = {
+    name: [projector for projector in PROJECTORS if name in projector.checkpoints]
+    for projector in PROJECTORS
+    for name in projector.checkpoints
+}
 
 
 def classes() -> list[str]:
@@ -53,7 +59,7 @@ def classes() -> list[str]:
 def load_projector(directory: Path) -> Projector:
     """The projector of the checkpoint in `directory`, from its config.json.
 
-    Raises QuantkitError for a model class whose projector is not known.
+    Raises QuantkitError for a model class, or a tower, whose projector is not known.
     """
     config = Config.load(directory)
     name = next((name for name in (config.model_class, _wrapper(config)) if name in _BY_CLASS), None)
@@ -62,7 +68,21 @@ def load_projector(directory: Path) -> Projector:
             f"{config.path}: the projector of {config.model_class[:80]} is not supported, only those of "
             + ", ".join(_BY_CLASS)
         )
-    return _BY_CLASS[name](config, name)
+    return _of_tower(config, name)(config, name)
+
+
+def _of_tower(config: Config, name: str) -> type[Projector]:
+    """The projector of the class `name` that is for the tower that the config has."""
+    section = next(iter(_BY_CLASS[name][0].checkpoints[name]))
+    kind = (config.table(section) or {}).get("model_type")
+    known: list[str] = []
+    for projector in _BY_CLASS[name]:
+        if not projector.towers or kind in projector.towers:
+            return projector
+        known += projector.towers
+    raise QuantkitError(
+        f"{config.path}: a tower of type {str(kind)[:80]!r} is not supported, only {' and '.join(known)}"
+    )
 
 
 def _wrapper(config: Config) -> str:

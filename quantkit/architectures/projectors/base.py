@@ -34,6 +34,7 @@ class Projector(Architecture):
     - `checkpoints`: by class, its encoders: the sections `vision_config` and `audio_config`, each with the defaults of
       its fields. The first one must be there.
     - `kind`: `clip.projector_type`.
+    - `towers`: the types (`model_type`) of the first encoder that it is for, where not all of its classes are.
     - `beginnings`: how the names of its stored tensors begin, once `renames` are done.
     - `required`: GGUF tensors that must be there, beside the same kinds in every block of an encoder. Those of an
       encoder that the checkpoint has not (`a.`, `mm.a.`) are not.
@@ -42,6 +43,7 @@ class Projector(Architecture):
 
     gguf_name = "clip"
     kind: ClassVar[str]
+    towers: ClassVar[tuple[str, ...]] = ()
     beginnings: ClassVar[tuple[str, ...]]
     required: ClassVar[tuple[str, ...]]
     forced: ClassVar[Mapping[str, GGMLType]] = {}

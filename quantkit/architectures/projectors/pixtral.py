@@ -40,6 +40,7 @@ class PixtralProjector(Projector):
     """
 
     kind = "pixtral"
+    towers = ("pixtral",)
     checkpoints = {  # noqa: RUF012
         "LlavaForConditionalGeneration": _DEFAULTS,
         "Mistral3ForConditionalGeneration": _DEFAULTS,
@@ -55,12 +56,7 @@ class PixtralProjector(Projector):
     )  # fmt: skip
 
     def complete(self, config: Config) -> Config:
-        """See Architecture. Raises QuantkitError for another tower, and where the token is not known."""
-        kind = config.find("model_type")
-        if kind != "pixtral":
-            raise QuantkitError(
-                f"{config.path}: a vision tower of type {str(kind)[:80]!r} is not supported, only pixtral"
-            )
+        """See Architecture. Raises QuantkitError where the token is not known."""
         return super().complete(config).changed(image_break_token=_token(config.path.parent / "tokenizer_config.json"))
 
     def canonical_name(self, name: str) -> str | None:
