@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quantkit.errors import QuantkitError
-from quantkit.sources.packed import LEGACY_FILES
+from quantkit.sources.packed import OTHER_FILES
 
 # Download only what conversion reads: a repository often holds the same weights in several formats.
 FILES = (
@@ -35,7 +35,7 @@ FILES = (
     "preprocessor_config.json",
     "processor_config.json",
     "*_Pooling/config.json",
-    *LEGACY_FILES,
+    *OTHER_FILES,
 )
 # A GGUF file on the hub, by its type or its name, and files that are no models.
 _GGUF = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+):(?P<file>[\w-][\w.-]*(?:/[\w-][\w.-]*)*)")

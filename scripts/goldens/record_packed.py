@@ -2,7 +2,8 @@
 
     python scripts/goldens/record_packed.py [NAME ...]
 
-Needs torch, transformers, compressed-tensors, bitsandbytes, torchao and autoawq, on a processor (no GPU). Writes
+Needs torch, transformers, compressed-tensors, bitsandbytes, torchao, autoawq, hqq and optimum-quanto, or those of the
+formats NAME, on a processor (no GPU). Writes
 tests/goldens/packed/NAME.safetensors, the quantized matrices of a tiny Llama of one layer, and NAME.json: its
 quantization_config, and of each matrix the type that the library gives and the first 64 bits of the SHA-256 of its
 bytes. GPTQ's are in the goldens of conversion: its own library needs a GPU to be installed.
@@ -171,6 +172,42 @@ def awq(version: str = "gemm") -> Packed:
     return {"quant_method": "awq", "bits": 4, "group_size": 32, "version": version, "zero_point": True}, tensors, dense
 
 
+def hqq(dtype: torch.dtype, moved: bool = False, **settings: Any) -> Packed:
+    """By HQQ's module. `moved`, its scales and zeros have the type that moving it to a device gives them."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
+
+    tensors, dense = {}, {}
+    for name, weight in weights(dtype).items():
+        base = name.removesuffix("weight")
+        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=dtype)
+        linear.weight.data = weight
+        layer = HQQLinear(linear, BaseQuantizeConfig(**settings), compute_dtype=dtype, device="cpu")
+        if moved:
+            layer.W_q.data, layer.meta = Quantizer.to_inplace(layer.W_q.data, layer.meta, "cpu")
+        tensors |= {base + part: tensor for part, tensor in layer.state_dict().items()}
+        dense[name] = layer.dequantize()
+    return {"quant_method": "hqq", "quant_config": {"weight_quant_params": settings}}, tensors, dense
+
+
+def quanto(kind: str, dtype: torch.dtype) -> Packed:
+    """By Quanto's own way of saving a model. Its config.json says nothing, so the method is added here."""
+    import optimum.quanto as library
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=320, num_hidden_layers=1, tie_word_embeddings=True, **sizes)
+    model = LlamaForCausalLM(config).to(dtype)
+    model.load_state_dict(weights(dtype), strict=False)
+    made = library.QuantizedModelForCausalLM.quantize(model, weights=getattr(library, kind))
+    with tempfile.TemporaryDirectory() as name:
+        made.save_pretrained(name)
+        stored = load_file(f"{name}/model.safetensors")
+    dense = {
+        f"{path}.weight": module.weight.dequantize() for path, module in model.named_modules() if path.endswith("_proj")
+    }
+    return {"quant_method": "quanto"}, {n: t for n, t in stored.items() if "_proj." in n}, dense
+
+
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 INT, FLOAT = {"type": "int"}, {"type": "float"}
 MADE: dict[str, Callable[[], Packed]] = {
@@ -207,6 +244,17 @@ MADE: dict[str, Callable[[], Packed]] = {
     "bnb-int8": lambda: bitsandbytes(F16, load_in_8bit=True),
     "torchao-int8": lambda: torchao(lambda library: library.Int8WeightOnlyConfig(version=2), BF16),
     "torchao-fp8": lambda: torchao(lambda library: library.Float8WeightOnlyConfig(), BF16),
+    "torchao-int4-unpacked": lambda: torchao(
+        lambda library: library.IntxWeightOnlyConfig(torch.int4, granularity=library.PerGroup(32)), BF16
+    ),
+    "hqq-int4": lambda: hqq(BF16, nbits=4, group_size=32, axis=1),
+    "hqq-int4-columns": lambda: hqq(F16, moved=True, nbits=4, group_size=64, axis=0),
+    "hqq-int8": lambda: hqq(BF16, moved=True, nbits=8, group_size=64, axis=1),
+    "hqq-int3": lambda: hqq(F16, moved=True, nbits=3, group_size=32, axis=1),
+    "hqq-int2": lambda: hqq(BF16, nbits=2, group_size=16, axis=1),
+    "hqq-int1": lambda: hqq(F32, nbits=1, group_size=32, axis=0),
+    "quanto-int8": lambda: quanto("qint8", BF16),
+    "quanto-fp8": lambda: quanto("qfloat8", F16),
     "awq": awq,
     "awq-gemv": lambda: awq("gemv"),
 }  # fmt: skip

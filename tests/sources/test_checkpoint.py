@@ -282,7 +282,7 @@ BAD_CONFIGS = {
         "BananaForCausalLM is not supported; `quantkit architectures` lists",
     ),
     "no architecture": ({"architectures": None}, "names no model class"),
-    "quantized": ({"quantization_config": {"quant_method": "hqq"}}, r"quantized already \(hqq\)"),
+    "quantized": ({"quantization_config": {"quant_method": "aqlm"}}, r"quantized already \(aqlm\)"),
     "no heads": ({"num_attention_heads": 0}, "lacks num_attention_heads"),
     "too many heads": ({"num_attention_heads": 7}, "'model.layers.0.self_attn.q_proj.weight' of shape .* does not fit"),
     "heads as text": ({"num_attention_heads": "four"}, "num_attention_heads is 'four', not a whole number"),

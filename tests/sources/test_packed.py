@@ -216,10 +216,21 @@ def test_what_activations_need_is_left_out(plain: Path, tmp_path: Path) -> None:
     assert CheckpointSource(directory).tensors.keys() == with_scales
 
 
+def test_quanto_is_known_by_the_file_beside_it(plain: Path, tmp_path: Path) -> None:
+    """Its config.json says nothing of how weights are stored."""
+    whole = packed_checkpoint(plain, tmp_path / "packed", "quanto-int8")
+    directory = changed_copy(whole, tmp_path / "copy", quantization_config="absent")
+    modules = {"model.layers.0.self_attn.q_proj": {"weights": "qint8", "activations": "none"}}
+    (directory / "quanto_qmap.json").write_text(json.dumps(modules))
+    found, wanted = CheckpointSource(directory, "f32"), CheckpointSource(whole, "f32")
+    assert dict(found.tensors) == dict(wanted.tensors)
+    assert all(np.array_equal(found.read(name), wanted.read(name)) for name in wanted.tensors)
+
+
 DOWN = "model.layers.0.mlp.down_proj."
 Q = "model.layers.0.self_attn.q_proj."
 BAD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
-    "unknown method": ("awq", {"quant_method": "hqq"}, {}, r"quantized already \(hqq\), which is not supported"),
+    "unknown method": ("awq", {"quant_method": "aqlm"}, {}, r"quantized already \(aqlm\), which is not supported"),
     "no method": ("awq", {"quant_method": None}, {}, r"quantized already \(None\)"),
     "other awq": ("awq", {"version": "gemv_fast"}, {}, "AWQ of version 'gemv_fast'"),
     "awq as rows": ("awq", {"version": "gemv"}, {}, "scales.* not the scales of .* columns in groups of 32, and zero"),
@@ -249,6 +260,24 @@ BAD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "no blocks": (
         "bnb-nf4", {}, {f"{Q}weight.quant_state.bitsandbytes__nf4": ("U8", [32], b'{"shape":[64,64],"blocksize":0 }')},
         "of blocks of 0",
+    ),
+    "bits of hqq": ("hqq-int4", {}, {f"{Q}nbits": ("I32", [], np.int32(5).tobytes())}, "is 5, not one of 1, 2"),
+    "bits as words": ("hqq-int4", {}, {f"{Q}nbits": ("I32", [2], bytes(8))}, "not a whole number"),
+    "no bits": ("hqq-int4", {}, {f"{Q}nbits": None}, "W_q' is there, and .*nbits' is not"),
+    "other bits of hqq": ("hqq-int4", {}, {f"{Q}nbits": ("I32", [], np.int32(3).tobytes())}, "not I32 with the num"),
+    "huge hqq": (
+        "hqq-int4", {}, {f"{Q}shape": ("I64", [2], np.array([1 << 60, 1 << 60]).tobytes())}, "not U8 with the numbers",
+    ),
+    "negative hqq": ("hqq-int4", {}, {f"{Q}shape": ("I64", [2], np.array([-64, 64]).tobytes())}, "not the shape of"),
+    "hqq of no shape": ("hqq-int4", {}, {f"{Q}shape": ("F32", [2], bytes(8))}, "not the shape of a matrix"),
+    "hqq within": ("hqq-int4", {}, {f"{Q}quant_zero": ("U8", [], b"\1")}, "its zeros are quantized too"),
+    "hqq as floats": ("hqq-int2", {}, {f"{Q}view_as_float": ("U8", [], b"\1")}, "its words are stored as floats"),
+    "zeros of hqq": ("hqq-int3", {}, {f"{Q}zero": ("F16", [128, 2], bytes(512))}, "a number for each of 128"),
+    "quanto's bits": ("quanto-int8", {}, {f"{Q}weight._data._data": ("U8", [16, 16], bytes(256))}, "tell the sh"),
+    "words of quanto": ("quanto-int8", {}, {f"{Q}weight._data": ("I32", [64, 64], bytes(1 << 14))}, "not INT8 or FP8"),
+    "no scales of quanto": ("quanto-int8", {}, {f"{Q}weight._scale": None}, "_data' is there, and .*_scale' is not"),
+    "int4 for kernels": (
+        "torchao-int8", {}, {f"{Q}_weight_zero_point": ("BF16", [2, 64], bytes(256))}, "INT4 for a GPU's kernels",
     ),
     "no scales": ("ct-nvfp4", {}, {f"{Q}weight_scale": None}, "weight_packed' is there, and .*weight_scale' is not"),
 }  # fmt: skip

@@ -22,7 +22,9 @@ from quantkit.sources.packed.bitsandbytes import find_bitsandbytes
 from quantkit.sources.packed.compressed import block_size, find_compressed
 from quantkit.sources.packed.fp4 import find_modelopt
 from quantkit.sources.packed.gptq import find_awq, find_gptq
+from quantkit.sources.packed.hqq import find_hqq
 from quantkit.sources.packed.matrix import PackedMatrix
+from quantkit.sources.packed.quanto import find_quanto
 from quantkit.sources.packed.scaled import find_scaled
 from quantkit.sources.packed.torchao import find_torchao
 
@@ -46,9 +48,14 @@ METHODS: Mapping[str, Callable[[SafetensorsCheckpoint, Config], Iterator[PackedM
     "awq": find_awq,
     "bitsandbytes": lambda raw, _: find_bitsandbytes(raw),
     "torchao": lambda raw, _: find_torchao(raw),
+    "hqq": lambda raw, _: find_hqq(raw),
+    "quanto": lambda raw, _: find_quanto(raw),
 }
-# Files that say what quantization_config does, as older tools wrote them.
-LEGACY_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+# Files that say what quantization_config does, as other tools write them.
+OTHER_FILES = {
+    "quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt",
+    "quanto_qmap.json": "quanto",
+}  # fmt: skip
 # What quantized checkpoints hold for activations and caches: the weights do not need it.
 _SPARE = (
     "activation_scale", ".input_scale", ".input_scale_ub", ".input_global_scale", ".input_zero_point", ".output_scale",
@@ -66,7 +73,7 @@ def quantization_of(directory: Path, config: Config) -> Config | None:
         return Config({**found, "quant_method": method}, config.path)
     if found:
         raise config.wrong(("quantization_config",), found, "an object")
-    for name, method in LEGACY_FILES.items():
+    for name, method in OTHER_FILES.items():
         if (directory / name).is_file():
             values = read_json(directory / name, 1 << 22)
             values = values["quantization"] if isinstance(values.get("quantization"), dict) else values

@@ -23,6 +23,8 @@ def find_torchao(raw: SafetensorsCheckpoint) -> Iterator[PackedMatrix]:
             if tensor.dtype not in FLOAT8 and tensor.dtype != INT8:
                 raise misshapen(raw, name, "FP8 or INT8, the layouts of torchao that are supported")
             zeros = f"{base}._weight_zero_point"
+            if zeros in raw.tensors and raw.tensors[zeros].dtype not in ("I8", "U8", "I32", "I64"):
+                raise misshapen(raw, zeros, "whole numbers: torchao's INT4 for a GPU's kernels is not supported")
             scale = require(raw, f"{base}._weight_scale", name)
             block = _block(raw, name, scale)
             yield scaled(raw, f"{base}.weight", name, scale, block, zeros if zeros in raw.tensors else None)
