@@ -5,6 +5,9 @@ is the mean of g gT, g being gradients of the log-likelihood of tokens drawn fro
 information). YAQA (arXiv 2505.22988) rounds by its Kronecker factors: the moments of a matrix's inputs, and those of
 the gradients by its outputs, which say which of its rows may err together.
 
+A token counts in the moments of a matrix's inputs as much as its gradients do: as the square of their length, which is
+the first step of the iteration by which YAQA finds the nearest product of two factors.
+
 The text goes up through the layers once, and gradients come down again layer by layer. Memory is one layer's weights
 and moments and the activations at about two times the square root of the number of layers, which go to files where
 they are large; those between are computed again.
@@ -24,11 +27,8 @@ from quantkit.architectures.forward import Attention, Experts, ForwardSpec, Laye
 from quantkit.calibration.moments import batches
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.activations import Activations
-from quantkit.evaluate.inputs import all_finite, on_host
+from quantkit.evaluate.inputs import all_finite, on_host, squared_lengths
 from quantkit.evaluate.model import Model
-
-# Chunks of a text that gradients are taken on: their moments only have to say roughly which rows err together.
-CHUNKS = 64
 
 
 def coupled(spec: ForwardSpec) -> frozenset[str]:
@@ -55,6 +55,7 @@ def gradient_moments(
     tokens: np.ndarray,
     wanted: Collection[str],
     keep: Callable[[str, np.ndarray], None],
+    keep_lengths: Callable[[str, np.ndarray], None] | None = None,
     *,
     directory: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -62,11 +63,16 @@ def gradient_moments(
     """Gather the mean of g gT for the outputs of each matrix in `wanted`, from the last layer to the first.
 
     `keep(name, moments)` gets them, float32 [n_out, n_out]; for the embedding, [n_embd, n_embd] by what is looked up.
+    `keep_lengths(name, lengths)` gets the squared lengths of g for each token of the text, float32 [tokens], of every
+    matrix that gradients are taken by: those of experts are left out.
     `tokens` are int32 [n_chunks, n_ctx]. `directory` is for activations too large for memory. `progress(layer,
     tokens)` is called as tokens have gone through a layer, up or down. Raises QuantkitError for models that the backend
     takes no gradients through, and where they are not finite.
     """
-    _Pass(model, tokens, wanted, keep, directory, progress or (lambda layer, tokens: None)).run()
+
+    def ignored(first: object, second: object) -> None: ...
+
+    _Pass(model, tokens, wanted, keep, keep_lengths or ignored, directory, progress or ignored).run()
 
 
 class _Pass:
@@ -76,11 +82,12 @@ class _Pass:
         tokens: np.ndarray,
         wanted: Collection[str],
         keep: Callable[[str, np.ndarray], None],
+        keep_lengths: Callable[[str, np.ndarray], None],
         directory: Path | None,
         progress: Callable[[int, int], None],
     ) -> None:
         self._model, self._tokens, self._wanted, self._keep = model, tokens, wanted, keep
-        self._directory, self._progress = directory, progress
+        self._keep_lengths, self._directory, self._progress = keep_lengths, directory, progress
         self._parts = batches(*tokens.shape)
         self._n_layer = len(model.spec.layers)
         self._stride = max(1, math.isqrt(self._n_layer))
@@ -131,11 +138,23 @@ class _Pass:
             self._progress(index, rows.shape[0] * rows.shape[1])
 
     def _down(self, index: int, x: np.ndarray, gradients: np.ndarray) -> None:
-        model = self._model
+        model, n_ctx = self._model, self._tokens.shape[1]
         sums = model.input_sums(full=True, wanted=self._wanted)
+        add, lengths, first = model.observer, dict[str, np.ndarray](), 0
+        assert add is not None
+
+        def observe(names: tuple[str, ...], rows: Any, at: Any, expert: int | None) -> None:
+            start = first + at
+            # Several threads may be the first.
+            own = lengths.setdefault(names[0], np.zeros(self._tokens.size, np.float32))
+            own[start : start + len(rows)] = squared_lengths(rows)
+            add(names, rows, at, expert)
+
+        model.observer = observe
         try:
-            run = model.gradient_pass(index, self._tokens.shape[1])
+            run = model.gradient_pass(index, n_ctx)
             for part in self._parts:
+                first = part.start * n_ctx
                 rows = np.array(gradients[part])
                 run(np.array(x[part]), rows)
                 gradients[part] = rows
@@ -145,6 +164,9 @@ class _Pass:
             model.observer = None
         for (names, _), (total, n_rows) in sums.take().items():
             self._keep_mean(names[0], total / n_rows)
+        for name, own in lengths.items():
+            self._require_finite(name, own)
+            self._keep_lengths(name, own)
 
     def _gather_embedding(self, gradients: np.ndarray) -> None:
         sums = self._model.input_sums(full=True)
@@ -157,9 +179,12 @@ class _Pass:
         self._keep_mean(name, total / n_rows)
 
     def _keep_mean(self, name: str, mean: Any) -> None:
-        if not all_finite(mean):
+        self._require_finite(name, mean)
+        self._keep(name, on_host(mean).astype(np.float32))
+
+    def _require_finite(self, name: str, found: Any) -> None:
+        if not all_finite(found):
             raise QuantkitError(
                 f"{self._model.source.label}: gradients by the outputs of {name} are not finite: its weights, or those "
                 "of a layer after it, are damaged or out of range"
             )
-        self._keep(name, on_host(mean).astype(np.float32))

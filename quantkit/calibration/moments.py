@@ -63,7 +63,8 @@ class MomentsPass:
 
     Moments are gathered of the inputs of those tensors that are `wanted`. `x` are the activations to work in; `start`
     is the first layer to run, for a pass that goes on where another stopped: `x` holds what that layer reads then.
-    `next` is the layer that comes next. `progress(tokens)` is called as tokens have gone through a layer.
+    `next` is the layer that comes next. `progress(tokens)` is called as tokens have gone through a layer. `gradients`
+    say what each token counts for a tensor, where they are known: see `evaluate.inputs.Balance`.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class MomentsPass:
         x: np.ndarray,
         start: int = 0,
         progress: Callable[[int], None] | None = None,
+        gradients: Callable[[str], np.ndarray | None] | None = None,
     ) -> None:
         self._model, self._tokens, self._wanted, self._x = model, tokens, wanted, x
-        self._progress = progress
+        self._progress, self._gradients = progress, gradients
         self.next = start
         if start == 0:
             for part in batches(*tokens.shape):
@@ -93,9 +95,15 @@ class MomentsPass:
         Raises QuantkitError when they are not finite.
         """
         model, index = self._model, self.next
-        sums = model.input_sums(full=True, wanted=self._wanted, balance=Balance(self._tokens.shape[1]))
+        balance = Balance(self._tokens.shape[1], self._gradients)
+        sums = model.input_sums(full=True, wanted=self._wanted, balance=balance)
+
+        def next_batch(first: int) -> None:
+            sums.settle()
+            balance.first_token = first
+
         if index < len(model.spec.layers):
-            self._advance(sums.settle)
+            self._advance(next_batch)
         else:
             self.next += 1
             output = (model.spec.output.weight,)
@@ -114,13 +122,14 @@ class MomentsPass:
                 )
         return LayerMoments(index, _shared_inputs(model, taken))
 
-    def _advance(self, settle: Callable[[], None] | None) -> None:
+    def _advance(self, next_batch: Callable[[int], None] | None) -> None:
+        """Run the next layer; `next_batch` is told after each batch which token the one after it begins with."""
         n_ctx = self._tokens.shape[1]
         run = self._model.layer_pass(self.next, n_ctx)
         for part in batches(*self._tokens.shape):
             run(self._x[part])
-            if settle is not None:
-                settle()
+            if next_batch is not None:
+                next_batch(part.stop * n_ctx)
             if self._progress is not None:
                 self._progress((part.stop - part.start) * n_ctx)
         self.next += 1

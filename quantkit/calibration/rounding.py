@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -22,7 +22,7 @@ import numpy as np
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
 from quantkit.calibration.feedback import DAMPING, SUPPORTED
-from quantkit.calibration.gradients import CHUNKS, coupled, gradient_moments
+from quantkit.calibration.gradients import coupled, gradient_moments
 from quantkit.calibration.moments import LayerMoments, Moments, MomentsPass, SharedInput
 from quantkit.calibration.progress import Step
 from quantkit.calibration.rounder import rounder
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline.cluster import Cluster
 
 # What a spool written by another version of the rounding must not be taken for.
-_VERSION = 3
+_VERSION = 4
 # Weights of a tensor that are decoded and rounded together.
 _SLAB = 1 << 24
 # Weights of a tensor that is rounded beside others.
@@ -90,7 +90,8 @@ def execute_with_feedback(
 ) -> list[list[RoundedTensor]]:
     """Write every (plan, path) of `outputs`, in one pass of `text` through `model`; says how the tensors came out.
 
-    `rounding` is gptq, or yaqa, which takes gradients through the model first: see `gradients`. `damping` is added to
+    `rounding` is gptq, or yaqa, which takes gradients through the model first, see `gradients`: they say which tokens
+    count, and which rows may err together. `damping` is added to
     the diagonal of the moments, as a share of its mean. Finished layers are kept in `work`, by default a directory
     beside the first output, until all files are written. `group` is as for `execute`. With `cluster`, its workers round
     the layers, of a model that they can open as this one was; for gptq alone.
@@ -190,8 +191,9 @@ class LayerRounding:
         self.infos: Mapping[str, TensorInfo] = self.source.tensors
         self.number = {name: at for at, name in enumerate(self.infos)}
         self.wanted = wanted
-        # Those of them that are rounded by moments of gradients too.
-        self._coupled = coupled(model.spec) & self.wanted.keys() if rounding == "yaqa" else frozenset[str]()
+        # Those of them whose outputs are coupled by moments of gradients.
+        self._by_gradients = rounding == "yaqa" and bool(wanted)
+        self._coupled = coupled(model.spec) & self.wanted.keys() if self._by_gradients else frozenset[str]()
         self.rounded: dict[tuple[str, GGMLType], RoundedTensor] = {}
         self._layer, self._done = 0, 0.0
         self._total = self._work()
@@ -204,14 +206,15 @@ class LayerRounding:
         done, n_layer = len(spool.layers), len(model.spec.layers)
         if done > n_layer:
             return
-        if self._coupled:
+        if self._by_gradients:
             self._take_gradients(spool)
         shape = *tokens.shape, model.spec.width
         activations = Activations(shape, model.memory // 4, spool.path, model.staging)
         try:
             if spool.start:
                 spool.load_activations(activations.values)
-            steps = MomentsPass(model, tokens, self.wanted, activations.values, spool.start, self._through)
+            lengths = partial(self._lengths, spool) if self._by_gradients else None
+            steps = MomentsPass(model, tokens, self.wanted, activations.values, spool.start, self._through, lengths)
             while steps.next < done:
                 self._layer = steps.next
                 steps.skip()
@@ -305,30 +308,32 @@ class LayerRounding:
         return {"layer": layer.index, "tensors": [asdict(result) for result in results]}
 
     def _take_gradients(self, spool: Spool) -> None:
-        """Keep the moments of gradients in `spool`, unless they are there."""
+        """Keep the moments and lengths of gradients in `spool`, unless they are there."""
         if spool.has_moments:
             return
+        measured = []
 
         def through(layer: int, tokens: int) -> None:
             self._layer = layer
             self._through(tokens)
 
+        def keep_lengths(name: str, lengths: np.ndarray) -> None:
+            measured.append(self.number[name])
+            spool.keep_lengths(measured[-1], lengths)
+
         gradient_moments(
             self._model,
-            self._gradient_tokens(),
+            self._text.tokens,
             self._coupled,
             lambda name, moments: spool.keep_moments(self.number[name], moments),
+            keep_lengths,
             directory=spool.path,
             progress=through,
         )
-        spool.finish_moments()
+        spool.finish_moments(measured)
 
-    def _gradient_tokens(self) -> np.ndarray:
-        """The chunks that gradients are taken on: from the whole length of the text."""
-        n = self._text.n_chunks
-        some = np.unique(np.linspace(0, n - 1, min(n, CHUNKS)).round().astype(int))
-        chosen: np.ndarray = self._text.tokens[some]
-        return chosen
+    def _lengths(self, spool: Spool, name: str) -> np.ndarray | None:
+        return spool.load_lengths(self.number[name], self._text.tokens.size)
 
     def _remember(self, layer: Mapping[str, object]) -> None:
         tensors = layer["tensors"]
@@ -430,9 +435,9 @@ class LayerRounding:
                     cost += of[0].n_per_row ** 2 / 2
             self._per_token[index] = cost
             total += n_tokens * cost
-            if self._coupled:
+            if self._by_gradients:
                 # Up twice, and down.
-                total += 4 * self._gradient_tokens().size * cost
+                total += 4 * n_tokens * cost
         for name, kinds in self.wanted.items():
             total += _ROUNDING * len(kinds) * self.infos[name].n_elements * self.infos[name].n_per_row
         return total

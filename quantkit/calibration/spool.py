@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,14 @@ class Spool(TensorFiles):
         found = work.load_record(digest)
         try:
             layers, activations = list(found.get("layers", [])), int(found.get("activations", 0))
+            lengths = [int(each) for each in found.get("lengths", [])]
         except (ValueError, TypeError):
             raise work.damaged(self.path) from None
         self._record: dict[str, Any] = {
             "layers": layers,
             "activations": min(activations, len(layers)),
             "moments": found.get("moments") is True,
+            "lengths": lengths,
         }
         self._save()
 
@@ -100,9 +102,13 @@ class Spool(TensorFiles):
         """Keep float32 `moments` [n, n] that belong to tensor number `index`."""
         moments.tofile(self._moments(index))
 
-    def finish_moments(self) -> None:
-        """Record that all moments are kept."""
-        self._record["moments"] = True
+    def keep_lengths(self, index: int, lengths: np.ndarray) -> None:
+        """Keep float32 `lengths`, of gradients by what tensor number `index` makes of each token."""
+        lengths.tofile(self._lengths(index))
+
+    def finish_moments(self, lengths: Sequence[int]) -> None:
+        """Record that all moments are kept, and all lengths: those of these tensors."""
+        self._record["moments"], self._record["lengths"] = True, list(lengths)
         self._save()
 
     def load_moments(self, index: int) -> np.ndarray:
@@ -113,6 +119,15 @@ class Spool(TensorFiles):
         if size * size != found.size:
             raise self._work.damaged(path)
         return found.reshape(size, size)
+
+    def load_lengths(self, index: int, n_tokens: int) -> np.ndarray | None:
+        """What was kept, None if nothing. Raises QuantkitError where it is not whole."""
+        if index not in self._record["lengths"]:
+            return None
+        path = self._lengths(index)
+        if not path.is_file() or path.stat().st_size != 4 * n_tokens:
+            raise self._work.damaged(path)
+        return np.fromfile(path, np.float32)
 
     def finish(self, layer: Mapping[str, Any]) -> None:
         """Record a layer as done; its tensors' files are whole."""
@@ -146,6 +161,9 @@ class Spool(TensorFiles):
 
     def _moments(self, index: int) -> Path:
         return self.path / f"{index:05d}.moments"
+
+    def _lengths(self, index: int) -> Path:
+        return self.path / f"{index:05d}.lengths"
 
     def _activations(self, layer: int) -> Path:
         return self.path / f"activations-{layer}.f32"

@@ -7,7 +7,7 @@ tasks whose cut does not depend on the number of threads: neither do the sums, t
 from __future__ import annotations
 
 import threading
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -38,35 +38,72 @@ def on_host(array: Any) -> np.ndarray:
     return found
 
 
+def squared_lengths(rows: Any) -> np.ndarray:
+    """Of each of the rows, of numpy or torch: float32."""
+    if not isinstance(rows, np.ndarray):
+        rows = rows.float().square().sum(1)
+        return on_host(rows)
+    found: np.ndarray = np.einsum("ij,ij->i", rows, rows)
+    return found
+
+
 def all_finite(array: Any) -> bool:
     """Whether an array, of numpy or torch, holds neither NaN nor infinity."""
     return bool(np.isfinite(array).all() if isinstance(array, np.ndarray) else array.isfinite().all())
 
 
-class Balance(NamedTuple):
+class Balance:
     """How much each token's row counts in sums of products, over chunks of `n_ctx` tokens.
 
-    All rows count alike whatever their length: what follows a matrix is mostly normalised, and the longest rows would
-    be made up for at the cost of all others. The first token of a chunk counts as an eighth of it: where there is
-    nothing to attend to, trained models attend to the first token (attention sinks, Xiao et al., arXiv 2309.17453).
-    What is wrong there is in all that follows, and its rows are the least like the others.
+    Where gradients are known, a row counts as much as they say: errors of what a matrix makes of a token change the
+    model's predictions by the square of their gradient. `gradients(name)` gives the squared lengths of the gradients by
+    what tensor `name` makes of each token of the text, float32 [n_tokens], or None; `first_token` is the number of the
+    text's token that the next batch begins with, for whoever runs the batches to set.
+
+    Where they are not, all rows count alike whatever their length: what follows a matrix is mostly normalised, and the
+    longest rows would be made up for at the cost of all others. The first token of a chunk counts as an eighth of it:
+    where there is nothing to attend to, trained models attend to the first token (attention sinks, Xiao et al., arXiv
+    2309.17453). What is wrong there is in all that follows, and its rows are the least like the others.
     """
 
-    n_ctx: int
+    def __init__(self, n_ctx: int, gradients: Callable[[str], np.ndarray | None] | None = None) -> None:
+        self.n_ctx, self.first_token = n_ctx, 0
+        self._gradients = gradients
+        self._roots: dict[tuple[str, ...], np.ndarray | None] = {}
 
     @property
     def first(self) -> float:
-        """The weight of a chunk's first token; others have 1."""
+        """The weight of a chunk's first token where no gradients are known; others have 1."""
         return max(1.0, self.n_ctx / 8)
 
-    def balanced(self, rows: np.ndarray, at: int | np.ndarray) -> np.ndarray:
-        """Float32 `rows` [n, n_in], scaled by the roots of their weights; for `at` see `parts.Observer`."""
+    def roots(self, names: tuple[str, ...]) -> np.ndarray | None:
+        """The roots of the weights of all the text's tokens, float32, for the input of `names`; None: no gradients.
+
+        Those of tensors that share an input count alike: each has a mean weight of 1.
+        """
+        if self._gradients is None:
+            return None
+        if names not in self._roots:
+            known = [each for each in map(self._gradients, names) if each is not None]
+            weights = [each / mean for each in known if (mean := each.mean(dtype=np.float64)) > 0]
+            self._roots[names] = np.sqrt(np.mean(weights, 0)).astype(np.float32) if weights else None
+        return self._roots[names]
+
+    def balanced(self, names: tuple[str, ...], rows: np.ndarray, at: int | np.ndarray) -> np.ndarray:
+        """Float32 `rows` [n, n_in], what `names` are multiplied with, scaled by the roots of their weights.
+
+        For `at` see `parts.Observer`.
+        """
         places = at if isinstance(at, np.ndarray) else at + np.arange(len(rows))
-        lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
-        sizes = np.where(places % self.n_ctx == 0, self.first**0.5, 1.0)
-        scales = np.divide(sizes, lengths, out=lengths, where=lengths > 0)
+        roots = self.roots(names)
+        if roots is not None:
+            scales = roots[self.first_token + places]
+        else:
+            lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+            sizes = np.where(places % self.n_ctx == 0, self.first**0.5, 1.0)
+            scales = np.divide(sizes, lengths, out=lengths, where=lengths > 0).astype(np.float32)
         with np.errstate(invalid="ignore"):  # an infinite row becomes NaN, and is found with the sums
-            scaled: np.ndarray = rows * scales.astype(np.float32)[:, None]
+            scaled: np.ndarray = rows * scales[:, None]
         return scaled
 
 
@@ -121,7 +158,7 @@ class InputSums:
         if not self._full:
             piece = squares_by_column(rows)
         else:
-            piece = rows.copy() if self._balance is None else self._balance.balanced(rows, at)
+            piece = rows.copy() if self._balance is None else self._balance.balanced(names, rows, at)
         if isinstance(at, np.ndarray):
             at = int(at[0]) if len(at) else 0
         with self._lock:

@@ -182,7 +182,7 @@ class TorchTransformer(Model):
                 with self._running(), torch.enable_grad():
                     self._weights.hold(index, index - 1)
                     for at in range(0, len(x), per_call):
-                        part = slice(at, at + per_call)
+                        part, self._parts.gradient_at = slice(at, at + per_call), at * n_ctx
                         read = torch.from_numpy(np.ascontiguousarray(x[part])).to(self._weights.place(index))
                         read.requires_grad_(True)
                         written = layer.run(read, slice(0, n_ctx))

@@ -23,7 +23,7 @@ class TorchParts:
 
     Products run in the precision of `weights`, all else in float32. On a CPU `through_numpy` has numpy's BLAS multiply
     float32, on `threads`. `observed` says who is told of what is multiplied; `gradient_observer`, while gradients are
-    taken, is told of those by what products make.
+    taken, is told of those by what products make, the first of them as row `gradient_at` of the batch.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class TorchParts:
         self.weights, self.dtype = weights, weights.dtype
         self._threads, self._through_numpy, self._observed = threads, through_numpy, observed
         self.gradient_observer: Callable[..., None] | None = None
+        self.gradient_at = 0
         self._tables: dict[tuple[Rope, str | None, int, Any], tuple[Any, Any]] = {}
 
     def tensor(self, name: str) -> Any:
@@ -60,7 +61,7 @@ class TorchParts:
         ]
         if self.gradient_observer is not None:
             for linear, product in zip(present, products, strict=True):
-                product.register_hook(partial(_tell, self.gradient_observer, linear.weight))
+                product.register_hook(partial(_tell, self.gradient_observer, linear.weight, self.gradient_at))
         return products
 
     def stacked(self, name: str, x: Any, n_out: int) -> Any:
@@ -133,9 +134,9 @@ class TorchParts:
         return self._tables[key]
 
 
-def _tell(observer: Callable[..., None], name: str, gradient: Any) -> None:
+def _tell(observer: Callable[..., None], name: str, at: int, gradient: Any) -> None:
     with torch.no_grad():
-        observer((name,), gradient.reshape(-1, gradient.shape[-1]), 0, None)
+        observer((name,), gradient.reshape(-1, gradient.shape[-1]), at, None)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ class TorchInputSums:
         self._full, self._device, self._wanted, self._stay = full, device, wanted, stay and full
         self._balance = balance
         self._wide = widest_float(device)
+        self._roots: dict[tuple[str, ...], Any] = {}
         self._totals: dict[Key, Any] = {}
         self._counts: dict[Key, int] = {}
 
@@ -41,7 +42,7 @@ class TorchInputSums:
         if self._full:
             rows = rows.float()
             if self._balance is not None:
-                rows = self._balanced(rows, at, self._balance)
+                rows = self._balanced(names, rows, at, self._balance)
             sums = (rows.t() @ rows).to(self._wide)
         else:
             # One reading of the rows, whatever they are.
@@ -52,9 +53,14 @@ class TorchInputSums:
             self._totals[key] = sums
         self._counts[key] = self._counts.get(key, 0) + len(rows)
 
-    def _balanced(self, rows: Any, at: Any, balance: Balance) -> Any:
+    def _balanced(self, names: tuple[str, ...], rows: Any, at: Any, balance: Balance) -> Any:
         """See `inputs.Balance.balanced`."""
         places = at if isinstance(at, torch.Tensor) else at + torch.arange(len(rows), device=rows.device)
+        roots = balance.roots(names)
+        if roots is not None:
+            if names not in self._roots:
+                self._roots[names] = torch.from_numpy(roots).to(rows.device)
+            return rows * self._roots[names][balance.first_token + places][:, None]
         lengths = torch.linalg.vector_norm(rows, dim=1, dtype=self._wide)
         sizes = torch.where(places % balance.n_ctx == 0, balance.first**0.5, 1.0).to(lengths)
         scales = torch.where(lengths > 0, sizes / lengths, lengths)

@@ -39,6 +39,7 @@ from quantkit.calibration.planning import Target, TypeChooser, Wishes, load_plan
 from quantkit.calibration.rounding import execute_with_feedback
 from quantkit.calibration.run import Calibration
 from quantkit.calibration.survey import survey
+from quantkit.evaluate import inputs
 from quantkit.evaluate.backends import load
 from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.formats.imatrix import ImportanceMatrix
@@ -272,7 +273,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
     if arguments.unbalanced:
-        moments.Balance = lambda n_ctx: None  # type: ignore[assignment,misc]
+        ones = np.ones(1 << 20, np.float32)  # more than the calibration text has tokens
+        moments.Balance = lambda n_ctx, _: inputs.Balance(n_ctx, lambda name: ones)  # type: ignore[assignment,misc]
     elif arguments.first:
         moments.Balance = type("Trial", (moments.Balance,), {"first": arguments.first})  # type: ignore[misc]
     wanted = arguments.texts.split(",")

@@ -325,8 +325,9 @@ def test_gradients_are_the_same_whatever_the_machine(
     assert_same_files(tmp_path, coupled_files, types)
 
 
+@pytest.mark.parametrize("suffix", ["moments", "lengths"])
 def test_a_stopped_run_keeps_its_gradients(
-    tinylm: CheckpointSource, coupled_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tinylm: CheckpointSource, coupled_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
     with pytest.raises(StopError):
         rounded(tinylm, tmp_path, TYPES, progress=stop_in(1), rounding="yaqa")
@@ -337,10 +338,10 @@ def test_a_stopped_run_keeps_its_gradients(
         raise AssertionError("gradients are taken again")
 
     monkeypatch.setattr("quantkit.calibration.rounding.gradient_moments", again)
-    kept = {path: path.read_bytes() for path in (tmp_path / "Q4_K_M.gguf.unfinished").glob("*.moments")}
+    kept = {path: path.read_bytes() for path in (tmp_path / "Q4_K_M.gguf.unfinished").glob(f"*.{suffix}")}
     for path, data in kept.items():
         path.write_bytes(data[:-4])
-    with pytest.raises(QuantkitError, match=r"\.moments: missing or damaged"):
+    with pytest.raises(QuantkitError, match=rf"\.{suffix}: missing or damaged"):
         rounded(tinylm, tmp_path, TYPES, resume=True, rounding="yaqa")
     for path, data in kept.items():
         path.write_bytes(data)
@@ -375,10 +376,15 @@ def test_moments_of_gradients_are_those_of_the_whole_pass(tmp_path: Path) -> Non
     source = GGUFSource(write_gguf(tmp_path / "m.gguf", family.metadata(), family.weights(7)))
     model = load(source, keep=False)
     tokens = np.random.default_rng(1).integers(0, N_VOCAB, (3, 20)).astype(np.int32)
-    found: dict[str, np.ndarray] = {}
+    found, lengths = dict[str, np.ndarray](), dict[str, np.ndarray]()
     wanted = coupled(model.spec)
-    gradient_moments(model, tokens, wanted, found.__setitem__)
-    assert found.keys() == wanted
+    gradient_moments(model, tokens, wanted, found.__setitem__, lengths.__setitem__)
+    assert (
+        found.keys()
+        == wanted
+        < lengths.keys()
+        == {name for each in model.spec.layers for n in each.inputs for name in n}
+    )
     read = [model.embedded(tokens)]
     for index in range(7):
         read.append(read[-1].copy())
@@ -389,5 +395,44 @@ def test_moments_of_gradients_are_those_of_the_whole_pass(tmp_path: Path) -> Non
         model.gradient_pass(index, 20)(read[index], gradients)
         sums.settle()
         for ((name,), _), (total, n_rows) in sums.take().items():
+            np.testing.assert_allclose(lengths[name].sum(), np.trace(total), rtol=1e-5)
             if name in wanted:
                 np.testing.assert_array_equal(found[name], (total / n_rows).astype(np.float32))
+
+
+MANY = np.random.default_rng(1).integers(0, N_VOCAB, (70, 128)).astype(np.int32)  # more than one batch
+
+
+@requires_torch
+def test_gradients_of_each_token_are_those_of_torch(tmp_path: Path) -> None:
+    family = FAMILIES["gemma3"]
+    source = GGUFSource(write_gguf(tmp_path / "m.gguf", family.metadata(), family.weights(7)))
+    numpys, torchs = dict[str, np.ndarray](), dict[str, np.ndarray]()
+    for backend, lengths in (("numpy", numpys), ("torch", torchs)):
+        model = load(source, Compute(backend=backend, threads=2), keep=False)
+        gradient_moments(model, MANY, (), lambda name, moments: None, lengths.__setitem__)
+    assert numpys.keys() == torchs.keys()
+    for name, own in numpys.items():
+        # Where a draw falls between two tokens, one or the other is drawn.
+        assert np.isclose(torchs[name], own, rtol=1e-2, atol=1e-3 * own.mean()).mean() > 0.97
+
+
+@pytest.mark.parametrize("backend", ["numpy", pytest.param("torch", marks=requires_torch)])
+def test_tokens_count_as_their_gradients_say(tmp_path: Path, backend: str) -> None:
+    """Where one chunk alone has gradients, second moments are those of this chunk."""
+    family = FAMILIES["gemma3"]
+    source = GGUFSource(write_gguf(tmp_path / "m.gguf", family.metadata(), family.weights(7)))
+    model = load(source, Compute(backend=backend, threads=2), keep=False)
+
+    def means(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+        x = np.empty((*tokens.shape, model.spec.width), np.float32)
+        steps = MomentsPass(model, tokens, source.tensors, x, gradients=lambda name: lengths.reshape(-1))
+        steps.skip()
+        return [shared.moments[0].mean for shared in steps.gather().inputs if shared.moments[0] is not None]
+
+    for chunk in (2, 67):
+        lengths = np.zeros(MANY.shape, np.float32)
+        lengths[chunk] = 3.0
+        alone = means(MANY[chunk : chunk + 1], np.ones((1, 128), np.float32))
+        for found, expected in zip(means(MANY, lengths), alone, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())

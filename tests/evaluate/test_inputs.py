@@ -52,24 +52,34 @@ def test_what_stands_between_layers_is_all_that_they_need(tmp_path: Path, name: 
 BACKENDS = ["numpy", pytest.param("torch", marks=requires_torch)]
 
 
-@pytest.mark.parametrize("balance", [None, Balance(N_CTX)])
+def some_lengths(name: str) -> np.ndarray | None:
+    """Squared lengths of gradients by what a tensor makes of five chunks of tokens; not of all tensors."""
+    rng = np.random.default_rng(len(name))
+    return None if "attn_output" in name else rng.gamma(0.5, 3, 5 * N_CTX).astype(np.float32)
+
+
+@pytest.mark.parametrize("weighed", ["as they are", "alike", "by gradients"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_second_moments_of_what_the_plain_forward_pass_multiplies(
-    model_path: Path, backend: str, balance: Balance | None
-) -> None:
+def test_second_moments_of_what_the_plain_forward_pass_multiplies(model_path: Path, backend: str, weighed: str) -> None:
     tokens = some_tokens(5)
     model = load(model_path, Compute(backend=backend))
-    sums = model.input_sums(full=True, balance=balance)
+    gradients = some_lengths if weighed == "by gradients" else None
+    sums = model.input_sums(full=True, balance=None if weighed == "as they are" else Balance(N_CTX, gradients))
     hidden = layer_by_layer(model, tokens, 8)
     sums.add(("output.weight",), hidden.reshape(-1, hidden.shape[2]))
     sums.settle()
     found = sums.take()
     expected: dict[str, np.ndarray] = {}
-    for chunk in tokens:
+    shared = {name: names for names, _ in found for name in names}
+    for number, chunk in enumerate(tokens):
         inputs: dict[str, np.ndarray] = {}
         plain_logits(model_path, chunk, seen=inputs)
         for name, x in inputs.items():
-            if balance is not None:
+            known = [each for each in map(some_lengths, shared[name]) if each is not None]
+            if weighed == "by gradients" and known:
+                weights = sum(each / each.mean(dtype=np.float64) for each in known) / len(known)
+                x = x * np.sqrt(weights[number * N_CTX : (number + 1) * N_CTX, None])
+            elif weighed != "as they are":
                 x = x / np.linalg.norm(x, axis=1, keepdims=True)
                 x[0] *= np.sqrt(N_CTX / 8)
             expected[name] = expected.get(name, 0) + x.T @ x
@@ -100,10 +110,18 @@ def test_first_tokens_count_for_the_experts_that_see_them(tmp_path: Path, backen
 
 def test_a_row_of_zeros_has_no_direction() -> None:
     rows = np.array([[0, 0], [3e20, 4e20], [0, -1e-30]], np.float32)
-    np.testing.assert_allclose(Balance(3).balanced(rows, 1), [[0, 0], [0.6, 0.8], [0, -1]], rtol=1e-6)
+    np.testing.assert_allclose(Balance(3).balanced(("a",), rows, 1), [[0, 0], [0.6, 0.8], [0, -1]], rtol=1e-6)
     np.testing.assert_allclose(
-        Balance(80).balanced(rows[1:], np.array([7, 80])), [[0.6, 0.8], [0, -(10**0.5)]], rtol=1e-6
+        Balance(80).balanced(("a",), rows[1:], np.array([7, 80])), [[0.6, 0.8], [0, -(10**0.5)]], rtol=1e-6
     )
+
+
+def test_gradients_that_are_all_zero_say_nothing() -> None:
+    lengths = {"a": np.zeros(4, np.float32), "b": np.array([0, 1, 2, 5], np.float32)}
+    balance = Balance(4, lengths.get)
+    assert balance.roots(("a",)) is None
+    assert balance.roots(("c",)) is None
+    np.testing.assert_allclose(balance.roots(("a", "b", "c")) ** 2, lengths["b"] / 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gemma2", "gpt2"])
