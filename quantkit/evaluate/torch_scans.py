@@ -50,9 +50,7 @@ def recur(q: Any, k: Any, v: Any, log_decay: Any, share: Any, corrected: bool) -
         part = slice(start, min(start + _CHUNK, n_ctx))
         n = part.stop - start
         queries, keys, by = q[:, :, None, part], k[:, :, None, part], share[..., part, None]
-        sums = log_decay[..., part].cumsum(3)
-        between = (sums[..., None] - sums[..., None, :]).masked_fill(later[:n, :n], -torch.inf).exp()
-        since = sums.exp()[..., None]
+        between, since = _decays(log_decay[..., part], later[:n, :n])
         new = v[..., part, :]
         if corrected:
             seen = by * between * (keys @ keys.transpose(3, 4))
@@ -61,9 +59,19 @@ def recur(q: Any, k: Any, v: Any, log_decay: Any, share: Any, corrected: bool) -
         else:
             new = by * new
         made.append((between * (queries @ keys.transpose(3, 4))) @ new + since * (queries @ state))
-        left = (sums[..., -1:] - sums).exp()[..., None]
-        state = state * since[..., -1:, :] + keys.transpose(3, 4) @ (left * new)
+        state = state * since[..., -1:, :] + keys.transpose(3, 4) @ (between[..., -1, :, None] * new)
     return torch.cat(made, 3)
+
+
+def _decays(log_decay: Any, later: Any) -> tuple[Any, Any]:
+    """What is left at token t of a chunk of what token i added, [..., t, i], and of what was there, [..., t, 1].
+
+    `log_decay` is [..., n], `later` [n, n] says where i is after t. Differences of sums would be rounded as these are,
+    which a single token that forgets everything makes large: what lies between two tokens is added up for each two.
+    """
+    apart = log_decay[..., None].masked_fill(later | torch.eye(len(later), dtype=torch.bool, device=later.device), 0)
+    sums = apart.cumsum(-2)
+    return sums.masked_fill(later, -torch.inf).exp(), (sums[..., :1] + log_decay[..., :1, None]).exp()
 
 
 def select(x: Any, steps: Any, decay: Any, b: Any, c: Any) -> Any:
