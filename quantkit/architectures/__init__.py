@@ -61,7 +61,7 @@ from quantkit.architectures.qwen2_moe import Qwen2Moe
 from quantkit.architectures.qwen3 import Qwen3
 from quantkit.architectures.qwen3_moe import Qwen3Moe
 from quantkit.architectures.qwen3_next import Qwen3Next, Qwen35, Qwen35Moe
-from quantkit.architectures.qwen_vl import Qwen2Vl, Qwen3Vl, Qwen3VlMoe
+from quantkit.architectures.qwen_vl import Qwen2Vl, Qwen3Asr, Qwen3OmniMoe, Qwen3Vl, Qwen3VlMoe
 from quantkit.architectures.rwkv7 import Rwkv7
 from quantkit.architectures.seed_oss import SeedOss
 from quantkit.architectures.smollm3 import SmolLM3
@@ -125,6 +125,8 @@ FAMILIES: tuple[type[Architecture], ...] = (
     Qwen2Vl,
     Qwen3Vl,
     Qwen3VlMoe,
+    Qwen3OmniMoe,
+    Qwen3Asr,
     MiniMaxM2,
     Lfm2,
     Lfm2Moe,

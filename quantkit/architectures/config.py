@@ -33,7 +33,10 @@ class Config:
             if (directory / "adapter_config.json").is_file():
                 raise QuantkitError(f"{directory}: a LoRA adapter, and no model", option="lora")
             raise QuantkitError(f"{directory}: it has no config.json; a transformers checkpoint directory is needed")
-        return cls(read_json(path), path)
+        config = cls(read_json(path), path)
+        # Of models that speak, too, what thinks is the text model.
+        thinker = cls(config.table("thinker_config") or {}, path)
+        return config.changed(text_config=text) if (text := thinker.table("text_config")) is not None else config
 
     @property
     def model_class(self) -> str:

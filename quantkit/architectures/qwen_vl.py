@@ -1,4 +1,4 @@
-"""Text models of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: text has one position, where images have three."""
+"""Text models of Qwen2-VL, Qwen2.5-VL, Qwen3-VL, and of the Omnis: text has one position, where images have three."""
 
 from __future__ import annotations
 
@@ -31,6 +31,21 @@ _MOE = {
     "rope_theta": 500000.0,
 }
 
+_ASR = Qwen3.checkpoints["Qwen3ForCausalLM"]
+_OMNI = {
+    **Qwen3Moe.checkpoints["Qwen3MoeForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "rope_theta": 1000000.0,
+}
+
 
 def _write_deepstack(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
     """How many of the first layers take parts of images beside the text."""
@@ -42,14 +57,18 @@ def _write_deepstack(architecture: Architecture, writer: GGUFWriter, file_type: 
 
 
 class Qwen2Vl(Qwen2):
-    """The text model of Qwen2VLForConditionalGeneration and Qwen2_5_VLForConditionalGeneration."""
+    """The text model of Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration and Qwen2_5OmniModel."""
 
     gguf_name = "qwen2vl"
     checkpoints = {}  # noqa: RUF012
     wrappers = {  # noqa: RUF012
         "Qwen2VLForConditionalGeneration": {"qwen2_vl_text": _QWEN2, "qwen2_vl": _QWEN2},
         "Qwen2_5_VLForConditionalGeneration": {"qwen2_5_vl_text": _QWEN2, "qwen2_5_vl": _QWEN2},
-    }
+        "Qwen2_5OmniModel": {"qwen2_5_omni_text": {
+            **_QWEN2, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0,
+        }},
+    }  # fmt: skip
     renames = _THINKER
     notes = "text part"
 
@@ -75,6 +94,13 @@ class Qwen3Vl(Qwen3):
         return Qwen3.forward_spec(metadata, tensors)
 
 
+class Qwen3Asr(Qwen3Vl):
+    """The text model of Qwen3ASRForConditionalGeneration."""
+
+    wrappers = {"Qwen3ASRForConditionalGeneration": dict.fromkeys(("qwen3", "qwen3_asr_text"), _ASR)}  # noqa: RUF012
+    vocabulary = "qwen3-asr"
+
+
 class Qwen3VlMoe(Qwen3Moe):
     """The text model of Qwen3VLMoeForConditionalGeneration. Its experts are stacked with inputs as rows."""
 
@@ -90,3 +116,11 @@ class Qwen3VlMoe(Qwen3Moe):
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
         """Qwen3-MoE's: the three positions of a token of text are the same."""
         return Qwen3Moe.forward_spec(metadata, tensors)
+
+
+class Qwen3OmniMoe(Qwen3VlMoe):
+    """The text model of Qwen3OmniMoeForConditionalGeneration. Its experts come one by one."""
+
+    wrappers = {"Qwen3OmniMoeForConditionalGeneration": {"qwen3_omni_moe_text": _OMNI}}  # noqa: RUF012
+    vocabulary = "qwen3-omni"
+    notes = "text part"

@@ -54,9 +54,10 @@ def write_vocabulary(
     "bpe" (byte-level BPE from tokenizer.json), "spm" (SentencePiece from tokenizer.model), "llama-hf" (SentencePiece
     from a tokenizer.json with byte fallback), "spm-or-bpe" (spm if there is a tokenizer.model), "gemma" (that, without
     a space in front of text), "spm-prefix" (spm with what tokenizer_config.json says of that space), "gemma1",
-    "gemma3n", "phi3", "gemma4", "nemotron", "hunyuan", "hunyuan-moe", "kimi", "internlm2", "internlm3" and "jamba"
-    (what those families do with one of these, or with a file of ranks of tiktoken's), "rwkv" (RWKV's list of byte
-    strings), "wordpiece" (BERT's), "roberta" (byte-level BPE if there is a tokenizer.json, else WordPiece),
+    "gemma3n", "phi3", "gemma4", "nemotron", "hunyuan", "hunyuan-moe", "kimi", "internlm2", "internlm3",
+    "qwen3-omni", "qwen3-asr" and "jamba" (what those families do with one of these, or with a file of ranks of
+    tiktoken's), "rwkv" (RWKV's list of byte strings), "wordpiece" (BERT's), "roberta" (byte-level BPE if there is a
+    tokenizer.json, else WordPiece),
     "xlm-roberta" and "t5" (Unigram from the SentencePiece models of these), "wordpiece-or-xlm-roberta", "modern-bert",
     "jina-bert" and "eurobert" (what these do with one), or "auto": the first of spm, llama-hf and bpe whose files are
     there, with what the reference adds for Llama.
@@ -166,6 +167,35 @@ def _write_bpe(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     special.write(writer)
+
+
+# ChatML, whatever a checkpoint brings: as the reference has it.
+_QWEN3_ASR_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def _write_qwen3_asr(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    """As Qwen3-Omni's, with a template for chats of its own."""
+    _write_bpe(files, writer, pre)
+    writer.add_chat_template(_QWEN3_ASR_TEMPLATE)
+    _end_of_turn(files, writer)
+
+
+def _write_qwen3_omni(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
+    """Byte-level BPE, where the end of a turn begins and ends a text whatever its files say."""
+    _write_bpe(files, writer, pre)
+    _end_of_turn(files, writer)
+
+
+def _end_of_turn(files: CheckpointFiles, writer: gguf.GGUFWriter) -> None:
+    for token, entry in _added_tokens(files).items():
+        if entry.get("content") == "<|im_end|>":
+            writer.add_bos_token_id(token)
+            writer.add_eos_token_id(token)
+            break
 
 
 def _write_hunyuan(files: CheckpointFiles, writer: gguf.GGUFWriter, pre: str | None) -> None:
@@ -683,6 +713,8 @@ _STYLES: dict[str, Callable[[CheckpointFiles, Any, str | None], None]] = {
     "gemma1": _write_gemma1,
     "gemma3n": _write_gemma3n,
     "nemotron": _write_nemotron,
+    "qwen3-omni": _write_qwen3_omni,
+    "qwen3-asr": _write_qwen3_asr,
     "hunyuan": _write_hunyuan,
     "hunyuan-moe": _write_hunyuan_moe,
     "kimi": _write_kimi,

@@ -103,6 +103,10 @@ QWEN3_VISION = {
     "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 256,
     "num_position_embeddings": 16,
 }  # fmt: skip
+EAR = {
+    "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "output_dim": 256,
+    "downsample_hidden_size": 8,
+}  # fmt: skip
 MROPE = _rope(5e6, mrope_section=[12, 10, 10], mrope_interleaved=True)
 ENCODER = {"num_key_value_heads": "absent", "bos_token_id": "absent", "eos_token_id": "absent", "pad_token_id": 0}
 T5 = STATE_SPACE | {
@@ -633,6 +637,56 @@ MODELS = {
             f"model.language_model.layers.{i}.mlp.experts.{name}": shape
             for i in range(2) for name, shape in {"gate_up_proj": "4 256 1024", "down_proj": "4 512 256"}.items()
         }},
+    ),
+    "tiny-qwen25-omni": Model(
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        {
+            "text_config": {**SIZES, "rope_parameters": _rope(1e6, mrope_section=[8, 12, 12])},
+            "audio_config": EAR, "vision_config": {**QWEN3_VISION, "fullatt_block_indexes": [0]},
+        },
+        called="Qwen2_5OmniModel",
+        inside="thinker_config",
+        said={"model_type": "qwen2_5_omni"},
+        renamed={"": "thinker."},
+    ),
+    "tiny-qwen3-omni": Model(
+        "Qwen3OmniMoeThinkerForConditionalGeneration",
+        {
+            "text_config": {
+                **SIZES, "head_dim": 64, "moe_intermediate_size": 512, "num_experts": 4, "num_experts_per_tok": 2,
+                "rope_parameters": MROPE,
+            },
+            "audio_config": EAR, "vision_config": {**QWEN3_VISION, "deepstack_visual_indexes": [0]},
+        },
+        {
+            "added": ["<|im_end|>"],
+            "tokenizer_config": {
+                "added_tokens_decoder": {"302": {"content": "<|im_end|>", "special": True}},
+            },
+        },
+        called="Qwen3OmniMoeForConditionalGeneration",
+        inside="thinker_config",
+        said={"model_type": "qwen3_omni_moe"},
+        renamed={"": "thinker."},
+    ),
+    "tiny-qwen3-asr": Model(
+        "Qwen3ASRForConditionalGeneration",
+        {"text_config": {**SIZES, "head_dim": 64, "rope_parameters": MROPE}, "audio_config": EAR, "pad_token_id": 297},
+        {
+            "added": ["<|im_end|>"],
+            "tokenizer_config": {
+                "added_tokens_decoder": {"302": {"content": "<|im_end|>", "special": True}},
+            },
+        },
+        called="Qwen3ASRForConditionalGeneration",
+        inside="thinker_config",
+        said={"model_type": "qwen3_asr"},
+        renamed={
+            "model.multi_modal_projector.linear_": "thinker.audio_tower.proj",
+            "model.language_model.": "thinker.model.",
+            "model.": "thinker.",
+            "lm_head.": "thinker.lm_head.",
+        },
     ),
     "tiny-qwen3-embedding": Model(
         "Qwen3Model",

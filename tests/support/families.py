@@ -28,7 +28,10 @@ EVALUATED = [
 # Those without logits: they give vectors.
 ENCODERS = [name for name in FAMILIES if "bert" in name or "t5" in name]
 # Those of wrappers whose text model transformers does not run by itself: their forward passes are other families'.
-_WITHIN_WRAPPERS = {"tiny-smolvlm", "tiny-qwen2-vl", "tiny-qwen3-vl", "tiny-qwen3-vl-moe"}
+_WITHIN_WRAPPERS = {
+    "tiny-smolvlm", "tiny-qwen2-vl", "tiny-qwen3-vl", "tiny-qwen3-vl-moe", "tiny-qwen25-omni", "tiny-qwen3-omni",
+    "tiny-qwen3-asr",
+}  # fmt: skip
 _NO_LOGITS = _WITHIN_WRAPPERS | set(ENCODERS)
 IN_TRANSFORMERS = [name for name in EVALUATED if name not in OWN_CODE and name not in _NO_LOGITS]
 # Those that the pinned llama.cpp does not load, and those that it runs otherwise than the model is meant to be run.
@@ -42,6 +45,7 @@ LLAMA_CPP_DIFFERS = LLAMA_CPP_LACKS | {
     "tiny-exaone4-window": "llama.cpp knows the models with a window by their 64 layers",
     "tiny-phimoe": "llama.cpp takes the norms for RMS norms, and chooses experts otherwise",
     "tiny-qwen2-vl": "llama.cpp does not read the epsilon of this family's norms",
+    "tiny-qwen25-omni": "llama.cpp does not read the epsilon of this family's norms",
     "tiny-gpt-oss-mxfp4": "llama.cpp rounds what it multiplies with MXFP4 weights to 8 bits",
 }
 # Those with more than plain attention in and between their layers.
