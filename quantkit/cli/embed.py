@@ -7,9 +7,12 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.console import (
+    Backend,
+    Device,
     Json,
     Model,
     Pre,
+    Precision,
     Quiet,
     Revision,
     Threads,
@@ -40,6 +43,9 @@ def command(
         bool, typer.Option("--raw", help="Leave vectors as long as they are, instead of length one.")
     ] = False,
     pre: Pre = None,
+    backend: Backend = "numpy",
+    device: Device = "cpu",
+    precision: Precision = "f32",
     revision: Revision = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -57,6 +63,7 @@ def command(
         texts += [line for line in read_text(file).split("\n") if line]
     if not texts:
         raise typer.BadParameter("there is no text: use --prompt or --file")
+    compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
     source = open_model(model, revision=revision, pre=pre)
     with chunk_progress("embed", "text") as bar:
         vectors = embed(
@@ -64,7 +71,7 @@ def command(
             texts,
             pooling=pooling,
             normalise=not raw,
-            compute=Compute(threads=threads),
+            compute=compute,
             progress=lambda done, total: bar(done, total, ""),
         )
     numbers = [[float(f"{number:.7g}") for number in vector] for vector in vectors.tolist()]

@@ -33,7 +33,7 @@ class TorchParts:
         self._threads, self._through_numpy, self._observed = threads, through_numpy, observed
         self.gradient_observer: Callable[..., None] | None = None
         self.gradient_at = 0
-        self._tables: dict[tuple[Rope, str | None, int, Any], tuple[Any, Any]] = {}
+        self._tables: dict[tuple[Rope, str | None, Any], tuple[Any, Any]] = {}
 
     def tensor(self, name: str) -> Any:
         """Tensor `name`, on the device of its layer."""
@@ -126,12 +126,13 @@ class TorchParts:
         """Cosines and sines [n_ctx, 1, n_dims / 2]."""
         long = rope.long_factors is not None and n_ctx > rope.n_ctx_orig
         name = rope.long_factors if long else rope.factors
-        key = rope, name, n_ctx, device
-        if key not in self._tables:
+        key = rope, name, device
+        if key not in self._tables or len(self._tables[key][0]) < n_ctx:
             factors = None if name is None else self.weights.decoder.vector(name, rope.n_dims // 2)
             cosines, sines = (torch.from_numpy(t[:, None]) for t in rope_tables(rope, n_ctx, factors))
             self._tables[key] = cosines.to(device), sines.to(device)
-        return self._tables[key]
+        cosines, sines = self._tables[key]
+        return cosines[:n_ctx], sines[:n_ctx]
 
 
 def _tell(observer: Callable[..., None], name: str, at: int, gradient: Any) -> None:

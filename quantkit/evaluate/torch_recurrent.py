@@ -214,7 +214,7 @@ class TorchTimeMix(TorchMixer[TimeMix]):
     @property
     def numbers(self) -> int:
         """See `TorchMixer`."""
-        return 16 * self.mixer.width
+        return 24 * self.mixer.width
 
     def _through(self, part: LowRank, x: Any, between: Any = None) -> Any:
         """What the two matrices of `part` make of `x`."""

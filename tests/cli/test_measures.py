@@ -89,6 +89,7 @@ def test_vectors_of_texts(tmp_path: Path) -> None:
     np.testing.assert_allclose(data["vectors"], quantkit.embed(encoder, data["texts"]), rtol=1e-5, atol=1e-7)
     printed = [[float(word) for word in line.split()] for line in run(*args).stdout.splitlines()]
     assert printed == data["vectors"]
+    assert "computes on the CPU in f32, not on cuda" in error(*args, "--device", "cuda")
     longer = json.loads(run("embed", encoder, "-p", "the hats", "--pooling", "mean", "--raw", "--json").stdout)
     assert np.linalg.norm(longer["vectors"][0]) > 1.5
 

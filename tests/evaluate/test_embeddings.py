@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINYLM, requires_reference
+from conftest import ROOT, TINYLM, requires_reference, requires_torch
 from make_checkpoints import make_checkpoint
 from record_embeddings import tokens
 from support.conversion import convert
@@ -18,6 +18,7 @@ from support.program import refusal
 
 import quantkit
 from quantkit.errors import QuantkitError
+from quantkit.evaluate.backends import load
 from quantkit.evaluate.embeddings import POOLINGS, embed, pooled, pooling_of
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
@@ -35,10 +36,11 @@ def cosine(a: Any, b: Any) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
+@pytest.mark.parametrize("backend", ["numpy", pytest.param("torch", marks=requires_torch)])
 @pytest.mark.parametrize("name", RECORDED)
-def test_vectors_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+def test_vectors_are_those_of_transformers(tmp_path: Path, name: str, backend: str) -> None:
     """In all lengths and poolings; our GELU is llama.cpp's, an approximation whose error is about 1e-4."""
-    model = Transformer(CheckpointSource(make_checkpoint(name, tmp_path), "f32"), ONE)
+    model = load(CheckpointSource(make_checkpoint(name, tmp_path), "f32"), Compute(threads=1, backend=backend))
     for text in json.loads((GOLDENS / f"{name}.json").read_text())["texts"]:
         for pooling in POOLINGS:
             vector = pooled(model, tokens(text["length"]), pooling)

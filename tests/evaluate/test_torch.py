@@ -15,6 +15,7 @@ from support.tiny import FAMILIES, N_VOCAB, relative_error, tiny_metadata, tiny_
 from support.variants import NORM, VARIANTS, variant
 
 from quantkit.architectures.forward import Attention, Experts, Linear
+from quantkit.blocks import decode
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import load
@@ -229,6 +230,18 @@ def test_families_that_are_more_than_plain_attention(tmp_path, name):
         np.testing.assert_allclose(kept_sums[key].total, total, rtol=1e-4, atol=far * np.abs(total).max())
     blocks = {name.split(".")[1] for name in passing._weights.tensors if name.startswith("blk.")}
     assert len(blocks) == 1
+    # Other values for a layer's matrices: all of these are used, as in numpy's pass.
+    last = {tensor for group in numpys.spec.layers[-1].inputs for tensor in group}
+    others = {each: 0.7 * decode(source.read(each), source.tensors[each].type) for each in last}
+    found = []
+    for model in (numpys, ours):
+        with model.replaced(others):
+            x = model.embedded(tokens)
+            for index in range(len(model.spec.layers)):
+                model.layer_pass(index, tokens.shape[1])(x)
+            found.append(model.normed(x))
+    np.testing.assert_allclose(found[1], found[0], rtol=far, atol=far * np.abs(found[0]).max())
+    assert relative_error(found[0], hidden) > 1e-3
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "phi3", "gptneox"])
