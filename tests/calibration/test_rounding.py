@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, TINYLM, requires_reference, requires_torch
+from make_checkpoints import make_checkpoint
+from support.families import OTHER_MIXERS
 from support.llama_reference import llama_logits, llama_quantize
 from support.tiny import FAMILIES, N_VOCAB, relative_error, write_gguf
 
@@ -415,6 +417,24 @@ def test_gradients_of_each_token_are_those_of_torch(tmp_path: Path) -> None:
     for name, own in numpys.items():
         # Where a draw falls between two tokens, one or the other is drawn.
         assert np.isclose(torchs[name], own, rtol=1e-2, atol=1e-3 * own.mean()).mean() > 0.97
+
+
+@requires_torch
+@pytest.mark.parametrize("name", OTHER_MIXERS)
+def test_gradients_reach_every_matrix(tmp_path: Path, name: str) -> None:
+    """Of all kinds of layers, but for those of experts and of single heads."""
+    source = CheckpointSource(make_checkpoint(name, tmp_path), "f32")
+    model = load(source, Compute(backend="torch", threads=2), keep=False)
+    tokens = np.random.default_rng(1).integers(5, 250, (3, 70)).astype(np.int32)
+    found, lengths = dict[str, np.ndarray](), dict[str, np.ndarray]()
+    gradient_moments(model, tokens, coupled(model.spec), found.__setitem__, lengths.__setitem__)
+    stacked = {name for name, info in source.tensors.items() if len(info.shape) > 2}
+    matrices = {name for layer in model.spec.layers for group in layer.inputs for name in group}
+    assert found.keys() == coupled(model.spec)
+    assert lengths.keys() == matrices - stacked
+    for each, of_tokens in lengths.items():
+        # Nothing is wrong with what the last token makes others attend to: there is none.
+        assert (of_tokens.reshape(tokens.shape)[:, :-1] > 0).mean() > 0.9, each
 
 
 @pytest.mark.parametrize("backend", ["numpy", pytest.param("torch", marks=requires_torch)])
