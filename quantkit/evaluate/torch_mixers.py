@@ -15,7 +15,7 @@ from quantkit.evaluate.torch_weights import Loading
 
 M = TypeVar("M", bound=Mixer)
 # Scores of attention that stand in memory together.
-_SCORES = {"cpu": 1 << 24, "cuda": 1 << 28, "mps": 1 << 26}
+_SCORES = {"cpu": 1 << 24, "cuda": 1 << 27, "mps": 1 << 26}
 
 
 class TorchMixer(ABC, Generic[M]):
@@ -168,7 +168,7 @@ class TorchAttention(TorchMixer[Attention]):
             positions = torch.arange(n_ctx, device=q.device)
             far = table[:, positions[span, None] - positions + n_ctx - 1]
         step = _together(q, n_ctx)
-        parts = [slice(at, at + step) for at in range(0, len(q), step)]
+        parts = [slice(at, at + step) for at in range(0, max(1, len(q)), step)]
         return torch.cat([self._seen(q[part], k[part], v[part], mask, far) for part in parts])
 
     def _seen(self, q: Any, k: Any, v: Any, mask: Any, far: Any) -> Any:
@@ -226,7 +226,7 @@ class TorchLatentAttention(TorchMixer[LatentAttention]):
             positions = torch.arange(x.shape[1], device=x.device)
             mask = positions[span, None] >= positions
         step, seen = _together(q, x.shape[1]), []
-        for at in range(0, len(q), step):
+        for at in range(0, max(1, len(q)), step):
             part = slice(at, at + step)
             keys, values = (y[part].expand(-1, a.n_head, -1, -1) for y in (k, v))
             seen.append(

@@ -91,9 +91,13 @@ def test_divergence_equals_numpys(tmp_path):
     assert [one.kld.value for one in both] == pytest.approx([other.kld.value, 0.0], abs=1e-9)
 
 
-def test_devices_share_the_layers(tmp_path):
+@pytest.mark.parametrize("name", ["llama", "tiny-gemma3n-deep", "tiny-rwkv7", "tiny-qwen3-next"])
+def test_devices_share_the_layers(tmp_path, name):
     """As several GPUs do: here all are the processor."""
-    source = GGUFSource(write_gguf(tmp_path / "m.gguf", tiny_metadata(), tiny_weights()))
+    if name == "llama":
+        source = GGUFSource(write_gguf(tmp_path / "m.gguf", tiny_metadata(), tiny_weights()))
+    else:
+        source = CheckpointSource(make_checkpoint(name, tmp_path), "f32")
     model = load(source, TORCH)
     n_layer, tokens = len(model.spec.layers), some_tokens(5, 40)
     whole, sums = model.logits(tokens), model.input_sums(full=False)
@@ -106,7 +110,7 @@ def test_devices_share_the_layers(tmp_path):
     model.pass_through(tokens)
     for key, (total, n_rows) in sums.take().items():
         assert n_rows == once[key].n_rows
-        np.testing.assert_allclose(total, once[key].total, rtol=1e-5)
+        np.testing.assert_allclose(total, once[key].total, rtol=1e-4)
 
 
 def test_mean_divergences_equal_numpys(tmp_path):
