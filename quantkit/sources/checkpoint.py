@@ -185,6 +185,11 @@ class CheckpointSource:
         if len(shapes) > 1 and (n_axes != 2 or len({shape[1:] for shape in shapes}) > 1):
             raise QuantkitError(f"{self.directory}: the parts of {assembly.name} do not fit below each other")
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        columns = assembly.transform.columns
+        if columns is not None and len(columns(self.architecture.config)) != shape[-1]:
+            raise QuantkitError(
+                f"{self.directory}: rows of {assembly.name}, of {shape[-1]} numbers, do not fit what config.json says"
+            )
         return (len(parts), *shape) if assembly.stacked else shape
 
     def _arrange_packed(self, assembly: Assembly, rows: slice) -> tuple[int, ...]:

@@ -830,6 +830,23 @@ PROJECTORS = {
         {"files": _PLAIN_IMAGES},
     ),
 }  # fmt: skip
+PROJECTORS |= {
+    "tiny-omni-gemma4-unified": Model(
+        "Gemma4UnifiedForConditionalGeneration",
+        {
+            "text_config": {**_TEXT, "layer_types": ["full_attention"]},
+            "vision_config": {
+                "patch_size": 4,
+                "pooling_kernel_size": 3,
+                "mm_embed_dim": 64,
+                "mm_posemb_size": 64,
+                "output_proj_dims": 64,
+            },
+            "audio_config": {"audio_embed_dim": 640},
+        },
+        {"files": _PLAIN_IMAGES},
+    ),
+}
 # Those that only older scripts of llama.cpp convert (record_llava.py).
 LLAVA = {
     "tiny-eye-llava15": Model(

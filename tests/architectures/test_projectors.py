@@ -256,6 +256,7 @@ def test_a_missing_tensor_is_named(tiny: dict[str, Path], tmp_path: Path, lost: 
         ("tiny-omni-gemma4", "layers.1.self_attn.q_proj.input_max", "lacks a.blk.1.attn_q.input_max; is"),
         ("tiny-eye-llava15", "linear_2.weight", "lacks mm.2.weight; is the checkpoint whole"),
         ("tiny-eye-llava15", "layers.1.mlp.fc1.weight", "lacks v.blk.1.ffn_down.weight; is the checkpoint whole"),
+        ("tiny-omni-gemma4-unified", "pos_norm.bias", "lacks v.patch_norm.3.bias; is the checkpoint whole"),
         ("tiny-omni-gemma4", "embed_audio", "lacks mm.a.input_projection.weight; is the checkpoint whole"),
     ],
 )
@@ -345,6 +346,9 @@ def test_a_bad_config_is_one_line(
         ("ultravox", {"stack_factor": "absent"}, "it lacks stack_factor"),
         ("ultravox", {"audio_config": {"encoder_layers": 3}}, "it lacks hidden_size"),
         ("voxtral", {"audio_config": {"num_hidden_layers": 3, "intermediate_size": 128}}, "not 4 times hidden_size"),
+        ("gemma4-unified", {"vision_config": {"patch_size": 1 << 20}}, "not at most 512 pixels a token"),
+        ("gemma4-unified", {"vision_config": {"patch_size": 5}}, "of 432 numbers, do not fit what config.json says"),
+        ("gemma4-unified", {"vision_config": {"pooling_kernel_size": 0}}, "it lacks pooling_kernel_size"),
         ("qwen3-asr", {"thinker_config": []}, "thinker_config is '\\[\\]', not an object"),
         ("qwen3-asr", {"thinker_config": {"audio_config": {"d_model": 1 << 20}}}, "an even number from 4 to 8192"),
         ("qwen3-asr", {"thinker_config": {"audio_config": {"d_model": 63}}}, "an even number from 4 to 8192"),
@@ -353,7 +357,8 @@ def test_a_bad_config_is_one_line(
 def test_a_bad_config_of_an_ear_is_one_line(
     tiny: dict[str, Path], tmp_path: Path, name: str, changes: dict[str, Any], told: str
 ) -> None:
-    directory = changed_copy(tiny[f"tiny-ear-{name}"], tmp_path / "copy", **changes)
+    kind = "omni" if "gemma4" in name else "ear"
+    directory = changed_copy(tiny[f"tiny-{kind}-{name}"], tmp_path / "copy", **changes)
     with pytest.raises(QuantkitError, match=told) as problem:
         _ = ProjectorSource(directory).metadata
     assert "\n" not in str(problem.value)

@@ -7,7 +7,7 @@ from pathlib import Path
 from quantkit.architectures.config import Config
 from quantkit.architectures.projectors.base import Projector
 from quantkit.architectures.projectors.gemma3 import Gemma3Projector
-from quantkit.architectures.projectors.gemma4 import Gemma4Projector
+from quantkit.architectures.projectors.gemma4 import Gemma4Projector, Gemma4UnifiedProjector
 from quantkit.architectures.projectors.internvl import InternVlProjector
 from quantkit.architectures.projectors.llama4 import Llama4Projector
 from quantkit.architectures.projectors.llava import LlavaProjector
@@ -35,6 +35,7 @@ PROJECTORS: tuple[type[Projector], ...] = (
     Llama4Projector,
     InternVlProjector,
     Gemma4Projector,
+    Gemma4UnifiedProjector,
     Qwen2AudioProjector,
     UltravoxProjector,
     VoxtralProjector,

@@ -122,6 +122,10 @@ class Projector(Architecture):
         """The width of the tower, and that of its feed-forward blocks."""
         return self.config.require("hidden_size"), self.config.require("intermediate_size")
 
+    def n_heads(self, encoder: Config) -> int:
+        """The number of heads of an encoder."""
+        return encoder.require("num_attention_heads", "num_heads", "encoder_attention_heads")
+
     def write_parameters(self, writer: GGUFWriter, file_type: int) -> None:
         """Add the hyper-parameters, in the reference converter's order and types."""
         writer.add_file_type(file_type)
@@ -141,7 +145,7 @@ class Projector(Architecture):
         writer.add_vision_embedding_length(width)
         writer.add_vision_feed_forward_length(wide)
         writer.add_vision_block_count(self.depths["v"])
-        writer.add_vision_head_count(vision.require("num_attention_heads", "num_heads"))
+        writer.add_vision_head_count(self.n_heads(vision))
         writer.add_vision_image_mean(self._channels("image_mean"))
         writer.add_vision_image_std(self._channels("image_std"))
 
@@ -152,7 +156,7 @@ class Projector(Architecture):
         writer.add_audio_embedding_length(audio.require("hidden_size", "d_model"))
         writer.add_audio_feed_forward_length(audio.require("intermediate_size", "encoder_ffn_dim"))
         writer.add_audio_block_count(self.depths["a"])
-        writer.add_audio_head_count(audio.require("num_attention_heads", "encoder_attention_heads"))
+        writer.add_audio_head_count(self.n_heads(audio))
 
     def write_kind(self, writer: GGUFWriter) -> None:
         """Add what is this family's own: its projector's type first."""
