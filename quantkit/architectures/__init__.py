@@ -25,7 +25,7 @@ from quantkit.architectures.gemma import Gemma
 from quantkit.architectures.gemma2 import Gemma2
 from quantkit.architectures.gemma3 import Gemma3
 from quantkit.architectures.gemma3n import Gemma3n
-from quantkit.architectures.gemma4 import Gemma4
+from quantkit.architectures.gemma4 import Gemma4, Gemma4Unified
 from quantkit.architectures.glm4 import Glm4
 from quantkit.architectures.glm4_moe import Glm4Moe
 from quantkit.architectures.gpt2 import GPT2
@@ -148,6 +148,7 @@ FAMILIES: tuple[type[Architecture], ...] = (
     NemotronH,
     Gemma3n,
     Gemma4,
+    Gemma4Unified,
     T5,
     T5Encoder,
     Rwkv7,

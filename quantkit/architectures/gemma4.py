@@ -24,7 +24,9 @@ from quantkit.architectures.forward import (
 from quantkit.architectures.gemma3 import Gemma3
 from quantkit.architectures.parameters import EXPERT_FEED_FORWARD, Field, sliding_layers
 from quantkit.architectures.reader import ModelReader
+from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo
+from quantkit.formats.safetensors import read_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -48,6 +50,7 @@ _DEFAULTS = {
     },
 }
 _FULL_HEAD = 512
+_MAX_SUPPRESSED = 1 << 16
 _FULL = "full_attention"
 # What the frequencies of pairs that are not rotated are divided by.
 _STILL = 1e30
@@ -107,6 +110,20 @@ def _rotated(architecture: Architecture, writer: GGUFWriter, file_type: int) -> 
     """How many numbers of a head are rotated; in full layers some by an angle of zero."""
     writer.add_rope_dimension_count(architecture.rope_dimensions)
     writer.add_rope_dimension_count_swa(architecture.config.require("head_dim"))
+
+
+def _suppressed(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
+    """The tokens that are never chosen, as generation_config.json has them. gguf 0.19 has no name for the key."""
+    path = architecture.config.path.parent / "generation_config.json"
+    if not path.is_file():
+        return
+    tokens = Config(read_json(path), path).find("suppress_tokens")
+    if tokens is None:
+        return
+    if not isinstance(tokens, list) or not tokens or len(tokens) > _MAX_SUPPRESSED:
+        raise QuantkitError(f"{path}: suppress_tokens is {str(tokens)[:80]!r}, not a list of tokens")
+    items = [Config({"suppress_tokens": token}, path).integer("suppress_tokens") for token in tokens]
+    writer.add_array("tokenizer.ggml.suppress_tokens", items)
 
 
 class Gemma4(Architecture):
@@ -240,3 +257,20 @@ def _experts(model: ModelReader, i: int) -> Experts:
         ),
         **together,
     )
+
+
+class Gemma4Unified(Gemma4):
+    """The text model of Gemma4UnifiedForConditionalGeneration."""
+
+    checkpoints = {}  # noqa: RUF012
+    wrappers = {  # noqa: RUF012
+        "Gemma4UnifiedForConditionalGeneration": {
+            "gemma4_unified_text": {
+                **{key: value for key, value in _DEFAULTS.items() if key != "hidden_size_per_layer_input"},
+                "max_position_embeddings": 262144,
+                "sliding_window": 1024,
+            }
+        }
+    }
+    parameters = (*Gemma4.parameters, _suppressed)
+    notes = "text part"

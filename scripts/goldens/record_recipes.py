@@ -162,6 +162,24 @@ MODELS = {
         },
         {"vocabulary": "gemma4", "norm_at": 0.25},
     ),
+    "tiny-gemma4-unified": Model(
+        "Gemma4UnifiedForConditionalGeneration",
+        {
+            "text_config": SIZES | GEMMA4 | {
+                "num_hidden_layers": 3, "layer_types": [SLIDING, SLIDING, FULL], "attention_k_eq_v": True,
+                "num_global_key_value_heads": 1, "moe_intermediate_size": None,  # the reference asks for it
+            },
+            "vision_config": {
+                "patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 16,
+                "output_proj_dims": 32,
+            },
+            "audio_config": {"audio_embed_dim": 32},
+        },
+        {
+            "vocabulary": "gemma4", "norm_at": 0.25,
+            "files": {"generation_config.json": json.dumps({"suppress_tokens": [318, 7]})},
+        },
+    ),
     "tiny-gemma4-moe": Model(
         "Gemma4ForCausalLM",
         GEMMA4 | {

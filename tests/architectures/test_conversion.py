@@ -218,6 +218,15 @@ def test_a_bad_config_is_refused_in_one_line(copy: Callable[..., Path], case: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("tokens", [7, [], [-1], ["a"], [1 << 40], [1] * 100_000])
+def test_suppressed_tokens_that_are_none_are_refused(copy: Callable[..., Path], tokens: Any) -> None:
+    directory = copy("tiny-gemma4-unified")
+    (directory / "generation_config.json").write_text(json.dumps({"suppress_tokens": tokens}))
+    with pytest.raises(QuantkitError, match=r"generation_config\.json: suppress_tokens is") as caught:
+        _ = CheckpointSource(directory).metadata
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "wrapper"),
     [("tiny-gemma3n", "Gemma3nForConditionalGeneration"), ("tiny-gemma4", "Gemma4ForConditionalGeneration")],

@@ -30,7 +30,7 @@ ENCODERS = [name for name in FAMILIES if "bert" in name or "t5" in name]
 # Those of wrappers whose text model transformers does not run by itself: their forward passes are other families'.
 _WITHIN_WRAPPERS = {
     "tiny-smolvlm", "tiny-qwen2-vl", "tiny-qwen3-vl", "tiny-qwen3-vl-moe", "tiny-qwen25-omni", "tiny-qwen3-omni",
-    "tiny-qwen3-asr",
+    "tiny-qwen3-asr", "tiny-gemma4-unified",
 }  # fmt: skip
 _NO_LOGITS = _WITHIN_WRAPPERS | set(ENCODERS)
 IN_TRANSFORMERS = [name for name in EVALUATED if name not in OWN_CODE and name not in _NO_LOGITS]
@@ -54,6 +54,7 @@ OTHER_MIXERS = [
     "tiny-gemma3n-deep",
     "tiny-gemma4",
     "tiny-gemma4-moe",
+    "tiny-gemma4-unified",
     "tiny-rwkv7",
     "tiny-deepseek-v2",
     "tiny-deepseek-v2-lite",
