@@ -849,6 +849,14 @@ PROJECTORS = {
     ),
 }  # fmt: skip
 PROJECTORS |= {
+    "tiny-eye-qwen35": Model(
+        "Qwen3_5ForConditionalGeneration",
+        {
+            "text_config": {**_TEXT, "layer_types": [FULL]},
+            "vision_config": {name: value for name, value in _QWEN3_EYE.items() if name != "deepstack_visual_indexes"},
+        },
+        {"files": _IMAGES},
+    ),
     "tiny-omni-gemma4-unified": Model(
         "Gemma4UnifiedForConditionalGeneration",
         {

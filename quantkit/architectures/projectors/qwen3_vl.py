@@ -1,4 +1,4 @@
-"""The projector of Qwen3-VL, dense and MoE."""
+"""The projector of Qwen3-VL and Qwen3.5, dense and MoE."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ _DEFAULTS = {"vision_config": {
     "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16,
     "num_position_embeddings": 2304, "spatial_merge_size": 2, "deepstack_visual_indexes": [8, 16, 24],
 }}  # fmt: skip
+# Qwen3.5 gives nothing to text layers.
+_SHALLOW = {"vision_config": {**_DEFAULTS["vision_config"], "deepstack_visual_indexes": []}}
 # The merger after the last block, as the layers of llama.cpp's projector, and those that text layers are given.
 _MERGER = {"linear_fc1": "mm.0", "linear_fc2": "mm.2", "norm": "v.post_ln"}
 _DEEP = re.compile(r"visual\.deepstack_merger_list\.(\d{1,4})\.(norm|linear_fc1|linear_fc2)\.(weight|bias)")
 
 
 class Qwen3VlProjector(Projector):
-    """Qwen3VLForConditionalGeneration's and Qwen3VLMoeForConditionalGeneration's."""
+    """Qwen3VLForConditionalGeneration's and Qwen3_5ForConditionalGeneration's, and those of both with experts."""
 
     kind = "qwen3vl_merger"
     checkpoints = {  # noqa: RUF012
         "Qwen3VLForConditionalGeneration": _DEFAULTS,
         "Qwen3VLMoeForConditionalGeneration": _DEFAULTS,
+        "Qwen3_5ForConditionalGeneration": _SHALLOW,
+        "Qwen3_5MoeForConditionalGeneration": _SHALLOW,
     }
     beginnings: ClassVar[tuple[str, ...]] = ("visual.",)
     pieces = PATCHES
