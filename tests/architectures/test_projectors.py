@@ -276,6 +276,13 @@ def test_an_ear_that_is_not_announced_is_refused(tiny: dict[str, Path], tmp_path
         ProjectorSource(directory)
 
 
+def test_an_omni_that_hears_nothing_is_refused(tiny: dict[str, Path], tmp_path: Path) -> None:
+    config = json.loads((tiny["tiny-omni-qwen3"] / "config.json").read_text())
+    thinker = {**config["thinker_config"], "audio_config": None}
+    with pytest.raises(QuantkitError, match=r"it has no audio_config$"):
+        ProjectorSource(changed_copy(tiny["tiny-omni-qwen3"], tmp_path / "copy", thinker_config=thinker))
+
+
 def test_an_unknown_tensor_of_an_ear_is_named(tiny: dict[str, Path], tmp_path: Path) -> None:
     directory = changed_copy(tiny["tiny-ear-qwen2-audio"], tmp_path / "copy")
     renamed(directory, lambda n: n.replace("audio_tower.layer_norm.bias", "audio_tower.odd.bias"))

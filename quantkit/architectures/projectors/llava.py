@@ -1,7 +1,7 @@
 """The projectors of LLaVA 1.5 and 1.6 (LLaVA-NeXT): CLIP, one of its last layers, and an MLP.
 
 llama.cpp's converter does not know them; its older scripts do (tools/mtmd/legacy-models), and these write the same
-tensors and the same `clip.` keys. Where a text model is converted, nothing of LLaVA is left in it.
+tensors and the same `clip.` keys.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from quantkit.architectures.projectors.qwen2_vl import Qwen25VlProjector
 from quantkit.architectures.projectors.qwen3_vl import Qwen3VlProjector
 from quantkit.architectures.projectors.whisper import over_time, write_mel
 from quantkit.blocks.types import GGMLType
+from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -60,8 +61,9 @@ class _OmniProjector(Projector):
         write_mel(writer, audio)
 
     def computed_tensors(self) -> Iterator[Assembly]:
-        """The positions. See Architecture."""
-        assert self.audio is not None
+        """The positions. See Architecture. Raises QuantkitError for a model that sees alone."""
+        if self.audio is None:
+            raise QuantkitError(f"{self.root.path}: it has no audio_config")
         width = self.audio.require("d_model")
         if width % 2 or not 2 < width <= _MAX_WIDTH:
             raise self.audio.wrong(("d_model",), width, f"an even number from 4 to {_MAX_WIDTH}")
