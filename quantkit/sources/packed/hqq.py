@@ -18,7 +18,7 @@ from quantkit.formats.safetensors import SafetensorsCheckpoint
 from quantkit.sources.packed.matrix import PackedMatrix, floats, misshapen, require, wrong
 
 _WORDS = ".W_q"
-_AT_ONCE = 1 << 16  # numbers, whose places fit the processor's cache
+_AT_ONCE = 1 << 17  # numbers, of which the processor's cache holds what comes between
 _PARTS = {1: 8, 2: 4, 3: 10, 4: 2, 8: 1}  # by bits, how many numbers a word has: of 32 bits where these are three
 # What HQQ stores beside a matrix: of groups, and settings.
 _BESIDE = (
@@ -55,22 +55,28 @@ class HqqMatrix(PackedMatrix):
 
     def rows(self, prepared: _Groups, start: int, stop: int) -> np.ndarray:
         """See PackedMatrix."""
-        width = self.shape[-1]
+        width, words = self.shape[-1], self.raw.bits(self.words)
+        high, columns = words.shape
         values = np.empty((stop - start) * width, np.float32)
-        for at in range(0, len(values), _AT_ONCE):
-            some = values[at : at + _AT_ONCE]
-            some[:] = self._numbers(prepared, start * width + at, len(some))
+        at = 0
+        while at < len(values):
+            row, column = divmod(start * width + at, columns)
+            # Whole rows of one part of the reshaped matrix, or what is wanted of one row.
+            most = max(1, _AT_ONCE // columns)
+            n = min((len(values) - at) // columns, high - row % high, most) if column == 0 else 0
+            last = columns if n else min(columns, column + len(values) - at)
+            some = slice(row, row + max(n, 1)), slice(column, last)
+            count = max(n, 1) * (last - column)
+            values[at : at + count] = self._numbers(prepared, words, *some).reshape(-1)
+            at += count
         return values.reshape(stop - start, width)
 
-    def _numbers(self, prepared: _Groups, first: int, count: int) -> np.ndarray:
-        """`count` numbers of the matrix, from its number `first` on."""
-        words = self.raw.bits(self.words)
-        n_parts, (high, columns) = _PARTS[self.bits], words.shape
-        row, column = np.divmod(np.arange(first, first + count), columns)
-        part, place = np.divmod(row, high)
-        numbers = words[place, column].astype(np.uint32) >> (self.bits * (n_parts - 1 - part)).astype(np.uint32)
-        numbers &= np.uint32((1 << self.bits) - 1)
-        at = (row, 0) if prepared.scales.shape[1] == 1 else (0, column)
+    def _numbers(self, prepared: _Groups, words: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+        """The numbers at `rows` and `columns` of the reshaped matrix, where the rows are of one part."""
+        part, place = divmod(rows.start, len(words))
+        found = words[place : place + rows.stop - rows.start, columns]
+        numbers = found >> self.bits * (_PARTS[self.bits] - 1 - part) & (1 << self.bits) - 1
+        at = (rows, slice(None)) if prepared.scales.shape[1] == 1 else (slice(None), columns)
         # HQQ subtracts in the type of its zeros, and multiplies then.
         values = _rounded(numbers.astype(np.float32) - prepared.zeros[at], self.raw.tensors[self.zero].dtype)
         values *= prepared.scales[at]
