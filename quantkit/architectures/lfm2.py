@@ -106,6 +106,7 @@ class Lfm2(Architecture):
 
     gguf_name = "lfm2"
     checkpoints = {"Lfm2ForCausalLM": _LFM2, "LFM2ForCausalLM": _LFM2}  # noqa: RUF012
+    wrappers = {"Lfm2VlForConditionalGeneration": {"lfm2": _LFM2}}  # noqa: RUF012
     parameters = (*_SHARED, VOCABULARY_SIZE, _CACHE, RMS_EPSILON, _feed_forward_length)
     transforms = {".conv.conv.weight": Transform(kernel, n_axes=2)}  # noqa: RUF012
     notes = "short convolutions"
@@ -120,6 +121,7 @@ class Lfm2Moe(Lfm2):
     """Lfm2MoeForCausalLM."""
 
     gguf_name = "lfm2moe"
+    wrappers = {}  # noqa: RUF012
     checkpoints = {  # noqa: RUF012
         "Lfm2MoeForCausalLM": {
             "vocab_size": 65536,

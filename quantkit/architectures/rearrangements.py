@@ -6,6 +6,7 @@ field of the config, the first that is there counts. Rows are the second axis fr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -107,6 +108,12 @@ def decay_rates(rows: np.ndarray) -> np.ndarray:
 def kernel(_config: Config, stored: np.ndarray) -> np.ndarray:
     """The rows of a convolution's kernel [channels, 1, size], one for each channel."""
     return stored.reshape(stored.shape[0], stored.shape[-1])
+
+
+def patches(_config: Config, stored: np.ndarray) -> np.ndarray:
+    """The first matrix, over the pixels of a patch and the colours of each, as a convolution over both directions."""
+    side = math.isqrt(stored.shape[1] // 3)
+    return np.moveaxis(stored.reshape(stored.shape[0], side, side, 3), 3, 1)
 
 
 # The order of gate and up projections in one tensor.

@@ -849,6 +849,25 @@ PROJECTORS = {
     ),
 }  # fmt: skip
 PROJECTORS |= {
+    "tiny-eye-lfm2": Model(
+        "Lfm2VlForConditionalGeneration",
+        {
+            "text_config": {"model_type": "lfm2", **_TEXT, "layer_types": [FULL]},
+            "vision_config": {
+                "model_type": "siglip2_vision_model",
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "patch_size": 16,
+                "num_patches": 16,
+                "vision_use_head": False,
+            },
+            "vision_feature_layer": -2,
+        },
+        {"files": _IMAGES},
+        renamed={"model.vision_tower.": "model.vision_tower.vision_model."},
+    ),
     "tiny-eye-qwen35": Model(
         "Qwen3_5ForConditionalGeneration",
         {

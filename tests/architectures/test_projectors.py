@@ -114,6 +114,7 @@ def test_llama_cpp_computes_llava_with_the_class_token_last(tiny: dict[str, Path
     [
         ("tiny-eye-llava16", "LlavaForConditionalGeneration"),
         ("tiny-ear-flamingo", "Qwen2AudioForConditionalGeneration"),
+        ("tiny-eye-lfm2", "Lfm2ForCausalLM"),
     ],
 )
 def test_the_text_model_is_read_like_that_of_another_wrapper(
@@ -162,6 +163,7 @@ def without(directory: Path, part: str) -> list[str]:
         ("tiny-eye-llava15", "vision_tower.vision_model.", "vision_tower."),
         ("tiny-eye-llava16", "vision_tower.vision_model.", "model.vision_tower."),
         ("tiny-eye-llava16", "image_newline", "model.image_newline"),
+        ("tiny-eye-lfm2", "model.vision_tower.vision_model.", "model.vision_tower."),
         ("tiny-ear-voxtral", "multi_modal_projector.", "model.multi_modal_projector."),
         ("tiny-omni-qwen25", "thinker.", ""),
         # As it is published, which the reference fails on.
@@ -319,6 +321,9 @@ def test_the_text_model_alone_is_no_projector(tiny: dict[str, Path], tmp_path: P
             {"vision_config": {"model_type": 5}},
             "only pixtral and clip_vision_model",
         ),
+        ("lfm2", {"vision_feature_layer": 2}, "not one of the 3 blocks, from the end"),
+        ("lfm2", {"vision_feature_layer": "x"}, "not one of the 3 blocks, from the end"),
+        ("lfm2", {"downsample_factor": [2]}, "downsample_factor"),
         ("llava15", {"vision_feature_layer": 9}, "not one of the states of 3 blocks"),
         ("llava15", {"vision_feature_layer": []}, "not one of the states of 3 blocks"),
         ("llava15", {"vision_feature_layer": [-2] * 9999}, "not one of the states of 3 blocks"),

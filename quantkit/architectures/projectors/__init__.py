@@ -9,6 +9,7 @@ from quantkit.architectures.projectors.base import Projector
 from quantkit.architectures.projectors.gemma3 import Gemma3Projector
 from quantkit.architectures.projectors.gemma4 import Gemma4Projector, Gemma4UnifiedProjector
 from quantkit.architectures.projectors.internvl import InternVlProjector
+from quantkit.architectures.projectors.lfm2_vl import Lfm2VlProjector
 from quantkit.architectures.projectors.llama4 import Llama4Projector
 from quantkit.architectures.projectors.llava import LlavaProjector
 from quantkit.architectures.projectors.pixtral import PixtralProjector
@@ -34,6 +35,7 @@ PROJECTORS: tuple[type[Projector], ...] = (
     LlavaProjector,
     Llama4Projector,
     InternVlProjector,
+    Lfm2VlProjector,
     Gemma4Projector,
     Gemma4UnifiedProjector,
     Qwen2AudioProjector,

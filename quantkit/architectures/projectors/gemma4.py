@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from quantkit.architectures.base import Transform
 from quantkit.architectures.config import Config
 from quantkit.architectures.projectors.base import Projector
-from quantkit.architectures.rearrangements import kernel
+from quantkit.architectures.rearrangements import kernel, patches
 from quantkit.blocks.types import GGMLType
 
 if TYPE_CHECKING:
@@ -20,12 +19,6 @@ _UNUSED_SIZE = 224  # llama.cpp asks for the side of an image, and reads images 
 _EPSILON = 1e-6
 # What the numbers that go into and come out of a matrix are clipped to: a number each, beside its weights.
 _LIMITS = (".input_max", ".input_min", ".output_max", ".output_min")
-
-
-def _patches(_config: Config, stored: np.ndarray) -> np.ndarray:
-    """The first matrix, over the pixels of a patch and the colours of each, as a convolution over both directions."""
-    side = math.isqrt(stored.shape[1] // 3)
-    return np.moveaxis(stored.reshape(stored.shape[0], side, side, 3), 3, 1)
 
 
 def _softplus(rows: np.ndarray) -> np.ndarray:
@@ -63,7 +56,7 @@ class Gemma4Projector(Projector):
         ".linear.": ".",
     }
     transforms = {  # noqa: RUF012
-        "patch_embedder.input_proj.weight": Transform(_patches, n_axes=4),
+        "patch_embedder.input_proj.weight": Transform(patches, n_axes=4),
         "lconv1d.depthwise_conv1d.weight": Transform(kernel, n_axes=2),
         ".per_dim_scale": Transform(arithmetic=_softplus),
         **{limit: Transform(lambda _config, stored: stored.reshape(1)) for limit in _LIMITS},
