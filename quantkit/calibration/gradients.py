@@ -50,6 +50,14 @@ def _coupled(layer: Layer) -> list[str]:
     return [linear.weight for linear in linears if linear is not None]
 
 
+def embeds(spec: ForwardSpec) -> bool:
+    """Whether gradients say how errors of the embedding's rows add up: where the first layer reads what is looked up.
+
+    A tied embedding is multiplied with as well, and left out.
+    """
+    return not spec.tied and spec.embedding_norm is None and spec.width == spec.n_embd
+
+
 def gradient_moments(
     model: Model,
     tokens: np.ndarray,

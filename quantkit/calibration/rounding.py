@@ -1,7 +1,8 @@
 """Quantizing with error feedback: each layer's moments, its tensors rounded by them, then the files.
 
 One pass over the layers serves all files. What feedback cannot round is rounded to the nearest: with the importance of
-the columns, as the moments' diagonal has it, and where there are no moments, as the embeddings', without.
+the columns, as the moments' diagonal has it, and where there are no moments without. Embeddings have none but those of
+gradients.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import numpy as np
 
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
-from quantkit.calibration.feedback import DAMPING, SUPPORTED
-from quantkit.calibration.gradients import coupled, gradient_moments
+from quantkit.calibration.feedback import DAMPING, OUTPUT_DAMPING, SUPPORTED
+from quantkit.calibration.gradients import coupled, embeds, gradient_moments
 from quantkit.calibration.moments import LayerMoments, Moments, MomentsPass, SharedInput
 from quantkit.calibration.progress import Step
 from quantkit.calibration.rounder import rounder
@@ -62,8 +63,9 @@ _ROUNDING = 6.0
 class RoundedTensor:
     """How a tensor came out: its type, and its loss, the mean squared error of its output over the text, in all rows.
 
-    Tokens count as `evaluate.inputs.Balance` weighs them. `plain_loss` is that of rounding to the nearest with the
-    importance of the columns. Losses are None where feedback was not used; `note` says why, or what else is to be said.
+    For an embedding it is that of what is looked up times the gradients by it. Tokens count as
+    `evaluate.inputs.Balance` weighs them. `plain_loss` is that of rounding to the nearest with the importance of the
+    columns. Losses are None where feedback was not used; `note` says why, or what else is to be said.
     """
 
     name: str
@@ -99,9 +101,9 @@ def execute_with_feedback(
     when the work directory is in the way, or another run's, and for a model that the backend takes no gradients
     through.
     """
-    run = LayerRounding(
-        model, wanted_types(model.spec, outputs), text, rounding, damping, threads, allow_nonfinite, progress
-    )
+    looked_up = rounding == "yaqa" and embeds(model.spec)
+    wanted = wanted_types(model.spec, outputs, looked_up)
+    run = LayerRounding(model, wanted, text, rounding, damping, threads, allow_nonfinite, progress)
     if cluster is not None and rounding != "gptq":
         raise QuantkitError(
             f"rounding {rounding} takes gradients through all layers, which are not spread over workers"
@@ -153,10 +155,10 @@ def _write(
     return reports
 
 
-def wanted_types(spec: ForwardSpec, outputs: Sequence[tuple[Plan, Path]]) -> dict[str, list[GGMLType]]:
-    """The types that each tensor with moments becomes."""
+def wanted_types(spec: ForwardSpec, outputs: Sequence[tuple[Plan, Path]], embedding: bool) -> dict[str, list[GGMLType]]:
+    """The types that each tensor with moments becomes, the embedding among them or not."""
     wanted: dict[str, list[GGMLType]] = {}
-    inside = spec.matrices
+    inside = spec.matrices | ({spec.embedding} if embedding else frozenset())
     for plan, _ in outputs:
         for line in plan:
             if line.source_name in inside and not line.is_copy and line.info.type.is_quantized:
@@ -220,7 +222,10 @@ class LayerRounding:
                 steps.skip()
             while steps.next <= n_layer:
                 self._layer = steps.next
-                spool.finish(self.round_layer(steps.gather(), spool))
+                layer = steps.gather()
+                if layer.index == n_layer:
+                    layer.inputs.extend(self._looked_up(spool))
+                spool.finish(self.round_layer(layer, spool))
                 if steps.next <= n_layer:
                     spool.keep_activations(activations.values)
         finally:
@@ -270,9 +275,11 @@ class LayerRounding:
 
     def round_layer(self, layer: LayerMoments, files: TensorFiles) -> dict[str, object]:
         """Round the tensors of a layer into `files`; what to record of it."""
-        results = []
+        model, results = self._model, []
         for shared in layer.inputs:
-            curvatures = [self._curvature(shared, moments) for moments in shared.moments]
+            # Moments of gradients are only roughly those of a token that the text does not have.
+            damping = self._damping + (OUTPUT_DAMPING if model.spec.embedding in shared.names else 0.0)
+            curvatures = [self._curvature(shared, moments, damping) for moments in shared.moments]
             tasks = [(name, kind) for name in shared.names for kind in self.wanted.get(name, ())]
             count = self.threads or default_threads()
             # Large tensors one by one: their rows are enough for all threads, and their memory is wanted only once.
@@ -324,7 +331,7 @@ class LayerRounding:
         gradient_moments(
             self._model,
             self._text.tokens,
-            self._coupled,
+            self._coupled | ({self._model.spec.embedding} & self.wanted.keys()),
             lambda name, moments: spool.keep_moments(self.number[name], moments),
             keep_lengths,
             directory=spool.path,
@@ -342,11 +349,19 @@ class LayerRounding:
             result = RoundedTensor(**entry)
             self.rounded[result.name, GGMLType.parse(result.type)] = result
 
-    def _curvature(self, shared: SharedInput, moments: Moments | None) -> Any:
+    def _looked_up(self, spool: Spool) -> list[SharedInput]:
+        """The embedding where it is wanted: its rows are rounded by the moments of gradients by what is looked up."""
+        name = self._model.spec.embedding
+        if name not in self.wanted:
+            return []
+        mean = spool.load_moments(self.number[name])
+        return [SharedInput((name,), [Moments(mean.astype(np.float64), self._text.tokens.size)])]
+
+    def _curvature(self, shared: SharedInput, moments: Moments | None, damping: float) -> Any:
         if moments is None:
             return None
         try:
-            return self._rounder.curvature(moments.mean, self._damping)
+            return self._rounder.curvature(moments.mean, damping)
         except QuantkitError as error:
             raise QuantkitError(f"{self.source.label}: {shared.names[0]}: {error}") from None
 

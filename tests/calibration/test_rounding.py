@@ -303,7 +303,12 @@ def test_the_report_tells_what_was_not_rounded_with_feedback(tinylm: CheckpointS
 @pytest.fixture(scope="module")
 def coupled_files(tinylm: CheckpointSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("coupled")
-    rounded(tinylm, folder, TYPES, Compute(threads=2), rounding="yaqa")
+    reports = rounded(tinylm, folder, TYPES, Compute(threads=2), rounding="yaqa")
+    for report in reports:
+        (embedding,) = (each for each in report if each.name == "token_embd.weight")
+        assert embedding.note == ""
+        assert embedding.loss is not None and embedding.plain_loss is not None
+        assert 0 < embedding.loss < 0.95 * embedding.plain_loss
     return folder
 
 
