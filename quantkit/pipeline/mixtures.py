@@ -142,7 +142,8 @@ class ModelFacts:
 
         n_head = first("attention.head_count", 0)
         n_head_kv = first("attention.head_count_kv", n_head)
-        n_layer = metadata.integer(f"{arch}.block_count")
+        # A projector's encoders have layers of their own; llama-quantize counts none.
+        n_layer = 0 if arch == "clip" else metadata.integer(f"{arch}.block_count")
         return cls(arch, n_layer, n_head // n_head_kv if n_head_kv else 0, first("expert_count", 0))
 
     @property

@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TINYLM, requires_reference, requires_shared
+from make_checkpoints import make_checkpoint
 from make_shapes import SHAPES, make_shape
-from support.conversion import convert
+from support.conversion import convert, write
 from support.llama_reference import llama_logits, llama_quantize
 
 from quantkit.pipeline.execute import execute
 from quantkit.pipeline.mixtures import file_type
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import plan_quantize
+from quantkit.sources.projector import ProjectorSource
 from quantkit.sources.source import GGUFSource
 
 pytestmark = requires_reference
@@ -80,3 +82,11 @@ def test_llama_cpp_runs_our_files(docs_f16: GGUFSource, tmp_path: Path) -> None:
     quantized = tmp_path / "q.gguf"
     execute(docs_f16, [(plan_quantize(docs_f16, file_type("Q4_K_M")), quantized)])
     assert (llama_logits(quantized, list(map(int, tokens))).argmax(1) == theirs.argmax(1)).mean() > 0.8
+
+
+# For others llama-quantize asks how many heads share keys, which it does not know of a projector, and aborts.
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "BF16"])
+@pytest.mark.parametrize("projector", ["tiny-eye-gemma3", "tiny-ear-voxtral"])
+def test_projectors(tmp_path: Path, projector: str, name: str) -> None:
+    source = ProjectorSource(make_checkpoint(projector, tmp_path), "f16")
+    assert_same_file(GGUFSource(write(source, tmp_path / "projector.gguf")), name, tmp_path)
