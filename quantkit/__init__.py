@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from quantkit.evaluate.generate import Generation, generate
     from quantkit.evaluate.importance import importance_matrix
     from quantkit.evaluate.perplexity import PerplexityResult, perplexity
+    from quantkit.evaluate.ranking import rank
     from quantkit.evaluate.settings import Chunking, Compute, Estimate
     from quantkit.evaluate.tasks import TasksResult, read_tasks, tasks
     from quantkit.formats.imatrix import ImportanceMatrix
@@ -67,6 +68,7 @@ __all__ = [
     "plan",
     "quantize",
     "quantize_rows",
+    "rank",
     "read_tasks",
     "tasks",
 ]
@@ -82,6 +84,7 @@ _ELSEWHERE = {
     "evaluate.generate": ("Generation", "generate"),
     "evaluate.importance": ("importance_matrix",),
     "evaluate.perplexity": ("PerplexityResult", "perplexity"),
+    "evaluate.ranking": ("rank",),
     "evaluate.settings": ("Chunking", "Compute", "Estimate"),
     "evaluate.tasks": ("TasksResult", "read_tasks", "tasks"),
     "formats.imatrix": ("ImportanceMatrix",),

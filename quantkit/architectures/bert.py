@@ -143,6 +143,7 @@ def encoder_spec(model: ModelReader, attention: list[Any], feed_forward: list[An
         output_norm=model.norm(f"blk.{last}.layer_output_norm"),
         segment_embedding="token_types.weight" if "token_types.weight" in model.tensors else None,
         embedding_norm=model.norm("token_embd_norm"),
+        head=model.head(),
         **changes,
     )
 

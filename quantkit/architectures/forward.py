@@ -783,6 +783,35 @@ class Streams:
     merge: str
 
 
+class Pooling(Enum):
+    """Which of a text's vectors make one."""
+
+    MEAN = "mean"  # all of them
+    FIRST = "cls"
+    LAST = "last"
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classifier of texts: what follows the last layer, and its norm, in a reranker.
+
+    The text's vector, by `pooling`, goes through `dense` and tanh, or with `gelu` that, through `norm`, and through
+    `out`, which makes `n_out` scores; without `out` `dense` makes them. With `softmax` they become probabilities.
+    """
+
+    n_out: int
+    pooling: Pooling
+    dense: Linear | None = None
+    gelu: bool = False
+    norm: Norm | None = None
+    out: Linear | None = None
+    softmax: bool = False
+
+    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+        """The length of a row, and the number of rows, of each matrix."""
+        return _rows(n_embd, (self.dense, n_embd if self.out else self.n_out), (self.out, self.n_out))
+
+
 @dataclass(frozen=True)
 class ForwardSpec:
     """The forward pass of a model, from token ids to logits.
@@ -792,7 +821,7 @@ class ForwardSpec:
     the embedding's own tensor where the two are tied. `logit_scale` multiplies logits, then `logit_softcap` bends them
     as `Attention.softcap` does scores. `idle` are tensors that a forward pass leaves alone: multi-token-prediction
     layers. Rows that go from layer to layer hold the `streams`, or one; then what `side` makes for each layer; then
-    `n_kept` numbers of keys and values that several layers use.
+    `n_kept` numbers of keys and values that several layers use. `head` scores texts.
     """
 
     architecture: str
@@ -813,6 +842,7 @@ class ForwardSpec:
     side: SideEmbedding | None = None
     streams: Streams | None = None
     n_kept: int = 0
+    head: Head | None = None
 
     @property
     def width(self) -> int:
@@ -832,7 +862,7 @@ class ForwardSpec:
 
     @cached_property
     def matrices(self) -> frozenset[str]:
-        """The names of all tensors that activations are multiplied with, the embedding not among them."""
+        """The names of all tensors that activations are multiplied with, the embedding and the head not among them."""
         output = () if self.tied else (self.output.weight,)
         return frozenset([name for layer in self.layers for group in layer.inputs for name in group] + [*output])
 

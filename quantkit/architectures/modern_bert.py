@@ -24,6 +24,8 @@ _DEFAULTS = {
     "local_rope_theta": 10000.0,
 }  # fmt: skip
 
+_MEAN = 1  # what a classifier reads where the metadata is silent
+
 
 def _activation(architecture: Architecture, writer: GGUFWriter, file_type: int) -> None:
     """The nonlinearity of the gate."""
@@ -80,4 +82,5 @@ class ModernBert(Bert):
             )
             norm = model.norm(f"blk.{i}.attn_norm") if f"blk.{i}.attn_norm.weight" in tensors else None
             layers.append(model.layer(i, attention, block, attention_norm=norm))
-        return model.spec(layers, embedding_norm=model.norm("token_embd_norm"))
+        head = model.head(_MEAN, gelu=True)
+        return model.spec(layers, embedding_norm=model.norm("token_embd_norm"), head=head)

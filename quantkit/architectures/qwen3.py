@@ -31,10 +31,11 @@ class Qwen3(Qwen2):
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:
-        """Qwen2's, with QK norms."""
+        """Qwen2's, with QK norms; a reranker's scores are probabilities."""
         model = ModelReader(metadata, tensors)
         rope = model.rope(RopeStyle.NEOX)
-        return model.spec(
+        layers = [
             model.layer(i, model.attention(i, rope, **model.qk_norms(i)), model.feed_forward(i))
             for i in range(model.n_layer)
-        )
+        ]
+        return model.spec(layers, head=model.head(softmax=True))

@@ -20,6 +20,7 @@ from quantkit.architectures.forward import (
     FeedForward,
     ForwardSpec,
     Gating,
+    Head,
     Layer,
     Linear,
     Mamba,
@@ -27,6 +28,7 @@ from quantkit.architectures.forward import (
     Mixer,
     Norm,
     NormKind,
+    Pooling,
     Rope,
     RopeStyle,
     SharedKeys,
@@ -423,6 +425,26 @@ class ModelReader:
             "post_attention_norm": self.norm(f"blk.{i}.post_attention_norm"),
             "post_feed_forward_norm": self.norm(f"blk.{i}.post_ffw_norm"),
         }
+
+    def head(self, pooling_type: int = 0, **changes: Any) -> Head | None:
+        """The classifier of texts, where the model has one.
+
+        It reads the mean of all tokens where the metadata's, or else `pooling_type`, is 1; otherwise the first token,
+        or the last one of a causal model.
+        """
+        dense, out = (self.linear(s) if f"{s}.weight" in self.tensors else None for s in ("cls", "cls.output"))
+        last = out or dense
+        if last is None:
+            return None
+        mean = self.integer("classifier.pooling_type", pooling_type) == 1
+        fields: dict[str, Any] = {
+            "n_out": self.tensors[last.weight].n_rows,
+            "pooling": Pooling.MEAN if mean else Pooling.LAST if self.causal else Pooling.FIRST,
+            "dense": dense,
+            "norm": self.norm("cls.norm") if dense and "cls.norm.weight" in self.tensors else None,
+            "out": out,
+        }
+        return Head(**{**fields, **changes})
 
     def _predicts(self, name: str) -> bool:
         """Whether tensor `name` belongs to a multi-token-prediction layer."""

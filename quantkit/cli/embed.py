@@ -1,8 +1,8 @@
-"""`quantkit embed`: vectors of texts."""
+"""`quantkit embed`: vectors of texts, or scores."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ from quantkit.cli.console import (
     setup,
 )
 
+if TYPE_CHECKING:
+    import numpy as np
+
 
 def command(
     model: Model,
@@ -31,12 +34,20 @@ def command(
         typer.Option("--prompt", "-p", metavar="TEXT", show_default=False, help="A text; may be given several times."),
     ] = None,
     file: Annotated[
-        str | None, typer.Option("--file", "-f", metavar="FILE", help="Texts, one in each line (UTF-8).")
+        str | None,
+        typer.Option(
+            "--file",
+            "-f",
+            metavar="FILE",
+            help="Texts, one in each line (UTF-8). A reranker takes a query and a document with a tab between them.",
+        ),
     ] = None,
     pooling: Annotated[
         str | None,
         typer.Option(
-            metavar="KIND", show_default="the model's", help="mean, cls or last: which tokens' vectors count."
+            metavar="KIND",
+            show_default="the model's",
+            help="mean, cls or last: which tokens' vectors count; rank: scores by the model's classifier.",
         ),
     ] = None,
     raw: Annotated[
@@ -52,9 +63,14 @@ def command(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Print the vectors of texts, as an embedding model gives them: the numbers of each text in a line."""
+    """Print the vectors of texts, as an embedding model gives them: the numbers of each text in a line.
+
+    Rerankers and other classifiers give scores: of texts, or of queries and documents.
+    """
     setup(verbose, quiet)
+    from quantkit.evaluate.backends import load
     from quantkit.evaluate.embeddings import embed
+    from quantkit.evaluate.ranking import labels, pair, rank, ranks
     from quantkit.evaluate.settings import Compute
     from quantkit.sources.source import open_model
 
@@ -64,16 +80,24 @@ def command(
     if not texts:
         raise typer.BadParameter("there is no text: use --prompt or --file")
     compute = Compute(backend=backend, device=device, precision=precision, threads=threads)
-    source = open_model(model, revision=revision, pre=pre)
+    loaded = load(open_model(model, revision=revision, pre=pre), compute)
+    data: dict[str, Any] = {"model": loaded.source.label, "texts": texts}
     with chunk_progress("embed", "text") as bar:
-        vectors = embed(
-            source,
-            texts,
-            pooling=pooling,
-            normalise=not raw,
-            compute=compute,
-            progress=lambda done, total: bar(done, total, ""),
-        )
-    numbers = [[float(f"{number:.7g}") for number in vector] for vector in vectors.tolist()]
-    data = {"model": source.label, "texts": texts, "vectors": numbers}
-    emit("\n".join(" ".join(map(str, vector)) for vector in numbers), data, as_json)
+
+        def progress(done: int, total: int) -> None:
+            bar(done, total, "")
+
+        if ranks(loaded, pooling):
+            scores = _rounded(rank(loaded, [pair(text) for text in texts], progress=progress))
+            names = labels(loaded.source.metadata, len(scores[0]))
+            data |= {"labels": names, "scores": scores}
+            lines = ["  ".join(f"{name} {x}" for name, x in zip(names, row, strict=True)) for row in scores]
+        else:
+            vectors = embed(loaded, texts, pooling=pooling, normalise=not raw, progress=progress)
+            data["vectors"] = _rounded(vectors)
+            lines = [" ".join(map(str, vector)) for vector in data["vectors"]]
+    emit("\n".join(lines), data, as_json)
+
+
+def _rounded(numbers: np.ndarray) -> list[list[float]]:
+    return [[float(f"{number:.7g}") for number in row] for row in numbers.tolist()]

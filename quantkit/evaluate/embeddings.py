@@ -14,6 +14,8 @@ from quantkit.vocabulary import Vocabulary
 
 # How the vectors of tokens become one, by the numbers that GGUF has for it.
 POOLINGS = {"mean": 1, "cls": 2, "last": 3}
+# That of models whose output is scores: see `evaluate.ranking`.
+RANK = 4
 
 
 def embed(

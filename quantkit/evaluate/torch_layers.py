@@ -23,6 +23,7 @@ from quantkit.architectures.forward import (
     FeedForward,
     ForwardSpec,
     Gating,
+    Head,
     LatentAttention,
     Laurel,
     Layer,
@@ -77,7 +78,7 @@ _LEAST_SUM = 6.103515625e-5
 _KNOWN: dict[type, str] = {
     **{mixer: runner.fields for mixer, runner in MIXERS.items()},
     ForwardSpec: "architecture n_vocab n_embd n_ctx_train embedding layers output_norm output embedding_scale "
-    "position_embedding logit_scale logit_softcap idle segment_embedding embedding_norm side streams n_kept",
+    "position_embedding logit_scale logit_softcap idle segment_embedding embedding_norm side streams n_kept head",
     Layer: "mixers feed_forward attention_norm feed_forward_norm post_attention_norm post_feed_forward_norm "
     "parallel branch_scale out_attention_norm out_feed_forward_norm side out_scale laurel altup",
     XIELU: "alpha_n alpha_p beta eps",
@@ -96,6 +97,7 @@ _KNOWN: dict[type, str] = {
     Laurel: "rank left right norm",
     AltUp: "router router_norm predict correct scale",
     Streams: "count active spread merge",
+    Head: "n_out pooling dense gelu norm out softmax",  # on the CPU: see `ranking`
     Norm: "weight eps kind bias",
     Linear: "weight bias",
 }

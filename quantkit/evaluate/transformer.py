@@ -70,6 +70,11 @@ def refuse_encoder(spec: ForwardSpec, label: str) -> None:
             f"{label}: an encoder ({spec.architecture}): its tokens see those after them, so it predicts none, and has "
             "no perplexity; compare the vectors that it gives texts instead"
         )
+    if spec.head is not None:
+        raise QuantkitError(
+            f"{label}: a reranker ({spec.architecture}): it gives texts scores, predicts no token, and has no "
+            "perplexity; compare the scores that it gives texts instead"
+        )
 
 
 def refuse_unsupported(spec: ForwardSpec, label: str) -> None:

@@ -161,6 +161,8 @@ def _architecture(source: GGUFSource, notes: list[str]) -> Iterator[str]:
 def expected_shapes(spec: ForwardSpec) -> Mapping[str, tuple[int, int]]:
     """The length of a row and the number of rows that the metadata asks for, of the large tensors of a model."""
     shapes = {spec.embedding: (spec.n_embd, spec.n_vocab), spec.output.weight: (spec.n_embd, spec.n_vocab)}
+    if spec.head is not None:
+        shapes |= spec.head.shapes(spec.n_embd)
     for layer in spec.layers:
         for mixer in layer.mixers:
             shapes |= {**mixer.shapes(spec.n_embd), mixer.out.weight: (mixer.width, spec.n_embd)}

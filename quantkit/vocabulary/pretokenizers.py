@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -85,6 +85,7 @@ class Pretokenizer:
     patterns: tuple[str, ...]
     ignore_merges: bool = False  # a word that is a token is that token, whatever the merges say
     add_bos: bool = False  # unless tokenizer.ggml.add_bos_token says otherwise
+    add_sep: bool = False  # between two texts, unless tokenizer.ggml.add_sep_token says otherwise
     clean_spaces: bool = True  # decoding removes the space before punctuation
     bytes_as_characters: bool = True  # merges work on GPT-2's byte alphabet; else on the characters themselves
     escape_spaces: bool = False  # a space becomes U+2581 first
@@ -99,6 +100,7 @@ def _strict(*patterns: str, **habits: bool) -> Pretokenizer:
 
 _LLAMA3 = Pretokenizer((LLAMA3,), ignore_merges=True, add_bos=True)
 _GPT2 = Pretokenizer((GPT2,))
+_PAIRS = replace(_GPT2, add_sep=True)
 _DIGITS_GPT2 = (r"\p{N}", GPT2)
 _QWEN2 = _strict(QWEN2)
 _GPT4O = _strict(
@@ -186,9 +188,9 @@ PRETOKENIZERS: dict[str, Pretokenizer] = {
     "mpt": _GPT2,
     "olmo": _GPT2,
     "jais": _GPT2,
-    "jina-v1-en": _GPT2,
-    "jina-v2-code": _GPT2,
-    "roberta-bpe": _GPT2,
+    "jina-v1-en": _PAIRS,
+    "jina-v2-code": _PAIRS,
+    "roberta-bpe": _PAIRS,
     "trillion": _strict(GPT2),
     "granite-docling": _strict(GPT2),
     "qwen2": _QWEN2,

@@ -100,6 +100,12 @@ class Vocabulary:
         adds_bos = self.model in ("llama", "bert") or (self.model != "t5" and habits.add_bos)
         self.add_bos = metadata.flag(_PREFIX + "add_bos_token", adds_bos)
         self.add_eos = metadata.flag(_PREFIX + "add_eos_token", self.model == "t5")
+        adds_sep = self.model == "bert" or (not has_spaces and habits.add_sep)
+        self._between = [
+            special[role]
+            for role, adds in (("eos", self.add_eos), ("sep", metadata.flag(_PREFIX + "add_sep_token", adds_sep)))
+            if adds
+        ]
         # WordPiece has its own two tokens around a text, whatever the flags say.
         around = (special["bos"], special["sep"]) if self.model == "bert" else (self.bos, self.eos)
         self._first, self._last = around
@@ -246,6 +252,20 @@ class Vocabulary:
         if add_special and self._add_last:
             parts.append(np.array([self._last], dtype=np.int32))
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
+
+    def encode_pair(self, first: str, second: str, parse_special: bool = False) -> Array:
+        """The token ids of two texts that a model compares, with what the vocabulary puts around and between them.
+
+        As llama-embedding separates them: EOS where the vocabulary adds it to texts, and SEP where it says so. Raises
+        QuantkitError as `encode`, and where nothing would separate them.
+        """
+        between = [token for token in self._between if token is not None]
+        if not between:
+            raise QuantkitError("the vocabulary has nothing to put between two texts: it is not one of a reranker")
+        ids = [self.encode(text, add_special=False, parse_special=parse_special) for text in (first, second)]
+        before = [self._first] if self._add_first else []
+        after = [self._last] if self._add_last else []
+        return np.concatenate([np.array(part, np.int32) for part in (before, ids[0], between, ids[1], after)])
 
     def _partition(self, text: str, parse_special: bool) -> list[str | int]:
         """Split special tokens out of `text`, the longest first."""

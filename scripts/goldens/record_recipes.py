@@ -251,6 +251,24 @@ MODELS = {
         ENCODER | {"pad_token_id": 1, "max_position_embeddings": 258, "type_vocab_size": 1},
         {"vocabulary": "unigram", "files": POOLED | {"1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}'}},
     ),
+    "tiny-xlm-roberta-reranker": Model(
+        "XLMRobertaForSequenceClassification",
+        ENCODER | {
+            "pad_token_id": 1, "max_position_embeddings": 258, "type_vocab_size": 1, "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0},
+        },
+        {"vocabulary": "unigram", "dtype": "F32"},
+    ),
+    "tiny-modern-bert-classifier": Model(
+        "ModernBertForSequenceClassification",
+        ENCODER | {
+            "num_hidden_layers": 4, "local_attention": 20, "bos_token_id": 296, "cls_token_id": 296,
+            "eos_token_id": 297, "sep_token_id": 297, "pad_token_id": 297, "classifier_pooling": "mean",
+            "id2label": {"0": "no", "1": "maybe", "2": "yes"}, "label2id": {"no": 0, "maybe": 1, "yes": 2},
+        },
+        {"dtype": "F32"},
+        said={"layer_norm_eps": 1e-5, "global_attn_every_n_layers": 3},
+    ),
     "tiny-seed-oss": Model(
         "SeedOssForCausalLM", {"head_dim": 64, "rope_parameters": _rope(1e7), "tie_word_embeddings": False}
     ),

@@ -12,18 +12,13 @@ _CLASSES = {name for row in supported() if row.evaluated for name in row.classes
 
 # Those whose class is of a family that is not evaluated, and whose hyper-parameters make them one that is.
 _OF_ANOTHER_FAMILY = {"tiny-granite-micro"}
-# Those with the head of a classifier, which are not evaluated.
-_CLASSIFIERS = {
-    "tiny-bert-classifier",
-    "tiny-distilbert-classifier",
-    "tiny-qwen3-reranker",
-    "tiny-qwen3-reranker-untied",
-}
+# Those that end with a classifier: they give texts scores, and neither vectors nor logits.
+CLASSIFIERS = [name for name in FAMILIES if "classifier" in name or "reranker" in name]
 # The checkpoints that have a forward pass here, and those of them that transformers has one for.
 EVALUATED = [
     name
     for name, recipe in (RECIPES | FAMILIES).items()
-    if (recipe.config["architectures"][0] in _CLASSES or name in _OF_ANOTHER_FAMILY) and name not in _CLASSIFIERS
+    if (recipe.config["architectures"][0] in _CLASSES or name in _OF_ANOTHER_FAMILY) and name not in CLASSIFIERS
 ]
 # Those without logits: they give vectors.
 ENCODERS = [name for name in FAMILIES if "bert" in name or "t5" in name]

@@ -139,8 +139,11 @@ def llama_logits_with(model: Path, adapter: Path, scale: float, tokens: Sequence
         return np.array(llm.scores[: len(tokens)], np.float32)
 
 
-def llama_vector(model: Path, tokens: Sequence[int], pooling: int) -> np.ndarray:
-    """The pooled vector of `tokens`, not normalised: float32 [n_embd]. `pooling` is its number, -1 the file's."""
+def llama_vector(model: Path, tokens: Sequence[int], pooling: int, n_out: int | None = None) -> np.ndarray:
+    """The pooled vector of `tokens`, not normalised: float32 [n_embd], or `n_out` scores.
+
+    `pooling` is its number, -1 the file's.
+    """
     llama_cpp = _llama()
     n = max(64, len(tokens))
     options = {"n_ctx": n, "n_batch": n, "n_ubatch": n, "n_threads": 2, "verbose": False}
@@ -152,7 +155,7 @@ def llama_vector(model: Path, tokens: Sequence[int], pooling: int) -> np.ndarray
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, True
         assert llama_cpp.llama_decode(llm.ctx, batch) == 0
         vector = llama_cpp.llama_get_embeddings_seq(llm.ctx, 0)
-        result = np.array(vector[: llama_cpp.llama_model_n_embd(llm.model)], np.float32)
+        result = np.array(vector[: n_out or llama_cpp.llama_model_n_embd(llm.model)], np.float32)
         llama_cpp.llama_batch_free(batch)
         return result
     finally:
