@@ -29,7 +29,7 @@ from quantkit.trust.verify import expected_shapes
 from quantkit.vocabulary import Vocabulary
 
 GOLDENS = ROOT / "tests" / "goldens" / "scores"
-# llama.cpp has neither BERT's dense layer, which GGUF has no place for, nor DistilBERT's ReLU.
+# llama.cpp has neither BERT's dense layer, which its converter leaves out, nor DistilBERT's ReLU.
 OTHERWISE = {"tiny-bert-classifier", "tiny-distilbert-classifier"}
 ONE = Compute(threads=1)
 
