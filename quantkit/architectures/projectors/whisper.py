@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 USUAL_EPSILON = 1e-5  # of torch's LayerNorm, which configs of these encoders do not name
+# Whisper's large encoder, which configs need not describe.
+_LARGE = {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+    "num_mel_bins": 128,
+}  # fmt: skip
 _VOXTRAL_STACK = 4  # the encoder's feed-forward length by its width, which VoxtralConfig takes for granted
 
 
@@ -94,12 +99,7 @@ class VoxtralProjector(_WhisperProjector):
     """VoxtralForConditionalGeneration's."""
 
     kind = "voxtral"
-    checkpoints = {  # noqa: RUF012
-        "VoxtralForConditionalGeneration": {"audio_config": {
-            "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
-            "num_mel_bins": 128,
-        }}
-    }  # fmt: skip
+    checkpoints = {"VoxtralForConditionalGeneration": {"audio_config": _LARGE}}  # noqa: RUF012
     required = (*_WhisperProjector.encoder, "mm.a.mlp.1.weight", "mm.a.mlp.2.weight")
 
     def stack(self) -> int:
@@ -116,12 +116,7 @@ class AudioFlamingo3Projector(_WhisperProjector):
     """AudioFlamingo3ForConditionalGeneration's. Its convolutions stay in the range of bfloat16."""
 
     kind = "musicflamingo"
-    checkpoints = {  # noqa: RUF012
-        "AudioFlamingo3ForConditionalGeneration": {"audio_config": {
-            "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
-            "num_mel_bins": 128,
-        }}
-    }  # fmt: skip
+    checkpoints = {"AudioFlamingo3ForConditionalGeneration": {"audio_config": _LARGE}}  # noqa: RUF012
     required = (
         *_WhisperProjector.encoder, "mm.a.mlp.1.weight", "mm.a.mlp.1.bias", "mm.a.mlp.2.weight", "mm.a.mlp.2.bias",
     )  # fmt: skip
