@@ -1,4 +1,4 @@
-"""The small inputs that fuzzing begins with, a folder for each target; together they stay below 1 MB.
+"""The small inputs that fuzzing begins with, a folder for each target; together they stay below 2 MB.
 
 Usage: python scripts/fuzz/corpus.py FOLDER
 """
@@ -16,7 +16,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
-from projector_recipes import PROJECTORS  # noqa: E402
+from make_checkpoints import LLAVA, PROJECTORS  # noqa: E402
 from support.tiny import FAMILIES, tiny_metadata, tiny_weights, write_gguf  # noqa: E402
 
 from quantkit import blocks  # noqa: E402
@@ -128,6 +128,7 @@ def make(home: Path) -> None:
     models = (("gpt2", "gpt-2"), ("gpt2", "qwen2"), ("llama", ""), ("gemma4", ""), ("bert", ""), ("t5", ""))
     put("adapter", [adapter()])
     put("projector", projectors())
+    put("packed", packed())
     put("vocabulary", [json.dumps({**words, "model": model, "pre": pre}).encode() for model, pre in models])
 
 
@@ -167,11 +168,19 @@ def adapter() -> bytes:
 def projectors() -> list[bytes]:
     """The two configurations of a checkpoint of every kind of projector."""
     made = []
-    for recipe in PROJECTORS.values():
-        files = recipe.get("files", {})
-        config = json.dumps(recipe["config"]).encode()
-        made.append(config + b"\0" + files.get("preprocessor_config.json", "{}").encode())
+    for recipe in (PROJECTORS | LLAVA).values():
+        preprocessor = recipe.files.get("preprocessor_config.json", "{}")
+        made.append(json.dumps(recipe.config).encode() + b"\0" + str(preprocessor).encode())
     return made
+
+
+def packed() -> list[bytes]:
+    """What libraries packed, with what they say of it, where it is small."""
+    made = []
+    for path in sorted((ROOT / "tests" / "goldens" / "packed").glob("*.safetensors")):
+        said = json.loads(path.with_suffix(".json").read_bytes())["quantization_config"]
+        made.append(json.dumps({"quantization_config": said}).encode() + b"\0" + path.read_bytes())
+    return [each for each in made if len(each) < 40_000]
 
 
 def choice_file() -> bytes:

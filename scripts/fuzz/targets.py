@@ -128,6 +128,26 @@ def projector(data: bytes) -> None:
     load_projector(folder).write_parameters(gguf.GGUFWriter(path=None, arch="clip"), gguf.LlamaFileType.MOSTLY_F16)
 
 
+def packed(data: bytes) -> None:
+    """config.json and, after a NUL, model.safetensors of a checkpoint that is packed already: rows of its matrices."""
+    from quantkit.sources.packed import quantization_of, unpacked
+
+    first, _, second = data.partition(b"\0")
+    folder = _folder("packed", config__json=first, model__safetensors=second)
+    raw = SafetensorsCheckpoint(folder)
+    if (quantization := quantization_of(folder, Config.load(folder))) is None:
+        return
+    checkpoint = unpacked(raw, quantization)
+    for name in filter(checkpoint.kind_of, checkpoint.tensors):
+        try:
+            rows = checkpoint.data(name)
+            n_rows = int(np.prod(rows.shape[:-1], dtype=object))
+            for start in {0, n_rows // 2, n_rows - 1} if n_rows else ():
+                assert checkpoint.read(name, rows, start, start + 1).shape == (1, rows.shape[-1])
+        except QuantkitError:
+            continue
+
+
 def adapter(data: bytes) -> None:
     """adapter_config.json and, after a NUL, adapter_model.safetensors of an adapter to the fixture."""
     from quantkit.architectures import load_architecture
@@ -249,5 +269,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
         vocabulary,
         adapter,
         projector,
+        packed,
     )
 }
