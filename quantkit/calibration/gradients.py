@@ -153,9 +153,9 @@ class _Pass:
 
         def observe(names: tuple[str, ...], rows: Any, at: Any, expert: int | None) -> None:
             start = first + at
-            # Several threads may be the first.
-            own = lengths.setdefault(names[0], np.zeros(self._tokens.size, np.float32))
-            own[start : start + len(rows)] = squared_lengths(rows)
+            if names[0] not in lengths:  # several threads may find that
+                lengths.setdefault(names[0], np.zeros(self._tokens.size, np.float32))
+            lengths[names[0]][start : start + len(rows)] = squared_lengths(rows)
             add(names, rows, at, expert)
 
         model.observer = observe
