@@ -8,13 +8,16 @@ means when it is None or at its default is "the model does not have this", so mo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cached_property
+from typing import NamedTuple, TypeVar
 
 # Bounds on what a model can be: llama.cpp's LLAMA_MAX_LAYERS, and heads far larger than any.
 MAX_LAYERS = 512
 MAX_HEAD = 1 << 16
+T = TypeVar("T")
 
 
 class NormKind(Enum):
@@ -131,8 +134,47 @@ class SharedKeys:
     at: int
 
 
+class Products(NamedTuple):
+    """Matrices that are multiplied with the same rows, of `n_in` numbers: each with how many numbers it makes."""
+
+    n_in: int
+    linears: tuple[tuple[Linear, int], ...]
+
+    @classmethod
+    def of(cls, n_in: int, *linears: tuple[Linear | None, int]) -> Products:
+        """Those of `linears` that there are."""
+        return cls(n_in, tuple((linear, n_out) for linear, n_out in linears if linear is not None))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The matrices' names."""
+        return tuple(linear.weight for linear, _ in self.linears)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the matrices and of what is added to what they make."""
+        biases = {linear.bias: (n_out,) for linear, n_out in self.linears if linear.bias is not None}
+        return {**{linear.weight: (n_out, self.n_in) for linear, n_out in self.linears}, **biases}
+
+
+# Names of tensors, with their shapes as arrays have them: rows first. One number is a vector's length.
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _named(*shapes: tuple[str | None, tuple[int, ...]]) -> Shapes:
+    return {name: shape for name, shape in shapes if name is not None}
+
+
+def _norm_shapes(norms: Iterable[tuple[Norm | None, int]]) -> Shapes:
+    present = [(norm, (size,)) for norm, size in norms if norm is not None]
+    return _named(*((name, shape) for norm, shape in present for name in (norm.weight, norm.bias)))
+
+
 class Mixer(ABC):
-    """What lets a token see those before it. Ends with the product `out`; `width` numbers of a row go into it."""
+    """What lets a token see those before it. Ends with the product `out`; `width` numbers of a row go into it.
+
+    All tensors that it reads are in `products`, `norms` and `constants`, and backends load them by these.
+    """
 
     out: Linear
     causal: bool = True
@@ -144,21 +186,22 @@ class Mixer(ABC):
 
     @property
     @abstractmethod
-    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
-        """The matrices before the output product, those together that are multiplied with the same rows."""
-
-    @abstractmethod
-    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
-        """The length of a row, and the number of rows, of each matrix before the output product."""
-
-    @property
-    @abstractmethod
     def sizes(self) -> tuple[int, ...]:
         """Counts and sizes that cannot be less than 1."""
 
+    @abstractmethod
+    def products(self, n_embd: int) -> tuple[Products, ...]:
+        """The matrices before the output product, those together that are multiplied with the same rows."""
 
-def _rows(n_in: int, *products: tuple[Linear | None, int]) -> dict[str, tuple[int, int]]:
-    return {product.weight: (n_in, n_out) for product, n_out in products if product is not None}
+    @property
+    def norms(self) -> tuple[tuple[Norm | None, int], ...]:
+        """Its norms, each with how many numbers it normalises, or has weights for."""
+        return ()
+
+    @property
+    def constants(self) -> Shapes:
+        """What else it reads: tensors that stay float32, whatever the precision of products."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -217,16 +260,22 @@ class Attention(Mixer):
         """See `Mixer`."""
         return self.n_head, self.n_head_kv, self.head_k, self.head_v
 
-    @property
-    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
-        """See `Mixer`."""
-        return ((self.qkv, self.q, self.k, self.v),)
-
-    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+    def products(self, n_embd: int) -> tuple[Products, ...]:
         """See `Mixer`."""
         n_q, n_k, n_v = self.n_head * self.head_k, self.n_head_kv * self.head_k, self.n_head_kv * self.head_v
         q = (self.q, n_q * 2 if self.gated else n_q)
-        return _rows(n_embd, q, (self.k, n_k), (self.v, n_v), (self.qkv, n_q + n_k + n_v))
+        return (Products.of(n_embd, (self.qkv, n_q + n_k + n_v), q, (self.k, n_k), (self.v, n_v)),)
+
+    @property
+    def norms(self) -> tuple[tuple[Norm | None, int], ...]:
+        """See `Mixer`."""
+        n_q, n_k = (n_head if self.norm_whole else 1 for n_head in (self.n_head, self.n_head_kv))
+        return (self.q_norm, n_q * self.head_k), (self.k_norm, n_k * self.head_k), (self.v_norm, self.head_v)
+
+    @property
+    def constants(self) -> Shapes:
+        """See `Mixer`."""
+        return _named((self.sinks, (self.n_head,)))
 
 
 @dataclass(frozen=True)
@@ -272,24 +321,20 @@ class LatentAttention(Mixer):
         """See `Mixer`."""
         return self.n_head, self.head_k, self.head_v, self.n_latent, *((self.n_latent_q,) if self.q is None else ())
 
-    @property
-    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
-        """See `Mixer`."""
-        return (self.q, self.q_down, self.kv_down), (self.q_up,), (self.k_up,), (self.v_up,)
+    def products(self, n_embd: int) -> tuple[Products, ...]:
+        """See `Mixer`; `k_up` and `v_up` have the matrices of all heads below each other."""
+        n_down = self.n_latent + self.rope.n_dims
+        return (
+            Products.of(n_embd, (self.q, self.n_queries), (self.q_down, self.n_latent_q), (self.kv_down, n_down)),
+            *([Products.of(self.n_latent_q, (self.q_up, self.n_queries))] if self.q_up is not None else []),
+            Products.of(self.head_k, (Linear(self.k_up), self.n_head * self.n_latent)),
+            Products.of(self.n_latent, (Linear(self.v_up), self.n_head * self.head_v)),
+        )
 
-    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+    @property
+    def norms(self) -> tuple[tuple[Norm | None, int], ...]:
         """See `Mixer`."""
-        return {
-            **_rows(
-                n_embd,
-                (self.q, self.n_queries),
-                (self.q_down, self.n_latent_q),
-                (self.kv_down, self.n_latent + self.rope.n_dims),
-            ),
-            **_rows(self.n_latent_q, (self.q_up, self.n_queries)),
-            self.k_up: (self.head_k, self.n_head * self.n_latent),
-            self.v_up: (self.n_latent, self.n_head * self.head_v),
-        }
+        return (self.kv_norm, self.n_latent), (self.q_norm, self.n_latent_q)
 
 
 @dataclass(frozen=True)
@@ -305,6 +350,11 @@ class Convolution:
     n_channels: int
     bias: str | None = None
     silu: bool = False
+
+    @property
+    def constants(self) -> Shapes:
+        """See `Mixer`."""
+        return {self.kernel: (self.n_channels, self.size), **_named((self.bias, (self.n_channels,)))}
 
 
 @dataclass(frozen=True)
@@ -325,14 +375,14 @@ class ShortConvolution(Mixer):
         """See `Mixer`."""
         return self.convolution.n_channels, self.convolution.size
 
-    @property
-    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
+    def products(self, n_embd: int) -> tuple[Products, ...]:
         """See `Mixer`."""
-        return ((self.project,),)
+        return (Products.of(n_embd, (self.project, 3 * self.width)),)
 
-    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+    @property
+    def constants(self) -> Shapes:
         """See `Mixer`."""
-        return _rows(n_embd, (self.project, 3 * self.width))
+        return self.convolution.constants
 
 
 @dataclass(frozen=True)
@@ -380,21 +430,28 @@ class DeltaNet(Mixer):
         """See `Mixer`."""
         return self.n_head_k, self.n_head, self.head_k, self.head_v, self.convolution.n_channels, self.convolution.size
 
-    @property
-    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
+    def products(self, n_embd: int) -> tuple[Products, ...]:
         """See `Mixer`."""
-        return ((self.qkv, self.gate, self.beta, self.alpha, self.beta_alpha),)
-
-    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
-        """See `Mixer`."""
-        return _rows(
-            n_embd,
-            (self.qkv, 2 * self.n_keys + self.width),
-            (self.gate, self.width),
-            (self.beta, self.n_head),
-            (self.alpha, self.n_head),
-            (self.beta_alpha, 2 * self.n_head),
+        return (
+            Products.of(
+                n_embd,
+                (self.qkv, 2 * self.n_keys + self.width),
+                (self.gate, self.width),
+                (self.beta, self.n_head),
+                (self.alpha, self.n_head),
+                (self.beta_alpha, 2 * self.n_head),
+            ),
         )
+
+    @property
+    def norms(self) -> tuple[tuple[Norm | None, int], ...]:
+        """See `Mixer`."""
+        return ((self.norm, self.head_v),)
+
+    @property
+    def constants(self) -> Shapes:
+        """See `Mixer`."""
+        return {**self.convolution.constants, self.dt_bias: (self.n_head,), self.decay: (self.n_head,)}
 
 
 @dataclass(frozen=True)
@@ -430,14 +487,22 @@ class Mamba2(Mixer):
         """See `Mixer`."""
         return self.n_head, self.n_groups, self.head, self.n_state, self.convolution.n_channels, self.convolution.size
 
-    @property
-    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
+    def products(self, n_embd: int) -> tuple[Products, ...]:
         """See `Mixer`."""
-        return ((self.project,),)
+        n_out = 2 * self.width + 2 * self.n_groups * self.n_state + self.n_head
+        return (Products.of(n_embd, (self.project, n_out)),)
 
-    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
-        """See `Mixer`."""
-        return _rows(n_embd, (self.project, 2 * self.width + 2 * self.n_groups * self.n_state + self.n_head))
+    @property
+    def constants(self) -> Shapes:
+        """See `Mixer`; the norm's weights are here, in a row for each group."""
+        group = self.width // max(1, self.n_groups)
+        return {
+            **self.convolution.constants,
+            self.dt_bias: (self.n_head,),
+            self.decay: (self.n_head, 1),
+            self.skip: (self.n_head, 1),
+            **_named((self.norm.weight if self.norm is not None else None, (self.n_groups, group))),
+        }
 
 
 @dataclass(frozen=True)
@@ -474,28 +539,41 @@ class Mamba(Mixer):
         """See `Mixer`."""
         return self.n_channels, self.n_state, self.n_step, self.convolution.n_channels, self.convolution.size
 
-    @property
-    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
+    def products(self, n_embd: int) -> tuple[Products, ...]:
         """See `Mixer`."""
-        return (self.project,), (self.select,), (self.step,)
+        return (
+            Products.of(n_embd, (self.project, 2 * self.n_channels)),
+            Products.of(self.n_channels, (self.select, self.n_step + 2 * self.n_state)),
+            Products.of(self.n_step, (self.step, self.n_channels)),
+        )
 
-    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+    @property
+    def norms(self) -> tuple[tuple[Norm | None, int], ...]:
+        """See `Mixer`: those of the step, of B and of C, in the order of what `select` makes."""
+        return (self.step_norm, self.n_step), (self.b_norm, self.n_state), (self.c_norm, self.n_state)
+
+    @property
+    def constants(self) -> Shapes:
         """See `Mixer`."""
         return {
-            **_rows(n_embd, (self.project, 2 * self.n_channels)),
-            **_rows(self.n_channels, (self.select, self.n_step + 2 * self.n_state)),
-            **_rows(self.n_step, (self.step, self.n_channels)),
+            **self.convolution.constants,
+            self.decay: (self.n_channels, self.n_state),
+            self.skip: (self.n_channels,),
         }
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """A product with two matrices, of `rank` numbers in between, and what is added, by the names of the tensors."""
+    """A product with two matrices, of `rank` numbers in between, and the name of what is added in float32."""
 
     rank: int
-    down: str
-    up: str
+    down: Linear
+    up: Linear
     bias: str | None
+
+    def products(self, n_in: int, n_out: int) -> tuple[Products, Products]:
+        """Both, of rows of `n_in` numbers to `n_out`."""
+        return Products.of(n_in, (self.down, self.rank)), Products.of(self.rank, (self.up, n_out))
 
 
 @dataclass(frozen=True)
@@ -544,19 +622,22 @@ class TimeMix(Mixer):
         """The products with two matrices."""
         return tuple(part for part in (self.decay, self.rate, self.gate, self.values) if part is not None)
 
-    @property
-    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
+    def products(self, n_embd: int) -> tuple[Products, ...]:
         """See `Mixer`."""
-        low = tuple((name,) for part in self.low_ranks for name in (part.down, part.up))
-        return (self.receptance,), (self.key,), (self.value,), *low
+        whole = (Products.of(n_embd, (linear, self.width)) for linear in (self.receptance, self.key, self.value))
+        low = (products for part in self.low_ranks for products in part.products(n_embd, self.width))
+        return *whole, *low
 
-    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+    @property
+    def norms(self) -> tuple[tuple[Norm | None, int], ...]:
+        """See `Mixer`; a head is normalised by itself, with its own of the weights."""
+        return ((self.norm, self.width),)
+
+    @property
+    def constants(self) -> Shapes:
         """See `Mixer`."""
-        return {
-            **_rows(n_embd, (self.receptance, self.width), (self.key, self.width), (self.value, self.width)),
-            **{part.down: (n_embd, part.rank) for part in self.low_ranks},
-            **{part.up: (part.rank, self.width) for part in self.low_ranks},
-        }
+        vectors = self.key_scale, self.key_rate, self.bonus, *(part.bias for part in self.low_ranks)
+        return {self.lerp: (6, self.width), **_named(*((name, (self.width,)) for name in vectors))}
 
 
 @dataclass(frozen=True)
@@ -579,14 +660,14 @@ class ChannelMix(Mixer):
         """See `Mixer`."""
         return self.n_embd, self.n_ff
 
-    @property
-    def inputs(self) -> tuple[tuple[Linear | str | None, ...], ...]:
+    def products(self, n_embd: int) -> tuple[Products, ...]:
         """See `Mixer`."""
-        return ((self.key,),)
+        return (Products.of(n_embd, (self.key, self.n_ff)),)
 
-    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
+    @property
+    def constants(self) -> Shapes:
         """See `Mixer`."""
-        return _rows(n_embd, (self.key, self.n_ff))
+        return {self.lerp: (self.n_embd,)}
 
 
 @dataclass(frozen=True)
@@ -604,6 +685,11 @@ class FeedForward:
     gate: Linear | None = None
     gate_up: Linear | None = None
     cutoff: float | None = None
+
+    def products(self, n_embd: int) -> tuple[Products, Products]:
+        """What makes the numbers in between, and what is made of them."""
+        up = (self.gate_up, 2 * self.n_ff), (self.gate, self.n_ff), (self.up, self.n_ff)
+        return Products.of(n_embd, *up), Products.of(self.n_ff, (self.down, n_embd))
 
 
 @dataclass(frozen=True)
@@ -660,6 +746,31 @@ class Experts:
     expert_scales: str | None = None
     apart: Apart | None = None
 
+    def products(self, n_embd: int) -> tuple[Products, ...]:
+        """The matrices that all tokens go through."""
+        shared = () if self.shared is None else self.shared.products(n_embd)
+        gate = () if self.shared_gate is None else (Products.of(n_embd, (self.shared_gate, 1)),)
+        return Products.of(n_embd, (self.router, self.n_expert)), *gate, *shared
+
+    def stacked(self, n_embd: int) -> tuple[Products, Products]:
+        """The experts' own matrices, as `FeedForward.products`; a tensor has those of all below each other."""
+        n_rows = self.n_ff * self.n_expert
+        up = (self.gate_up, 2 * n_rows), (self.gate, n_rows), (self.up, n_rows)
+        return (
+            Products.of(n_embd, *((None if name is None else Linear(name), n_out) for name, n_out in up)),
+            Products.of(self.n_ff, (Linear(self.down), n_embd * self.n_expert)),
+        )
+
+    def biases(self, n_embd: int) -> Shapes:
+        """The experts' own biases: a row for each of them."""
+        sizes = (self.gate_bias, self.n_ff), (self.up_bias, self.n_ff), (self.down_bias, n_embd)
+        return _named(*((name, (self.n_expert, size)) for name, size in sizes))
+
+    @property
+    def constants(self) -> Shapes:
+        """See `Mixer`."""
+        return _named((self.selection_bias, (self.n_expert,)), (self.expert_scales, (self.n_expert,)))
+
 
 @dataclass(frozen=True)
 class SideInput:
@@ -704,6 +815,12 @@ class AltUp:
     predict: str
     correct: str
     scale: str
+    n_streams: int
+
+    def constants(self, n_embd: int) -> Shapes:
+        """See `Mixer`."""
+        n = self.n_streams
+        return {self.router: (n, n_embd), self.predict: (n * n, n), self.correct: (n, n), self.scale: (n_embd,)}
 
 
 @dataclass(frozen=True)
@@ -732,27 +849,57 @@ class Layer:
     laurel: Laurel | None = None
     altup: AltUp | None = None
 
+    def products(self, n_embd: int) -> tuple[Products, ...]:
+        """The layer's matrices, those together that are multiplied with the same rows, but for those of experts."""
+        found: list[Products] = []
+        for mixer in self.mixers:
+            found += [*mixer.products(n_embd), Products.of(mixer.width, (mixer.out, n_embd))]
+        if self.feed_forward is not None:
+            found += self.feed_forward.products(n_embd)
+        if self.laurel is not None:
+            rank = self.laurel.rank
+            found += [Products.of(n_embd, (self.laurel.left, rank)), Products.of(rank, (self.laurel.right, n_embd))]
+        if self.side is not None:
+            size = self.side.size
+            found += [Products.of(n_embd, (self.side.gate, size)), Products.of(size, (self.side.out, n_embd))]
+        return tuple(found)
+
     @property
     def inputs(self) -> tuple[tuple[str, ...], ...]:
-        """The layer's matrices by name, those together that are multiplied with the same rows."""
-        groups: list[tuple[Linear | str | None, ...]] = []
-        for mixer in self.mixers:
-            groups += [*mixer.inputs, (mixer.out,)]
+        """The names of all matrices, those of experts last, those together that are multiplied with the same rows."""
+        n_embd = 0  # names are the same whatever the size
+        stacked = self.feed_forward.stacked(n_embd) if isinstance(self.feed_forward, Experts) else ()
+        return tuple(products.names for products in (*self.products(n_embd), *stacked))
+
+    def norms(self, n_embd: int) -> list[tuple[Norm | None, int]]:
+        """The norms of the layer and of its mixers, each with how many numbers it normalises, or has weights for."""
+        others = [getattr(self, field.name) for field in fields(self) if field.name != "mixers"]
+        own = [(norm, n_embd) for norm in _found(Norm, *others)]
+        return [*own, *(sized for mixer in self.mixers for sized in mixer.norms)]
+
+    def constants(self, n_embd: int) -> Shapes:
+        """What else the layer and its mixers read: tensors that stay float32, whatever the precision of products."""
+        return {
+            **{name: shape for mixer in self.mixers for name, shape in mixer.constants.items()},
+            **(self.feed_forward.constants if isinstance(self.feed_forward, Experts) else {}),
+            **({} if self.altup is None else self.altup.constants(n_embd)),
+            **_named((self.out_scale, (1,))),
+        }
+
+    def shapes(self, n_embd: int) -> Shapes:
+        """All tensors that the layer reads."""
         ff = self.feed_forward
-        if isinstance(ff, Experts):
-            groups += [(ff.router,), (ff.gate_up, ff.gate, ff.up), (ff.down,), (ff.shared_gate,)]
-        dense = ff.shared if isinstance(ff, Experts) else ff
-        if dense is not None:
-            groups += [(dense.gate_up, dense.gate, dense.up), (dense.down,)]
-        if self.laurel is not None:
-            groups += [(self.laurel.left,), (self.laurel.right,)]
-        if self.side is not None:
-            groups += [(self.side.gate,), (self.side.out,)]
-        return tuple(
-            tuple(part if isinstance(part, str) else part.weight for part in group if part is not None)
-            for group in groups
-            if any(part is not None for part in group)
-        )
+        stacked = ff.stacked(n_embd) if isinstance(ff, Experts) else ()
+        return {
+            **{
+                name: shape
+                for products in (*self.products(n_embd), *stacked)
+                for name, shape in products.shapes.items()
+            },
+            **(ff.biases(n_embd) if isinstance(ff, Experts) else {}),
+            **_norm_shapes(self.norms(n_embd)),
+            **self.constants(n_embd),
+        }
 
 
 @dataclass(frozen=True)
@@ -807,9 +954,9 @@ class Head:
     out: Linear | None = None
     softmax: bool = False
 
-    def shapes(self, n_embd: int) -> dict[str, tuple[int, int]]:
-        """The length of a row, and the number of rows, of each matrix."""
-        return _rows(n_embd, (self.dense, n_embd if self.out else self.n_out), (self.out, self.n_out))
+    def shapes(self, n_embd: int) -> Shapes:
+        """Its matrices and what is added after them."""
+        return Products.of(n_embd, (self.dense, n_embd if self.out else self.n_out), (self.out, self.n_out)).shapes
 
 
 @dataclass(frozen=True)
@@ -864,23 +1011,34 @@ class ForwardSpec:
     def matrices(self) -> frozenset[str]:
         """The names of all tensors that activations are multiplied with, the embedding and the head not among them."""
         output = () if self.tied else (self.output.weight,)
-        return frozenset([name for layer in self.layers for group in layer.inputs for name in group] + [*output])
+        names = (name for layer in self.layers for group in layer.inputs for name in group)
+        return frozenset([*names, *output])
 
     @cached_property
     def tensors(self) -> frozenset[str]:
         """The names of all tensors that the forward pass reads."""
-        names: set[str] = set()
+        parts = (getattr(self, field.name) for field in fields(self) if field.name != "architecture")
+        return frozenset(_found(str, *parts))
 
-        def collect(value: object) -> None:
-            if isinstance(value, str):
-                names.add(value)
-            elif isinstance(value, tuple):
-                for item in value:
-                    collect(item)
-            elif is_dataclass(value) and not isinstance(value, type):
-                for field in fields(value):
-                    if field.name != "architecture":
-                        collect(getattr(value, field.name))
+    @cached_property
+    def shapes(self) -> Shapes:
+        """The shapes of the tensors, but for tables whose rows are looked up and what stands around the layers."""
+        n_embd = self.n_embd
+        return {
+            self.embedding: (self.n_vocab, n_embd),
+            **Products.of(n_embd, (self.output, self.n_vocab)).shapes,
+            **_norm_shapes((norm, n_embd) for norm in (self.embedding_norm, self.output_norm)),
+            **({} if self.head is None else self.head.shapes(n_embd)),
+            **{name: shape for layer in self.layers for name, shape in layer.shapes(n_embd).items()},
+        }
 
-        collect(self)
-        return frozenset(names)
+
+def _found(kind: type[T], *values: object) -> Iterator[T]:
+    """All of `kind` that a description holds."""
+    for value in values:
+        if isinstance(value, kind):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _found(kind, *value)
+        elif is_dataclass(value):
+            yield from _found(kind, *(getattr(value, field.name) for field in fields(value)))

@@ -181,6 +181,7 @@ class Gemma3n(Architecture):
                         f"blk.{i}.altup_predict_coef.weight",
                         f"blk.{i}.altup_correct_coef.weight",
                         f"blk.{i}.altup_correct_scale.weight",
+                        streams.count,
                     ),
                     **model.post_norms(i),
                 )

@@ -13,6 +13,7 @@ from quantkit.architectures.forward import (
     ChannelMix,
     ForwardSpec,
     Layer,
+    Linear,
     LowRank,
     Norm,
     NormKind,
@@ -134,7 +135,7 @@ class Rwkv7(Architecture):
             def low_rank(part: str, at: str = at) -> LowRank:
                 stem = f"{at}time_mix_{part}"
                 bias = None if part == "g" else f"{stem}0.weight"
-                return LowRank(ranks[part], f"{stem}1.weight", f"{stem}2.weight", bias)
+                return LowRank(ranks[part], Linear(f"{stem}1.weight"), Linear(f"{stem}2.weight"), bias)
 
             mixer = TimeMix(
                 n_head=model.n_embd // head,

@@ -87,16 +87,9 @@ class AttentionRunner(MixerRunner[Attention]):
     def load(self) -> None:
         """See `MixerRunner`."""
         a, parts = self.mixer, self.parts
-        n_q, n_k, n_v = a.n_head * a.head_k, a.n_head_kv * a.head_k, a.n_head_kv * a.head_v
-        for norm, whole in ((a.q_norm, n_q), (a.k_norm, n_k)):
-            parts.norm(norm, whole if a.norm_whole else a.head_k)
-        parts.norm(a.v_norm, a.head_v)
-        self.qkv = parts.product(
-            f"qkv {self.index}",
-            [(a.qkv, n_q + n_k + n_v), (a.q, 2 * n_q if a.gated else n_q), (a.k, n_k), (a.v, n_v)],
-            parts.n_embd,
-        )
-        self.sinks = parts.vector(a.sinks, a.n_head)
+        queries = a.qkv or a.q
+        assert queries is not None
+        self.qkv, self.sinks = parts.product(queries.weight), parts.constant(a.sinks)
 
     def run(
         self,
@@ -214,10 +207,11 @@ class AttentionRunner(MixerRunner[Attention]):
                 np.clip(qkv, -np.float32(attention.clamp), np.float32(attention.clamp), out=qkv)
             for norm, first, size in ((attention.q_norm, 0, n_q), (attention.k_norm, n_q, n_k)):
                 if norm is not None and not attention.norm_rotated:
-                    weight = parts.norm_weight(norm)
-                    forward_kernels.rms_norm_columns(qkv, first, size // weight.size, weight, norm.eps)
+                    own = size if attention.norm_whole else head_k
+                    weight, _ = parts.norm(norm, own)
+                    forward_kernels.rms_norm_columns(qkv, first, size // own, weight, norm.eps)
             if attention.v_norm is not None and attention.shared is None:
-                weight = parts.norm_weight(attention.v_norm)
+                weight, _ = parts.norm(attention.v_norm, head_v)
                 forward_kernels.rms_norm_columns(qkv, n_q + n_k, groups, weight, attention.v_norm.eps)
             if attention.temperature is not None:
                 of_rows = positions[np.arange(start, start + n) % n_ctx]
@@ -235,7 +229,7 @@ class AttentionRunner(MixerRunner[Attention]):
         if attention.norm_rotated:
             for norm, heads_of, factor in ((attention.q_norm, q, scale), (attention.k_norm, k, one)):
                 if norm is not None:
-                    head_rows, weight = heads_of.reshape(-1, head_k), parts.norm_weight(norm)
+                    head_rows, (weight, _) = heads_of.reshape(-1, head_k), parts.norm(norm, head_k)
                     forward_kernels.rms_norm(head_rows, weight * factor, norm.eps, head_rows)
         return q, k[..., 0, :], v[..., 0, :], gates
 
@@ -285,16 +279,11 @@ class LatentRunner(MixerRunner[LatentAttention]):
 
     def load(self) -> None:
         """See `MixerRunner`."""
-        a, parts, i = self.mixer, self.parts, self.index
-        parts.norm(a.kv_norm, a.n_latent)
-        down = [(a.q, a.n_queries), (a.q_down, a.n_latent_q), (a.kv_down, a.n_latent + a.rope.n_dims)]
-        self._down = parts.product(f"down {i}", down, parts.n_embd)
+        a, parts = self.mixer, self.parts
+        self._down = parts.product(a.kv_down.weight)
         if a.q_up is not None:
-            parts.norm(a.q_norm, a.n_latent_q)
-            self._q_up = parts.product(f"q up {i}", [(a.q_up, a.n_queries)], a.n_latent_q)
-        heads = a.n_head
-        self._k_up = parts.weights.matrix(f"k up {i}", [(a.k_up, heads * a.n_latent)], a.head_k)
-        self._v_up = parts.weights.matrix(f"v up {i}", [(a.v_up, heads * a.head_v)], a.n_latent)
+            self._q_up = parts.product(a.q_up.weight)
+        self._k_up, self._v_up = parts.product(a.k_up).matrix, parts.product(a.v_up).matrix
 
     def run(
         self,

@@ -122,7 +122,7 @@ class LayerGradients(LayerRunner):
         """`x` normalised over its last axis, and the way back."""
         if norm is None:
             return x, lambda gradient: gradient
-        weight, bias = self._parts.norms[norm]
+        weight, bias = self._parts.norm(norm, x.shape[-1])
         return normalised(x, weight, bias, norm)
 
     # -- attention

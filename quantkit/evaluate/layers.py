@@ -211,40 +211,28 @@ class LayerRunner:
     ) -> None:
         """Decode the layer's weights, but those of its experts."""
         ff, n_embd = layer.feed_forward, spec.n_embd
-        widest = [1 if ff is None else 2 * ff.n_ff]
-        for mixer in layer.mixers:
-            widest.append(sum(n_out for n_in, n_out in mixer.shapes(n_embd).values() if n_in == n_embd))
-        self._parts = parts = Parts(n_embd, weights, workspace, observer, max(widest), each_block)
+        self._parts = parts = Parts(layer, n_embd, weights, workspace, observer, each_block)
         self.layer, self.n_embd, self._weights, self._take = layer, n_embd, weights, workspace.take
-        for norm in (
-            layer.attention_norm, layer.feed_forward_norm, layer.post_attention_norm, layer.post_feed_forward_norm,
-            layer.out_attention_norm, layer.out_feed_forward_norm,
-        ):  # fmt: skip
-            parts.norm(norm, n_embd)
         self.around = Around(spec, layer, parts) if is_wide(spec, layer) else None
         if layer.laurel is not None:
-            self._left = parts.product("laurel left", [(layer.laurel.left, layer.laurel.rank)], n_embd)
-            self._right = parts.product("laurel right", [(layer.laurel.right, n_embd)], layer.laurel.rank)
-            parts.norm(layer.laurel.norm, n_embd)
+            self._left, self._right = (
+                parts.product(linear.weight) for linear in (layer.laurel.left, layer.laurel.right)
+            )
         self._mixers = [
             RUNNERS[type(mixer)](mixer, i, layer.attention_norm, parts, tables) for i, mixer in enumerate(layer.mixers)
         ]
         dense = ff.shared if isinstance(ff, Experts) else ff
         if dense is not None:
-            n_ff = dense.n_ff
-            self._up = parts.product("up", [(dense.gate_up, 2 * n_ff), (dense.gate, n_ff), (dense.up, n_ff)], n_embd)
-            self._down = parts.product("down", [(dense.down, n_embd)], n_ff)
+            self._up, self._down = (parts.product(products.names[0]) for products in dense.products(n_embd))
             self._activate = _activate(dense)
         if isinstance(ff, Experts):
-            self._router = parts.product("router", [(ff.router, ff.n_expert)], n_embd)
+            self._router = parts.product(ff.router.weight)
             self._activate_expert = _activate(ff)
-            self._selection_bias = parts.vector(ff.selection_bias, ff.n_expert)
-            self._expert_scales = parts.vector(ff.expert_scales, ff.n_expert)
-            if ff.apart is not None:
-                for norm in (ff.apart.norm, ff.apart.router_norm, ff.apart.out_norm, ff.apart.shared_norm):
-                    parts.norm(norm, n_embd)
+            self._selection_bias, self._expert_scales = (
+                parts.constant(name) for name in (ff.selection_bias, ff.expert_scales)
+            )
             if ff.shared_gate is not None:
-                self._shared_gate = parts.product("shared gate", [(ff.shared_gate, 1)], n_embd)
+                self._shared_gate = parts.product(ff.shared_gate.weight)
 
     def mix(
         self,
@@ -348,7 +336,7 @@ class LayerRunner:
             forward_kernels.add(x, branch)
             return out
         if norm is not None and norm.kind is NormKind.RMS and self.layer.out_attention_norm is None:
-            forward_kernels.add_rms_norm(x, branch, self._parts.norm_weight(norm), norm.eps, out)
+            forward_kernels.add_rms_norm(x, branch, self._parts.norm(norm, self.n_embd)[0], norm.eps, out)
             return out
         forward_kernels.add(x, branch)
         self._parts.normed(self.layer.out_attention_norm, x, x)

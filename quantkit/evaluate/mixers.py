@@ -31,14 +31,14 @@ class Part(NamedTuple):
 
 
 class MixerRunner(ABC, Generic[M]):
-    """A mixer with its weights decoded, ready to run on parts of a batch from several threads.
+    """A mixer, ready to run on parts of a batch from several threads.
 
-    `index` tells the mixers of a layer apart.
+    `parts` has its weights, decoded; `index` tells the mixers of a layer apart.
     """
 
     def __init__(self, mixer: M, index: int, norm: Norm | None, parts: Parts, tables: Tables) -> None:
         self.mixer, self.index, self.norm, self.parts, self.tables = mixer, index, norm, parts, tables
-        self.out = parts.product(f"out {index}", [(mixer.out, parts.n_embd)], mixer.width)
+        self.out = parts.product(mixer.out.weight)
         self.load()
 
     @staticmethod
@@ -53,7 +53,7 @@ class MixerRunner(ABC, Generic[M]):
 
     @abstractmethod
     def load(self) -> None:
-        """Decode the weights."""
+        """Take the weights from `parts`, as they are needed."""
 
     @abstractmethod
     def run(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from quantkit.architectures.forward import Linear, Norm, NormKind
+from quantkit.architectures.forward import Layer, Norm, NormKind, Products
 from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.threads import Each, Workspace, one_by_one
 from quantkit.evaluate.weights import Weights
@@ -25,6 +26,9 @@ def aligned(n_ctx: int) -> int:
     return max(1, 2 * (ROWS // n_ctx))
 
 
+# What names of a layer's tensors begin with.
+_NUMBER = re.compile(r"^blk\.\d+\.")
+_NOTHING = np.empty(0, np.float32)
 # The widest product of that many rows may take this many numbers (64 MB); of wider ones fewer rows go together.
 _WIDEST = 1 << 24
 
@@ -46,29 +50,35 @@ Observer = Callable[[tuple[str, ...], Any, Any, "int | None"], None]
 
 
 class Parts:
-    """The weights of a layer, decoded as its parts ask for them, and what is done to rows with them.
+    """The weights of a layer, decoded, and what is done to rows with them.
 
-    `rows` is how many go through a product together, when the widest has `widest` columns. `take` gives a thread's own
-    arrays (see `Workspace`). `norms` holds the weights and biases of norms, `observer` is told of products,
-    `each_block` runs what is done to blocks of rows.
+    They are those that `layer` says it reads, but for the matrices of experts, which come one by one, and their biases.
+    `rows` is how many go through a product together. `take` gives a thread's own arrays (see `Workspace`). `observer`
+    is told of products, `each_block` runs what is done to blocks of rows.
     """
 
     def __init__(
         self,
+        layer: Layer,
         n_embd: int,
         weights: Weights,
         workspace: Workspace,
         observer: Observer | None,
-        widest: int,
         each_block: Each = one_by_one,
     ) -> None:
         self.n_embd, self.weights, self.take = n_embd, weights, workspace.take
         self._each_block = each_block
         self.observer = observer
-        self.norms: dict[Norm, tuple[np.ndarray, np.ndarray | None]] = {}
-        self.rows = ROWS
+        self.rows, widest = ROWS, _widest(layer, n_embd)
         while self.rows > 1 and self.rows * widest > _WIDEST:
             self.rows //= 2
+        self._products: dict[str, Product] = {}
+        for products in layer.products(n_embd):
+            self._products |= dict.fromkeys(products.names, self._decoded(products))
+        # By size as well: norms without weights are equal whatever they normalise.
+        self._norms = {(norm, n): self._of_norm(norm, n) for norm, n in layer.norms(n_embd) if norm is not None}
+        constants = layer.constants(n_embd)
+        self._constants = {name: weights.constant(_role(name), name, shape) for name, shape in constants.items()}
 
     def blocks(self, x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """The rows of `x` in blocks that go through a product together, each with the number of its first row."""
@@ -85,34 +95,34 @@ class Parts:
 
     # Weights
 
-    def vector(self, name: str | None, size: int) -> np.ndarray:
-        """Tensor `name` of `size` numbers; empty where there is none."""
-        return np.empty(0, np.float32) if name is None else self.weights.vector(name, size)
+    def product(self, name: str) -> Product:
+        """The matrix `name`, with those below and above it that are multiplied with the same rows."""
+        return self._products[name]
 
-    def norm(self, norm: Norm | None, size: int) -> None:
-        """Decode the weights of a norm of `size` numbers, which `normed` will ask for."""
-        if norm is not None:
-            self.norms[norm] = (
-                np.ones(size, np.float32) if norm.weight is None else self.weights.vector(norm.weight, size),
-                None if norm.bias is None else self.weights.vector(norm.bias, size),
-            )
+    def constant(self, name: str | None) -> np.ndarray:
+        """Tensor `name` of the layer's constants; empty where there is none."""
+        return _NOTHING if name is None else self._constants[name]
 
-    def norm_weight(self, norm: Norm) -> np.ndarray:
-        """What `norm` multiplies with."""
-        return self.norms[norm][0]
+    def norm(self, norm: Norm, size: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """What a norm of the layer's, of so many numbers, multiplies with, and what it adds."""
+        return self._norms[norm, size]
 
-    def product(self, role: str, parts: list[tuple[Linear | None, int]], n_in: int) -> Product:
-        """Matrices below each other, each with its number of rows; `role` as in `Weights.matrix`."""
-        present = [(part, n) for part, n in parts if part is not None]
-        matrix = self.weights.matrix(role, [(part.weight, n) for part, n in present], n_in)
-        names = tuple(part.weight for part, _ in present)
-        if all(part.bias is None for part, _ in present):
-            return Product(matrix, None, names)
+    def _decoded(self, products: Products) -> Product:
+        parts = [(linear.weight, n_out) for linear, n_out in products.linears]
+        matrix = self.weights.matrix(_role(products.names[0]), parts, products.n_in)
+        if all(linear.bias is None for linear, _ in products.linears):
+            return Product(matrix, None, products.names)
         biases = [
-            self.weights.vector(part.bias, n) if part.bias is not None else np.zeros(n, np.float32)
-            for part, n in present
+            np.zeros(n_out, np.float32) if linear.bias is None else self.weights.vector(linear.bias, n_out)
+            for linear, n_out in products.linears
         ]
-        return Product(matrix, np.concatenate(biases), names)
+        return Product(matrix, np.concatenate(biases), products.names)
+
+    def _of_norm(self, norm: Norm, size: int) -> tuple[np.ndarray, np.ndarray | None]:
+        return (
+            np.ones(size, np.float32) if norm.weight is None else self.weights.vector(norm.weight, size),
+            None if norm.bias is None else self.weights.vector(norm.bias, size),
+        )
 
     # Rows
 
@@ -133,12 +143,28 @@ class Parts:
         """The rows of `x` normalised into `out`, which may be `x`; `x` itself where there is no norm."""
         if norm is None:
             return x
-        weight, bias = self.norms[norm]
+        weight, bias = self.norm(norm, x.shape[1])
         if norm.kind is NormKind.RMS:
             forward_kernels.rms_norm(x, weight, norm.eps, out)
         else:
             forward_kernels.layer_norm(x, weight, np.zeros_like(weight) if bias is None else bias, norm.eps, out)
         return out
+
+
+def _widest(layer: Layer, n_embd: int) -> int:
+    """How many numbers the widest product of the layer's rows makes of each."""
+    ff, widths = layer.feed_forward, [1]
+    if ff is not None:
+        widths.append(2 * ff.n_ff)
+    for mixer in layer.mixers:
+        of_rows = (linears for n_in, linears in mixer.products(n_embd) if n_in == n_embd)
+        widths.append(sum(n_out for linears in of_rows for _, n_out in linears))
+    return max(widths)
+
+
+def _role(name: str) -> str:
+    """What a tensor is in its layer: its name without the layer's number."""
+    return _NUMBER.sub("", name)
 
 
 def in_groups(n_chunks: int, n_ctx: int) -> list[slice]:

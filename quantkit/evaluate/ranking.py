@@ -103,7 +103,7 @@ class Classifier:
         def product(linear: Linear | None) -> tuple[np.ndarray, np.ndarray | None]:
             if linear is None:
                 return np.empty((0, 0), np.float32), None
-            n_in, n_out = shapes[linear.weight]
+            n_out, n_in = shapes[linear.weight]
             bias = None if linear.bias is None else weights.vector(linear.bias, n_out)
             return weights.matrix(linear.weight, [(linear.weight, n_out)], n_in), bias
 

@@ -103,15 +103,12 @@ class RecurrentRunner(MixerRunner[R]):
 class Taps:
     """A causal convolution of each channel, its weights decoded."""
 
-    def __init__(self, convolution: Convolution, role: str, parts: Parts) -> None:
+    def __init__(self, convolution: Convolution, parts: Parts) -> None:
         self._convolution = convolution
-        matrix = parts.weights.matrix(role, [(convolution.kernel, convolution.n_channels)], convolution.size)
-        self._taps = np.ascontiguousarray(matrix.T)
-        self._bias = (
-            np.zeros(convolution.n_channels, np.float32)
-            if convolution.bias is None
-            else parts.weights.vector(convolution.bias, convolution.n_channels)
-        )
+        self._taps = np.ascontiguousarray(parts.constant(convolution.kernel).T)
+        self._bias = np.zeros(convolution.n_channels, np.float32)
+        if convolution.bias is not None:
+            self._bias = parts.constant(convolution.bias)
 
     @staticmethod
     def memory(convolution: Convolution) -> tuple[int, int]:
@@ -144,10 +141,8 @@ class ShortConvolutionRunner(RecurrentRunner[ShortConvolution]):
 
     def load(self) -> None:
         """See `MixerRunner`."""
-        self.project = self.parts.product(
-            f"project {self.index}", [(self.mixer.project, 3 * self.mixer.width)], self.parts.n_embd
-        )
-        self._taps = Taps(self.mixer.convolution, f"taps {self.index}", self.parts)
+        self.project = self.parts.product(self.mixer.project.weight)
+        self._taps = Taps(self.mixer.convolution, self.parts)
 
     def step(
         self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int, own: np.ndarray | None = None
@@ -184,21 +179,10 @@ class DeltaNetRunner(RecurrentRunner[DeltaNet]):
 
     def load(self) -> None:
         """See `MixerRunner`."""
-        d, parts, i = self.mixer, self.parts, self.index
-        self.project = parts.product(
-            f"project {i}",
-            [
-                (d.qkv, 2 * d.n_keys + d.width),
-                (d.gate, d.width),
-                (d.beta, d.n_head),
-                (d.alpha, d.n_head),
-                (d.beta_alpha, 2 * d.n_head),
-            ],
-            parts.n_embd,
-        )
-        self._taps = Taps(d.convolution, f"taps {i}", parts)
-        self._bias, self._decay = parts.vector(d.dt_bias, d.n_head), parts.vector(d.decay, d.n_head)
-        parts.norm(d.norm, d.head_v)
+        d, parts = self.mixer, self.parts
+        self.project = parts.product(d.qkv.weight)
+        self._taps = Taps(d.convolution, parts)
+        self._bias, self._decay = parts.constant(d.dt_bias), parts.constant(d.decay)
 
     def _rates(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What each head forgets and learns, float32 [n, heads] each, of what the products made of `rows`."""
@@ -237,7 +221,8 @@ class DeltaNetRunner(RecurrentRunner[DeltaNet]):
             )
 
         each(read, d.n_head)
-        forward_kernels.rms_norm_columns(out, 0, d.n_head, self.parts.norm_weight(d.norm), d.norm.eps)
+        weight, _ = self.parts.norm(d.norm, d.head_v)
+        forward_kernels.rms_norm_columns(out, 0, d.n_head, weight, d.norm.eps)
         gate = take("gate", n, d.width)
         gate[:] = rows[:, n_channels : n_channels + d.width]
         recurrent_kernels.multiply_silu(out, gate)
@@ -260,16 +245,12 @@ class MambaRunner(RecurrentRunner[Mamba]):
 
     def load(self) -> None:
         """See `MixerRunner`."""
-        m, parts, i = self.mixer, self.parts, self.index
-        self.project = parts.product(f"project {i}", [(m.project, 2 * m.n_channels)], parts.n_embd)
-        self._taps = Taps(m.convolution, f"taps {i}", parts)
-        self._select = parts.product(f"select {i}", [(m.select, m.n_step + 2 * m.n_state)], m.n_channels)
-        self._step = parts.product(f"step {i}", [(m.step, m.n_channels)], m.n_step)
-        decay = parts.weights.matrix(f"decay {i}", [(m.decay, m.n_channels)], m.n_state)
-        self._decay = np.ascontiguousarray(decay.T)
-        self._skip = parts.vector(m.skip, m.n_channels)
-        for norm, size in ((m.step_norm, m.n_step), (m.b_norm, m.n_state), (m.c_norm, m.n_state)):
-            parts.norm(norm, size)
+        m, parts = self.mixer, self.parts
+        self.project, self._select, self._step = (
+            parts.product(linear.weight) for linear in (m.project, m.select, m.step)
+        )
+        self._taps = Taps(m.convolution, parts)
+        self._decay, self._skip = np.ascontiguousarray(parts.constant(m.decay).T), parts.constant(m.skip)
 
     def step(
         self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int, own: np.ndarray | None = None
@@ -281,7 +262,7 @@ class MambaRunner(RecurrentRunner[Mamba]):
         self._taps(plain, state[0], x)
         chosen = parts.multiply(x, self._select, take("selected", n, m.n_step + 2 * m.n_state), at)
         pieces, first = [], 0
-        for norm, size in ((m.step_norm, m.n_step), (m.b_norm, m.n_state), (m.c_norm, m.n_state)):
+        for norm, size in m.norms:
             piece = take(f"selected {first}", n, size)
             piece[:] = chosen[:, first : first + size]
             pieces.append(parts.normed(norm, piece, piece))
@@ -320,17 +301,13 @@ class Mamba2Runner(RecurrentRunner[Mamba2]):
 
     def load(self) -> None:
         """See `MixerRunner`."""
-        m, parts, i = self.mixer, self.parts, self.index
-        weights = parts.weights
-        (_, n_out) = m.shapes(parts.n_embd)[m.project.weight]
-        self.project = parts.product(f"project {i}", [(m.project, n_out)], parts.n_embd)
-        self._taps = Taps(m.convolution, f"taps {i}", parts)
-        self._bias = parts.vector(m.dt_bias, m.n_head)
-        self._decay = weights.matrix(f"decay {i}", [(m.decay, m.n_head)], 1)[:, 0]
-        self._skip = weights.matrix(f"skip {i}", [(m.skip, m.n_head)], 1)
-        self._group = m.width // m.n_groups
+        m, parts = self.mixer, self.parts
+        self.project = parts.product(m.project.weight)
+        self._taps = Taps(m.convolution, parts)
+        self._bias, self._decay = parts.constant(m.dt_bias), parts.constant(m.decay)[:, 0]
+        self._skip = parts.constant(m.skip)
         if m.norm is not None and m.norm.weight is not None:
-            self._norm = weights.matrix(f"norm {i}", [(m.norm.weight, m.n_groups)], self._group).reshape(-1)
+            self._norm = parts.constant(m.norm.weight).reshape(-1)
 
     def step(
         self, rows: np.ndarray, state: Memory, out: np.ndarray, each: Each, at: int, own: np.ndarray | None = None
@@ -359,7 +336,7 @@ class Mamba2Runner(RecurrentRunner[Mamba2]):
         gate[:] = rows[:, :width]
         recurrent_kernels.multiply_silu(out, gate)
         if m.norm is not None:
-            even = np.ones(self._group, np.float32)
+            even = np.ones(width // m.n_groups, np.float32)
             forward_kernels.rms_norm_columns(out, 0, m.n_groups, even, m.norm.eps)
             if m.norm.weight is not None:
                 out *= self._norm
@@ -395,35 +372,25 @@ class TimeMixRunner(RecurrentRunner[TimeMix]):
 
     def load(self) -> None:
         """See `MixerRunner`."""
-        m, parts, n = self.mixer, self.parts, self.parts.n_embd
-        self._lerp = parts.weights.matrix("lerp", [(m.lerp, 6)], n)
-        self._made = [
-            parts.product(role, [(linear, m.width)], n)
-            for role, linear in (("receptance", m.receptance), ("key", m.key), ("value", m.value))
-        ]
-        self._low = {part.down: self._low_rank(part) for part in m.low_ranks}
-        self._key_scale, self._key_rate, self._bonus = (
-            parts.vector(name, m.width) for name in (m.key_scale, m.key_rate, m.bonus)
+        m, parts = self.mixer, self.parts
+        self._lerp, self._key_scale, self._key_rate, self._bonus = (
+            parts.constant(name) for name in (m.lerp, m.key_scale, m.key_rate, m.bonus)
         )
-        self._norm, self._norm_bias = parts.vector(m.norm.weight, m.width), parts.vector(m.norm.bias, m.width)
-
-    def _low_rank(self, part: LowRank) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        weights, n, width = self.parts.weights, self.parts.n_embd, self.mixer.width
-        bias = np.zeros(width, np.float32) if part.bias is None else weights.vector(part.bias, width)
-        role = part.down.rpartition("blk.")[2].partition(".")[2]
-        down = weights.matrix(f"{role} down", [(part.down, part.rank)], n)
-        return down, weights.matrix(f"{role} up", [(part.up, width)], part.rank), bias
+        self._made = [parts.product(linear.weight) for linear in (m.receptance, m.key, m.value)]
+        self._norm, self._norm_bias = parts.norm(m.norm, m.width)
 
     def _through(
         self, part: LowRank, x: np.ndarray, at: int, between: Callable[[np.ndarray], np.ndarray] | None = None
     ) -> np.ndarray:
         """What the two matrices of `part` make of `x`, whose first row is row `at` of the batch."""
-        down, up, bias = self._low[part.down]
-        self.parts.observe((part.down,), x, at)
-        few = x @ down.T
+        down, up = self.parts.product(part.down.weight), self.parts.product(part.up.weight)
+        self.parts.observe(down.names, x, at)
+        few = x @ down.matrix.T
         few = few if between is None else between(few)
-        self.parts.observe((part.up,), few, at)
-        made: np.ndarray = few @ up.T + bias
+        self.parts.observe(up.names, few, at)
+        made: np.ndarray = few @ up.matrix.T
+        if part.bias is not None:
+            made += self.parts.constant(part.bias)
         return made
 
     def projected(self, normed: np.ndarray, at: int) -> np.ndarray:
@@ -465,7 +432,8 @@ class TimeMixRunner(RecurrentRunner[TimeMix]):
         grouped -= grouped.mean(2, keepdims=True)
         grouped /= np.sqrt(np.square(grouped).mean(2, keepdims=True) + np.float32(m.norm.eps))
         out *= self._norm
-        out += self._norm_bias
+        if self._norm_bias is not None:
+            out += self._norm_bias
         bonus = (r * k * self._bonus).reshape(heads).sum(2, keepdims=True)
         grouped += bonus * v.reshape(heads)
         out *= self._through(m.gate, g_in, at, _sigmoid)
@@ -486,8 +454,7 @@ class ChannelMixRunner(RecurrentRunner[ChannelMix]):
 
     def load(self) -> None:
         """See `MixerRunner`."""
-        self._lerp = self.parts.vector(self.mixer.lerp, self.parts.n_embd)
-        self._key = self.parts.product("channel key", [(self.mixer.key, self.mixer.n_ff)], self.parts.n_embd)
+        self._lerp, self._key = self.parts.constant(self.mixer.lerp), self.parts.product(self.mixer.key.weight)
 
     def projected(self, normed: np.ndarray, at: int) -> np.ndarray:
         """See `RecurrentRunner`: rows as they are."""

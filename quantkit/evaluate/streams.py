@@ -114,21 +114,13 @@ class Around:
     def __init__(self, spec: ForwardSpec, layer: Layer, parts: Parts) -> None:
         n = spec.n_embd
         self._layer, self._parts, self._streams, self._n_embd = layer, parts, spec.streams, n
-        side, altup = layer.side, layer.altup
-        if side is not None:
-            self._gate = parts.product("side gate", [(side.gate, side.size)], n)
-            self._out = parts.product("side out", [(side.out, n)], side.size)
-            parts.norm(side.norm, n)
-        if altup is not None and spec.streams is not None:
-            count = spec.streams.count
-            parts.norm(altup.router_norm, n)
-            self._router = parts.weights.matrix("altup router", [(altup.router, count)], n)
-            self._predict = parts.weights.matrix("altup predict", [(altup.predict, count * count)], count)
-            self._correct = parts.weights.matrix("altup correct", [(altup.correct, count)], count)
-            self._scale = parts.vector(altup.scale, n)
-        self._out_scale = np.float32(1.0)
-        if layer.out_scale is not None:
-            self._out_scale = parts.vector(layer.out_scale, 1)[0]
+        if layer.side is not None:
+            self._gate, self._out = parts.product(layer.side.gate.weight), parts.product(layer.side.out.weight)
+        if (altup := layer.altup) is not None:
+            self._router, self._predict, self._correct, self._scale = (
+                parts.constant(name) for name in (altup.router, altup.predict, altup.correct, altup.scale)
+            )
+        self._out_scale = parts.constant(layer.out_scale)
 
     def enter(self, rows: np.ndarray, active: np.ndarray) -> None:
         """Put into `active` [n, n_embd] what the layer works on of `rows` [n, width], which AltUp predicts first."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.architectures.forward import SideEmbedding
+from quantkit.architectures.forward import Products, SideEmbedding
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.inputs import Balance, Sums
 from quantkit.evaluate.model import Model
@@ -93,7 +93,7 @@ class TorchTransformer(Model):
                 to.table(table, spec.n_embd)
         to.norm(spec.embedding_norm, spec.n_embd)
         to.norm(spec.output_norm, spec.n_embd)
-        to.linear(spec.output, spec.n_vocab, spec.n_embd)
+        to.products(Products.of(spec.n_embd, (spec.output, spec.n_vocab)))
         load_streams(spec, to)
 
     # -- what callers ask for

@@ -95,7 +95,7 @@ _KNOWN: dict[type, str] = {
     SideInput: "at size gate out norm",
     SideEmbedding: "size table project norm",
     Laurel: "rank left right norm",
-    AltUp: "router router_norm predict correct scale",
+    AltUp: "router router_norm predict correct scale n_streams",
     Streams: "count active spread merge",
     Head: "n_out pooling dense gelu norm out softmax",  # on the CPU: see `ranking`
     Norm: "weight eps kind bias",
@@ -167,46 +167,17 @@ class TorchLayer:
     def load(self, to: Loading) -> None:
         """Ask for what the layer reads."""
         layer, ff, n_embd = self._layer, self._layer.feed_forward, self._n_embd
-        for norm in (
-            layer.attention_norm, layer.feed_forward_norm, layer.post_attention_norm, layer.post_feed_forward_norm,
-            layer.out_attention_norm, layer.out_feed_forward_norm,
-        ):  # fmt: skip
-            to.norm(norm, n_embd)
-        for mixer in self._mixers:
-            mixer.load(to)
-        if self._around is not None:
-            self._around.load(to)
-        if layer.laurel is not None:
-            to.linear(layer.laurel.left, layer.laurel.rank, n_embd)
-            to.linear(layer.laurel.right, n_embd, layer.laurel.rank)
-            to.norm(layer.laurel.norm, n_embd)
-        dense = ff.shared if isinstance(ff, Experts) else ff
-        if dense is not None:
-            for linear, n_out in ((dense.gate_up, 2 * dense.n_ff), (dense.gate, dense.n_ff), (dense.up, dense.n_ff)):
-                to.linear(linear, n_out, n_embd)
-            to.linear(dense.down, n_embd, dense.n_ff)
+        for products in layer.products(n_embd):
+            to.products(products)
+        for norm, size in layer.norms(n_embd):
+            to.norm(norm, size)
+        for name, shape in layer.constants(n_embd).items():
+            to.constant(name, shape)
         if isinstance(ff, Experts):
-            self._load_experts(ff, to)
-
-    def _load_experts(self, ff: Experts, to: Loading) -> None:
-        n_embd = self._n_embd
-        to.linear(ff.router, ff.n_expert, n_embd)
-        to.linear(ff.shared_gate, 1, n_embd)
-        to.vector(ff.selection_bias, ff.n_expert)
-        to.vector(ff.expert_scales, ff.n_expert)
-        if ff.apart is not None:
-            for norm in (ff.apart.norm, ff.apart.router_norm, ff.apart.out_norm, ff.apart.shared_norm):
-                to.norm(norm, n_embd)
-        for name, biases, n_out, n_in in (
-            (ff.gate_up, None, 2 * ff.n_ff, n_embd),
-            (ff.gate, ff.gate_bias, ff.n_ff, n_embd),
-            (ff.up, ff.up_bias, ff.n_ff, n_embd),
-            (ff.down, ff.down_bias, n_embd, ff.n_ff),
-        ):
-            if name is not None:
-                to.matrix(name, ff.n_expert * n_out, n_in)
-            if biases is not None:
-                to.matrix(biases, ff.n_expert, n_out)
+            for products in ff.stacked(n_embd):
+                to.products(products)
+            for name, (n_rows, n_in) in ff.biases(n_embd).items():
+                to.matrix(name, n_rows, n_in)
 
     def run(self, rows: Any, span: slice) -> Any:
         """`rows` [n_seq, n_ctx, width] after the layer, at the positions of `span`."""

@@ -8,10 +8,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch.nn import functional
 
-from quantkit.architectures.forward import Attention, LatentAttention, Linear, Mixer, Norm
+from quantkit.architectures.forward import Attention, LatentAttention, Mixer, Norm
 from quantkit.evaluate.attention import falling
 from quantkit.evaluate.torch_parts import TorchParts
-from quantkit.evaluate.torch_weights import Loading
 
 M = TypeVar("M", bound=Mixer)
 # Scores of attention that stand in memory together.
@@ -25,15 +24,6 @@ class TorchMixer(ABC, Generic[M]):
 
     def __init__(self, mixer: M, parts: TorchParts) -> None:
         self.mixer, self.parts = mixer, parts
-
-    def load(self, to: Loading) -> None:
-        """Ask for what the mixer reads: here its products, and what more there is where a kind has it."""
-        m, n_embd = self.mixer, self.parts.weights.n_embd
-        shapes = m.shapes(n_embd)
-        for part in (part for group in m.inputs for part in group if part is not None):
-            n_in, n_out = shapes[part.weight if isinstance(part, Linear) else part]
-            to.linear(part if isinstance(part, Linear) else Linear(part), n_out, n_in)
-        to.linear(m.out, n_embd, m.width)
 
     @property
     @abstractmethod
@@ -57,15 +47,6 @@ class TorchAttention(TorchMixer[Attention]):
         "n_head n_head_kv head_k head_v scale out q k v qkv rope window chunk sinks softcap q_norm k_norm norm_whole "
         "norm_rotated clamp temperature causal alibi gated v_norm shared kept_at"
     )
-
-    def load(self, to: Loading) -> None:
-        """See `TorchMixer`."""
-        super().load(to)
-        a = self.mixer
-        to.vector(a.sinks, a.n_head)
-        for norm, n_head in ((a.q_norm, a.n_head), (a.k_norm, a.n_head_kv)):
-            to.norm(norm, n_head * a.head_k if a.norm_whole else a.head_k)
-        to.norm(a.v_norm, a.head_v)
 
     @property
     def numbers(self) -> int:
@@ -196,12 +177,6 @@ class TorchLatentAttention(TorchMixer[LatentAttention]):
     """Queries are taken to the latents, as in `attention.LatentRunner`."""
 
     fields = "n_head head_k head_v n_latent scale rope kv_down kv_norm k_up v_up out q n_latent_q q_down q_norm q_up"
-
-    def load(self, to: Loading) -> None:
-        """See `TorchMixer`."""
-        super().load(to)
-        to.norm(self.mixer.kv_norm, self.mixer.n_latent)
-        to.norm(self.mixer.q_norm, self.mixer.n_latent_q)
 
     @property
     def numbers(self) -> int:

@@ -12,7 +12,6 @@ from quantkit.architectures.forward import (
     ChannelMix,
     Convolution,
     DeltaNet,
-    Linear,
     LowRank,
     Mamba,
     Mamba2,
@@ -22,12 +21,6 @@ from quantkit.architectures.forward import (
 from quantkit.evaluate.torch_mixers import TorchMixer
 from quantkit.evaluate.torch_parts import TorchParts
 from quantkit.evaluate.torch_scans import convolve, recur, remember, select
-from quantkit.evaluate.torch_weights import Loading
-
-
-def _load_convolution(convolution: Convolution, to: Loading) -> None:
-    to.exact(convolution.kernel, convolution.n_channels, convolution.size)
-    to.vector(convolution.bias, convolution.n_channels)
 
 
 def _convolved(convolution: Convolution, x: Any, parts: TorchParts) -> Any:
@@ -40,11 +33,6 @@ class TorchShortConvolution(TorchMixer[ShortConvolution]):
     """A convolution between two gates."""
 
     fields = "project convolution out"
-
-    def load(self, to: Loading) -> None:
-        """See `TorchMixer`."""
-        super().load(to)
-        _load_convolution(self.mixer.convolution, to)
 
     @property
     def numbers(self) -> int:
@@ -66,15 +54,6 @@ class TorchDeltaNet(TorchMixer[DeltaNet]):
     """Each head's matrix is corrected by what it does not know yet."""
 
     fields = "n_head_k n_head head_k head_v eps qkv gate convolution dt_bias decay norm out tiled beta alpha beta_alpha"
-
-    def load(self, to: Loading) -> None:
-        """See `TorchMixer`."""
-        super().load(to)
-        d = self.mixer
-        _load_convolution(d.convolution, to)
-        to.vector(d.dt_bias, d.n_head)
-        to.vector(d.decay, d.n_head)
-        to.norm(d.norm, d.head_v)
 
     @property
     def numbers(self) -> int:
@@ -116,16 +95,6 @@ class TorchMamba(TorchMixer[Mamba]):
 
     fields = "n_channels n_state n_step project convolution select step decay skip out step_norm b_norm c_norm"
 
-    def load(self, to: Loading) -> None:
-        """See `TorchMixer`."""
-        super().load(to)
-        m = self.mixer
-        _load_convolution(m.convolution, to)
-        to.exact(m.decay, m.n_channels, m.n_state)
-        to.vector(m.skip, m.n_channels)
-        for norm, size in ((m.step_norm, m.n_step), (m.b_norm, m.n_state), (m.c_norm, m.n_state)):
-            to.norm(norm, size)
-
     @property
     def numbers(self) -> int:
         """See `TorchMixer`."""
@@ -139,7 +108,7 @@ class TorchMamba(TorchMixer[Mamba]):
         chosen = parts.product(read, m.select).float().split([m.n_step, m.n_state, m.n_state], 2)
         low, b, c = (
             parts.normed(norm, piece)
-            for norm, piece in zip((m.step_norm, m.b_norm, m.c_norm), chosen, strict=True)
+            for (norm, _), piece in zip(m.norms, chosen, strict=True)
         )  # fmt: skip
         steps = functional.softplus(parts.product(low, m.step).float())
         made = select(read, steps, parts.tensor(m.decay), b, c) + read * parts.tensor(m.skip)
@@ -150,17 +119,6 @@ class TorchMamba2(TorchMixer[Mamba2]):
     """A matrix for each head, which decays at one rate."""
 
     fields = "n_head n_groups head n_state project convolution dt_bias decay skip out norm"
-
-    def load(self, to: Loading) -> None:
-        """See `TorchMixer`."""
-        super().load(to)
-        m = self.mixer
-        _load_convolution(m.convolution, to)
-        to.vector(m.dt_bias, m.n_head)
-        to.exact(m.decay, m.n_head, 1)
-        to.exact(m.skip, m.n_head, 1)
-        if m.norm is not None and m.norm.weight is not None:
-            to.exact(m.norm.weight, m.n_groups, m.width // m.n_groups)
 
     @property
     def numbers(self) -> int:
@@ -202,15 +160,6 @@ class TorchTimeMix(TorchMixer[TimeMix]):
 
     fields = "n_head head lerp receptance key value out decay rate gate values key_scale key_rate bonus norm values_at"
 
-    def load(self, to: Loading) -> None:
-        """See `TorchMixer`."""
-        super().load(to)
-        m = self.mixer
-        to.exact(m.lerp, 6, self.parts.weights.n_embd)
-        for name in (m.key_scale, m.key_rate, m.bonus, *(part.bias for part in m.low_ranks)):
-            to.vector(name, m.width)
-        to.norm(m.norm, m.width)
-
     @property
     def numbers(self) -> int:
         """See `TorchMixer`."""
@@ -218,8 +167,8 @@ class TorchTimeMix(TorchMixer[TimeMix]):
 
     def _through(self, part: LowRank, x: Any, between: Any = None) -> Any:
         """What the two matrices of `part` make of `x`."""
-        few = self.parts.product(x, Linear(part.down)).float()
-        made = self.parts.product(few if between is None else between(few), Linear(part.up)).float()
+        few = self.parts.product(x, part.down).float()
+        made = self.parts.product(few if between is None else between(few), part.up).float()
         return made if part.bias is None else made + self.parts.tensor(part.bias)
 
     def run(self, x: Any, span: slice, rows: Any, kept: dict[int, Any]) -> Any:
@@ -257,11 +206,6 @@ class TorchChannelMix(TorchMixer[ChannelMix]):
     """RWKV's feed-forward block."""
 
     fields = "n_embd n_ff lerp key out"
-
-    def load(self, to: Loading) -> None:
-        """See `TorchMixer`."""
-        super().load(to)
-        to.vector(self.mixer.lerp, self.mixer.n_embd)
 
     @property
     def numbers(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from quantkit.architectures.forward import AltUp, ForwardSpec, Layer, SideInput
+from quantkit.architectures.forward import AltUp, ForwardSpec, Layer, Products, SideInput
 from quantkit.evaluate.streams import LEAST
 from quantkit.evaluate.torch_parts import TorchParts
 from quantkit.evaluate.torch_weights import Loading
@@ -21,7 +21,7 @@ def load_streams(spec: ForwardSpec, to: Loading) -> None:
         for name in (streams.spread, streams.merge):
             to.matrix(name, (streams.count - 1) * n_embd, n_embd)
     if side is not None:
-        to.linear(side.project, len(spec.layers) * side.size, n_embd)
+        to.products(Products.of(n_embd, (side.project, len(spec.layers) * side.size)))
         to.norm(side.norm, side.size)
 
 
@@ -75,21 +75,6 @@ class TorchAround:
     def __init__(self, spec: ForwardSpec, layer: Layer, parts: TorchParts) -> None:
         self._layer, self._parts, self._n_embd, self._streams = layer, parts, spec.n_embd, spec.streams
         self._count = spec.streams.count if layer.altup is not None and spec.streams is not None else 1
-
-    def load(self, to: Loading) -> None:
-        """Ask for what is read."""
-        side, altup, n_embd, count = self._layer.side, self._layer.altup, self._n_embd, self._count
-        if side is not None:
-            to.linear(side.gate, side.size, n_embd)
-            to.linear(side.out, n_embd, side.size)
-            to.norm(side.norm, n_embd)
-        if altup is not None:
-            to.norm(altup.router_norm, n_embd)
-            to.exact(altup.router, count, n_embd)
-            to.exact(altup.predict, count * count, count)
-            to.exact(altup.correct, count, count)
-            to.vector(altup.scale, n_embd)
-        to.vector(self._layer.out_scale, 1)
 
     def enter(self, rows: Any) -> tuple[Any, Any]:
         """What the layer works on of `rows` [n_seq, n, width], and all streams, which AltUp predicts first.

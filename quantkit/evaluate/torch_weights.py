@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from quantkit.architectures.forward import ForwardSpec, Linear, Norm
+from quantkit.architectures.forward import ForwardSpec, Norm, Products
 from quantkit.evaluate.threads import Threads
 from quantkit.evaluate.torch_blocks import DECODABLE, decode
 from quantkit.evaluate.weights import Weights
@@ -35,29 +35,24 @@ class Loading:
         if name not in self.tensors:
             self.tensors[name] = self._weights.fetch(name, n_rows, n_in, self.device)
 
-    def exact(self, name: str, n_rows: int, n_in: int) -> None:
-        """Numbers [n_rows, n_in] in float32, whatever the precision of products."""
+    def constant(self, name: str, shape: tuple[int, ...]) -> None:
+        """A vector or a matrix of this shape in float32, whatever the precision of products."""
         if name not in self.tensors:
-            decoded = self._weights.decoder.matrix("any", [(name, n_rows)], n_in)
+            decoded = self._weights.decoder.constant("any", name, shape)
             self.tensors[name] = torch.from_numpy(decoded).to(self.device, copy=True)
 
-    def vector(self, name: str | None, size: int) -> None:
-        """So many numbers, in float32; nothing where there is no name."""
-        if name is not None and name not in self.tensors:
-            decoded = self._weights.decoder.vector(name, size)
-            self.tensors[name] = torch.from_numpy(decoded).to(self.device, copy=True)
-
-    def linear(self, linear: Linear | None, n_out: int, n_in: int) -> None:
-        """What a product reads, where there is one."""
-        if linear is not None:
-            self.matrix(linear.weight, n_out, n_in)
-            self.vector(linear.bias, n_out)
+    def products(self, products: Products) -> None:
+        """What products read: their matrices, and what is added after."""
+        for linear, n_out in products.linears:
+            self.matrix(linear.weight, n_out, products.n_in)
+            if linear.bias is not None:
+                self.constant(linear.bias, (n_out,))
 
     def norm(self, norm: Norm | None, size: int) -> None:
         """What a norm of so many numbers reads, where there is one."""
-        if norm is not None:
-            self.vector(norm.weight, size)
-            self.vector(norm.bias, size)
+        for name in () if norm is None else (norm.weight, norm.bias):
+            if name is not None:
+                self.constant(name, (size,))
 
     def table(self, name: str, n_in: int) -> None:
         """A matrix whose rows are looked up, however many there are."""

@@ -60,6 +60,11 @@ class Weights:
             self._kept[key] = out
         return out
 
+    def constant(self, role: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Tensor `name`, a vector or a matrix, as float32 of this shape; a matrix is valid as `matrix` says."""
+        *n_rows, n_in = shape
+        return self.matrix(role, [(name, n_rows[0])], n_in) if n_rows else self.vector(name, n_in)
+
     def slab(self, role: str, name: str, n_rows: int, n_in: int, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` of matrix `name`, which has `n_rows`, as float32.
 

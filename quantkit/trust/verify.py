@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from quantkit.architectures import FAMILIES, forward_spec
-from quantkit.architectures.forward import Experts, ForwardSpec
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import GGUFFile, Metadata, TensorInfo, ValueType, padded
 from quantkit.machine import default_threads
@@ -151,35 +150,12 @@ def _architecture(source: GGUFSource, notes: list[str]) -> Iterator[str]:
     for name in sorted(spec.tensors):
         if name not in source.tensors:
             yield f"the tensor {name} is missing"
-    for name, (n_per_row, n_rows) in expected_shapes(spec).items():
+    for name, expected in spec.shapes.items():
         info = source.tensors.get(name)
+        n_rows, n_per_row = (1, *expected)[-2:]
         if info is not None and (info.n_per_row, info.n_rows) != (n_per_row, n_rows):
             shape = " x ".join(map(str, info.shape))
             yield f"tensor {name} is {shape}, where the metadata asks for rows of {n_per_row}, {n_rows} of them"
-
-
-def expected_shapes(spec: ForwardSpec) -> Mapping[str, tuple[int, int]]:
-    """The length of a row and the number of rows that the metadata asks for, of the large tensors of a model."""
-    shapes = {spec.embedding: (spec.n_embd, spec.n_vocab), spec.output.weight: (spec.n_embd, spec.n_vocab)}
-    if spec.head is not None:
-        shapes |= spec.head.shapes(spec.n_embd)
-    for layer in spec.layers:
-        for mixer in layer.mixers:
-            shapes |= {**mixer.shapes(spec.n_embd), mixer.out.weight: (mixer.width, spec.n_embd)}
-        ff = layer.feed_forward
-        dense = ff.shared if isinstance(ff, Experts) else ff
-        if dense is not None:
-            shapes[dense.down.weight] = (dense.n_ff, spec.n_embd)
-            for product, parts in ((dense.up, 1), (dense.gate, 1), (dense.gate_up, 2)):
-                if product is not None:
-                    shapes[product.weight] = (spec.n_embd, parts * dense.n_ff)
-        if isinstance(ff, Experts):
-            shapes[ff.router.weight] = (spec.n_embd, ff.n_expert)
-            for name, parts in ((ff.up, 1), (ff.gate, 1), (ff.gate_up, 2)):
-                if name is not None:
-                    shapes[name] = (spec.n_embd, parts * ff.n_ff * ff.n_expert)
-            shapes[ff.down] = (ff.n_ff, spec.n_embd * ff.n_expert)
-    return shapes
 
 
 def _vocabulary(source: GGUFSource, notes: list[str]) -> Iterator[str]:

@@ -48,7 +48,7 @@ ROPE = Rope(64, 1e6, RopeStyle.NEOX)
 
 
 def _low(name: str, rank: int) -> LowRank:
-    return LowRank(rank, f"{name}_down", f"{name}_up", f"{name}_bias")
+    return LowRank(rank, Linear(f"{name}_down"), Linear(f"{name}_up"), f"{name}_bias")
 
 
 # By model: n_embd and the layer's only part, as in their config.json.
@@ -101,7 +101,7 @@ PARTS: dict[str, tuple[int, Any]] = {
         2560,
         TimeMix(
             40, 64, "lerp", Linear("r"), Linear("k"), Linear("v"), OUT, _low("w", 96), _low("a", 96),
-            LowRank(320, "g_down", "g_up", None), None, "key_scale", "key_rate", "bonus",
+            LowRank(320, Linear("g_down"), Linear("g_up"), None), None, "key_scale", "key_rate", "bonus",
             Norm("heads", 64e-5, NormKind.LAYER, "heads_bias"), 2560,
         ),
     ),
@@ -143,16 +143,11 @@ class RandomLoading(Loading):
         self._put(name, self._random(name, n_rows, n_in) / math.sqrt(n_in), self._made.dtype)
         self._made.products.append((n_rows, n_in))
 
-    def exact(self, name: str, n_rows: int, n_in: int) -> None:
+    def constant(self, name: str, shape: tuple[int, ...]) -> None:
         """See `Loading`."""
-        values = self._random(name, n_rows, n_in)
-        self._put(name, -values.abs() if name == "decay" else values / math.sqrt(n_in), torch.float32)
-
-    def vector(self, name: str | None, size: int) -> None:
-        """See `Loading`."""
-        if name is not None:
-            values = self._random(name, size)
-            self._put(name, -values.abs() if name == "decay" else 1 + 0.1 * values, torch.float32)
+        values, is_vector = self._random(name, *shape), len(shape) == 1
+        values = -values.abs() if name == "decay" else 1 + 0.1 * values if is_vector else values / math.sqrt(shape[1])
+        self._put(name, values, torch.float32)
 
 
 def built(part: Any, n_embd: int, device: str, dtype: torch.dtype) -> tuple[TorchLayer, RandomWeights]:

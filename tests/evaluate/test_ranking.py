@@ -25,7 +25,6 @@ from quantkit.evaluate.transformer import Transformer
 from quantkit.formats.gguf import ValueType
 from quantkit.sources.checkpoint import CheckpointSource
 from quantkit.sources.source import GGUFSource
-from quantkit.trust.verify import expected_shapes
 from quantkit.vocabulary import Vocabulary
 
 GOLDENS = ROOT / "tests" / "goldens" / "scores"
@@ -138,7 +137,7 @@ def test_a_damaged_classifier(tmp_path: Path) -> None:
     with pytest.raises(QuantkitError, match=r"does not have \{query\} and \{document\} once"):
         rank(source, [("a", "b")], compute=ONE)
     model = Transformer(source, ONE)
-    assert expected_shapes(model.spec)["cls.output.weight"] == (model.spec.n_embd, 2)
+    assert model.spec.shapes["cls.output.weight"] == (2, model.spec.n_embd)
 
 
 @pytest.mark.parametrize("name", ["tiny-bert-classifier", "tiny-qwen3-reranker"])
