@@ -135,8 +135,8 @@ FAMILIES: tuple[type[Architecture], ...] = (
     DistilBert,
     Roberta,
     XlmRoberta,
-    NomicBertMoe,
     NomicBert,
+    NomicBertMoe,
     ModernBert,
     JinaBert,
     EuroBert,
@@ -144,8 +144,8 @@ FAMILIES: tuple[type[Architecture], ...] = (
     Mamba,
     FalconH1,
     Jamba,
-    NemotronHMoe,
     NemotronH,
+    NemotronHMoe,
     Gemma3n,
     Gemma4,
     Gemma4Unified,
@@ -154,9 +154,11 @@ FAMILIES: tuple[type[Architecture], ...] = (
     Rwkv7,
 )
 
-BY_CLASS: dict[str, type[Architecture]] = {
-    name: family for family in FAMILIES for name in (*family.checkpoints, *family.wrappers)
-}
+# The family of each class. Where one covers the classes of another, that one decides between them (`Architecture.of`).
+BY_CLASS: dict[str, type[Architecture]] = {}
+for _family in FAMILIES:
+    for _name in (*_family.checkpoints, *_family.wrappers):
+        BY_CLASS.setdefault(_name, _family)
 
 
 @dataclass(frozen=True)

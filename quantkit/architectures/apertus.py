@@ -30,7 +30,6 @@ class Apertus(Llama):
             "rope_theta": 12000000.0,
         },
     }
-    wrappers = {}  # noqa: RUF012
     derived = {"num_key_value_heads": Llama.derived["num_key_value_heads"]}  # noqa: RUF012
     transforms = {}  # noqa: RUF012
     numbers = {f".act_fn.{name}": f"add_xielu_{name}" for name in _LEARNED}  # noqa: RUF012

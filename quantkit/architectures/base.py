@@ -97,7 +97,7 @@ class Architecture:
     - `checkpoints`: the transformers classes that it covers, each with what its configuration class assumes where
       config.json is silent.
     - `wrappers`: the multimodal classes whose text model it covers, each with what is assumed of the text model by
-      its `model_type`.
+      its `model_type`. Neither of these is inherited: a family that says nothing covers nothing.
     - `derived`: fields that the configuration class computes from others where they are missing or null.
     - `parameters`: its metadata, in the reference converter's order.
     - `transforms`: by the end of a stored tensor's name, how it is converted.
@@ -140,6 +140,12 @@ class Architecture:
     special_tokens: ClassVar[Mapping[str, str]] = {}
     usual_pre: ClassVar[str | None] = None
     notes: ClassVar[str] = ""
+
+    def __init_subclass__(cls) -> None:
+        """Take back what would be inherited: a family is not found in the place of the one that it is like."""
+        for covered in ("checkpoints", "wrappers"):
+            if covered not in vars(cls):
+                setattr(cls, covered, {})
 
     def __init__(self, config: Config) -> None:
         """Take the family with the hyper-parameters of `config`. Raises QuantkitError for a wrapper of others."""

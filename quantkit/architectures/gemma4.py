@@ -262,7 +262,6 @@ def _experts(model: ModelReader, i: int) -> Experts:
 class Gemma4Unified(Gemma4):
     """The text model of Gemma4UnifiedForConditionalGeneration."""
 
-    checkpoints = {}  # noqa: RUF012
     wrappers = {  # noqa: RUF012
         "Gemma4UnifiedForConditionalGeneration": {
             "gemma4_unified_text": {

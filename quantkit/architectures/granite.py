@@ -60,7 +60,6 @@ class Granite(Llama):
             "logits_scaling": 1.0,
         }
     }
-    wrappers = {}  # noqa: RUF012
     derived = {"num_key_value_heads": Llama.derived["num_key_value_heads"]}  # noqa: RUF012
     parameters = (
         *Llama.parameters,

@@ -77,7 +77,9 @@ class GraniteHybrid(GraniteMoe):
 
 class _AllAttention(GraniteHybrid):
     gguf_name = "granite"
+    checkpoints = GraniteHybrid.checkpoints
 
 
 class _AllAttentionMoe(GraniteHybrid):
     gguf_name = "granitemoe"
+    checkpoints = GraniteHybrid.checkpoints

@@ -66,7 +66,6 @@ class InternLM3(Llama):
     """InternLM3ForCausalLM, a class of its checkpoints' own code. llama.cpp takes it for a Llama."""
 
     checkpoints = {"InternLM3ForCausalLM": {**_DEFAULTS, "vocab_size": 128512}}  # noqa: RUF012
-    wrappers = {}  # noqa: RUF012
     derived = {"num_key_value_heads": Llama.derived["num_key_value_heads"]}  # noqa: RUF012
     vocabulary = "internlm3"
     notes = "a Llama with a vocabulary of its own"

@@ -121,7 +121,6 @@ class Lfm2Moe(Lfm2):
     """Lfm2MoeForCausalLM."""
 
     gguf_name = "lfm2moe"
-    wrappers = {}  # noqa: RUF012
     checkpoints = {  # noqa: RUF012
         "Lfm2MoeForCausalLM": {
             "vocab_size": 65536,

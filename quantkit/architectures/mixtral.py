@@ -31,7 +31,6 @@ class Mixtral(Llama):
             "num_experts_per_tok": 2,
         }
     }
-    wrappers = {}  # noqa: RUF012
     derived = {"num_key_value_heads": Llama.derived["num_key_value_heads"]}  # noqa: RUF012
     stacks = (MIXTRAL_EXPERTS,)
     notes = "experts in 3-D tensors"

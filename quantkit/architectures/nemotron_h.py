@@ -116,6 +116,7 @@ class NemotronHMoe(NemotronH):
     """NemotronHForCausalLM with experts: Nemotron 3."""
 
     gguf_name = "nemotron_h_moe"
+    checkpoints = NemotronH.checkpoints
     parameters = (
         *NemotronH.parameters,
         EXPERT_FEED_FORWARD,

@@ -81,6 +81,7 @@ class NomicBertMoe(NomicBert):
     """
 
     gguf_name = "nomic-bert-moe"
+    checkpoints = NomicBert.checkpoints
     parameters = (
         *NomicBert.parameters,
         Field("add_moe_every_n_layers", ("moe_every_n_layers",)),

@@ -36,7 +36,6 @@ class Qwen2Moe(Qwen2):
             "rope_theta": 10000.0,
         },
     }
-    wrappers = {}  # noqa: RUF012
     parameters = (
         *SHARED,
         EXPERT_FEED_FORWARD,

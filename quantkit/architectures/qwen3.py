@@ -19,7 +19,6 @@ class Qwen3(Qwen2):
     checkpoints = {  # noqa: RUF012
         "Qwen3ForCausalLM": {**Qwen2.checkpoints["Qwen2ForCausalLM"], "head_dim": 128},
     }
-    wrappers = {}  # noqa: RUF012
     notes = "QK norms, explicit head size; Qwen3-Embedding with its pooling, Qwen3-Reranker"
 
     @classmethod

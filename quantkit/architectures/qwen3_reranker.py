@@ -53,7 +53,7 @@ def _rank(architecture: Architecture, writer: GGUFWriter, file_type: int) -> Non
 class Qwen3Reranker(Qwen3):
     """Qwen3ForCausalLM, of which the rows of the output matrix for the two answers are a classifier."""
 
-    checkpoints = {}  # noqa: RUF012
+    checkpoints = Qwen3.checkpoints
     parameters = (*Qwen3.parameters, _rank)
     notes = "Qwen3 that ranks documents"
 

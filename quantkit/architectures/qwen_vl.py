@@ -60,7 +60,6 @@ class Qwen2Vl(Qwen2):
     """The text model of Qwen2VLForConditionalGeneration, Qwen2_5_VLForConditionalGeneration and Qwen2_5OmniModel."""
 
     gguf_name = "qwen2vl"
-    checkpoints = {}  # noqa: RUF012
     wrappers = {  # noqa: RUF012
         "Qwen2VLForConditionalGeneration": {"qwen2_vl_text": _QWEN2, "qwen2_vl": _QWEN2},
         "Qwen2_5_VLForConditionalGeneration": {"qwen2_5_vl_text": _QWEN2, "qwen2_5_vl": _QWEN2},
@@ -82,7 +81,6 @@ class Qwen3Vl(Qwen3):
     """The text model of Qwen3VLForConditionalGeneration."""
 
     gguf_name = "qwen3vl"
-    checkpoints = {}  # noqa: RUF012
     wrappers = {"Qwen3VLForConditionalGeneration": {"qwen3_vl_text": _QWEN3}}  # noqa: RUF012
     parameters = (*SHARED, _write_deepstack)
     renames = _THINKER
@@ -105,7 +103,6 @@ class Qwen3VlMoe(Qwen3Moe):
     """The text model of Qwen3VLMoeForConditionalGeneration. Its experts are stacked with inputs as rows."""
 
     gguf_name = "qwen3vlmoe"
-    checkpoints = {}  # noqa: RUF012
     wrappers = {"Qwen3VLMoeForConditionalGeneration": {"qwen3_vl_moe_text": _MOE}}  # noqa: RUF012
     parameters = (*SHARED, EXPERT_FEED_FORWARD, _write_deepstack)
     pieces = TRANSPOSED_EXPERTS

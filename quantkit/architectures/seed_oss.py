@@ -28,7 +28,6 @@ class SeedOss(Qwen2):
             "rope_theta": 10000.0,
         },
     }
-    wrappers = {}  # noqa: RUF012
     vocabulary = "bpe"
     notes = "attention biases, explicit head size"
 

@@ -32,7 +32,6 @@ class SmolLM3(Llama):
             "rope_theta": 2000000.0,
         }
     }
-    wrappers = {}  # noqa: RUF012
     derived = {"num_key_value_heads": Llama.derived["num_key_value_heads"]}  # noqa: RUF012
     notes = "every fourth layer without rotary"
 

@@ -76,10 +76,20 @@ def test_silent_fields_are_filled_in_as_the_configuration_class_does() -> None:
     assert (mistral.require("num_key_value_heads"), mistral.require("head_dim")) == (8, 128)
 
 
+def test_what_a_family_covers_is_not_inherited() -> None:
+    class Alike(Llama):
+        gguf_name = "alike"
+
+    assert Llama.checkpoints and Llama.wrappers
+    assert not Alike.checkpoints and not Alike.wrappers
+
+
 def test_every_family_is_found_by_its_classes_and_others_are_refused(tmp_path: Path) -> None:
     for family in FAMILIES:
-        if "checkpoints" not in vars(family):
-            continue  # its base's, which is this family by hyper-parameters
+        base = family.__base__
+        if base is not None and family.checkpoints is base.checkpoints:
+            assert "of" in vars(base)  # by hyper-parameters
+            continue
         for name in (*family.checkpoints, *family.wrappers):
             assert BY_CLASS[name] is family
             (tmp_path / "config.json").write_text(json.dumps({"architectures": [name], "vocab_size": 8}))
