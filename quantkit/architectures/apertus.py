@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.architectures.forward import XIELU, FeedForward, ForwardSpec, RopeStyle
+from quantkit.architectures.feed_forward import XIELU, FeedForward
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.llama import Llama
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 from quantkit.architectures.base import Architecture, Pieces, Transform
 from quantkit.architectures.config import Config
 from quantkit.architectures.experts import EXPERTS
-from quantkit.architectures.forward import ForwardSpec, Gating, RopeStyle
+from quantkit.architectures.feed_forward import Gating
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import (
     EXPERT_FEED_FORWARD,
     EXPERT_NORM,

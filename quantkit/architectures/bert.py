@@ -12,8 +12,10 @@ import numpy as np
 
 from quantkit.architectures.base import Architecture, Assembly, Transform
 from quantkit.architectures.config import Config
-from quantkit.architectures.forward import Activation, ForwardSpec, NormKind
+from quantkit.architectures.feed_forward import Activation
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.parameters import SHARED, Constant, pooling
+from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.config import Config
-from quantkit.architectures.forward import ForwardSpec, NormKind, Rope, RopeStyle
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import Rope, RopeStyle
 from quantkit.architectures.parameters import LOGIT_SCALE, SHARED, SLIDING_WINDOW, VOCABULARY_SIZE, rope_unscaled
+from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 

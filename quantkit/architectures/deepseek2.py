@@ -12,7 +12,9 @@ import numpy as np
 from quantkit.architectures.base import Architecture, Rearrange, Transform
 from quantkit.architectures.config import Config
 from quantkit.architectures.experts import EXPERTS
-from quantkit.architectures.forward import ForwardSpec, Gating, LatentAttention, Rope, RopeStyle
+from quantkit.architectures.feed_forward import Gating
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import LatentAttention, Rope, RopeStyle
 from quantkit.architectures.parameters import (
     EXPERT_SCALE,
     SHARED,

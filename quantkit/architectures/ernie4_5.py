@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from quantkit.architectures.base import Architecture, Pieces, Transform
 from quantkit.architectures.experts import Stack
-from quantkit.architectures.forward import Experts, FeedForward, ForwardSpec, RopeStyle
+from quantkit.architectures.feed_forward import Experts, FeedForward
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import EXPERT_FEED_FORWARD, SHARED, Field
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import HALVES, STACKED_EXPERTS, fused_heads, part

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.bert import classifier_pooling
-from quantkit.architectures.forward import ForwardSpec, RopeStyle
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import SHARED, Constant, pooling, rope_unscaled
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo

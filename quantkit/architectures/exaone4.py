@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture, Assembly
-from quantkit.architectures.forward import ForwardSpec, RopeStyle
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import SHARED, SLIDING_WINDOW, VOCABULARY_SIZE, sliding_layers
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo

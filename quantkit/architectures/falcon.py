@@ -9,8 +9,11 @@ import numpy as np
 
 from quantkit.architectures.base import Architecture, Rearrange, Transform
 from quantkit.architectures.config import Config
-from quantkit.architectures.forward import Activation, ForwardSpec, NormKind, RopeStyle
+from quantkit.architectures.feed_forward import Activation
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import EMBEDDING, Constant, Field, block_count, file_type
+from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 

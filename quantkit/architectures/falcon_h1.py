@@ -10,7 +10,8 @@ import numpy as np
 
 from quantkit.architectures.base import Architecture, Factors, Transform
 from quantkit.architectures.config import Config
-from quantkit.architectures.forward import ForwardSpec, RopeStyle
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import (
     CONTEXT,
     EMBEDDING,

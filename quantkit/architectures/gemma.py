@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 
 from quantkit.architectures.base import Architecture, Transform
-from quantkit.architectures.forward import Activation, ForwardSpec, RopeStyle
+from quantkit.architectures.feed_forward import Activation
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.gemma2 import plus_one
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import (
     CONTEXT,
     EMBEDDING,

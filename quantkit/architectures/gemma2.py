@@ -9,7 +9,9 @@ from dataclasses import replace
 import numpy as np
 
 from quantkit.architectures.base import Architecture, Transform
-from quantkit.architectures.forward import Activation, ForwardSpec, RopeStyle
+from quantkit.architectures.feed_forward import Activation
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import (
     ATTENTION_SOFT_CAP,
     CONTEXT,

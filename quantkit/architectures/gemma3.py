@@ -9,8 +9,10 @@ import numpy as np
 
 from quantkit.architectures.base import Architecture, Transform
 from quantkit.architectures.config import Config
-from quantkit.architectures.forward import Activation, ForwardSpec, Rope, RopeStyle
+from quantkit.architectures.feed_forward import Activation
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.gemma2 import plus_one, scores_scale
+from quantkit.architectures.mixers import Rope, RopeStyle
 from quantkit.architectures.parameters import FINAL_SOFT_CAP, SHARED, SLIDING_WINDOW
 from quantkit.architectures.reader import ModelReader
 from quantkit.errors import QuantkitError

@@ -13,9 +13,12 @@ import numpy as np
 from quantkit.architectures.base import Architecture, Transform
 from quantkit.architectures.config import Config
 from quantkit.architectures.experts import Stack
-from quantkit.architectures.forward import Activation, AltUp, ForwardSpec, Laurel, Norm, Rope, RopeStyle, Streams
+from quantkit.architectures.feed_forward import Activation
+from quantkit.architectures.forward import AltUp, ForwardSpec, Laurel, Streams
 from quantkit.architectures.gemma3 import Gemma3
+from quantkit.architectures.mixers import Rope, RopeStyle
 from quantkit.architectures.parameters import Field, sliding_layers
+from quantkit.architectures.products import Norm
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo, ValueType
 

@@ -10,19 +10,12 @@ import numpy as np
 
 from quantkit.architectures.base import Architecture, Assembly
 from quantkit.architectures.config import Config
-from quantkit.architectures.forward import (
-    Activation,
-    Apart,
-    Attention,
-    Experts,
-    FeedForward,
-    ForwardSpec,
-    Norm,
-    Rope,
-    RopeStyle,
-)
+from quantkit.architectures.feed_forward import Activation, Apart, Experts, FeedForward
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.gemma3 import Gemma3
+from quantkit.architectures.mixers import Attention, Rope, RopeStyle
 from quantkit.architectures.parameters import EXPERT_FEED_FORWARD, Field, sliding_layers
+from quantkit.architectures.products import Norm
 from quantkit.architectures.reader import ModelReader
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo

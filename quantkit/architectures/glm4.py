@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from functools import cached_property
 
 from quantkit.architectures.base import Architecture
-from quantkit.architectures.forward import FeedForward, ForwardSpec, RopeStyle
+from quantkit.architectures.feed_forward import FeedForward
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import SHARED, rope_dimensions
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo

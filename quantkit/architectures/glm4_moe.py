@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.experts import EXPERTS
-from quantkit.architectures.forward import ForwardSpec, Gating, RopeStyle
+from quantkit.architectures.feed_forward import Gating
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import (
     EXPERT_FEED_FORWARD,
     EXPERT_NORM,

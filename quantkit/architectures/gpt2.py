@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quantkit.architectures.base import Architecture, Transform
-from quantkit.architectures.forward import Activation, ForwardSpec, NormKind
+from quantkit.architectures.feed_forward import Activation
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.parameters import EMBEDDING, HEADS, LAYER_NORM_EPSILON, Field, block_count, file_type
+from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import transpose
 from quantkit.formats.gguf import Metadata, TensorInfo

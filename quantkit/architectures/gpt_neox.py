@@ -10,7 +10,9 @@ import numpy as np
 
 from quantkit.architectures.base import Architecture, Transform
 from quantkit.architectures.config import Config
-from quantkit.architectures.forward import Activation, ForwardSpec, NormKind, RopeStyle
+from quantkit.architectures.feed_forward import Activation
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import (
     CONTEXT,
     EMBEDDING,
@@ -20,6 +22,7 @@ from quantkit.architectures.parameters import (
     block_count,
     rope_dimensions,
 )
+from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quantkit.architectures.base import Architecture, Transform
-from quantkit.architectures.forward import Activation, ForwardSpec, Gating, RopeStyle
+from quantkit.architectures.feed_forward import Activation, Gating
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import SHARED, SLIDING_WINDOW, Field
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import HALVES, every, every_column, in_turn, transpose

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from quantkit.architectures.base import Transform
 from quantkit.architectures.config import Config
-from quantkit.architectures.forward import Experts, FeedForward, ForwardSpec, RopeStyle
+from quantkit.architectures.feed_forward import Experts, FeedForward
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.llama import Llama
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import Field
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import HALVES, part

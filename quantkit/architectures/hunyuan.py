@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.config import Config
 from quantkit.architectures.experts import EXPERTS
-from quantkit.architectures.forward import ForwardSpec, RopeStyle
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import SHARED, Field, Parameter
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import STACKED_EXPERTS

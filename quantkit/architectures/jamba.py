@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.experts import EXPERTS, Stack
-from quantkit.architectures.forward import Experts, FeedForward, ForwardSpec
+from quantkit.architectures.feed_forward import Experts, FeedForward
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.parameters import CONTEXT, EMBEDDING, FEED_FORWARD, HEADS, Field, block_count, file_type
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import STACKED_EXPERTS

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quantkit.architectures.bert import DEFAULTS, Bert, encoder_spec
-from quantkit.architectures.forward import Activation, FeedForward, ForwardSpec, NormKind
+from quantkit.architectures.feed_forward import Activation, FeedForward
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 

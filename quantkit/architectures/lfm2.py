@@ -7,16 +7,10 @@ from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture, Transform
 from quantkit.architectures.experts import Stack
-from quantkit.architectures.forward import (
-    Attention,
-    Convolution,
-    Experts,
-    FeedForward,
-    ForwardSpec,
-    RopeStyle,
-    ShortConvolution,
-)
+from quantkit.architectures.feed_forward import Experts, FeedForward
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.glm4_moe import sigmoid
+from quantkit.architectures.mixers import Attention, Convolution, RopeStyle, ShortConvolution
 from quantkit.architectures.parameters import (
     EXPERT_FEED_FORWARD,
     KEY_VALUE_HEADS,

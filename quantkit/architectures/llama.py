@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from quantkit.architectures.base import Architecture, Assembly, Transform
-from quantkit.architectures.forward import ForwardSpec, RopeStyle
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import SHARED, VOCABULARY_SIZE, rope_dimensions
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import interleave_rotary

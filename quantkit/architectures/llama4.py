@@ -7,18 +7,12 @@ from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.config import Config
-from quantkit.architectures.forward import (
-    Attention,
-    Experts,
-    FeedForward,
-    ForwardSpec,
-    Gating,
-    Norm,
-    RopeStyle,
-    Temperature,
-)
+from quantkit.architectures.feed_forward import Experts, FeedForward, Gating
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.llama import Llama
+from quantkit.architectures.mixers import Attention, RopeStyle, Temperature
 from quantkit.architectures.parameters import Field
+from quantkit.architectures.products import Norm
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import TRANSPOSED_EXPERTS
 from quantkit.formats.gguf import Metadata, TensorInfo

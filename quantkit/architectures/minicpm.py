@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture, Assembly
-from quantkit.architectures.forward import ForwardSpec, RopeStyle
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.llama import INTERLEAVED
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import SHARED
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo

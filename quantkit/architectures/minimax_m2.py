@@ -7,7 +7,9 @@ from functools import cached_property
 
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.experts import Stack
-from quantkit.architectures.forward import ForwardSpec, Gating, RopeStyle
+from quantkit.architectures.feed_forward import Gating
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import SHARED, Field, rope_dimensions
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo

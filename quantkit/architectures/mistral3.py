@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture
-from quantkit.architectures.forward import ForwardSpec, RopeStyle, Temperature, Yarn
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.llama import Llama
+from quantkit.architectures.mixers import RopeStyle, Temperature, Yarn
 from quantkit.architectures.reader import ModelReader
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo

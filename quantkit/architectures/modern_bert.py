@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.bert import Bert, classifier_pooling, labels
-from quantkit.architectures.forward import Activation, FeedForward, ForwardSpec, NormKind, RopeStyle
+from quantkit.architectures.feed_forward import Activation, FeedForward
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import SHARED, VOCABULARY_SIZE, Constant, Field, pooling, rope_unscaled
+from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 

@@ -7,9 +7,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture, Transform
-from quantkit.architectures.forward import Activation, ForwardSpec, NormKind, RopeStyle
+from quantkit.architectures.feed_forward import Activation
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.gemma2 import plus_one
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import SHARED, VOCABULARY_SIZE, Field, rope_dimensions
+from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.config import Config
 from quantkit.architectures.experts import Stack
-from quantkit.architectures.forward import Activation, Experts, FeedForward, ForwardSpec, Gating, Layer
+from quantkit.architectures.feed_forward import Activation, Experts, FeedForward, Gating
+from quantkit.architectures.forward import ForwardSpec, Layer
 from quantkit.architectures.llama import INTERLEAVED
 from quantkit.architectures.parameters import (
     EXPERT_FEED_FORWARD,

@@ -10,8 +10,11 @@ import numpy as np
 from quantkit.architectures.base import Architecture, Transform
 from quantkit.architectures.bert import Bert, encoder_spec
 from quantkit.architectures.config import Config
-from quantkit.architectures.forward import Activation, ForwardSpec, NormKind, RopeStyle
+from quantkit.architectures.feed_forward import Activation
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import Field
+from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import in_turn, transpose
 from quantkit.formats.gguf import Metadata, TensorInfo

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quantkit.architectures.base import Architecture
-from quantkit.architectures.forward import ForwardSpec, Norm, NormKind, RopeStyle
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.llama import INTERLEAVED
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import SHARED, Constant, Field
+from quantkit.architectures.products import Norm, NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 

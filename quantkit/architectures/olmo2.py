@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.config import Config
-from quantkit.architectures.forward import ForwardSpec, Rope, RopeStyle
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import Rope, RopeStyle
 from quantkit.architectures.parameters import SHARED, SLIDING_WINDOW
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.experts import EXPERTS
-from quantkit.architectures.forward import ForwardSpec, RopeStyle
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import SHARED, Constant
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import STACKED_EXPERTS

@@ -7,7 +7,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture
-from quantkit.architectures.forward import Activation, ForwardSpec, NormKind, RopeStyle
+from quantkit.architectures.feed_forward import Activation
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import (
     EMBEDDING,
     HEADS,
@@ -17,6 +19,7 @@ from quantkit.architectures.parameters import (
     file_type,
     rope_dimensions,
 )
+from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 

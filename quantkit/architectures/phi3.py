@@ -8,7 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from quantkit.architectures.base import Architecture, Assembly
-from quantkit.architectures.forward import FeedForward, ForwardSpec, RopeStyle
+from quantkit.architectures.feed_forward import FeedForward
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import (
     EMBEDDING,
     FEED_FORWARD,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from quantkit.architectures.forward import ForwardSpec, Gating, NormKind, RopeStyle
+from quantkit.architectures.feed_forward import Gating
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.mixtral import MIXTRAL_EXPERTS
 from quantkit.architectures.parameters import EXPERTS, EXPERTS_USED
 from quantkit.architectures.phi3 import Phi3
+from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quantkit.architectures.experts import EXPERTS
-from quantkit.architectures.forward import ForwardSpec, Linear, RopeStyle
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import EXPERT_FEED_FORWARD, SHARED, Field
+from quantkit.architectures.products import Linear
 from quantkit.architectures.qwen2 import Qwen2
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import STACKED_EXPERTS

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.config import Config
-from quantkit.architectures.forward import ForwardSpec, RopeStyle
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.qwen2 import Qwen2
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quantkit.architectures.experts import EXPERTS
-from quantkit.architectures.forward import ForwardSpec, RopeStyle
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import EXPERT_FEED_FORWARD, SHARED
 from quantkit.architectures.qwen3 import Qwen3
 from quantkit.architectures.reader import ModelReader

@@ -12,18 +12,12 @@ import numpy as np
 from quantkit.architectures.base import Architecture, Assembly, Rearrange, Transform
 from quantkit.architectures.config import Config
 from quantkit.architectures.experts import EXPERTS
-from quantkit.architectures.forward import (
-    MAX_HEAD,
-    Attention,
-    DeltaNet,
-    Experts,
-    FeedForward,
-    ForwardSpec,
-    Linear,
-    RopeStyle,
-)
+from quantkit.architectures.feed_forward import Experts, FeedForward
+from quantkit.architectures.forward import MAX_HEAD, ForwardSpec
 from quantkit.architectures.gemma2 import plus_one
+from quantkit.architectures.mixers import Attention, DeltaNet, RopeStyle
 from quantkit.architectures.parameters import NEXT_LAYERS, rope_dimensions
+from quantkit.architectures.products import Linear
 from quantkit.architectures.qwen2_moe import Qwen2Moe
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import STACKED_EXPERTS, decay_rates, in_turn, kernel

@@ -9,33 +9,29 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from quantkit.architectures.feed_forward import XIELU, Activation, Experts, FeedForward, Gating
 from quantkit.architectures.forward import (
     MAX_HEAD,
     MAX_LAYERS,
-    XIELU,
-    Activation,
-    Attention,
-    Convolution,
-    Experts,
-    FeedForward,
     ForwardSpec,
-    Gating,
     Head,
     Layer,
-    Linear,
+    Pooling,
+    SideEmbedding,
+    SideInput,
+)
+from quantkit.architectures.mixers import (
+    Attention,
+    Convolution,
     Mamba,
     Mamba2,
     Mixer,
-    Norm,
-    NormKind,
-    Pooling,
     Rope,
     RopeStyle,
     SharedKeys,
-    SideEmbedding,
-    SideInput,
     Yarn,
 )
+from quantkit.architectures.products import Linear, Norm, NormKind
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import INTEGERS, Metadata, TensorInfo, ValueType
 

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Mapping
 
 from quantkit.architectures.config import Config
-from quantkit.architectures.forward import ForwardSpec, RopeStyle
+from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.llama import Llama
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.experts import Stack
-from quantkit.architectures.forward import ForwardSpec, NormKind, RopeStyle
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
 from quantkit.architectures.parameters import (
     CONTEXT,
     EMBEDDING,
@@ -20,6 +21,7 @@ from quantkit.architectures.parameters import (
     file_type,
     rope_dimensions,
 )
+from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 

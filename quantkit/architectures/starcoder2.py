@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from quantkit.architectures.base import Architecture
-from quantkit.architectures.forward import Activation, ForwardSpec, NormKind, RopeStyle
+from quantkit.architectures.feed_forward import Activation
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import RopeStyle
+from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 

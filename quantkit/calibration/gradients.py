@@ -23,7 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.architectures.forward import Attention, Experts, ForwardSpec, Layer
+from quantkit.architectures.feed_forward import Experts
+from quantkit.architectures.forward import ForwardSpec, Layer
+from quantkit.architectures.mixers import Attention
 from quantkit.calibration.moments import batches
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.activations import Activations

@@ -7,9 +7,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from quantkit.architectures.forward import Attention, LatentAttention, NormKind, Rope, RopeStyle, Temperature
+from quantkit.architectures.mixers import Attention, LatentAttention, Rope, RopeStyle, Temperature
+from quantkit.architectures.products import NormKind
 from quantkit.evaluate import forward_kernels
-from quantkit.evaluate.mixers import MixerRunner, Part, positioned
+from quantkit.evaluate.mixer_runner import MixerRunner, Part, positioned
 from quantkit.evaluate.threads import Each, one_by_one
 
 _NO_BIAS = np.empty(0, np.float32)

@@ -12,17 +12,10 @@ from dataclasses import MISSING, fields
 
 import numpy as np
 
-from quantkit.architectures.forward import (
-    XIELU,
-    Activation,
-    Attention,
-    FeedForward,
-    ForwardSpec,
-    Layer,
-    Norm,
-    NormKind,
-    RopeStyle,
-)
+from quantkit.architectures.feed_forward import XIELU, Activation, FeedForward
+from quantkit.architectures.forward import ForwardSpec, Layer
+from quantkit.architectures.mixers import Attention, RopeStyle
+from quantkit.architectures.products import Norm, NormKind
 from quantkit.evaluate.attention import AttentionRunner, temperatures
 from quantkit.evaluate.layers import LayerRunner
 from quantkit.evaluate.parts import Product

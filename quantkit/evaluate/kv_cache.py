@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from quantkit.architectures.forward import Attention, ForwardSpec
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import Attention
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.layers import RUNNERS
 from quantkit.machine import available_memory

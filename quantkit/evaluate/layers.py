@@ -13,31 +13,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quantkit.architectures.forward import (
-    XIELU,
-    Activation,
+from quantkit.architectures.feed_forward import XIELU, Activation, Experts, FeedForward, Gating
+from quantkit.architectures.forward import ForwardSpec, Laurel, Layer
+from quantkit.architectures.mixers import (
     Attention,
     ChannelMix,
     DeltaNet,
-    Experts,
-    FeedForward,
-    ForwardSpec,
-    Gating,
     LatentAttention,
-    Laurel,
-    Layer,
     Mamba,
     Mamba2,
     Mixer,
-    Norm,
-    NormKind,
     ShortConvolution,
     TimeMix,
 )
+from quantkit.architectures.products import Norm, NormKind
 from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.activations import Activations
 from quantkit.evaluate.attention import AttentionRunner, LatentRunner
-from quantkit.evaluate.mixers import Memory, MixerRunner, Part, Tables
+from quantkit.evaluate.mixer_runner import Memory, MixerRunner, Part, Tables
 from quantkit.evaluate.parts import Observer, Parts, Product
 from quantkit.evaluate.recurrent import (
     ChannelMixRunner,

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quantkit.architectures.forward import Layer, Norm, NormKind, Products
+from quantkit.architectures.forward import Layer
+from quantkit.architectures.products import Norm, NormKind, Products
 from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.threads import Each, Workspace, one_by_one
 from quantkit.evaluate.weights import Weights

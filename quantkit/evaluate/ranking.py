@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from quantkit.architectures.forward import Linear
+from quantkit.architectures.products import Linear
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.backends import AnyModel, load

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from quantkit.architectures.forward import (
+from quantkit.architectures.mixers import (
     ChannelMix,
     Convolution,
     DeltaNet,
@@ -20,12 +20,12 @@ from quantkit.architectures.forward import (
     Mamba,
     Mamba2,
     Mixer,
-    NormKind,
     ShortConvolution,
     TimeMix,
 )
+from quantkit.architectures.products import NormKind
 from quantkit.evaluate import forward_kernels, recurrent_kernels
-from quantkit.evaluate.mixers import Memory, MixerRunner, Part, positioned
+from quantkit.evaluate.mixer_runner import Memory, MixerRunner, Part, positioned
 from quantkit.evaluate.parts import Parts, Product
 from quantkit.evaluate.threads import Each, one_by_one
 

@@ -9,7 +9,8 @@ import math
 
 import numpy as np
 
-from quantkit.architectures.forward import AltUp, ForwardSpec, Layer, Norm, SideEmbedding, SideInput, Streams
+from quantkit.architectures.forward import AltUp, ForwardSpec, Layer, SideEmbedding, SideInput, Streams
+from quantkit.architectures.products import Norm
 from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.parts import Parts, Product
 from quantkit.evaluate.threads import Each

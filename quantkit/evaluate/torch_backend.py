@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.architectures.forward import Products, SideEmbedding
+from quantkit.architectures.forward import SideEmbedding
+from quantkit.architectures.products import Products
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.inputs import Balance, Sums
 from quantkit.evaluate.model import Model

@@ -10,39 +10,26 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from quantkit.architectures.forward import (
-    XIELU,
-    Activation,
-    AltUp,
-    Apart,
+from quantkit.architectures.feed_forward import XIELU, Activation, Apart, Experts, FeedForward, Gating
+from quantkit.architectures.forward import AltUp, ForwardSpec, Head, Laurel, Layer, SideEmbedding, SideInput, Streams
+from quantkit.architectures.mixers import (
     Attention,
     ChannelMix,
     Convolution,
     DeltaNet,
-    Experts,
-    FeedForward,
-    ForwardSpec,
-    Gating,
-    Head,
     LatentAttention,
-    Laurel,
-    Layer,
-    Linear,
     LowRank,
     Mamba,
     Mamba2,
     Mixer,
-    Norm,
     Rope,
     SharedKeys,
     ShortConvolution,
-    SideEmbedding,
-    SideInput,
-    Streams,
     Temperature,
     TimeMix,
     Yarn,
 )
+from quantkit.architectures.products import Linear, Norm
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.layers import NEAR
 from quantkit.evaluate.streams import is_wide

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch.nn import functional
 
-from quantkit.architectures.forward import Attention, LatentAttention, Mixer, Norm
+from quantkit.architectures.mixers import Attention, LatentAttention, Mixer
+from quantkit.architectures.products import Norm
 from quantkit.evaluate.attention import falling
 from quantkit.evaluate.torch_parts import TorchParts
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from quantkit.architectures.forward import Linear, Norm, NormKind, Rope, RopeStyle
+from quantkit.architectures.mixers import Rope, RopeStyle
+from quantkit.architectures.products import Linear, Norm, NormKind
 from quantkit.evaluate.parts import Observer
 from quantkit.evaluate.threads import Threads
 from quantkit.evaluate.torch_weights import TorchWeights

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from quantkit.architectures.forward import (
+from quantkit.architectures.mixers import (
     ChannelMix,
     Convolution,
     DeltaNet,

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from quantkit.architectures.forward import AltUp, ForwardSpec, Layer, Products, SideInput
+from quantkit.architectures.forward import AltUp, ForwardSpec, Layer, SideInput
+from quantkit.architectures.products import Products
 from quantkit.evaluate.streams import LEAST
 from quantkit.evaluate.torch_parts import TorchParts
 from quantkit.evaluate.torch_weights import Loading

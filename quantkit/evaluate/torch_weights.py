@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from quantkit.architectures.forward import ForwardSpec, Norm, Products
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.products import Norm, Products
 from quantkit.evaluate.threads import Threads
 from quantkit.evaluate.torch_blocks import DECODABLE, decode
 from quantkit.evaluate.weights import Weights

@@ -14,7 +14,10 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from quantkit.architectures.forward import MAX_HEAD, Experts, ForwardSpec, Norm, NormKind, Rope
+from quantkit.architectures.feed_forward import Experts
+from quantkit.architectures.forward import MAX_HEAD, ForwardSpec
+from quantkit.architectures.mixers import Rope
+from quantkit.architectures.products import Norm, NormKind
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.activations import Activations, free_disk, let_go
@@ -22,7 +25,7 @@ from quantkit.evaluate.backward import Draws, LayerGradients, normalised, unknow
 from quantkit.evaluate.inputs import Balance, InputSums
 from quantkit.evaluate.kv_cache import KVCache
 from quantkit.evaluate.layers import Expert, LayerRunner, Routed, unsupported
-from quantkit.evaluate.mixers import Tables
+from quantkit.evaluate.mixer_runner import Tables
 from quantkit.evaluate.model import TILE, Model
 from quantkit.evaluate.parts import ROWS, Product
 from quantkit.evaluate.settings import Compute

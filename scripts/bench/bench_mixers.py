@@ -17,27 +17,23 @@ from typing import Any
 
 import torch
 
-from quantkit.architectures.forward import (
+from quantkit.architectures.feed_forward import Experts, FeedForward
+from quantkit.architectures.forward import ForwardSpec, Layer
+from quantkit.architectures.mixers import (
     Attention,
     ChannelMix,
     Convolution,
     DeltaNet,
-    Experts,
-    FeedForward,
-    ForwardSpec,
     LatentAttention,
-    Layer,
-    Linear,
     LowRank,
     Mamba,
     Mamba2,
-    Norm,
-    NormKind,
     Rope,
     RopeStyle,
     ShortConvolution,
     TimeMix,
 )
+from quantkit.architectures.products import Linear, Norm, NormKind
 from quantkit.evaluate.threads import Threads
 from quantkit.evaluate.torch_layers import TorchLayer
 from quantkit.evaluate.torch_parts import TorchParts, exact_products

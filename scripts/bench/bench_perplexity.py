@@ -32,7 +32,8 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from quantkit.architectures.forward import Attention, FeedForward
+from quantkit.architectures.feed_forward import FeedForward
+from quantkit.architectures.mixers import Attention
 from quantkit.evaluate.backends import load
 from quantkit.evaluate.divergence import divergence
 from quantkit.evaluate.importance import importance_matrix

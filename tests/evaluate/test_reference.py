@@ -16,7 +16,8 @@ from support.conversion import convert
 from support.families import EVALUATED, LLAMA_CPP_DIFFERS
 from support.tiny import FAMILIES, N_VOCAB, relative_error, tiny_metadata, tiny_weights, write_gguf
 
-from quantkit.architectures.forward import Activation, Attention, Experts, LatentAttention
+from quantkit.architectures.feed_forward import Activation, Experts
+from quantkit.architectures.mixers import Attention, LatentAttention
 from quantkit.blocks.types import GGMLType
 from quantkit.evaluate import layers
 from quantkit.evaluate.perplexity import perplexity

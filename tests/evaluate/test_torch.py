@@ -14,7 +14,9 @@ from support.families import ENCODERS, EVALUATED, OTHER_MIXERS
 from support.tiny import FAMILIES, N_VOCAB, relative_error, tiny_metadata, tiny_weights, write_gguf
 from support.variants import NORM, VARIANTS, variant
 
-from quantkit.architectures.forward import Attention, Experts, Linear
+from quantkit.architectures.feed_forward import Experts
+from quantkit.architectures.mixers import Attention
+from quantkit.architectures.products import Linear
 from quantkit.blocks import decode
 from quantkit.blocks.types import GGMLType
 from quantkit.errors import QuantkitError

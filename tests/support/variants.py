@@ -8,20 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from quantkit.architectures import forward_spec
-from quantkit.architectures.forward import (
-    XIELU,
-    Activation,
-    Experts,
-    FeedForward,
-    ForwardSpec,
-    Gating,
-    Linear,
-    Norm,
-    NormKind,
-    Rope,
-    RopeStyle,
-    Temperature,
-)
+from quantkit.architectures.feed_forward import XIELU, Activation, Experts, FeedForward, Gating
+from quantkit.architectures.forward import ForwardSpec
+from quantkit.architectures.mixers import Rope, RopeStyle, Temperature
+from quantkit.architectures.products import Linear, Norm, NormKind
 from quantkit.sources.source import GGUFSource
 from support.tiny import tiny_metadata, tiny_weights, write_gguf
 

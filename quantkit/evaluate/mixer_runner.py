@@ -11,7 +11,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from quantkit.architectures.forward import Mixer, Norm, Rope
+from quantkit.architectures.mixers import Mixer, Rope
+from quantkit.architectures.products import Norm
 from quantkit.evaluate.parts import Parts
 from quantkit.evaluate.threads import Each
 
