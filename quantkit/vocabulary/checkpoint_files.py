@@ -141,10 +141,9 @@ class CheckpointFiles:
         panic, abort or never return on a malicious file, so it runs in a separate process.
         """
         path = self.directory / "tokenizer.json"
-        declared = (self.tokenizer_config or {}).get("added_tokens_decoder") or {}
         arguments = {
             "path": str(path.absolute()),
-            "added": [entry for _, entry in sorted(self.added_tokens_decoder(declared).items())],
+            "added": [entry for _, entry in sorted(self.declared_tokens.items())],
             "special": list(self.special_tokens().values()),
         }
         memory = _MEMORY + _MEMORY_PER_BYTE * path.stat().st_size
@@ -152,8 +151,10 @@ class CheckpointFiles:
         added = {token: AddedToken(text, special) for token, special, text in found["added"]}
         return TokenizerContents(found["ids"], int(found["n_base"]), added)
 
-    def added_tokens_decoder(self, entries: Any) -> dict[int, dict[str, Any]]:
-        """`added_tokens_decoder` of tokenizer_config.json with its keys as numbers, checked."""
+    @property
+    def declared_tokens(self) -> dict[int, dict[str, Any]]:
+        """The added tokens that tokenizer_config.json declares (`added_tokens_decoder`), by their ids."""
+        entries = (self.tokenizer_config or {}).get("added_tokens_decoder") or {}
         try:
             result = {int(token): entry for token, entry in entries.items()}
             if all(isinstance(entry["content"], str) for entry in result.values()):
@@ -162,6 +163,34 @@ class CheckpointFiles:
             pass
         path = self.directory / "tokenizer_config.json"
         raise QuantkitError(f"{path}: added_tokens_decoder does not map token ids to tokens")
+
+    @property
+    def listed_tokens(self) -> dict[int, dict[str, Any]]:
+        """The added tokens that tokenizer.json lists, by their ids."""
+        listed = (self.tokenizer_json or {}).get("added_tokens") or []
+        try:
+            return {int(entry["id"]): entry for entry in listed if isinstance(entry["content"], str)}
+        except (TypeError, KeyError, ValueError):
+            raise QuantkitError(f"{self.directory / 'tokenizer.json'}: added_tokens is malformed") from None
+
+    @property
+    def has_sentencepiece(self) -> bool:
+        """Whether there is a tokenizer.model."""
+        return (self.directory / "tokenizer.model").is_file()
+
+    @property
+    def is_llama_hf(self) -> bool:
+        """Whether tokenizer.json is a SentencePiece vocabulary: BPE with byte fallback."""
+        decoder = (self.tokenizer_json or {}).get("decoder") or {}
+        model = self.model
+        return model.get("type") == "BPE" and bool(model.get("byte_fallback")) and decoder.get("type") == "Sequence"
+
+    def refuse_more(self, needed: int, n_vocab: int) -> None:
+        """Raise QuantkitError for a tokenizer that needs more than the `n_vocab` tokens that the model has."""
+        if needed > n_vocab:
+            raise QuantkitError(
+                f"{self.directory}: the tokenizer has {needed} tokens, more than vocab_size in config.json, {n_vocab}"
+            )
 
 
 def _content(entry: Any) -> str | None:

@@ -277,3 +277,13 @@ def _merges_of_text(text: str) -> list[str]:
         lines = lines[1:]
     pairs = (line.split(None, 3) for line in lines)
     return [f"{parts[0]} {parts[1]}" for parts in pairs if len(parts) == 2]
+
+
+def looks_special(token: str) -> bool:
+    """Whether an added token is a control token by its text, whatever the checkpoint says."""
+    return (
+        token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+        or (token.startswith("<|") and token.endswith("|>"))
+        or (token.startswith("<｜") and token.endswith("｜>"))
+        or (token.startswith("<unused") and token.endswith(">"))
+    )

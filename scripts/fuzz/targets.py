@@ -181,7 +181,7 @@ def tokenizer_json(data: bytes) -> None:
     try:
         SpecialTokens(files, merges=True)
         files.special_tokens()
-        files.added_tokens_decoder((files.tokenizer_config or {}).get("added_tokens_decoder") or {})
+        files.declared_tokens  # noqa: B018
         recognition.recognise(files.tokenizer_json or {})
     except (AttributeError, TypeError, KeyError, IndexError, ValueError, OverflowError, RecursionError):
         pass  # one line, by `write_vocabulary`
@@ -190,12 +190,12 @@ def tokenizer_json(data: bytes) -> None:
 def sentencepiece(data: bytes) -> None:
     """tokenizer.model, as `write_vocabulary` reads it."""
     from quantkit.vocabulary.checkpoint_files import CheckpointFiles
-    from quantkit.vocabulary.writing import _read_sentencepiece
+    from quantkit.vocabulary.writing_sentencepiece import read_sentencepiece
 
     folder = HOME / "sentencepiece"
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.model").write_bytes(data)
-    _read_sentencepiece(CheckpointFiles(folder, {}))
+    read_sentencepiece(CheckpointFiles(folder, {}))
 
 
 def logits(data: bytes) -> None:
