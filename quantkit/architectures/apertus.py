@@ -8,6 +8,7 @@ from quantkit.architectures.feed_forward import XIELU, FeedForward
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.llama import Llama
 from quantkit.architectures.mixers import RopeStyle
+from quantkit.architectures.parameters import MULTI_HEAD
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 
@@ -32,7 +33,7 @@ class Apertus(Llama):
             "rope_theta": 12000000.0,
         },
     }
-    derived = {"num_key_value_heads": Llama.derived["num_key_value_heads"]}  # noqa: RUF012
+    derived = MULTI_HEAD
     transforms = {}  # noqa: RUF012
     numbers = {f".act_fn.{name}": f"add_xielu_{name}" for name in _LEARNED}  # noqa: RUF012
     notes = "QK norms, a learned activation"

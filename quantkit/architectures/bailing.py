@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from quantkit.architectures.base import Architecture, Pieces, Transform
@@ -17,6 +16,7 @@ from quantkit.architectures.parameters import (
     EXPERT_NORM,
     EXPERT_SCALE,
     LEADING_DENSE,
+    MULTI_HEAD,
     NEXT_LAYERS,
     SHARED,
     SHARED_EXPERTS,
@@ -52,7 +52,7 @@ class Bailing(Architecture):
 
     gguf_name = "bailingmoe"
     checkpoints = {"BailingMoeForCausalLM": _DEFAULTS}  # noqa: RUF012
-    derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
+    derived = MULTI_HEAD
     parameters: ClassVar[tuple[Parameter, ...]] = (
         *SHARED,
         rope_dimensions,
@@ -117,15 +117,10 @@ class Bailing2(Bailing):
         EXPERT_NORM,
         NEXT_LAYERS,
     )
+    rotary_part = 0.5
     pieces: ClassVar[Mapping[str, Pieces]] = {".expert_bias": {".expert_bias.bias": Transform()}}
     keeps_next_layers = True
     notes = "Ling 2; experts and a shared expert, QK norms, partial rotary"
-
-    @cached_property
-    def rope_dimensions(self) -> int:
-        """The number of elements of a head that are rotated."""
-        part = self.rope.number("partial_rotary_factor", default=0.5) or 0.0
-        return int(super().rope_dimensions * part)
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:

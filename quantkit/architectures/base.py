@@ -100,6 +100,8 @@ class Architecture:
       its `model_type`. Neither of these is inherited: a family that says nothing covers nothing.
     - `derived`: fields that the configuration class computes from others where they are missing or null.
     - `parameters`: its metadata, in the reference converter's order.
+    - `rotary_part`: the part of a head that is rotated where the config is silent; None where all of it is, whatever
+      the config says.
     - `transforms`: by the end of a stored tensor's name, how it is converted.
     - `pieces`: by the end of a stored tensor's name, the ends of the names of the tensors that are cut from it, and
       how each is converted. A piece that is the whole is a tensor of another name.
@@ -123,6 +125,7 @@ class Architecture:
     wrappers: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
     derived: ClassVar[Mapping[str, Callable[[Config], Any]]] = {}
     parameters: ClassVar[tuple[Parameter, ...]] = SHARED
+    rotary_part: ClassVar[float | None] = None
     transforms: ClassVar[Mapping[str, Transform]] = {}
     pieces: ClassVar[Mapping[str, Pieces]] = {}
     packed: ClassVar[Mapping[str, Mapping[str, slice]]] = {}
@@ -199,12 +202,14 @@ class Architecture:
 
     @cached_property
     def rope_dimensions(self) -> int:
-        """The number of elements of a head that are rotated: all, unless the family says otherwise."""
+        """The number of elements of a head that are rotated: all, or a part of them; some families count otherwise."""
         head = self.config.integer("head_dim")
         head = head or self.config.require("hidden_size") // self.config.require("num_attention_heads")
         if head > MAX_HEAD:
             raise self.config.wrong(("head_dim",), head, f"at most {MAX_HEAD}")
-        return head
+        if self.rotary_part is None:
+            return head
+        return int(head * (self.rope.number("partial_rotary_factor", default=self.rotary_part) or 0.0))
 
     def write_parameters(self, writer: GGUFWriter, file_type: int) -> None:
         """Add the family's hyper-parameters, in the reference converter's order and types."""

@@ -9,7 +9,14 @@ from quantkit.architectures.base import Architecture
 from quantkit.architectures.config import Config
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.mixers import Rope, RopeStyle
-from quantkit.architectures.parameters import LOGIT_SCALE, SHARED, SLIDING_WINDOW, VOCABULARY_SIZE, rope_unscaled
+from quantkit.architectures.parameters import (
+    LOGIT_SCALE,
+    MULTI_HEAD,
+    SHARED,
+    SLIDING_WINDOW,
+    VOCABULARY_SIZE,
+    rope_unscaled,
+)
 from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
@@ -52,7 +59,7 @@ class CommandR(Architecture):
             "rope_theta": 500000.0,
         },
     }
-    derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
+    derived = MULTI_HEAD
     parameters = (*SHARED, LOGIT_SCALE, rope_unscaled)
     notes = "Aya too; parallel residual, scaled logits"
 

@@ -13,6 +13,7 @@ from quantkit.architectures.parameters import (
     EXPERT_NORM,
     EXPERT_SCALE,
     LEADING_DENSE,
+    MULTI_HEAD,
     SHARED,
     SHARED_EXPERTS,
 )
@@ -45,7 +46,7 @@ class Dots1(Architecture):
             "rope_theta": 10000.0,
         },
     }
-    derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
+    derived = MULTI_HEAD
     parameters = (*SHARED, EXPERT_FEED_FORWARD, LEADING_DENSE, SHARED_EXPERTS, EXPERT_SCALE, EXPERT_NORM)
     stacks = (EXPERTS,)
     pieces = STACKED_EXPERTS

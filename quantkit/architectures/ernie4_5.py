@@ -19,36 +19,25 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 
+_DEFAULTS = {
+    "vocab_size": 103424,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+}
+
+
 class Ernie(Architecture):
     """Ernie4_5ForCausalLM, and Ernie4_5_ForCausalLM, which fuses projections. Neighbouring pairs are rotated."""
 
     gguf_name = "ernie4_5"
-    checkpoints = {  # noqa: RUF012
-        "Ernie4_5ForCausalLM": {
-            "vocab_size": 103424,
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 18,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-05,
-            "rope_theta": 500000.0,
-        },
-        "Ernie4_5_ForCausalLM": {
-            "vocab_size": 103424,
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 18,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-05,
-            "rope_theta": 500000.0,
-        },
-    }
+    checkpoints = dict.fromkeys(("Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM"), _DEFAULTS)
     pieces: ClassVar[Mapping[str, Pieces]] = {
         ".qkv_proj.weight": {f".{name}_proj.weight": Transform(fused_heads(name)) for name in "qkv"},
         ".up_gate_proj.weight": {f".{half}_proj.weight": Transform(part(i, 2)) for i, half in enumerate(HALVES)},

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 from quantkit.architectures.base import Architecture, Assembly
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.mixers import RopeStyle
-from quantkit.architectures.parameters import SHARED, SLIDING_WINDOW, VOCABULARY_SIZE, sliding_layers
+from quantkit.architectures.parameters import (
+    HEAD_SIZE,
+    MULTI_HEAD,
+    SHARED,
+    SLIDING_WINDOW,
+    VOCABULARY_SIZE,
+    sliding_layers,
+)
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 
@@ -52,10 +59,7 @@ class Exaone4(Architecture):
             "rope_theta": 10000.0,
         },
     }
-    derived = {  # noqa: RUF012
-        "num_key_value_heads": lambda config: config.require("num_attention_heads"),
-        "head_dim": lambda config: config.require("hidden_size") // config.require("num_attention_heads"),
-    }
+    derived = MULTI_HEAD | HEAD_SIZE
     parameters = (*SHARED, VOCABULARY_SIZE, _window)
     notes = "norms after, QK norms, sliding window"
 

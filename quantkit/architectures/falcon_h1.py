@@ -16,6 +16,7 @@ from quantkit.architectures.parameters import (
     CONTEXT,
     EMBEDDING,
     FEED_FORWARD,
+    HEAD_SIZE,
     HEADS,
     KEY_LENGTH,
     KEY_VALUE_HEADS,
@@ -103,9 +104,7 @@ class FalconH1(Architecture):
             "ssm_out_multiplier": 1.0,
         },
     }
-    derived = {  # noqa: RUF012
-        "head_dim": lambda config: config.require("hidden_size") // config.require("num_attention_heads")
-    }
+    derived = HEAD_SIZE
     parameters = (
         CONTEXT,
         EMBEDDING,

@@ -8,20 +8,9 @@ from collections.abc import Mapping
 from quantkit.architectures.base import Architecture, Transform
 from quantkit.architectures.feed_forward import Activation
 from quantkit.architectures.forward import ForwardSpec
-from quantkit.architectures.gemma2 import plus_one
+from quantkit.architectures.gemma2 import GEMMA, plus_one
 from quantkit.architectures.mixers import RopeStyle
-from quantkit.architectures.parameters import (
-    CONTEXT,
-    EMBEDDING,
-    FEED_FORWARD,
-    HEADS,
-    KEY_LENGTH,
-    KEY_VALUE_HEADS,
-    RMS_EPSILON,
-    VALUE_LENGTH,
-    block_count,
-    file_type,
-)
+from quantkit.architectures.parameters import MULTI_HEAD
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 
@@ -44,19 +33,8 @@ class Gemma(Architecture):
             "rope_theta": 10000.0,
         },
     }
-    derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
-    parameters = (
-        CONTEXT,
-        EMBEDDING,
-        block_count,
-        FEED_FORWARD,
-        HEADS,
-        KEY_VALUE_HEADS,
-        RMS_EPSILON,
-        KEY_LENGTH,
-        VALUE_LENGTH,
-        file_type,
-    )
+    derived = MULTI_HEAD
+    parameters = GEMMA
     transforms = {"norm.weight": Transform(arithmetic=plus_one)}  # noqa: RUF012
     skipped = (*Architecture.skipped, "lm_head.weight")
     vocabulary = "gemma1"

@@ -30,6 +30,19 @@ from quantkit.architectures.parameters import (
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 
+# Hyper-parameters that Gemma 1 and 2 have.
+GEMMA = (
+    CONTEXT,
+    EMBEDDING,
+    block_count,
+    FEED_FORWARD,
+    HEADS,
+    KEY_VALUE_HEADS,
+    RMS_EPSILON,
+    KEY_LENGTH,
+    VALUE_LENGTH,
+    file_type,
+)
 # What llama.cpp assumes where the metadata is silent.
 _ASSUMED_WINDOW, _ASSUMED_ATTENTION_CAP, _ASSUMED_LOGIT_CAP = 4096, 50.0, 30.0
 _LAYERS_OF_27B = 46
@@ -70,21 +83,7 @@ class Gemma2(Architecture):
             "final_logit_softcapping": 30.0,
         }
     }
-    parameters = (
-        CONTEXT,
-        EMBEDDING,
-        block_count,
-        FEED_FORWARD,
-        HEADS,
-        KEY_VALUE_HEADS,
-        RMS_EPSILON,
-        KEY_LENGTH,
-        VALUE_LENGTH,
-        file_type,
-        ATTENTION_SOFT_CAP,
-        FINAL_SOFT_CAP,
-        SLIDING_WINDOW,
-    )
+    parameters = (*GEMMA, ATTENTION_SOFT_CAP, FINAL_SOFT_CAP, SLIDING_WINDOW)
     transforms = {"norm.weight": Transform(arithmetic=plus_one)}  # noqa: RUF012
     skipped = (*Architecture.skipped, "lm_head.weight")
     vocabulary = "gemma"

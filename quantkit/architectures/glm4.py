@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.feed_forward import FeedForward
@@ -34,6 +33,7 @@ class Glm4(Architecture):
         },
     }
     parameters = (*SHARED, rope_dimensions)
+    rotary_part = 0.5
     special_tokens = {  # noqa: RUF012
         "eos": "<|endoftext|>",
         "eot": "<|user|>",
@@ -42,12 +42,6 @@ class Glm4(Architecture):
     }
     usual_pre = "glm4"
     notes = "norms around each part, partial rotary"
-
-    @cached_property
-    def rope_dimensions(self) -> int:
-        """The number of elements of a head that are rotated."""
-        part = self.rope.number("partial_rotary_factor", default=0.5) or 0.0
-        return int(super().rope_dimensions * part)
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:

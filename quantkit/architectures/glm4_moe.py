@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from quantkit.architectures.base import Architecture
@@ -78,18 +77,13 @@ class Glm4Moe(Architecture):
         EXPERT_NORM,
         NEXT_LAYERS,
     )
+    rotary_part = 0.5
     stacks = (EXPERTS,)
     pieces = STACKED_EXPERTS
     keeps_next_layers = True
     special_tokens = GLM_TOKENS
     usual_pre = "glm4"
     notes = "GLM-4.6 too; experts and a shared expert"
-
-    @cached_property
-    def rope_dimensions(self) -> int:
-        """The number of elements of a head that are rotated."""
-        part = self.rope.number("partial_rotary_factor", default=0.5) or 0.0
-        return int(super().rope_dimensions * part)
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:

@@ -10,7 +10,7 @@ from quantkit.architectures.feed_forward import Experts, FeedForward
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.llama import Llama
 from quantkit.architectures.mixers import RopeStyle
-from quantkit.architectures.parameters import Field
+from quantkit.architectures.parameters import MULTI_HEAD, Field
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import HALVES, part
 from quantkit.errors import QuantkitError
@@ -62,7 +62,7 @@ class Granite(Llama):
             "logits_scaling": 1.0,
         }
     }
-    derived = {"num_key_value_heads": Llama.derived["num_key_value_heads"]}  # noqa: RUF012
+    derived = MULTI_HEAD
     parameters = (
         *Llama.parameters,
         Field("add_attention_scale", ("attention_multiplier",), number=True, truthy=True),
@@ -87,46 +87,32 @@ class Granite(Llama):
         return forward(metadata, tensors)
 
 
+_MOE = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-06,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "attention_multiplier": 1.0,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "rope_theta": 10000.0,
+}
+
+
 class GraniteMoe(Granite):
     """GraniteMoeForCausalLM and GraniteMoeSharedForCausalLM. Without experts the shared block is the only one."""
 
     gguf_name = "granitemoe"
     checkpoints = {  # noqa: RUF012
-        "GraniteMoeForCausalLM": {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-06,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "attention_multiplier": 1.0,
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "logits_scaling": 1.0,
-            "rope_theta": 10000.0,
-        },
-        "GraniteMoeSharedForCausalLM": {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-06,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "attention_multiplier": 1.0,
-            "embedding_multiplier": 1.0,
-            "residual_multiplier": 1.0,
-            "logits_scaling": 1.0,
-            "shared_intermediate_size": 0,
-            "rope_theta": 10000.0,
-        },
+        "GraniteMoeForCausalLM": _MOE,
+        "GraniteMoeSharedForCausalLM": {**_MOE, "shared_intermediate_size": 0},
     }
     parameters = (
         *Granite.parameters,

@@ -10,7 +10,7 @@ from quantkit.architectures.config import Config
 from quantkit.architectures.experts import EXPERTS
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.mixers import RopeStyle
-from quantkit.architectures.parameters import SHARED, Field, Parameter
+from quantkit.architectures.parameters import HEAD_SIZE, MULTI_HEAD, SHARED, Field, Parameter
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import STACKED_EXPERTS
 from quantkit.formats.gguf import Metadata, TensorInfo
@@ -60,10 +60,7 @@ class HunyuanDense(Architecture):
             "rope_theta": 10000.0,
         },
     }
-    derived = {  # noqa: RUF012
-        "num_key_value_heads": lambda config: config.require("num_attention_heads"),
-        "head_dim": lambda config: config.require("hidden_size") // config.require("num_attention_heads"),
-    }
+    derived = MULTI_HEAD | HEAD_SIZE
     parameters = (*SHARED, _enlarged_base(50.0))
     vocabulary = "hunyuan"
     notes = "QK norms after rotary"
@@ -122,7 +119,7 @@ class HunyuanMoe(HunyuanDense):
             "rope_theta": 10000.0,
         },
     }
-    derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
+    derived = MULTI_HEAD
     parameters = (
         *SHARED,
         Field("add_expert_shared_feed_forward_length", ("intermediate_size",)),

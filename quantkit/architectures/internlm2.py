@@ -11,6 +11,7 @@ from quantkit.architectures.config import Config
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.llama import Llama
 from quantkit.architectures.mixers import RopeStyle
+from quantkit.architectures.parameters import MULTI_HEAD
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 
@@ -43,7 +44,7 @@ class InternLM2(Architecture):
 
     gguf_name = "internlm2"
     checkpoints = {"InternLM2ForCausalLM": _DEFAULTS}  # noqa: RUF012
-    derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
+    derived = MULTI_HEAD
     pieces = {  # noqa: RUF012
         f".attention.wqkv.{kind}": {
             f".self_attn.q_proj.{kind}": Transform(_heads_of(0, -2, True)),
@@ -67,6 +68,6 @@ class InternLM3(Llama):
     """InternLM3ForCausalLM, a class of its checkpoints' own code. llama.cpp takes it for a Llama."""
 
     checkpoints = {"InternLM3ForCausalLM": {**_DEFAULTS, "vocab_size": 128512}}  # noqa: RUF012
-    derived = {"num_key_value_heads": Llama.derived["num_key_value_heads"]}  # noqa: RUF012
+    derived = MULTI_HEAD
     vocabulary = "internlm3"
     notes = "a Llama with a vocabulary of its own"

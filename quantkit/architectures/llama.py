@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from quantkit.architectures.base import Architecture, Assembly, Transform
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.mixers import RopeStyle
-from quantkit.architectures.parameters import SHARED, VOCABULARY_SIZE, rope_dimensions
+from quantkit.architectures.parameters import HEAD_SIZE, MULTI_HEAD, SHARED, VOCABULARY_SIZE, rope_dimensions
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import interleave_rotary
 from quantkit.formats.gguf import Metadata, TensorInfo
@@ -58,10 +58,7 @@ class Llama(Architecture):
         "LlavaNextForConditionalGeneration": {"llama": _LLAMA, "mistral": _MISTRAL},
         "VoxtralForConditionalGeneration": {"llama": _LLAMA},
     }
-    derived = {  # noqa: RUF012
-        "num_key_value_heads": lambda config: config.require("num_attention_heads"),
-        "head_dim": lambda config: config.require("hidden_size") // config.require("num_attention_heads"),
-    }
+    derived = MULTI_HEAD | HEAD_SIZE
     parameters = (*SHARED, VOCABULARY_SIZE, rope_dimensions)
     transforms = INTERLEAVED
     renames = {**Architecture.renames, "text_model.": ""}  # noqa: RUF012

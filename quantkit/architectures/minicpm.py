@@ -9,7 +9,7 @@ from quantkit.architectures.base import Architecture, Assembly
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.llama import INTERLEAVED
 from quantkit.architectures.mixers import RopeStyle
-from quantkit.architectures.parameters import SHARED
+from quantkit.architectures.parameters import MULTI_HEAD, SHARED
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 
@@ -43,7 +43,7 @@ class MiniCPM(Architecture):
             "dim_model_base": 1,
         },
     }
-    derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
+    derived = MULTI_HEAD
     parameters = (*SHARED, _multipliers)
     transforms = INTERLEAVED
     vocabulary = "spm"

@@ -45,13 +45,13 @@ class MiniMaxM2(Architecture):
         ),
     )
     keeps_next_layers = False
+    rotary_part = 1.0
     notes = "experts, QK norms over all heads"
 
     @cached_property
     def rope_dimensions(self) -> int:
         """The number of elements of a head that are rotated: published configs call it `rotary_dim`."""
-        told = self.config.integer("rotary_dim")
-        return told or int(super().rope_dimensions * (self.rope.number("partial_rotary_factor", default=1.0) or 0.0))
+        return self.config.integer("rotary_dim") or super().rope_dimensions
 
     @classmethod
     def forward_spec(cls, metadata: Metadata, tensors: Mapping[str, TensorInfo]) -> ForwardSpec:

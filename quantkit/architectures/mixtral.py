@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from quantkit.architectures.experts import Stack
 from quantkit.architectures.llama import Llama
+from quantkit.architectures.parameters import MULTI_HEAD
 
 MIXTRAL_EXPERTS = Stack(
     count=("num_local_experts", "num_experts"),
@@ -31,6 +32,6 @@ class Mixtral(Llama):
             "num_experts_per_tok": 2,
         }
     }
-    derived = {"num_key_value_heads": Llama.derived["num_key_value_heads"]}  # noqa: RUF012
+    derived = MULTI_HEAD
     stacks = (MIXTRAL_EXPERTS,)
     notes = "experts in 3-D tensors"

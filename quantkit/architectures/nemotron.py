@@ -11,7 +11,7 @@ from quantkit.architectures.feed_forward import Activation
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.gemma2 import plus_one
 from quantkit.architectures.mixers import RopeStyle
-from quantkit.architectures.parameters import SHARED, VOCABULARY_SIZE, Field, rope_dimensions
+from quantkit.architectures.parameters import HEAD_SIZE, MULTI_HEAD, SHARED, VOCABULARY_SIZE, Field, rope_dimensions
 from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
@@ -47,10 +47,7 @@ class Nemotron(Architecture):
             "partial_rotary_factor": 0.5,
         },
     }
-    derived = {  # noqa: RUF012
-        "num_key_value_heads": lambda config: config.require("num_attention_heads"),
-        "head_dim": lambda config: config.require("hidden_size") // config.require("num_attention_heads"),
-    }
+    derived = MULTI_HEAD | HEAD_SIZE
     parameters = (
         *SHARED,
         VOCABULARY_SIZE,

@@ -8,7 +8,7 @@ from quantkit.architectures.base import Architecture
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.llama import INTERLEAVED
 from quantkit.architectures.mixers import RopeStyle
-from quantkit.architectures.parameters import SHARED, Constant, Field
+from quantkit.architectures.parameters import MULTI_HEAD, SHARED, Constant, Field
 from quantkit.architectures.products import Norm, NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
@@ -30,7 +30,7 @@ class Olmo(Architecture):
             "rope_theta": 10000.0,
         },
     }
-    derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
+    derived = MULTI_HEAD
     parameters = (*SHARED, Constant("add_layer_norm_eps", 1e-5), Field("add_clamp_kqv", ("clip_qkv",), number=True))
     transforms = INTERLEAVED
     notes = "norms without weights"

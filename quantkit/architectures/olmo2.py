@@ -9,7 +9,7 @@ from quantkit.architectures.base import Architecture
 from quantkit.architectures.config import Config
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.mixers import Rope, RopeStyle
-from quantkit.architectures.parameters import SHARED, SLIDING_WINDOW
+from quantkit.architectures.parameters import MULTI_HEAD, SHARED, SLIDING_WINDOW
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 
@@ -47,7 +47,7 @@ class Olmo2(Architecture):
         "Olmo2ForCausalLM": {**_SHARED_DEFAULTS, "rope_theta": 10000.0},
         "Olmo3ForCausalLM": {**_SHARED_DEFAULTS, "rope_theta": 500000.0, "sliding_window": 4096},
     }
-    derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
+    derived = MULTI_HEAD
     parameters = (*SHARED, SLIDING_WINDOW, _sliding_layers)
     notes = "OLMo 3 too; norms after, whole QK norms"
 

@@ -8,7 +8,7 @@ from quantkit.architectures.base import Architecture
 from quantkit.architectures.experts import EXPERTS
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.mixers import RopeStyle
-from quantkit.architectures.parameters import SHARED, Constant
+from quantkit.architectures.parameters import MULTI_HEAD, SHARED, Constant
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import STACKED_EXPERTS
 from quantkit.formats.gguf import Metadata, TensorInfo
@@ -34,7 +34,7 @@ class Olmoe(Architecture):
             "rope_theta": 10000.0,
         },
     }
-    derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
+    derived = MULTI_HEAD
     parameters = (*SHARED, Constant("add_layer_norm_rms_eps", 1e-5))
     stacks = (EXPERTS,)
     pieces = STACKED_EXPERTS

@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
     from quantkit.architectures.base import Architecture
+    from quantkit.architectures.config import Config
+
+# What most families have in `derived`: where config.json does not say them, there are as many heads of keys and values
+# as of queries, and heads share the hidden size.
+MULTI_HEAD: dict[str, Callable[[Config], Any]] = {
+    "num_key_value_heads": lambda config: config.require("num_attention_heads")
+}
+HEAD_SIZE: dict[str, Callable[[Config], Any]] = {
+    "head_dim": lambda config: config.require("hidden_size") // config.require("num_attention_heads")
+}
 
 # Adds what it stands for to the writer. The number is general.file_type.
 Parameter: TypeAlias = "Callable[[Architecture, GGUFWriter, int], None]"

@@ -16,6 +16,7 @@ from quantkit.architectures.parameters import (
     FEED_FORWARD,
     HEADS,
     KEY_VALUE_HEADS,
+    MULTI_HEAD,
     RMS_EPSILON,
     SLIDING_WINDOW,
     Field,
@@ -60,7 +61,7 @@ class Phi3(Architecture):
         }
     }
     derived = {  # noqa: RUF012
-        "num_key_value_heads": lambda config: config.require("num_attention_heads"),
+        **MULTI_HEAD,
         "sliding_window": lambda config: 0,  # llama.cpp tells Phi-4 by this
     }
     parameters: ClassVar[tuple[Parameter, ...]] = (

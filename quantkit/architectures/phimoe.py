@@ -14,39 +14,26 @@ from quantkit.architectures.products import NormKind
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 
+_DEFAULTS = {
+    "vocab_size": 32064,
+    "hidden_size": 4096,
+    "intermediate_size": 6400,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 2,
+    "rope_theta": 1000000.0,
+}
+
 
 class PhiMoe(Phi3):
     """PhiMoEForCausalLM, as its checkpoints call it, and PhimoeForCausalLM, as transformers does."""
 
     gguf_name = "phimoe"
-    checkpoints = {  # noqa: RUF012
-        "PhiMoEForCausalLM": {
-            "vocab_size": 32064,
-            "hidden_size": 4096,
-            "intermediate_size": 6400,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-05,
-            "num_local_experts": 16,
-            "num_experts_per_tok": 2,
-            "rope_theta": 1000000.0,
-        },
-        "PhimoeForCausalLM": {
-            "vocab_size": 32064,
-            "hidden_size": 4096,
-            "intermediate_size": 6400,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-05,
-            "num_local_experts": 16,
-            "num_experts_per_tok": 2,
-            "rope_theta": 1000000.0,
-        },
-    }
+    checkpoints = dict.fromkeys(("PhiMoEForCausalLM", "PhimoeForCausalLM"), _DEFAULTS)
     parameters = (*Phi3.parameters, EXPERTS_USED, EXPERTS)
     stacks = (MIXTRAL_EXPERTS,)
     notes = "experts, LayerNorms, LongRoPE"

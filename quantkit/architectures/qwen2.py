@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from quantkit.architectures.base import Architecture
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.mixers import RopeStyle
-from quantkit.architectures.parameters import SHARED, pooling
+from quantkit.architectures.parameters import MULTI_HEAD, SHARED, pooling
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 
@@ -33,7 +33,7 @@ class Qwen2(Architecture):
         "Qwen2AudioForConditionalGeneration": {"qwen2": _DEFAULTS},
         "AudioFlamingo3ForConditionalGeneration": {"qwen2": _DEFAULTS},
     }
-    derived = {"num_key_value_heads": lambda config: config.require("num_attention_heads")}  # noqa: RUF012
+    derived = MULTI_HEAD
     parameters = (*SHARED, pooling)
     vocabulary = "spm-or-bpe"
     notes = "Qwen2.5 too; attention biases"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -192,6 +191,7 @@ class Qwen3Next(Architecture):
         },
     }
     parameters = (*Qwen2Moe.parameters, NEXT_LAYERS, _write_delta_net, rope_dimensions)
+    rotary_part = 0.25
     stacks = (EXPERTS,)
     pieces = {  # noqa: RUF012
         **STACKED_EXPERTS,
@@ -209,11 +209,6 @@ class Qwen3Next(Architecture):
     }
     keeps_next_layers = True
     notes = "gated delta net; experts beside a gated block"
-
-    @cached_property
-    def rope_dimensions(self) -> int:
-        """The part of a head that is rotated."""
-        return int(super().rope_dimensions * (self.rope.number("partial_rotary_factor", default=0.25) or 0.0))
 
     def tensors(self, stored: Mapping[str, StoredTensor]) -> Iterator[Assembly]:
         """See Architecture. Where config.json is silent the tensors tell how many layers predict several tokens."""

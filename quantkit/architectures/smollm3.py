@@ -9,6 +9,7 @@ from quantkit.architectures.config import Config
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.llama import Llama
 from quantkit.architectures.mixers import RopeStyle
+from quantkit.architectures.parameters import MULTI_HEAD
 from quantkit.architectures.reader import ModelReader
 from quantkit.formats.gguf import Metadata, TensorInfo
 
@@ -33,7 +34,7 @@ class SmolLM3(Llama):
             "rope_theta": 2000000.0,
         }
     }
-    derived = {"num_key_value_heads": Llama.derived["num_key_value_heads"]}  # noqa: RUF012
+    derived = MULTI_HEAD
     notes = "every fourth layer without rotary"
 
     def complete(self, config: Config) -> Config:
