@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from quantkit.pipeline.cluster import Cluster
 
 # What a spool written by another version of the rounding must not be taken for.
-_VERSION = 4
+_VERSION = 5
 # Weights of a tensor that are decoded and rounded together.
 _SLAB = 1 << 24
 # Weights of a tensor that is rounded beside others.

