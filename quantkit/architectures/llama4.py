@@ -55,10 +55,6 @@ class Llama4(Llama):
     gguf_name = "llama4"
     checkpoints = {"Llama4ForCausalLM": _TEXT}  # noqa: RUF012
     wrappers = {"Llama4ForConditionalGeneration": {"llama4_text": _TEXT}}  # noqa: RUF012
-    derived = {  # noqa: RUF012
-        "num_key_value_heads": Llama.derived["num_key_value_heads"],
-        "head_dim": Llama.derived["head_dim"],
-    }
     parameters = (
         *Llama.parameters,
         Field("add_interleave_moe_layer_step", ("interleave_moe_layer_step",)),

@@ -17,9 +17,9 @@ from quantkit.errors import QuantkitError
 
 
 class Activations:
-    """What stands between two layers: float32 [n_chunks, n_ctx, width], in memory or in a file.
+    """What one layer hands to the next: float32 [n_chunks, n_ctx, width], in memory or in a file.
 
-    More than `budget` bytes go to a temporary file in `directory`, which is gone when the values are; others to memory
+    More than `budget` bytes go to a temporary file in `directory`, which goes away with the values; fewer, to memory
     that `new` gives. Raises QuantkitError where the disk has no room for them.
     """
 
@@ -54,7 +54,7 @@ def free_disk(home: Path | None = None) -> int:
 
 
 def let_go(x: np.ndarray, part: slice) -> None:
-    """Let the system take the memory of chunks `part` of `x`, if that is in a file: they are read again when used."""
+    """Let the system reuse the memory of chunks `part` of `x`, if `x` is in a file: it is read again when needed."""
     mapped: Any = getattr(x, "_mmap", None)
     if mapped is None or not hasattr(mmap, "MADV_DONTNEED"):
         return

@@ -50,7 +50,7 @@ class Ran(NamedTuple):
 
     @classmethod
     def of(cls, model: Model) -> Ran:
-        """What `model` is."""
+        """What `model` computes with, and the memory that it took until now."""
         return cls(model.backend, model.precision, model.blas, model.peak_memory())
 
 
@@ -91,7 +91,7 @@ class Ensemble:
 
     @property
     def ran(self) -> Ran:
-        """What has computed until now."""
+        """What the measurements until now were computed with."""
         if self._cluster is None:
             return Ran.of(self.models[0])
         kinds = self._ran or {Ran(self._compute.backend, self._compute.precision, "", None)}

@@ -20,7 +20,7 @@ _TILE = 256
 # The share of the weights that tokens have alike where gradients weigh them.
 ALIKE = 0.1
 
-# The tensors that share an input, and the expert that they belong to, None where there are no experts.
+# The names of tensors that share an input, and the number of the expert that they belong to, None for other tensors.
 Key = tuple[tuple[str, ...], "int | None"]
 
 
@@ -41,7 +41,7 @@ def on_host(array: Any) -> np.ndarray:
 
 
 def squared_lengths(rows: Any) -> np.ndarray:
-    """Of each of the rows, of numpy or torch: float32."""
+    """The squared length of each row, float32 [n_rows]; `rows` may be numpy's or torch's."""
     if not isinstance(rows, np.ndarray):
         rows = rows.float().square().sum(1)
         return on_host(rows)
@@ -139,9 +139,9 @@ class Sums(Protocol):
 class InputSums:
     """Sums over the inputs of matrices through numpy. `observe` is the observer of a model.
 
-    With `full` the sums are those of x xT, else of the squares of x. Of the products of tensors `names`, those are
-    summed of which one is in `wanted`; None for all. They are added up on `threads`. `settle` needs the memory of the
-    batch's inputs with `full`: they are kept until then. Sums of products are of rows as `balance` weighs them.
+    With `full` the sums are those of x xT, of rows as `balance` weighs them, else of the squares of x. An input is
+    summed when one of the tensors that share it is in `wanted`; None for all. They are added up on `threads`. With
+    `full`, the inputs of a batch stay in memory until `settle`.
     """
 
     def __init__(

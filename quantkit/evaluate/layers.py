@@ -55,7 +55,7 @@ RUNNERS: dict[type[Mixer], type[MixerRunner[Any]]] = {
     TimeMix: TimeMixRunner,
     ChannelMix: ChannelMixRunner,
 }
-# What activations exist, with a gate and without: kernels from [rows, n_ff or twice that] to [rows, n_ff].
+# The kernels of activations, with a gate and without: they take [rows, 2 * n_ff] or [rows, n_ff] to [rows, n_ff].
 _GATED = {
     Activation.SILU: forward_kernels.silu_gate,
     Activation.GELU: forward_kernels.gelu_gate,
@@ -69,14 +69,13 @@ _GATING = {
 }
 
 Activate = Callable[[np.ndarray, np.ndarray], None]
-# How near the best an expert must be to take part in its share, of its logit: twice the jitter of the models' training.
+# The sparse mixer leaves out experts whose logits are further than this from the best, relative to the larger of the
+# two: twice the jitter that the models were trained with.
 NEAR = np.float32(0.02)
-# Of a whole population, as transformers has it.
-_deviation = np.std
 
 
 def _activate(block: FeedForward | Experts) -> Activate | None:
-    """What `block` does between its products: from [rows, n_ff or twice that] to [rows, n_ff]; None if not known."""
+    """What `block` does between its products, [rows, n_ff] or twice as wide to [rows, n_ff]; None if not known."""
     if isinstance(block.activation, XIELU):
         return None if _gated(block) else _xielu(block.activation)
     activate = (_GATED if _gated(block) else _PLAIN).get(block.activation)
@@ -90,7 +89,8 @@ def _sparse(activate: Activate, cutoff: float) -> Activate:
 
     def activate_few(x: np.ndarray, out: np.ndarray) -> None:
         gate = x[:, : out.shape[1]]
-        mean, deviation = (f(gate, axis=1, dtype=np.float64, keepdims=True) for f in (np.mean, _deviation))
+        # transformers divides the squares by their number, not by one less (llama.cpp does).
+        mean, deviation = (f(gate, axis=1, dtype=np.float64, keepdims=True) for f in (np.mean, np.std))
         gate -= (mean + deviation * cutoff).astype(np.float32)
         np.maximum(gate, 0.0, out=gate)
         activate(x, out)

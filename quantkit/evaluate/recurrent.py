@@ -30,9 +30,9 @@ from quantkit.evaluate.parts import Parts, Product
 from quantkit.evaluate.threads import Each, one_by_one
 
 R = TypeVar("R", bound=Mixer)
-# So few rows go through a recurrence on one thread.
+# Fewer rows than this go through a recurrence on one thread: they are over before threads have met.
 _FEW_ROWS = 16
-# Channels of a state space that go through a text together.
+# Channels of a state space that one task takes through a text.
 _CHANNELS = 512
 
 
@@ -87,7 +87,6 @@ class RecurrentRunner(MixerRunner[R]):
                     for part in states[seq]:
                         part[:] = 0
                 out = take("stepped", count, width)
-                # A few rows are over before threads have met.
                 within = each if count >= _FEW_ROWS else one_by_one
                 own = None if whole is None else whole[start + done : start + done + count]
                 self.step(rows[done : done + count], states[seq], out, within, at + start + done, own)

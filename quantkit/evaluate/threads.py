@@ -48,9 +48,9 @@ class Share(NamedTuple):
 class Threads:
     """`count` threads for kernels and matrix products alike.
 
-    BLAS has threads of its own, and its threads and ours both spin while they wait: where they run at the same time
-    they take the processors from each other. So either tasks run side by side and each has one BLAS thread, or they
-    run one after the other and each has all; `share` decides which. `workspace` holds each thread's own arrays.
+    BLAS has threads of its own. Both its threads and ours spin while they wait, so at the same time they would take the
+    processors from each other. Either tasks run side by side with one BLAS thread each, or they run one after the other
+    with all; `share` decides which. `workspace` holds each thread's own arrays.
     """
 
     def __init__(self, count: int) -> None:
