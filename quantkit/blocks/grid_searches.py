@@ -75,18 +75,15 @@ ROUND_ALL, ROUND_ANY, ROUND_REPLACED = 0, 1, 2
 REPLACED = 1 << 16  # a code with this bit is of a point that took the place of levels outside the grid
 
 
-@dataclass(frozen=True)
-class Shape(Fixed):
-    """The groups of a grid: their weights, the bits of a level in a code, and the highest level."""
+class Shape(NamedTuple):
+    """The groups of a grid: their weights, the bits of a level in a code, and the highest level.
+
+    Numbers for numba, so that it compiles each piece once for all formats; for LLVM they are constants once inlined.
+    """
 
     dim: int
     width: int
     top: int
-
-    @property
-    def center(self) -> int:
-        """What the highest level stands for: levels are 1, 3, 5..."""
-        return 2 * self.top + 1
 
 
 @dataclass(frozen=True)
@@ -167,6 +164,12 @@ class Run(NamedTuple):
     first: int
     end: int
     place: int  # see Grid.where
+
+
+@piece
+def highest(shape: Shape) -> int:
+    """What the highest level stands for: levels are 1, 3, 5..."""
+    return 2 * shape.top + 1
 
 
 @piece
@@ -465,7 +468,7 @@ def round_trials(
 ) -> None:
     """The scale of each trial and the codes that it rounds to. `extreme` is the highest level's in the middle trial."""
     for trial in range(trials.n):
-        inverse = splat(np.float32(shape.center) + np.float32(trial - middle) * spacing) / extreme
+        inverse = splat(np.float32(highest(shape)) + np.float32(trial - middle) * spacing) / extreme
         put_scales(trials, trial, splat(ONE) / inverse, work)
         for k in range(tile.n // shape.dim):
             code = rounded_code(tile.xs, k * shape.dim, inverse, shape)
@@ -530,7 +533,7 @@ def grid_search(
     `scale` answers where no trial fits. Then the best scale rounds once more: what, `again` says (ROUND_ALL, ROUND_ANY,
     which is also where no trial fits, or ROUND_REPLACED), and the scale is fitted to what came of it.
     """
-    center, middle = np.float32(shape.center), trials.n // 2
+    center, middle = np.float32(highest(shape)), trials.n // 2
     largest_scale = splat(ONE) / (splat(center - np.float32(middle) * spacing) / extreme)
     weigh_distances(tile, work, shape, largest_scale * splat(center))
     round_trials(trials, tile, work, shape, extreme, middle, spacing)
@@ -562,7 +565,7 @@ def start_with_largest(tile: Tile, trials: Trials, largest: F32x16, fmt: GridFor
     """The largest magnitude is the highest level."""
     empty = largest < splat(fmt.epsilon)
     extreme = select(empty, splat(ONE), largest)
-    return extreme, extreme / splat(np.float32(fmt.shape.center)), empty
+    return extreme, extreme / splat(np.float32(highest(fmt.shape))), empty
 
 
 @piece

@@ -20,7 +20,7 @@ from quantkit.blocks.float4 import MX, half_power
 from quantkit.blocks.grids import Grid, grid
 from quantkit.blocks.k_affine import Q2, Q4, Q5, get_scales, pack_q2, pack_q4, pack_q5, put_head_4, put_head_6
 from quantkit.blocks.k_symmetric import Q3, Q6, get_scale_3, pack_q3, pack_q6, put_scales_3
-from quantkit.blocks.lane_memory import load, store
+from quantkit.blocks.lane_memory import load, scratch, store
 from quantkit.blocks.lanes import LANES, Bytes, Codes, Floats, Ints, float_bits, half_bits, half_value, splat
 from quantkit.blocks.layout import Layout
 from quantkit.blocks.legacy import Q4_0_BYTES, Q4_1_BYTES, Q5_0_BYTES, Q5_1_BYTES, Q8_0_BYTES, D, M, put_levels
@@ -70,7 +70,7 @@ def _to_lane(codes: Ints, start: int, n: int, offset: int, lane: Ints) -> None:
 def _put_affine(
     levels: Bytes, codes: Ints, floats: Floats, out: Bytes, count: int, layout: Layout, put_head: Any, pack: Any
 ) -> None:
-    lane = np.empty(2 * count * LANES, np.int32)
+    lane = scratch(np.int32, 32)  # of at most 16 sub-blocks
     for block in range(out.size // layout.nbytes):
         at = block * layout.nbytes
         _to_lane(codes, block * 2 * count, 2 * count, 0, lane)
@@ -124,7 +124,7 @@ def _take_q5_k(data: Bytes, codes: Ints, floats: Floats) -> None:
 
 @kernel
 def _put_q3_k(levels: Bytes, codes: Ints, floats: Floats, out: Bytes) -> None:
-    lane = np.empty(16 * LANES, np.int32)
+    lane = scratch(np.int32, 16)
     for block in range(out.size // Q3.nbytes):
         at = block * Q3.nbytes
         _to_lane(codes, block * 32, 16, 32, lane)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.blocks.lane_memory import add_products, load, store, store_all
+from quantkit.blocks.lane_memory import add_products, load, scratch, store, store_all
 from quantkit.blocks.lanes import (
     LANES,
     ZERO,
@@ -26,7 +26,7 @@ from quantkit.blocks.lanes import (
     splat,
 )
 from quantkit.blocks.searches import MAGIC, reciprocals
-from quantkit.compile.kernel import kernel, piece
+from quantkit.compile.kernel import allocating_piece, kernel, piece
 
 INFINITY = np.float32(np.inf)
 ONE = np.float32(1)
@@ -196,10 +196,10 @@ def settle_points(
     levels, borders, (dim, width, signed, n_shifts), grid = rule
     n_levels = borders.size + 1
     inverse = reciprocals(scale)
-    scales, lows, codes = np.empty(LANES, np.float32), np.empty(LANES, np.float32), np.empty(LANES, np.int32)
-    signs, misses = np.empty(8 * LANES, np.float32), np.empty(8 * LANES, np.float32)
-    bases, spare = np.empty(8 * LANES, np.float32), np.empty(8 * LANES, np.float32)
-    values, others = np.empty(8 * LANES, np.float32), np.empty(8 * LANES, np.float32)
+    scales, lows, codes = scratch(np.float32, 1), scratch(np.float32, 1), scratch(np.int32, 1)
+    signs, misses = scratch(np.float32, 8), scratch(np.float32, 8)
+    bases, spare = scratch(np.float32, 8), scratch(np.float32, 8)
+    values, others = scratch(np.float32, 8), scratch(np.float32, 8)
     store(scales, 0, scale)
     store(lows, 0, low)
     one, zero = splat(ONE), splat(ZERO)
@@ -309,7 +309,7 @@ def tried(mode: Any, code: Any, low_code: Any, a: Any, b: Any, ranges: Any) -> A
     return changed, clamp(low_code + splat(b), ranges[2], ranges[3])
 
 
-@piece
+@allocating_piece
 def settle_panel(
     targets: Any, outside: Any, coupling: Any, solve: Any, chain: Any, left: Any, units: Any, scales: Any, lows: Any,
     kept: Any, errors: Any, trials: Any, ranges: Any, rule: Any, n_rows: Any, sub: Any, again: Any, mode: Any,

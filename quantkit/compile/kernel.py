@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from numba import njit, typeof
 from numba.core import event, types
@@ -30,16 +30,90 @@ log = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
 
 # IEEE float32 as written: no reassociation, no fused multiply-add, no traps. No kernel is used as a C callback, so
-# numba need not compile the wrapper for one.
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": False, "no_cfunc_wrapper": True}
+# numba need not compile the wrapper for one. Without its runtime (nrt) it does not count the users of arrays.
+_OPTIONS: dict[str, Any] = {
+    "nogil": True, "error_model": "numpy", "fastmath": False, "no_cfunc_wrapper": True, "_nrt": False,
+}  # fmt: skip
+_ALLOCATING = {"_nrt": True}
+# Passes of numba's for what no kernel has: closures, `with`, `raise` of what is not constant, array expressions,
+# tuples to unroll. Each would look through every piece.
+_NEEDLESS = {
+    "AnnotateTypes", "DeadBranchPrune", "FindLiterallyCalls", "InlineClosureLikes", "InlineInlinables",
+    "InlineOverloads", "LiteralPropagationSubPipelinePass", "LiteralUnroll", "MakeFunctionToJitFunction",
+    "NoPythonSupportedFeatureValidation", "NopythonRewrites", "RewriteDynamicRaises", "RewriteSemanticConstants",
+    "WithLifting",
+}  # fmt: skip
+
+
+class _Typing:
+    """numba's typing context, with a memory: what functions make of arguments of the same types again and again.
+
+    Numba would try the rules of every type that `+` is known for each time that it is met.
+    """
+
+    _found: ClassVar[dict[Any, Any]] = {}
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the context's."""
+        return getattr(self._context, name)
+
+    def resolve_function_type(self, function: Any, args: Any, kws: Any) -> Any:
+        """The signature of `function` for arguments of these types; see numba."""
+        # Not of pieces and kernels, which are types of numba's as well, and know what they have been compiled for.
+        ours = isinstance(function, (types.Function, types.NumberClass)) or not isinstance(function, types.Type)
+        if not ours or kws:
+            return self._context.resolve_function_type(function, args, kws)
+        key = function, tuple(args)
+        found = self._found.get(key)
+        if found is None:
+            found = self._context.resolve_function_type(function, args, kws)
+            if found is not None and found.return_type.is_precise():
+                self._found[key] = found
+        return found
+
+
+class _KernelCompiler(Compiler):  # type: ignore[misc]
+    """numba's compiler without the steps that kernels do not need."""
+
+    def __init__(self, typingctx: Any, *others: Any) -> None:
+        super().__init__(_Typing(typingctx), *others)  # type: ignore[no-untyped-call]
+
+    def define_pipelines(self) -> Any:
+        """numba's passes, but `_NEEDLESS`."""
+        pipelines = super().define_pipelines()  # type: ignore[no-untyped-call]
+        # `weights is None` decides what is compiled, and is decided before types are.
+        pruned = not any(isinstance(kind, (types.NoneType, types.Omitted)) for kind in self.state.args)
+        for pipeline in pipelines:
+            kept = []
+            for step in pipeline.passes:
+                if step[0].__name__ not in _NEEDLESS:
+                    kept.append(step)
+                elif step[0].__name__ == "DeadBranchPrune" and not pruned:
+                    kept.append(step)
+                    pruned = True
+            pipeline.passes = kept
+        return pipelines
 
 
 def kernel(function: F) -> F:
     """Compile `function` when it is first called, and keep the machine code on disk for the next run.
 
-    Kernels release the GIL, so threads run them in parallel.
+    Kernels release the GIL, so threads run them in parallel. They make no arrays (`allocating_kernel`), but take them,
+    or `lane_memory.scratch`.
     """
-    compiled: F = njit(**_OPTIONS)(function)
+    return _kernel(function, _OPTIONS)
+
+
+def allocating_kernel(function: F) -> F:
+    """A kernel that makes arrays, whose users numba counts: that takes longer to compile."""
+    return _kernel(function, _OPTIONS | _ALLOCATING)
+
+
+def _kernel(function: F, options: dict[str, Any]) -> F:
+    compiled: F = njit(**options, pipeline_class=_KernelCompiler)(function)
     try:
         compiled._cache = KernelCache(function)  # type: ignore[attr-defined, no-untyped-call]
     except RuntimeError:
@@ -76,17 +150,28 @@ class _NoEnvironment:
         pass
 
 
-class _PieceCompiler(Compiler):  # type: ignore[misc]
+class _PieceCompiler(_KernelCompiler):
     def define_pipelines(self) -> Any:
         codegen, name = self.state.targetctx.codegen(), self.state.func_id.func_qualname
         self.state.library = _PieceLibrary(codegen, name)  # type: ignore[no-untyped-call]
-        return super().define_pipelines()  # type: ignore[no-untyped-call]
+        return super().define_pipelines()
+
+
+_PIECE_OPTIONS = _OPTIONS | {"forceinline": True, "no_cpython_wrapper": True, "pipeline_class": _PieceCompiler}
 
 
 def piece(function: F) -> F:
-    """A piece of a kernel: always inlined, so that the constants it is given are constants to the optimiser."""
-    options = {**_OPTIONS, "forceinline": True, "no_cpython_wrapper": True, "pipeline_class": _PieceCompiler}
-    inlined: F = njit(**options)(function)
+    """A piece of a kernel: always inlined, so that the constants it is given are constants to the optimiser.
+
+    numba compiles it once for all numbers, and once more for every `Fixed` object and every type of array.
+    """
+    inlined: F = njit(**_PIECE_OPTIONS)(function)
+    return inlined
+
+
+def allocating_piece(function: F) -> F:
+    """A piece that makes arrays."""
+    inlined: F = njit(**_PIECE_OPTIONS | _ALLOCATING)(function)
     return inlined
 
 

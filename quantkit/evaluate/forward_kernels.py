@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from llvmlite.binding import get_host_cpu_features
 
+from quantkit.blocks import lane_memory
 from quantkit.blocks.lane_memory import add_products, load, store, store_all
 from quantkit.blocks.lanes import (
     LANES,
@@ -27,7 +28,7 @@ from quantkit.blocks.lanes import (
     select,
     splat,
 )
-from quantkit.compile.kernel import kernel, piece
+from quantkit.compile.kernel import allocating_kernel, allocating_piece, kernel, piece
 
 _ZERO, _ONE, _LOWEST, _HIGHEST = np.float32(0.0), np.float32(1.0), np.float32(-87.0), np.float32(88.0)
 _TWO = np.float32(2.0)
@@ -361,7 +362,7 @@ def attention(
         for d in range(whole * LANES, head_v):
             values[(whole * width + i) * LANES + d - whole * LANES] = value[d]
     n_rows = out.shape[0] * heads
-    scales = np.empty(_TILE_ROWS, np.float32)
+    scales = lane_memory.scratch(np.float32, 1)
     for row in range(0, n_rows, _TILE_ROWS):
         n = min(_TILE_ROWS, n_rows - row)
         rows[n * head_k :] = _ZERO
@@ -506,7 +507,7 @@ def _better(x: Any, y: Any) -> Any:
     return x > y or (y != y and x == x)
 
 
-@piece
+@allocating_piece
 def _keep_best_groups(scores: Any, n_groups: int, n_kept: int) -> None:
     """Take those numbers of `scores` out of the choice that are in none of the groups with the best two numbers."""
     size = scores.size // n_groups
@@ -528,7 +529,7 @@ def _keep_best_groups(scores: Any, n_groups: int, n_kept: int) -> None:
         sums[worst] = np.nan
 
 
-@kernel
+@allocating_kernel
 def route(
     logits: np.ndarray,
     bias: np.ndarray,

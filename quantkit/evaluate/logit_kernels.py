@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from quantkit.blocks.lane_memory import scratch
+from quantkit.blocks.lanes import LANES
 from quantkit.compile.kernel import kernel, piece
 from quantkit.evaluate.forward_kernels import _maximum, _sum, exp
 
 # Tokens that are taken together: little enough for the first-level cache, and for short float32 sums.
 _PIECE = 512
+_PIECE_VECTORS = _PIECE // LANES
 TOP = 5
 # Columns of the comparison's state: running maximum and sum of exponentials of each model, the sum of the base's
 # exponentials times the difference of the logits, and the target's logits.
@@ -56,8 +59,7 @@ def compare_tile(
     `WEIGHTED / BASE_SUM - (BASE_MAX + ln BASE_SUM) + (MAX + ln SUM)`.
     """
     n = q.shape[1]
-    scratch = np.empty(_PIECE, np.float32)
-    weighted = np.empty(_PIECE, np.float32)
+    powers, weighted = scratch(np.float32, _PIECE_VECTORS), scratch(np.float32, _PIECE_VECTORS)
     for i in range(q.shape[0]):
         s = state[i]
         target = targets[i] - first
@@ -82,13 +84,13 @@ def compare_tile(
                 s[BASE_MAX] = base_largest
             shift, base_shift = np.float32(s[MAX]), np.float32(s[BASE_MAX])
             for j in range(size):
-                scratch[j] = exp(x[j] - shift)
-            s[SUM] += _sum(scratch, size)
+                powers[j] = exp(x[j] - shift)
+            s[SUM] += _sum(powers, size)
             for j in range(size):
                 p = exp(y[j] - base_shift)
-                scratch[j] = p
+                powers[j] = p
                 weighted[j] = p * (y[j] - x[j])
-            s[BASE_SUM] += _sum(scratch, size)
+            s[BASE_SUM] += _sum(powers, size)
             s[WEIGHTED] += _sum(weighted, size)
 
 
@@ -114,7 +116,7 @@ def pack(logits: np.ndarray, targets: np.ndarray, affine: np.ndarray, codes: np.
     most 16 below the largest logit. `nll` (float64 [rows]) gets the negative log-likelihoods of `targets`.
     """
     n = logits.shape[1]
-    scratch = np.empty(_PIECE, np.float32)
+    powers = scratch(np.float32, _PIECE_VECTORS)
     for i in range(logits.shape[0]):
         row, to = logits[i], codes[i]
         largest = _maximum(row, n)
@@ -126,8 +128,8 @@ def pack(logits: np.ndarray, targets: np.ndarray, affine: np.ndarray, codes: np.
         for at in range(0, n, _PIECE):
             size = min(_PIECE, n - at)
             for j in range(size):
-                scratch[j] = exp(row[at + j] - largest)
-            total += _sum(scratch, size)
+                powers[j] = exp(row[at + j] - largest)
+            total += _sum(powers, size)
         log_total = math.log(total)
         scale = np.float32(np.float32(largest - least) / _CODES)
         affine[i, 0] = scale

@@ -14,7 +14,7 @@ import numpy as np
 
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
-from quantkit.compile.kernel import kernel
+from quantkit.compile.kernel import allocating_kernel
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import TensorInfo
 from quantkit.sources.overlay import Overlay, ReadRows
@@ -106,7 +106,7 @@ class _Change:
         return weights
 
 
-@kernel
+@allocating_kernel
 def add_product(weights: Any, rows: Any, columns: Any, scale: Any) -> None:
     """Add scale * rows columns to `weights` [rows, row length]; `rows` are [rows, rank], `columns` [rank, row length].
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.compile.kernel import kernel, piece
+from quantkit.compile.kernel import allocating_kernel, kernel, piece
 
 Array = np.ndarray[Any, Any]
 
@@ -110,7 +110,7 @@ def _pair(symbols: Array, left: int, right: int) -> Any:
     return (np.int64(symbols[left]) << 32) | np.int64(symbols[right])
 
 
-@kernel
+@allocating_kernel
 def _merge(
     keys: Array,
     entries: Array,

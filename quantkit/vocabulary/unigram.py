@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.compile.kernel import kernel, piece
+from quantkit.compile.kernel import allocating_kernel, kernel, piece
 from quantkit.errors import QuantkitError
 from quantkit.vocabulary.encoders import META_SPACE
 from quantkit.vocabulary.merges import slot
@@ -150,7 +150,7 @@ def _width(byte: Any) -> Any:
     return 1 + (byte >= 0xC0) + (byte >= 0xE0) + (byte >= 0xF0)
 
 
-@kernel
+@allocating_kernel
 def _best(
     keys: Array,
     children: Array,
