@@ -49,6 +49,11 @@ class Rope:
     n_ctx_orig: int = 0
     yarn: Yarn | None = None
 
+    def factors_for(self, n_ctx: int) -> str | None:
+        """The name of the factors for sequences of `n_ctx` tokens, if there are any."""
+        long = self.long_factors is not None and n_ctx > self.n_ctx_orig
+        return self.long_factors if long else self.factors
+
 
 @dataclass(frozen=True)
 class Temperature:

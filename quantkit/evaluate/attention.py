@@ -7,10 +7,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from quantkit.architectures.mixers import Attention, LatentAttention, Rope, RopeStyle, Temperature
+from quantkit.architectures.mixers import Attention, LatentAttention, RopeStyle, Temperature
 from quantkit.architectures.products import NormKind
 from quantkit.evaluate import forward_kernels
 from quantkit.evaluate.mixer_runner import MixerRunner, Part, positioned
+from quantkit.evaluate.rotary import rotate, unsupported_rotation
 from quantkit.evaluate.threads import Each, one_by_one
 
 _NO_BIAS = np.empty(0, np.float32)
@@ -76,7 +77,7 @@ class AttentionRunner(MixerRunner[Attention]):
             yield "gates of heads in one product with keys and values"
         if mixer.temperature is not None and not 0 < mixer.temperature.step < 1 << 62:
             yield f"queries that grow every {mixer.temperature.step} positions"
-        yield from _unsupported_rotation(mixer.rope, mixer.head_k)
+        yield from unsupported_rotation(mixer.rope, mixer.head_k)
 
     @staticmethod
     def memory(mixer: Attention, n_ctx: int) -> tuple[tuple[int, ...], ...]:
@@ -271,7 +272,7 @@ class LatentRunner(MixerRunner[LatentAttention]):
             yield "LayerNorms of latents"
         if mixer.rope.n_dims < 2:
             yield f"latent attention with {mixer.rope.n_dims} rotated dimensions"
-        yield from _unsupported_rotation(mixer.rope, mixer.rope.n_dims)
+        yield from unsupported_rotation(mixer.rope, mixer.rope.n_dims)
 
     @staticmethod
     def memory(mixer: LatentAttention, n_ctx: int) -> tuple[tuple[int, ...], ...]:
@@ -347,10 +348,10 @@ class LatentRunner(MixerRunner[LatentAttention]):
             heads[:] = queries.reshape(n, a.n_head, size)
             positions = np.arange(start, start + n) % n_ctx
             c, s = cosines[positions, None], sines[positions, None]
-            _rotate(heads[:, :, a.head_k :], c, s, neighbours)
+            rotate(heads[:, :, a.head_k :], c, s, neighbours)
             turned = keys.reshape(-1, 1, width)[rows, :, a.n_latent :]
             turned[:, 0] = kv[:, a.n_latent :]
-            _rotate(turned, c, s, neighbours)
+            rotate(turned, c, s, neighbours)
 
         parts.each(x.reshape(-1, n_embd), project)
         return q, keys, values
@@ -400,25 +401,3 @@ class LatentRunner(MixerRunner[LatentAttention]):
             parts.observe((a.v_up,), own, at, head)
             up = self._v_up[head * a.head_v : (head + 1) * a.head_v]
             np.matmul(own, up.T, out=out[:, head * a.head_v : (head + 1) * a.head_v])
-
-
-def _rotate(x: np.ndarray, c: np.ndarray, s: np.ndarray, neighbours: bool) -> None:
-    """Rotate the rows of `x` [rows, heads, dimensions] in place; cosines and sines are [rows, 1, dimensions / 2]."""
-    half = x.shape[2] // 2
-    a, b = (x[..., 0::2], x[..., 1::2]) if neighbours else (x[..., :half], x[..., half:])
-    turned = a * c - b * s
-    b[:] = a * s + b * c
-    a[:] = turned
-
-
-def _unsupported_rotation(rope: Rope | None, size: int) -> Iterable[str]:
-    """What of a rotary embedding of heads of `size` numbers cannot be."""
-    if rope is None:
-        return
-    if not (0 <= rope.n_dims <= size and rope.n_dims % 2 == 0):
-        yield f"{rope.n_dims} rotated dimensions in heads of {size}"
-    if not rope.freq_base > 0:
-        yield f"a rotary base of {rope.freq_base}"
-    yarn = rope.yarn
-    if yarn is not None and not (rope.freq_base > 1 and min(yarn.beta_fast, yarn.beta_slow) > 0):
-        yield f"YaRN with a rotary base of {rope.freq_base}, from {yarn.beta_slow} to {yarn.beta_fast} rotations"

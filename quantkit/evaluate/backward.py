@@ -19,6 +19,7 @@ from quantkit.architectures.products import Norm, NormKind
 from quantkit.evaluate.attention import AttentionRunner, temperatures
 from quantkit.evaluate.layers import LayerRunner
 from quantkit.evaluate.parts import Product
+from quantkit.evaluate.rotary import rotate
 
 # The fields of the description that this backward pass knows.
 _KNOWN: dict[type, str] = {
@@ -269,14 +270,8 @@ def _hidden_keys(a: Attention, n_ctx: int) -> np.ndarray:
 
 def _rotated(x: np.ndarray, cosines: np.ndarray, sines: np.ndarray, neighbours: bool) -> np.ndarray:
     """Heads turned by tables [n_ctx, 1, pairs]; with negated sines this is its transpose."""
-    pairs = cosines.shape[2]
     out: np.ndarray = x.copy()
-    first, second = slice(pairs), slice(pairs, 2 * pairs)
-    if neighbours:
-        first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
-    a, b = x[..., first], x[..., second]
-    out[..., first] = a * cosines - b * sines
-    out[..., second] = a * sines + b * cosines
+    rotate(out[..., : 2 * cosines.shape[2]], cosines, sines, neighbours)
     return out
 
 

@@ -21,9 +21,9 @@ from quantkit.evaluate.ensemble import Ensemble
 from quantkit.evaluate.logit_kernels import BASE_CHOSEN, BASE_MAX, BASE_SUM, CHOSEN, MAX, N_STATE, SUM, TOP, WEIGHTED
 from quantkit.evaluate.model import Logits, Model
 from quantkit.evaluate.perplexity import chunked, held_chunks, opened_slices, pack_chunks, tokenize, warn_of_context
+from quantkit.evaluate.refusals import refuse_encoder
 from quantkit.evaluate.settings import Chunking, Compute, Estimate, Progress
 from quantkit.evaluate.token_classes import CLASSES, token_classes
-from quantkit.evaluate.transformer import refuse_encoder
 from quantkit.formats.atomic import OutputFile
 from quantkit.formats.logits import LogitsFile, LogitsRows, LogitsWriter, first_scored, is_logits_file
 from quantkit.sources.source import TensorSource

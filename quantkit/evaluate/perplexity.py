@@ -20,8 +20,8 @@ from quantkit.evaluate.backends import AnyModel
 from quantkit.evaluate.ensemble import Ensemble
 from quantkit.evaluate.model import Logits, Model
 from quantkit.evaluate.parts import ROWS
+from quantkit.evaluate.refusals import refuse_encoder
 from quantkit.evaluate.settings import Chunking, Compute, Estimate, Progress
-from quantkit.evaluate.transformer import refuse_encoder
 from quantkit.formats.atomic import OutputFile
 from quantkit.formats.logits import LogitsRows, LogitsWriter, empty_rows, first_scored, parts
 from quantkit.sources.source import TensorSource

@@ -17,9 +17,9 @@ from quantkit.architectures.products import Products
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.inputs import Balance, Sums
 from quantkit.evaluate.model import Model
+from quantkit.evaluate.refusals import refuse_encoder, refuse_unsupported
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.threads import blas_name
-from quantkit.evaluate.transformer import refuse_encoder, refuse_unsupported
 from quantkit.machine import peak_memory
 from quantkit.sources.source import TensorSource
 

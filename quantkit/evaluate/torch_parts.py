@@ -14,9 +14,9 @@ from torch.nn import functional
 from quantkit.architectures.mixers import Rope, RopeStyle
 from quantkit.architectures.products import Linear, Norm, NormKind
 from quantkit.evaluate.parts import Observer
+from quantkit.evaluate.rotary import rotation_tables
 from quantkit.evaluate.threads import Threads
 from quantkit.evaluate.torch_weights import TorchWeights
-from quantkit.evaluate.transformer import rope_tables
 
 
 class TorchParts:
@@ -125,12 +125,11 @@ class TorchParts:
 
     def _rope(self, rope: Rope, n_ctx: int, device: Any) -> tuple[Any, Any]:
         """Cosines and sines [n_ctx, 1, n_dims / 2]."""
-        long = rope.long_factors is not None and n_ctx > rope.n_ctx_orig
-        name = rope.long_factors if long else rope.factors
+        name = rope.factors_for(n_ctx)
         key = rope, name, device
         if key not in self._tables or len(self._tables[key][0]) < n_ctx:
             factors = None if name is None else self.weights.decoder.vector(name, rope.n_dims // 2)
-            cosines, sines = (torch.from_numpy(t[:, None]) for t in rope_tables(rope, n_ctx, factors))
+            cosines, sines = (torch.from_numpy(t[:, None]) for t in rotation_tables(rope, n_ctx, factors))
             self._tables[key] = cosines.to(device), sines.to(device)
         cosines, sines = self._tables[key]
         return cosines[:n_ctx], sines[:n_ctx]

@@ -8,14 +8,12 @@ depend on the batch or on the number of threads, and neither do the results.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 
 from quantkit.architectures.feed_forward import Experts
-from quantkit.architectures.forward import MAX_HEAD, ForwardSpec
 from quantkit.architectures.mixers import Rope
 from quantkit.architectures.products import Norm, NormKind
 from quantkit.errors import QuantkitError
@@ -24,13 +22,14 @@ from quantkit.evaluate.activations import Activations, free_disk, let_go
 from quantkit.evaluate.backward import Draws, LayerGradients, normalised, unknown_to_backward
 from quantkit.evaluate.inputs import Balance, InputSums
 from quantkit.evaluate.kv_cache import KVCache
-from quantkit.evaluate.layers import Expert, LayerRunner, Routed, unsupported
+from quantkit.evaluate.layers import Expert, LayerRunner, Routed
 from quantkit.evaluate.mixer_runner import Tables
 from quantkit.evaluate.model import TILE, Model
 from quantkit.evaluate.parts import ROWS, Product
+from quantkit.evaluate.refusals import refuse_encoder, refuse_unsupported
+from quantkit.evaluate.rotary import rotation_tables
 from quantkit.evaluate.settings import Compute
 from quantkit.evaluate.streams import merged, widened
-from quantkit.evaluate.streams import unsupported as unsupported_streams
 from quantkit.evaluate.threads import Each, Share, blas_name, one_by_one
 from quantkit.evaluate.weights import Replaced, Weights
 from quantkit.sources.source import TensorSource
@@ -42,59 +41,6 @@ _NEXT_TOKENS = 1 << 15
 # Tokens of the vocabulary whose gradients are taken together.
 _DRAWN = 1 << 13
 _DEFAULT = Compute()
-
-
-def rope_tables(rope: Rope, n_positions: int, factors: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of a rotary embedding, times its magnitude: float32 [n_positions, n_dims / 2] each."""
-    pair = np.arange(rope.n_dims // 2)
-    frequency = rope.freq_base ** (-2.0 * pair / rope.n_dims)
-    if factors is not None:
-        frequency = frequency / factors
-    slow = frequency * rope.freq_scale
-    if rope.yarn is not None:
-        yarn = rope.yarn
-
-        def dimension(rotations: float) -> float:
-            """The pair, counted in dimensions, that makes this many rotations over the original context."""
-            return rope.n_dims * math.log(rope.n_ctx_orig / (rotations * 2 * math.pi)) / (2 * math.log(rope.freq_base))
-
-        low = max(0.0, math.floor(dimension(yarn.beta_fast)))
-        high = min(rope.n_dims - 1.0, math.ceil(dimension(yarn.beta_slow)))
-        ramp = 1.0 - np.clip((pair - low) / max(0.001, high - low), 0.0, 1.0)
-        slow = slow + (frequency - slow) * ramp * yarn.ext_factor
-    angle = np.arange(n_positions)[:, None] * slow
-    return (np.cos(angle) * rope.magnitude).astype(np.float32), (np.sin(angle) * rope.magnitude).astype(np.float32)
-
-
-def refuse_encoder(spec: ForwardSpec, label: str) -> None:
-    """Raise QuantkitError for a model that does not predict what comes next."""
-    if not spec.causal:
-        raise QuantkitError(
-            f"{label}: an encoder ({spec.architecture}): its tokens see those after them, so it predicts none, and has "
-            "no perplexity; compare the vectors that it gives texts instead"
-        )
-    if spec.head is not None:
-        raise QuantkitError(
-            f"{label}: a reranker ({spec.architecture}): it gives texts scores, predicts no token, and has no "
-            "perplexity; compare the scores that it gives texts instead"
-        )
-
-
-def refuse_unsupported(spec: ForwardSpec, label: str) -> None:
-    """Raise QuantkitError for what no backend computes, and for sizes that cannot be."""
-    for layer in spec.layers:
-        for mixer in layer.mixers:
-            if min(mixer.sizes) < 1 or max(mixer.sizes) > MAX_HEAD:
-                listed = ", ".join(map(str, mixer.sizes))
-                raise QuantkitError(f"{label}: impossible sizes of {type(mixer).__name__}: {listed}")
-        if layer.feed_forward is not None and layer.feed_forward.n_ff < 1:
-            raise QuantkitError(f"{label}: impossible sizes: {layer.feed_forward.n_ff} in the feed-forward block")
-        for what in unsupported(layer):
-            raise QuantkitError(f"{label}: the forward pass does not know {what}")
-    if (impossible := unsupported_streams(spec.streams)) is not None:
-        raise QuantkitError(f"{label}: a model of {impossible}")
-    if spec.logit_softcap is not None and not spec.logit_softcap > 0:
-        raise QuantkitError(f"{label}: logits capped at {spec.logit_softcap}")
 
 
 def _in_batches(counts: Sequence[int]) -> Iterator[list[tuple[int, int, int]]]:
@@ -514,12 +460,11 @@ class Transformer(Model):
         """Cosines and sines for `n_ctx` positions, without columns where there is no rotation."""
         if rope is None:
             return np.empty((n_ctx, 0), np.float32), np.empty((n_ctx, 0), np.float32)
-        name = rope.long_factors if n_ctx > rope.n_ctx_orig else rope.factors
-        name = rope.factors if rope.long_factors is None else name
+        name = rope.factors_for(n_ctx)
         key = rope, name
         if key not in self._tables or len(self._tables[key][0]) < n_ctx:
             factors = None if name is None else self._weights.vector(name, rope.n_dims // 2)
-            self._tables[key] = rope_tables(rope, n_ctx, factors)
+            self._tables[key] = rotation_tables(rope, n_ctx, factors)
         return self._tables[key]
 
 
