@@ -154,6 +154,7 @@ class InputSums:
         self._full, self._threads, self._wanted, self._balance = full, threads, wanted, balance
         self._lock = threading.Lock()
         self._pieces: dict[Key, list[tuple[int, int, np.ndarray]]] = {}
+        self._joined: dict[Key, np.ndarray] = {}
         self._totals: dict[Key, np.ndarray] = {}
         self._counts: dict[Key, int] = {}
 
@@ -192,37 +193,53 @@ class InputSums:
     def settle(self) -> None:
         """See `Sums`."""
         pieces, self._pieces = self._pieces, {}
+        products = []
         for key in list(pieces):
             parts = sorted(pieces.pop(key), key=lambda part: part[0])
             self._counts[key] = self._counts.get(key, 0) + sum(n for _, n, _ in parts)
             if self._full:
-                self._add_products(key, np.concatenate([rows for _, _, rows in parts]))
+                rows = self._joined_rows(key, [rows for _, _, rows in parts])
+                n = rows.shape[1]
+                total = self._totals.setdefault(key, np.zeros((n, n)))
+                products += [(rows, total, start) for start in range(0, n, _TILE)]
                 continue
             total = self._totals.setdefault(key, np.zeros(parts[0][2].shape))
             for _, _, squares in parts:
                 total += squares
-
-    def _add_products(self, key: Key, rows: np.ndarray) -> None:
-        """Add the lower triangle of `rows`.T @ `rows`; the products of a batch are summed in float32 by BLAS."""
-        n = rows.shape[1]
-        total = self._totals.setdefault(key, np.zeros((n, n)))
-
-        def add_columns(tile: int) -> None:
-            start = tile * _TILE
-            columns = slice(start, start + _TILE)
-            total[start:, columns] += rows[:, start:].T @ rows[:, columns]
-
+        # The largest first, so that no thread is left with one at the end.
+        products.sort(key=lambda product: product[2] - product[0].shape[1])
         with self._threads.alone() as each:
-            each(add_columns, -(-n // _TILE))
+            each(lambda number: _add_columns(*products[number]), len(products))
+
+    def _joined_rows(self, key: Key, pieces: list[np.ndarray]) -> np.ndarray:
+        """The pieces below each other, where those of the last batch were: new memory takes as long as the copy."""
+        shape = sum(map(len, pieces)), pieces[0].shape[1]
+        room = self._joined.get(key)
+        if room is None or len(room) < shape[0]:
+            room = self._joined[key] = np.empty(shape, np.float32)
+        return np.concatenate(pieces, out=room[: shape[0]])
 
     def take(self) -> dict[Key, InputSum]:
         """See `Sums`."""
+        self._joined = {}
         totals, self._totals = self._totals, {}
         counts, self._counts = self._counts, {}
         if self._full:
             for total in totals.values():
                 mirror(total)
         return {key: InputSum(total, counts[key]) for key, total in totals.items()}
+
+
+def _add_columns(rows: np.ndarray, total: np.ndarray, start: int) -> None:
+    """Add the columns of `rows`.T @ `rows` from `start` on that are a tile, its lower triangle and what is below.
+
+    The products of a batch are summed in float32 by BLAS. numpy has it work out only half of a matrix times its own
+    transpose.
+    """
+    stop = min(start + _TILE, rows.shape[1])
+    columns = rows[:, start:stop]
+    total[start:stop, start:stop] += columns.T @ columns
+    total[stop:, start:stop] += rows[:, stop:].T @ columns
 
 
 def mirror(square: np.ndarray) -> None:
