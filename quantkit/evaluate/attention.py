@@ -9,7 +9,7 @@ import numpy as np
 
 from quantkit.architectures.mixers import Attention, LatentAttention, RopeStyle, Temperature
 from quantkit.architectures.products import NormKind
-from quantkit.evaluate import forward_kernels
+from quantkit.evaluate import activation_kernels, attention_kernels, norm_kernels
 from quantkit.evaluate.mixer_runner import MixerRunner, Part, positioned
 from quantkit.evaluate.rotary import rotate, unsupported_rotation
 from quantkit.evaluate.threads import Each, one_by_one
@@ -121,7 +121,7 @@ class AttentionRunner(MixerRunner[Attention]):
             side_by_side(go_on, continued, each)
         if gates is not None:
             for seq in range(len(x)):
-                forward_kernels.multiply_sigmoid(mixed[seq], gates[seq, first:stop])
+                activation_kernels.multiply_sigmoid(mixed[seq], gates[seq, first:stop])
         return mixed.reshape(-1, self.mixer.width)
 
     def _shared(self, k: np.ndarray, v: np.ndarray, carried: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -163,11 +163,11 @@ class AttentionRunner(MixerRunner[Attention]):
         distances = None if attention.alibi is None else falling(attention.alibi, attention.n_head, k.shape[1])
 
         def mix_group(group: int) -> None:
-            scratch = self.parts.take("attention", forward_kernels.attention_scratch(stop, head_k, head_v))
+            scratch = self.parts.take("attention", attention_kernels.attention_scratch(stop, head_k, head_v))
             column = group * heads * head_v
             mine = slice(group * heads, (group + 1) * heads)
             far = _NO_DISTANCES if distances is None else distances[mine]
-            forward_kernels.attention(
+            attention_kernels.attention(
                 q[group], k[group], v[group], first, past, reach, cap, sinks[mine], far, scratch, out, column
             )
 
@@ -211,28 +211,28 @@ class AttentionRunner(MixerRunner[Attention]):
                 if norm is not None and not attention.norm_rotated:
                     own = size if attention.norm_whole else head_k
                     weight, _ = parts.norm(norm, own)
-                    forward_kernels.rms_norm_columns(qkv, first, size // own, weight, norm.eps)
+                    norm_kernels.rms_norm_columns(qkv, first, size // own, weight, norm.eps)
             if attention.v_norm is not None and attention.shared is None:
                 weight, _ = parts.norm(attention.v_norm, head_v)
-                forward_kernels.rms_norm_columns(qkv, n_q + n_k, groups, weight, attention.v_norm.eps)
+                norm_kernels.rms_norm_columns(qkv, n_q + n_k, groups, weight, attention.v_norm.eps)
             if attention.temperature is not None:
                 of_rows = positions[np.arange(start, start + n) % n_ctx]
                 qkv[:, :n_q] *= temperatures(attention.temperature, of_rows)
             for seq, position, done, count in positioned(start, n, [n_ctx] * n_seq):
                 part = qkv[done : done + count]
                 factor = one if attention.norm_rotated and attention.q_norm else scale
-                forward_kernels.split_heads(part, 0, *tables, position, neighbours, factor, q[seq])
+                attention_kernels.split_heads(part, 0, *tables, position, neighbours, factor, q[seq])
                 if attention.shared is not None:
                     continue
-                forward_kernels.split_heads(part, n_q, *tables, position, neighbours, one, k[seq])
-                forward_kernels.split_heads(part, n_q + n_k, still, still, position, neighbours, one, v[seq])
+                attention_kernels.split_heads(part, n_q, *tables, position, neighbours, one, k[seq])
+                attention_kernels.split_heads(part, n_q + n_k, still, still, position, neighbours, one, v[seq])
 
         parts.each(x.reshape(-1, n_embd), project)
         if attention.norm_rotated:
             for norm, heads_of, factor in ((attention.q_norm, q, scale), (attention.k_norm, k, one)):
                 if norm is not None:
                     head_rows, (weight, _) = heads_of.reshape(-1, head_k), parts.norm(norm, head_k)
-                    forward_kernels.rms_norm(head_rows, weight * factor, norm.eps, head_rows)
+                    norm_kernels.rms_norm(head_rows, weight * factor, norm.eps, head_rows)
         return q, k[..., 0, :], v[..., 0, :], gates
 
     def _with_values(self, qk: np.ndarray) -> np.ndarray:
@@ -389,8 +389,8 @@ class LatentRunner(MixerRunner[LatentAttention]):
         latents = parts.take("latents", n, a.n_head * a.n_latent)
 
         def mix_group(group: int) -> None:
-            scratch = parts.take("attention", forward_kernels.attention_scratch(stop, width, a.n_latent))
-            forward_kernels.attention(
+            scratch = parts.take("attention", attention_kernels.attention_scratch(stop, width, a.n_latent))
+            attention_kernels.attention(
                 absorbed[group], keys, values, 0, position, reach, np.float32(0.0), _NO_BIAS, _NO_DISTANCES, scratch,
                 latents, group * together * a.n_latent,
             )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from quantkit.evaluate.forward_kernels import squares_by_column
+from quantkit.compile.kernel import kernel
 from quantkit.evaluate.threads import Threads
 
 # Columns of the second moments that a task adds up.
@@ -163,7 +163,7 @@ class InputSums:
         if self._wanted is not None and not any(name in self._wanted for name in names):
             return
         if not self._full:
-            piece = squares_by_column(rows)
+            piece = _squares_by_column(rows)
         else:
             piece = rows.copy() if self._balance is None else self._balance.balanced(names, rows, at)
         if isinstance(at, np.ndarray):
@@ -250,3 +250,20 @@ def mirror(square: np.ndarray) -> None:
         square[start:stop, stop:] = square[stop:, start:stop].T
         block = square[start:stop, start:stop]
         block[:] = np.tril(block) + np.tril(block, -1).T
+
+
+def _squares_by_column(x: np.ndarray) -> np.ndarray:
+    """The sum of the squares of each column of `x` [rows, n]: float64 [n]."""
+    sums = np.zeros(x.shape[1])
+    add_squares(x, sums)
+    return sums
+
+
+@kernel
+def add_squares(x: np.ndarray, sums: np.ndarray) -> None:
+    """Add the squares of the rows of `x` [rows, n] to `sums`, float64 [n]."""
+    for i in range(x.shape[0]):
+        row = x[i]
+        for j in range(row.size):
+            v = np.float64(row[j])
+            sums[j] += v * v

@@ -27,7 +27,7 @@ from quantkit.architectures.mixers import (
     TimeMix,
 )
 from quantkit.architectures.products import Norm, NormKind
-from quantkit.evaluate import forward_kernels
+from quantkit.evaluate import activation_kernels, expert_kernels, norm_kernels
 from quantkit.evaluate.activations import Activations
 from quantkit.evaluate.attention import AttentionRunner, LatentRunner
 from quantkit.evaluate.mixer_runner import Memory, MixerRunner, Part, Tables
@@ -57,15 +57,15 @@ RUNNERS: dict[type[Mixer], type[MixerRunner[Any]]] = {
 }
 # The kernels of activations, with a gate and without: they take [rows, 2 * n_ff] or [rows, n_ff] to [rows, n_ff].
 _GATED = {
-    Activation.SILU: forward_kernels.silu_gate,
-    Activation.GELU: forward_kernels.gelu_gate,
-    Activation.CLAMPED_SILU: forward_kernels.clamped_silu_gate,
+    Activation.SILU: activation_kernels.silu_gate,
+    Activation.GELU: activation_kernels.gelu_gate,
+    Activation.CLAMPED_SILU: activation_kernels.clamped_silu_gate,
 }
-_PLAIN = {Activation.GELU: forward_kernels.gelu, Activation.RELU_SQUARED: forward_kernels.relu_squared}
+_PLAIN = {Activation.GELU: activation_kernels.gelu, Activation.RELU_SQUARED: activation_kernels.relu_squared}
 _GATING = {
-    Gating.SOFTMAX: forward_kernels.SOFTMAX,
-    Gating.SIGMOID: forward_kernels.SIGMOID,
-    Gating.CHOSEN: forward_kernels.CHOSEN,
+    Gating.SOFTMAX: expert_kernels.SOFTMAX,
+    Gating.SIGMOID: expert_kernels.SIGMOID,
+    Gating.CHOSEN: expert_kernels.CHOSEN,
 }
 
 Activate = Callable[[np.ndarray, np.ndarray], None]
@@ -104,7 +104,7 @@ def _xielu(learned: XIELU) -> Activate:
     beta, eps = np.float32(learned.beta), np.float32(learned.eps)
 
     def activate(x: np.ndarray, out: np.ndarray) -> None:
-        forward_kernels.xielu(x, above, below, beta, eps, out)
+        activation_kernels.xielu(x, above, below, beta, eps, out)
 
     return activate
 
@@ -269,14 +269,14 @@ class LayerRunner:
                 to = branch if i == 0 else take("another branch", n, n_embd)
                 self._parts.multiply(rows[start : start + n], runner.out, to, at + start)
                 if i > 0:
-                    forward_kernels.add(branch, to)
+                    norm_kernels.add(branch, to)
             if self._mixers:
                 self._prepare(branch, layer.post_attention_norm)
             if layer.laurel is not None:
                 self._add_laurel(layer.laurel, block, branch, at + start)
             if layer.feed_forward is None:
                 if self._mixers:
-                    forward_kernels.add(block, branch)
+                    norm_kernels.add(block, branch)
                 return
             if routed is not None:
                 part = routed.part(start, start + n)
@@ -288,7 +288,7 @@ class LayerRunner:
             normed = self._add_and_norm(block, branch, take("normed", n, n_embd))
             self._dense(normed, branch, at + start)
             self._prepare(branch, layer.post_feed_forward_norm)
-            forward_kernels.add(block, branch)
+            norm_kernels.add(block, branch)
             self._parts.normed(layer.out_feed_forward_norm, block, block)
 
         self._parts.each(x, finish_block)
@@ -326,12 +326,12 @@ class LayerRunner:
         if self.layer.parallel:
             if self._parts.normed(norm, x, out) is x:
                 out[:] = x
-            forward_kernels.add(x, branch)
+            norm_kernels.add(x, branch)
             return out
         if norm is not None and norm.kind is NormKind.RMS and self.layer.out_attention_norm is None:
-            forward_kernels.add_rms_norm(x, branch, self._parts.norm(norm, self.n_embd)[0], norm.eps, out)
+            norm_kernels.add_rms_norm(x, branch, self._parts.norm(norm, self.n_embd)[0], norm.eps, out)
             return out
-        forward_kernels.add(x, branch)
+        norm_kernels.add(x, branch)
         self._parts.normed(self.layer.out_attention_norm, x, x)
         return self._parts.normed(norm, x, out)
 
@@ -350,7 +350,7 @@ class LayerRunner:
             read *= np.float32(ff.apart.router_scale)
         scores = self._parts.multiply(read, self._router, take("router", n, len(self._router.matrix)), at)
         if ff.gating is Gating.SPARSE_MIXER:
-            forward_kernels.route_sparsely(scores, NEAR, routed.chosen, routed.shares)
+            expert_kernels.route_sparsely(scores, NEAR, routed.chosen, routed.shares)
         else:
             self._choose(ff, scores, routed)
         if ff.apart is not None:
@@ -362,11 +362,11 @@ class LayerRunner:
             self._dense(routed.normed, routed.branch, at)
             return
         share = self._parts.multiply(routed.normed, self._shared_gate, take("shared gate", n, 1), at)
-        forward_kernels.add_gated(self._dense(routed.normed, scratch, at), share, routed.branch)
+        expert_kernels.add_gated(self._dense(routed.normed, scratch, at), share, routed.branch)
 
     def _choose(self, ff: Experts, scores: np.ndarray, routed: Routed) -> None:
         """Choose the experts by `scores`, what the router makes of the rows of `routed`."""
-        forward_kernels.route(
+        expert_kernels.route(
             scores, self._selection_bias, _GATING[ff.gating], (ff.n_groups, ff.n_groups_used), ff.normalised,
             np.float32(ff.scale), routed.chosen, routed.shares,
         )  # fmt: skip
@@ -432,7 +432,7 @@ class LayerRunner:
             self._activate_expert(wide, active)
             self._parts.observe(down.names, active, at + some, e)
             branch = self._expert_product(active, down, take("branch", n, self.n_embd))
-            forward_kernels.add_rows(branch, some, shares, routed.branch)
+            expert_kernels.add_rows(branch, some, shares, routed.branch)
 
     def _expert_product(self, x: np.ndarray, product: Product, out: np.ndarray) -> np.ndarray:
         np.matmul(x, product.matrix.T, out=out)
@@ -451,5 +451,5 @@ class LayerRunner:
                 made = self._dense(read, self._take("branch", *size), at + start)
                 routed.branch[start : start + len(block)] += self._parts.normed(ff.apart.shared_norm, made, made)
         self._prepare(routed.branch, self.layer.post_feed_forward_norm)
-        forward_kernels.add(x, routed.branch)
+        norm_kernels.add(x, routed.branch)
         self._parts.normed(self.layer.out_feed_forward_norm, x, x)

@@ -1,6 +1,6 @@
-"""What measures make of logits: comparison of two models' tile by tile, and their packing into 16 bits.
+"""What is made of logits: likelihoods, comparison of two models' tile by tile, and their packing into 16 bits.
 
-As in `kernels`, each works on one thread; arrays are contiguous and float32 unless said otherwise.
+The kernels run over rows as those of norms do: see `norm_kernels`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from quantkit.blocks.lane_memory import scratch
 from quantkit.blocks.lanes import LANES
 from quantkit.compile.kernel import kernel, piece
-from quantkit.evaluate.forward_kernels import _maximum, _sum, exp
+from quantkit.evaluate.row_pieces import capped, exp, row_maximum, row_sum
 
 # Tokens that are taken together: little enough for the first-level cache, and for short float32 sums.
 _PIECE = 512
@@ -26,6 +26,44 @@ MAX, SUM, BASE_MAX, BASE_SUM, WEIGHTED, CHOSEN, BASE_CHOSEN, N_STATE = range(8)
 _MAGIC = np.float32(12582912.0)
 _SIXTEEN, _CODES, _LIKELY = np.float32(16.0), np.float32(65535.0), np.float32(-16.0)
 _FAR = np.float32(1000.0)
+
+
+@kernel
+def soft_cap(x: np.ndarray, cap: np.float32) -> None:
+    """Every number x of [rows, n] to cap * tanh(x / cap), in place."""
+    for i in range(x.shape[0]):
+        row = x[i]
+        for j in range(row.size):
+            row[j] = capped(row[j], cap)
+
+
+@kernel
+def score_tile(
+    logits: np.ndarray,
+    first: int,
+    targets: np.ndarray,
+    maxima: np.ndarray,
+    sums: np.ndarray,
+    chosen: np.ndarray,
+) -> None:
+    """Take one tile of the vocabulary into the log-likelihood of each row's target token.
+
+    `logits` is [rows, tile], of the tokens from `first` on. `maxima` and `sums` (float64, begun with -inf and 0) hold
+    each row's running maximum and sum of exponentials less that maximum, `chosen` (float64) the target's logit.
+    The log-likelihood is chosen - maximum - ln(sum) after the last tile.
+    """
+    n = logits.shape[1]
+    for i in range(logits.shape[0]):
+        row = logits[i]
+        target = targets[i] - first
+        if 0 <= target < n:
+            chosen[i] = row[target]
+        largest = max(np.float64(row_maximum(row, n)), maxima[i])
+        shift = np.float32(largest)
+        for j in range(n):
+            row[j] = exp(row[j] - shift)
+        sums[i] = sums[i] * math.exp(maxima[i] - largest) + row_sum(row, n)
+        maxima[i] = largest
 
 
 @piece
@@ -68,7 +106,7 @@ def compare_tile(
         for at in range(0, n, _PIECE):
             size = min(_PIECE, n - at)
             x, y = q[i, at : at + size], b[i, at : at + size]
-            largest, base_largest = _maximum(x, size), _maximum(y, size)
+            largest, base_largest = row_maximum(x, size), row_maximum(y, size)
             if largest > values[i, 0, TOP - 1]:
                 _keep_top(x, first + at, values[i, 0], ids[i, 0])
             if base_largest > values[i, 1, TOP - 1]:
@@ -85,13 +123,13 @@ def compare_tile(
             shift, base_shift = np.float32(s[MAX]), np.float32(s[BASE_MAX])
             for j in range(size):
                 powers[j] = exp(x[j] - shift)
-            s[SUM] += _sum(powers, size)
+            s[SUM] += row_sum(powers, size)
             for j in range(size):
                 p = exp(y[j] - base_shift)
                 powers[j] = p
                 weighted[j] = p * (y[j] - x[j])
-            s[BASE_SUM] += _sum(powers, size)
-            s[WEIGHTED] += _sum(weighted, size)
+            s[BASE_SUM] += row_sum(powers, size)
+            s[WEIGHTED] += row_sum(weighted, size)
 
 
 @kernel
@@ -119,7 +157,7 @@ def pack(logits: np.ndarray, targets: np.ndarray, affine: np.ndarray, codes: np.
     powers = scratch(np.float32, _PIECE_VECTORS)
     for i in range(logits.shape[0]):
         row, to = logits[i], codes[i]
-        largest = _maximum(row, n)
+        largest = row_maximum(row, n)
         least = largest
         for j in range(n):
             least = row[j] if row[j] < least else least
@@ -129,7 +167,7 @@ def pack(logits: np.ndarray, targets: np.ndarray, affine: np.ndarray, codes: np.
             size = min(_PIECE, n - at)
             for j in range(size):
                 powers[j] = exp(row[at + j] - largest)
-            total += _sum(powers, size)
+            total += row_sum(powers, size)
         log_total = math.log(total)
         scale = np.float32(np.float32(largest - least) / _CODES)
         affine[i, 0] = scale

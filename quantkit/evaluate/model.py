@@ -12,7 +12,7 @@ import numpy as np
 from quantkit.architectures import forward_spec
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.errors import QuantkitError
-from quantkit.evaluate import forward_kernels, logit_kernels
+from quantkit.evaluate import logit_kernels
 from quantkit.evaluate.inputs import Balance, Sums
 from quantkit.evaluate.logit_kernels import BASE_MAX, BASE_SUM, MAX, N_STATE, SUM, TOP, WEIGHTED
 from quantkit.evaluate.parts import ROWS, Observer, aligned, in_groups
@@ -265,7 +265,7 @@ class Model(ABC):
         sums, chosen = np.zeros(targets.shape), np.zeros(targets.shape)
 
         def score(seq: int, rows: slice, at: int, tiles: list[np.ndarray]) -> None:
-            forward_kernels.score_tile(
+            logit_kernels.score_tile(
                 tiles[0], at, targets[seq, rows], maxima[seq, rows], sums[seq, rows], chosen[seq, rows]
             )
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from quantkit.architectures.forward import Layer
 from quantkit.architectures.products import Norm, NormKind, Products
-from quantkit.evaluate import forward_kernels
+from quantkit.evaluate import norm_kernels
 from quantkit.evaluate.threads import Each, Workspace, one_by_one
 from quantkit.evaluate.weights import Weights
 
@@ -137,7 +137,7 @@ class Parts:
         self.observe(product.names, x, at)
         np.matmul(x, product.matrix.T, out=out)
         if product.bias is not None:
-            forward_kernels.add_bias(out, product.bias)
+            norm_kernels.add_bias(out, product.bias)
         return out
 
     def normed(self, norm: Norm | None, x: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -146,9 +146,9 @@ class Parts:
             return x
         weight, bias = self.norm(norm, x.shape[1])
         if norm.kind is NormKind.RMS:
-            forward_kernels.rms_norm(x, weight, norm.eps, out)
+            norm_kernels.rms_norm(x, weight, norm.eps, out)
         else:
-            forward_kernels.layer_norm(x, weight, np.zeros_like(weight) if bias is None else bias, norm.eps, out)
+            norm_kernels.layer_norm(x, weight, np.zeros_like(weight) if bias is None else bias, norm.eps, out)
         return out
 
 

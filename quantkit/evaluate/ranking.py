@@ -9,7 +9,7 @@ import numpy as np
 
 from quantkit.architectures.products import Linear
 from quantkit.errors import QuantkitError
-from quantkit.evaluate import forward_kernels
+from quantkit.evaluate import activation_kernels, norm_kernels
 from quantkit.evaluate.backends import AnyModel, load
 from quantkit.evaluate.embeddings import RANK, pooled
 from quantkit.evaluate.model import Model
@@ -119,11 +119,11 @@ class Classifier:
         if head.dense is not None:
             x = _times(x, *self._dense)
             if head.gelu:
-                forward_kernels.gelu(x, x)
+                activation_kernels.gelu(x, x)
             else:
                 x = np.tanh(x)
         if head.norm is not None:
-            forward_kernels.layer_norm(x, self._norm, np.zeros_like(self._norm), head.norm.eps, x)
+            norm_kernels.layer_norm(x, self._norm, np.zeros_like(self._norm), head.norm.eps, x)
         if head.out is not None:
             x = _times(x, *self._out)
         if head.softmax:

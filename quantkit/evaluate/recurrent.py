@@ -24,7 +24,7 @@ from quantkit.architectures.mixers import (
     TimeMix,
 )
 from quantkit.architectures.products import NormKind
-from quantkit.evaluate import forward_kernels, recurrent_kernels
+from quantkit.evaluate import activation_kernels, norm_kernels, recurrent_kernels
 from quantkit.evaluate.mixer_runner import Memory, MixerRunner, Part, positioned
 from quantkit.evaluate.parts import Parts, Product
 from quantkit.evaluate.threads import Each, one_by_one
@@ -207,7 +207,7 @@ class DeltaNetRunner(RecurrentRunner[DeltaNet]):
         # Divided by the root of the mean square, and then by that of the size, which is by the length.
         length = np.full(d.head_k, 1.0 / math.sqrt(d.head_k), np.float32)
         for first, weight in ((0, length * length[0]), (d.n_keys, length)):
-            forward_kernels.rms_norm_columns(mixed, first, d.n_head_k, weight, d.eps / d.head_k)
+            norm_kernels.rms_norm_columns(mixed, first, d.n_head_k, weight, d.eps / d.head_k)
         decay, share = self._rates(rows[:, n_channels + d.width :])
         shared = d.n_head // d.n_head_k
 
@@ -221,7 +221,7 @@ class DeltaNetRunner(RecurrentRunner[DeltaNet]):
 
         each(read, d.n_head)
         weight, _ = self.parts.norm(d.norm, d.head_v)
-        forward_kernels.rms_norm_columns(out, 0, d.n_head, weight, d.norm.eps)
+        norm_kernels.rms_norm_columns(out, 0, d.n_head, weight, d.norm.eps)
         gate = take("gate", n, d.width)
         gate[:] = rows[:, n_channels : n_channels + d.width]
         recurrent_kernels.multiply_silu(out, gate)
@@ -336,7 +336,7 @@ class Mamba2Runner(RecurrentRunner[Mamba2]):
         recurrent_kernels.multiply_silu(out, gate)
         if m.norm is not None:
             even = np.ones(width // m.n_groups, np.float32)
-            forward_kernels.rms_norm_columns(out, 0, m.n_groups, even, m.norm.eps)
+            norm_kernels.rms_norm_columns(out, 0, m.n_groups, even, m.norm.eps)
             if m.norm.weight is not None:
                 out *= self._norm
 
@@ -467,4 +467,4 @@ class ChannelMixRunner(RecurrentRunner[ChannelMix]):
         shift *= self._lerp
         shift += rows
         made = self.parts.multiply(shift, self._key, self.parts.take("channels", *out.shape), at)
-        forward_kernels.relu_squared(made, out)
+        activation_kernels.relu_squared(made, out)

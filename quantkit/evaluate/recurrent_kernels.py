@@ -1,6 +1,6 @@
 """What recurrent layers do between their matrix products: fused, vectorised, without the GIL.
 
-As in `forward_kernels`: each kernel runs on one thread over rows in order, and arrays are float32 and contiguous unless
+As in `norm_kernels`: each kernel runs on one thread over rows in order, and arrays are float32 and contiguous unless
 said otherwise.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 from quantkit.blocks.lane_memory import load, store
 from quantkit.blocks.lanes import LANES, multiply_add, splat
 from quantkit.compile.kernel import kernel
-from quantkit.evaluate.forward_kernels import exp
+from quantkit.evaluate.row_pieces import exp
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from quantkit.architectures.forward import AltUp, ForwardSpec, Layer, SideEmbedding, SideInput, Streams
 from quantkit.architectures.products import Norm
-from quantkit.evaluate import forward_kernels
+from quantkit.evaluate import activation_kernels, norm_kernels
 from quantkit.evaluate.parts import Parts, Product
 from quantkit.evaluate.threads import Each
 from quantkit.evaluate.weights import Weights
@@ -67,7 +67,7 @@ def _weight_of(norm: Norm) -> str:
 def _side_rows(side: SideEmbedding, made: np.ndarray, weight: np.ndarray, own: np.ndarray) -> np.ndarray:
     """What all layers get of some tokens: `made` [n, all] of their embeddings, and `own` [n, all] from the table."""
     normed = np.ascontiguousarray(made).reshape(-1, side.size)
-    forward_kernels.rms_norm(normed, weight, side.norm.eps, normed)
+    norm_kernels.rms_norm(normed, weight, side.norm.eps, normed)
     normed += own.reshape(normed.shape) * np.float32(math.sqrt(side.size))
     normed *= np.float32(1 / math.sqrt(2))
     return normed.reshape(made.shape)
@@ -168,7 +168,7 @@ class Around:
         """What the layer's own embeddings, in `rows`, add to `x`."""
         take, n = self._parts.take, len(x)
         gate = self._times(x, self._gate, "side gate", at)
-        forward_kernels.gelu(gate, gate)
+        activation_kernels.gelu(gate, gate)
         gate *= rows[:, side.at : side.at + side.size]
         made = self._times(gate, self._out, "side out", at)
         return self._parts.normed(side.norm, made, take("side normed", n, self._n_embd))

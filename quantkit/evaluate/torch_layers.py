@@ -312,7 +312,7 @@ class TorchLayer:
 
 
 def _route_sparsely(n_used: int, logits: Any) -> tuple[Any, Any]:
-    """See `forward_kernels.route_sparsely`."""
+    """See `expert_kernels.route_sparsely`."""
     left, chosen, shares = logits, [], []
     for _ in range(n_used):
         best, index = left.max(1, keepdim=True)

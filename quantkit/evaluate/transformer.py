@@ -17,7 +17,7 @@ from quantkit.architectures.feed_forward import Experts
 from quantkit.architectures.mixers import Rope
 from quantkit.architectures.products import Norm, NormKind
 from quantkit.errors import QuantkitError
-from quantkit.evaluate import forward_kernels
+from quantkit.evaluate import logit_kernels, norm_kernels
 from quantkit.evaluate.activations import Activations, free_disk, let_go
 from quantkit.evaluate.backward import Draws, LayerGradients, normalised, unknown_to_backward
 from quantkit.evaluate.inputs import Balance, InputSums
@@ -430,11 +430,11 @@ class Transformer(Model):
         """Logits of rows of normalised `x` for the tokens of `product`, a part of `_output`, in `out`."""
         np.matmul(x, product.matrix.T, out=out)
         if product.bias is not None:
-            forward_kernels.add_bias(out, product.bias)
+            norm_kernels.add_bias(out, product.bias)
         if self.spec.logit_scale != 1.0:
             out *= np.float32(self.spec.logit_scale)
         if self.spec.logit_softcap is not None:
-            forward_kernels.soft_cap(out, np.float32(self.spec.logit_softcap))
+            logit_kernels.soft_cap(out, np.float32(self.spec.logit_softcap))
         return out
 
     # -- small things
@@ -451,10 +451,10 @@ class Transformer(Model):
         rows = x.reshape(-1, self.spec.n_embd)
         weight, bias = self._norm_weights(norm)
         if norm.kind is NormKind.RMS:
-            forward_kernels.rms_norm(rows, weight, norm.eps, rows)
+            norm_kernels.rms_norm(rows, weight, norm.eps, rows)
         else:
             bias = np.zeros_like(weight) if bias is None else bias
-            forward_kernels.layer_norm(rows, weight, bias, norm.eps, rows)
+            norm_kernels.layer_norm(rows, weight, bias, norm.eps, rows)
 
     def _rope(self, rope: Rope | None, n_ctx: int) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines for `n_ctx` positions, without columns where there is no rotation."""

@@ -7,20 +7,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantkit.evaluate import forward_kernels
+from quantkit.evaluate import (
+    activation_kernels,
+    attention_kernels,
+    expert_kernels,
+    logit_kernels,
+    norm_kernels,
+    row_pieces,
+)
 
 
 def test_exponential_keeps_its_stated_bound_over_its_whole_range():
     x = np.linspace(-87.0, 88.0, 4_000_001).astype(np.float32)
     out = np.empty_like(x)
-    forward_kernels.exponentials(x, out)
+    row_pieces.exponentials(x, out)
     assert np.abs(out / np.exp(x.astype(np.float64)) - 1).max() < 1.5e-7
 
 
 def test_exponential_at_the_ends():
     x = np.array([-np.inf, -200.0, 0.0, -0.0, 200.0, np.inf, np.nan], np.float32)
     out = np.empty_like(x)
-    forward_kernels.exponentials(x, out)
+    row_pieces.exponentials(x, out)
     assert out[0] == out[1] < 2e-38
     assert out[2] == out[3] == 1.0
     assert out[4] == out[5] > 1e38
@@ -64,9 +71,9 @@ def test_attention_sees_what_is_in_its_reach(n, heads, sizes, first, past, reach
     peak = np.maximum(scores.max(2, keepdims=True), sink)
     p = np.exp(scores - peak)
     expected = np.einsum("hnk,kd->nhd", p / (p.sum(2, keepdims=True) + np.exp(sink - peak)), v[:n_keys])
-    scratch = np.full(forward_kernels.attention_scratch(n_keys, head_k, head_v) + 9, np.nan, np.float32)
+    scratch = np.full(attention_kernels.attention_scratch(n_keys, head_k, head_v) + 9, np.nan, np.float32)
     out = np.full((n, 5 + heads * head_v + 3), np.nan, np.float32)
-    forward_kernels.attention(
+    attention_kernels.attention(
         q, k[: base + n + 20], v, first, past, reach, np.float32(cap), sinks, bias, scratch[:-9], out, 5
     )
     # Scores of up to 40 round by 40 * 2^-24, and so do their exponents.
@@ -78,9 +85,9 @@ def test_attention_keeps_a_query_that_is_not_a_number():
     q, k, v = np.ones((3, 1, 4), np.float32), np.ones((3, 4), np.float32), np.ones((3, 4), np.float32)
     q[1] = np.nan
     out = np.empty((3, 4), np.float32)
-    scratch = np.empty(forward_kernels.attention_scratch(3, 4, 4), np.float32)
+    scratch = np.empty(attention_kernels.attention_scratch(3, 4, 4), np.float32)
     nothing = np.empty(0, np.float32), np.empty((0, 0), np.float32)
-    forward_kernels.attention(q, k, v, 0, 0, (3, 0, 0), np.float32(0), *nothing, scratch, out, 0)
+    attention_kernels.attention(q, k, v, 0, 0, (3, 0, 0), np.float32(0), *nothing, scratch, out, 0)
     assert np.isnan(out).all(1).tolist() == [False, True, False]
 
 
@@ -92,7 +99,7 @@ def test_rotation_turns_pairs_and_leaves_the_rest(neighbours):
     angle = rng.uniform(0, 6, (n + start, pairs))
     out = np.full((groups, n + start, heads, size), np.nan, np.float32)
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-    forward_kernels.split_heads(x, 7, cos, sin, start, neighbours, np.float32(0.5), out)
+    attention_kernels.split_heads(x, 7, cos, sin, start, neighbours, np.float32(0.5), out)
     whole = x[:, 7:].reshape(n, groups, heads, size).astype(np.float64)
     a, b = (whole[..., 0:8:2], whole[..., 1:8:2]) if neighbours else (whole[..., :4], whole[..., 4:8])
     rotated = (a + 1j * b) * np.exp(1j * angle[start:, None, None])
@@ -114,14 +121,14 @@ def test_norm_and_gate(n, seed):
     y = (x + branch).astype(np.float64)
     expected = y / np.sqrt((y * y).mean(1, keepdims=True) + 1e-3) * weight
     out = np.empty_like(x)
-    forward_kernels.add_rms_norm(x, branch, weight, 1e-3, out)
+    norm_kernels.add_rms_norm(x, branch, weight, 1e-3, out)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(x, y.astype(np.float32))
-    forward_kernels.rms_norm(x, weight, 1e-3, out)
+    norm_kernels.rms_norm(x, weight, 1e-3, out)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
     gate_up = np.concatenate([x * 30, branch], axis=1)
     g = gate_up[:, :n].astype(np.float64)
-    forward_kernels.silu_gate(gate_up, out)
+    activation_kernels.silu_gate(gate_up, out)
     np.testing.assert_allclose(out, g / (1 + np.exp(-g)) * branch, rtol=1e-6, atol=1e-35)
 
 
@@ -136,7 +143,7 @@ def test_log_likelihood_does_not_depend_on_tiles(n_vocab, tile, scale, seed):
     expected = wide[np.arange(4), targets] - top - np.log(np.exp(wide - top[:, None]).sum(1))
     maxima, sums, chosen = np.full(4, -np.inf), np.zeros(4), np.zeros(4)
     for at in range(0, n_vocab, tile):
-        forward_kernels.score_tile(np.ascontiguousarray(logits[:, at : at + tile]), at, targets, maxima, sums, chosen)
+        logit_kernels.score_tile(np.ascontiguousarray(logits[:, at : at + tile]), at, targets, maxima, sums, chosen)
     np.testing.assert_allclose(chosen - maxima - np.log(sums), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -150,10 +157,10 @@ def test_layer_norm_in_place_and_not(n, seed):
     centred = wide - wide.mean(1, keepdims=True)
     expected = centred / np.sqrt((centred * centred).mean(1, keepdims=True) + 1e-3) * weight + bias
     out = np.empty_like(x)
-    forward_kernels.layer_norm(x, weight, bias, 1e-3, out)
+    norm_kernels.layer_norm(x, weight, bias, 1e-3, out)
     # The mean rounds to float32: by 9 * 2^-24 of a value, over a deviation that may be as small as sqrt(eps).
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-4)
-    forward_kernels.layer_norm(x, weight, bias, 1e-3, x)
+    norm_kernels.layer_norm(x, weight, bias, 1e-3, x)
     np.testing.assert_array_equal(x, out)
 
 
@@ -165,7 +172,7 @@ def test_norm_of_columns_touches_no_others(size, count):
     heads = x[:, 11:-4].reshape(6, count, size).astype(np.float64)
     expected = heads / np.sqrt((heads * heads).mean(-1, keepdims=True) + 1e-4) * weight
     before = x.copy()
-    forward_kernels.rms_norm_columns(x, 11, count, weight, 1e-4)
+    norm_kernels.rms_norm_columns(x, 11, count, weight, 1e-4)
     np.testing.assert_allclose(x[:, 11:-4].reshape(6, count, size), expected, rtol=1e-5)
     np.testing.assert_array_equal(x[:, :11], before[:, :11])
     np.testing.assert_array_equal(x[:, -4:], before[:, -4:])
@@ -176,10 +183,10 @@ def test_gelu_is_the_tanh_approximation():
     wide = x.astype(np.float64)
     expected = 0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
     out = np.empty_like(x)
-    forward_kernels.gelu(x, out)
+    activation_kernels.gelu(x, out)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
     gated = np.empty((2, 1250), np.float32)
-    forward_kernels.gelu_gate(x, gated)
+    activation_kernels.gelu_gate(x, gated)
     np.testing.assert_allclose(gated, expected[:, :1250] * wide[:, 1250:], rtol=1e-5, atol=1e-5)
 
 
@@ -187,16 +194,16 @@ def test_gates_that_are_clamped():
     x = np.linspace(-12, 12, 2000).astype(np.float32).reshape(2, -1)
     gate, up = np.minimum(x[:, :500], 7).astype(np.float64), np.clip(x[:, 500:], -7, 7).astype(np.float64)
     out = np.empty((2, 500), np.float32)
-    forward_kernels.clamped_silu_gate(x, out)
+    activation_kernels.clamped_silu_gate(x, out)
     np.testing.assert_allclose(out, gate / (1 + np.exp(-1.702 * gate)) * (up + 1), rtol=1e-5, atol=1e-6)
 
 
 def test_squared_relu_and_the_learned_activation():
     x = np.linspace(-9, 9, 2001).astype(np.float32)[None]
     out, wide = np.empty_like(x), x.astype(np.float64)
-    forward_kernels.relu_squared(x, out)
+    activation_kernels.relu_squared(x, out)
     np.testing.assert_allclose(out, np.maximum(wide, 0) ** 2, rtol=1e-6)
-    forward_kernels.xielu(x, *(np.float32(n) for n in (0.8, 1.3, 0.5, -1e-6)), out)
+    activation_kernels.xielu(x, *(np.float32(n) for n in (0.8, 1.3, 0.5, -1e-6)), out)
     below = 1.3 * (np.expm1(np.minimum(wide, -1e-6)) - wide) + 0.5 * wide
     np.testing.assert_allclose(out, np.where(wide > 0, 0.8 * wide**2 + 0.5 * wide, below), rtol=1e-5, atol=1e-6)
 
@@ -206,7 +213,7 @@ def test_soft_cap_keeps_its_stated_bound(cap):
     x = np.concatenate([np.linspace(-400, 400, 999), [np.inf, -np.inf, 1e-8]]).astype(np.float32)[None]
     expected = cap * np.tanh(x.astype(np.float64) / cap)
     capped = x.copy()
-    forward_kernels.soft_cap(capped, np.float32(cap))
+    logit_kernels.soft_cap(capped, np.float32(cap))
     assert np.abs(capped - expected).max() < 2e-7 * cap
 
 
@@ -216,9 +223,9 @@ def routed(logits, bias, gating, groups, normalised, scale, n_used):
     softmax = np.exp(wide - wide.max(1, keepdims=True))
     softmax /= softmax.sum(1, keepdims=True)
     shares = {
-        forward_kernels.SOFTMAX: softmax,
-        forward_kernels.SIGMOID: 1 / (1 + np.exp(-wide)),
-        forward_kernels.CHOSEN: wide,
+        expert_kernels.SOFTMAX: softmax,
+        expert_kernels.SIGMOID: 1 / (1 + np.exp(-wide)),
+        expert_kernels.CHOSEN: wide,
     }[gating]
     scores = shares + (bias if bias.size else 0)
     if groups[0] > 1:
@@ -230,9 +237,9 @@ def routed(logits, bias, gating, groups, normalised, scale, n_used):
         scores = parts.reshape(scores.shape)
     chosen = np.argsort(-scores, axis=1, kind="stable")[:, :n_used]
     shares = np.take_along_axis(shares, chosen, 1)
-    if gating == forward_kernels.CHOSEN:
+    if gating == expert_kernels.CHOSEN:
         shares = np.exp(shares - shares.max(1, keepdims=True))
-    if normalised or gating == forward_kernels.CHOSEN:
+    if normalised or gating == expert_kernels.CHOSEN:
         shares = shares / np.maximum(shares.sum(1, keepdims=True), 2.0**-14)
     return chosen, shares * scale
 
@@ -240,7 +247,7 @@ def routed(logits, bias, gating, groups, normalised, scale, n_used):
 @settings(deadline=None, max_examples=80)
 @given(
     size=st.integers(1, 5), n_groups=st.integers(1, 4), biased=st.booleans(), data=st.data(),
-    gating=st.sampled_from([forward_kernels.SOFTMAX, forward_kernels.SIGMOID, forward_kernels.CHOSEN]),
+    gating=st.sampled_from([expert_kernels.SOFTMAX, expert_kernels.SIGMOID, expert_kernels.CHOSEN]),
     normalised=st.booleans(), scale=st.sampled_from([1.0, 2.5]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_routing_follows_its_definition(size, n_groups, biased, data, gating, normalised, scale, seed):
@@ -253,7 +260,7 @@ def test_routing_follows_its_definition(size, n_groups, biased, data, gating, no
     if not biased and n_groups == 1:
         logits[0] = 1.0
     chosen, shares = np.empty((7, n_used), np.int32), np.empty((7, n_used), np.float32)
-    forward_kernels.route(logits, bias, gating, groups, normalised, np.float32(scale), chosen, shares)
+    expert_kernels.route(logits, bias, gating, groups, normalised, np.float32(scale), chosen, shares)
     expected, wanted = routed(logits, bias, gating, groups, normalised, scale, n_used)
     np.testing.assert_array_equal(chosen, expected)
     np.testing.assert_allclose(shares, wanted, rtol=4e-6)
@@ -262,8 +269,8 @@ def test_routing_follows_its_definition(size, n_groups, biased, data, gating, no
 def test_routing_avoids_what_is_not_a_number():
     logits = np.array([[np.nan, 1.0, np.nan, 2.0]], np.float32)
     chosen, shares = np.empty((1, 2), np.int32), np.empty((1, 2), np.float32)
-    forward_kernels.route(
-        logits, np.empty(0, np.float32), forward_kernels.SOFTMAX, (1, 1), True, np.float32(1), chosen, shares
+    expert_kernels.route(
+        logits, np.empty(0, np.float32), expert_kernels.SOFTMAX, (1, 1), True, np.float32(1), chosen, shares
     )
     assert chosen.tolist() == [[3, 1]]
 
@@ -274,5 +281,5 @@ def test_adding_rows_that_were_gathered():
     rows, weights = np.array([7, 0, 4]), np.array([0.5, 2.0, -1.0], np.float32)
     expected = out.copy()
     expected[rows] += x * weights[:, None]
-    forward_kernels.add_rows(x, rows, weights, out)
+    expert_kernels.add_rows(x, rows, weights, out)
     np.testing.assert_allclose(out, expected, rtol=1e-6)
