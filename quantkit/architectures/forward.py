@@ -3,7 +3,7 @@
 An architecture makes a `ForwardSpec` from a model's GGUF metadata and tensor list. A backend (numpy, torch) carries it
 out. Weights are named, not held; sizes are counts of numbers; shapes are those of arrays, rows first. What a field
 means when it is None or at its default is "the model does not have this", so most architectures set few of them. The
-parts of a layer are in `mixers` and `feed_forward`.
+parts of a layer are in `mixers`, `recurrent_mixers` and `feed_forward`.
 """
 
 from __future__ import annotations

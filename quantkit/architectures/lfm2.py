@@ -10,7 +10,7 @@ from quantkit.architectures.experts import Stack
 from quantkit.architectures.feed_forward import Experts, FeedForward
 from quantkit.architectures.forward import ForwardSpec
 from quantkit.architectures.glm4_moe import sigmoid
-from quantkit.architectures.mixers import Attention, Convolution, RopeStyle, ShortConvolution
+from quantkit.architectures.mixers import Attention, RopeStyle
 from quantkit.architectures.parameters import (
     EXPERT_FEED_FORWARD,
     KEY_VALUE_HEADS,
@@ -21,6 +21,7 @@ from quantkit.architectures.parameters import (
 )
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import STACKED_EXPERTS, kernel
+from quantkit.architectures.recurrent_mixers import Convolution, ShortConvolution
 from quantkit.formats.gguf import Metadata, TensorInfo
 
 if TYPE_CHECKING:

@@ -14,12 +14,13 @@ from quantkit.architectures.experts import EXPERTS
 from quantkit.architectures.feed_forward import Experts, FeedForward
 from quantkit.architectures.forward import MAX_HEAD, ForwardSpec
 from quantkit.architectures.gemma2 import plus_one
-from quantkit.architectures.mixers import Attention, DeltaNet, RopeStyle
+from quantkit.architectures.mixers import Attention, RopeStyle
 from quantkit.architectures.parameters import NEXT_LAYERS, rope_dimensions
 from quantkit.architectures.products import Linear
 from quantkit.architectures.qwen2_moe import Qwen2Moe
 from quantkit.architectures.reader import ModelReader
 from quantkit.architectures.rearrangements import STACKED_EXPERTS, decay_rates, in_turn, kernel
+from quantkit.architectures.recurrent_mixers import DeltaNet
 from quantkit.formats.gguf import INTEGERS, Metadata, TensorInfo, ValueType
 from quantkit.formats.safetensors import StoredTensor
 

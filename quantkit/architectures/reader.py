@@ -20,18 +20,9 @@ from quantkit.architectures.forward import (
     SideEmbedding,
     SideInput,
 )
-from quantkit.architectures.mixers import (
-    Attention,
-    Convolution,
-    Mamba,
-    Mamba2,
-    Mixer,
-    Rope,
-    RopeStyle,
-    SharedKeys,
-    Yarn,
-)
+from quantkit.architectures.mixers import Attention, Mixer, Rope, RopeStyle, SharedKeys, Yarn
 from quantkit.architectures.products import Linear, Norm, NormKind
+from quantkit.architectures.recurrent_mixers import Convolution, Mamba, Mamba2
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import INTEGERS, Metadata, TensorInfo, ValueType
 

@@ -10,10 +10,10 @@ from quantkit.architectures.base import Architecture, Assembly, Transform
 from quantkit.architectures.config import Config
 from quantkit.architectures.experts import Stack
 from quantkit.architectures.forward import ForwardSpec, Layer
-from quantkit.architectures.mixers import ChannelMix, LowRank, TimeMix
 from quantkit.architectures.parameters import EMBEDDING, Constant, Field, block_count, file_type
 from quantkit.architectures.products import Linear, Norm, NormKind
 from quantkit.architectures.reader import ModelReader
+from quantkit.architectures.recurrent_mixers import ChannelMix, LowRank, TimeMix
 from quantkit.errors import QuantkitError
 from quantkit.formats.gguf import Metadata, TensorInfo
 

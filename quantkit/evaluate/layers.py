@@ -15,18 +15,9 @@ import numpy as np
 
 from quantkit.architectures.feed_forward import XIELU, Activation, Experts, FeedForward, Gating
 from quantkit.architectures.forward import ForwardSpec, Laurel, Layer
-from quantkit.architectures.mixers import (
-    Attention,
-    ChannelMix,
-    DeltaNet,
-    LatentAttention,
-    Mamba,
-    Mamba2,
-    Mixer,
-    ShortConvolution,
-    TimeMix,
-)
+from quantkit.architectures.mixers import Attention, LatentAttention, Mixer
 from quantkit.architectures.products import Norm, NormKind
+from quantkit.architectures.recurrent_mixers import ChannelMix, DeltaNet, Mamba, Mamba2, ShortConvolution, TimeMix
 from quantkit.evaluate import activation_kernels, expert_kernels, norm_kernels
 from quantkit.evaluate.activations import Activations
 from quantkit.evaluate.attention import AttentionRunner, LatentRunner

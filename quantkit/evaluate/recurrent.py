@@ -12,18 +12,18 @@ from typing import TypeVar
 
 import numpy as np
 
-from quantkit.architectures.mixers import (
+from quantkit.architectures.mixers import Mixer
+from quantkit.architectures.products import NormKind
+from quantkit.architectures.recurrent_mixers import (
     ChannelMix,
     Convolution,
     DeltaNet,
     LowRank,
     Mamba,
     Mamba2,
-    Mixer,
     ShortConvolution,
     TimeMix,
 )
-from quantkit.architectures.products import NormKind
 from quantkit.evaluate import activation_kernels, norm_kernels, recurrent_kernels
 from quantkit.evaluate.mixer_runner import Memory, MixerRunner, Part, positioned
 from quantkit.evaluate.parts import Parts, Product

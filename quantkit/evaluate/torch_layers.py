@@ -12,24 +12,18 @@ from torch.nn import functional
 
 from quantkit.architectures.feed_forward import XIELU, Activation, Apart, Experts, FeedForward, Gating
 from quantkit.architectures.forward import AltUp, ForwardSpec, Head, Laurel, Layer, SideEmbedding, SideInput, Streams
-from quantkit.architectures.mixers import (
-    Attention,
+from quantkit.architectures.mixers import Attention, LatentAttention, Mixer, Rope, SharedKeys, Temperature, Yarn
+from quantkit.architectures.products import Linear, Norm
+from quantkit.architectures.recurrent_mixers import (
     ChannelMix,
     Convolution,
     DeltaNet,
-    LatentAttention,
     LowRank,
     Mamba,
     Mamba2,
-    Mixer,
-    Rope,
-    SharedKeys,
     ShortConvolution,
-    Temperature,
     TimeMix,
-    Yarn,
 )
-from quantkit.architectures.products import Linear, Norm
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.layers import NEAR
 from quantkit.evaluate.streams import is_wide

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from quantkit.architectures.mixers import (
+from quantkit.architectures.recurrent_mixers import (
     ChannelMix,
     Convolution,
     DeltaNet,

@@ -19,21 +19,18 @@ import torch
 
 from quantkit.architectures.feed_forward import Experts, FeedForward
 from quantkit.architectures.forward import ForwardSpec, Layer
-from quantkit.architectures.mixers import (
-    Attention,
+from quantkit.architectures.mixers import Attention, LatentAttention, Rope, RopeStyle
+from quantkit.architectures.products import Linear, Norm, NormKind
+from quantkit.architectures.recurrent_mixers import (
     ChannelMix,
     Convolution,
     DeltaNet,
-    LatentAttention,
     LowRank,
     Mamba,
     Mamba2,
-    Rope,
-    RopeStyle,
     ShortConvolution,
     TimeMix,
 )
-from quantkit.architectures.products import Linear, Norm, NormKind
 from quantkit.evaluate.threads import Threads
 from quantkit.evaluate.torch_layers import TorchLayer
 from quantkit.evaluate.torch_parts import TorchParts, exact_products
