@@ -123,11 +123,11 @@ class Layer:
         stacked = self.feed_forward.stacked(n_embd) if isinstance(self.feed_forward, Experts) else ()
         return tuple(products.names for products in (*self.products(n_embd), *stacked))
 
-    def norms(self, n_embd: int) -> list[tuple[Norm | None, int]]:
+    def norms(self, n_embd: int) -> list[tuple[Norm, int]]:
         """The norms of the layer and of its mixers, each with how many numbers it normalises, or has weights for."""
         others = [getattr(self, field.name) for field in fields(self) if field.name != "mixers"]
         own = [(norm, n_embd) for norm in _found(Norm, *others)]
-        return [*own, *(sized for mixer in self.mixers for sized in mixer.norms)]
+        return own + [(norm, size) for mixer in self.mixers for norm, size in mixer.norms if norm is not None]
 
     def constants(self, n_embd: int) -> Shapes:
         """What else the layer and its mixers read: tensors that stay float32, whatever the precision of products."""

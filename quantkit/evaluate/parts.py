@@ -77,7 +77,7 @@ class Parts:
         for products in layer.products(n_embd):
             self._products |= dict.fromkeys(products.names, self._decoded(products))
         # By size as well: norms without weights are equal whatever they normalise.
-        self._norms = {(norm, n): self._of_norm(norm, n) for norm, n in layer.norms(n_embd) if norm is not None}
+        self._norms = {(norm, n): self._of_norm(norm, n) for norm, n in layer.norms(n_embd)}
         constants = layer.constants(n_embd)
         self._constants = {name: weights.constant(_role(name), name, shape) for name, shape in constants.items()}
 
