@@ -30,8 +30,11 @@ PRIVATE_OF_NUMBA = {
     "numba.core.cgutils": {"gep_inbounds", "pack_array", "unpack_tuple"},
     "numba.core.codegen": {"JITCodeLibrary"},
     "numba.core.compiler": {"Compiler"},
+    "numba.core.compiler_machinery": {"register_pass"},
     "numba.core.errors": {"RequireLiteralValue"},
     "numba.core.imputils": {"lower_builtin", "lower_constant", "lower_getattr_generic"},
+    "numba.core.lowering": {"Lower"},
+    "numba.core.typed_passes": {"NativeLowering"},
     "numba.core.typing.templates": {
         "AttributeTemplate", "ConcreteTemplate", "infer_getattr", "infer_global", "signature",
     },

@@ -20,7 +20,8 @@ _NARROW = {types.int8: "i8", types.uint8: "i8", types.int16: "i16", types.uint16
 
 def address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
     """LLVM's pointer to an element of a contiguous array; `index` is of 64 bits."""
-    return gep_inbounds(builder, make_array(array_type)(context, builder, array).data, index)
+    # Not numba's make_array, which would put the whole description of the array into memory for that.
+    return gep_inbounds(builder, context.data_model_manager[array_type].get(builder, array, "data"), index)
 
 
 def _contiguous(array: Any) -> bool:

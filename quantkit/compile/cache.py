@@ -59,14 +59,15 @@ def cache_home() -> Path:
 def source_digest(package: Path) -> str:
     """A digest of everything that the machine code of the kernels in directory `package` depends on.
 
-    Pieces are inlined from the package itself and from the blocks; options come from `compile.kernel`, the rest from
-    numba.
+    Pieces are inlined from the package itself and from the blocks; options come from `compile.kernel`, LLVM code from
+    `compile.lowering` and numba.
     """
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     for path in [
         *sorted(package.glob("*.py")),
         *sorted((_PACKAGE / "blocks").glob("*.py")),
         _PACKAGE / "compile" / "kernel.py",
+        _PACKAGE / "compile" / "lowering.py",
     ]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

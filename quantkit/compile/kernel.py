@@ -17,12 +17,15 @@ from numba import njit, typeof
 from numba.core import event, types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
+from numba.core.compiler_machinery import register_pass
 from numba.core.imputils import lower_constant, lower_getattr_generic
+from numba.core.typed_passes import NativeLowering
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import models, register_model, typeof_impl
 
 from quantkit.compile.cache import KernelCache
 from quantkit.compile.fixed import Fixed
+from quantkit.compile.lowering import KernelLowering
 from quantkit.compile.observers import kernel_name, tell
 
 log = logging.getLogger(__name__)
@@ -75,6 +78,15 @@ class _Typing:
         return found
 
 
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _KernelLowering(NativeLowering):  # type: ignore[misc]
+    _name = "kernel_lowering"
+
+    @property
+    def lowering_class(self) -> Any:
+        return KernelLowering
+
+
 class _KernelCompiler(Compiler):  # type: ignore[misc]
     """numba's compiler without the steps that kernels do not need."""
 
@@ -94,7 +106,7 @@ class _KernelCompiler(Compiler):  # type: ignore[misc]
                 elif step[0].__name__ == "DeadBranchPrune" and not pruned:
                     kept.append(step)
                     pruned = True
-            pipeline.passes = kept
+            pipeline.passes = [(_KernelLowering, *step[1:]) if step[0] is NativeLowering else step for step in kept]
         return pipelines
 
 
