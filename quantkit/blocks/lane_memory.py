@@ -19,13 +19,17 @@ _NARROW = {types.int8: "i8", types.uint8: "i8", types.int16: "i16", types.uint16
 
 
 def address(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    """LLVM's pointer to an element of a contiguous array; `index` is of 64 bits."""
+    """LLVM's pointer to an element of a contiguous array or of scratch; `index` is of 64 bits."""
+    if isinstance(array_type, types.CPointer):
+        return gep_inbounds(builder, array, index)
     # Not numba's make_array, which would put the whole description of the array into memory for that.
     return gep_inbounds(builder, context.data_model_manager[array_type].get(builder, array, "data"), index)
 
 
 def _contiguous(array: Any) -> bool:
-    return isinstance(array, types.Array) and array.ndim == 1 and array.layout == "C"
+    return isinstance(array, types.CPointer) or (
+        isinstance(array, types.Array) and array.ndim == 1 and array.layout == "C"
+    )
 
 
 def _array_at(context: Any, builder: Any, kind: Any, data: Any, n: Any) -> Any:
@@ -38,36 +42,38 @@ def _array_at(context: Any, builder: Any, kind: Any, data: Any, n: Any) -> Any:
 
 @intrinsic
 def scratch(typingctx: Any, dtype: Any, n: Any) -> Any:
-    """Space for `n` vectors, a constant, on the stack: an array of 16 * n numbers, with whatever was there before.
+    """Space for `n` vectors, a constant, on the stack: 16 * n numbers, with whatever was there before.
 
-    It is gone when the function that asked for it ends: a piece must not return it. Such arrays compile faster than
-    numpy's, whose users are counted, and LLVM knows that no two of them overlap.
+    It is gone when the function that asked for it ends: a piece must not return it. It is indexed like an array, but
+    is only a pointer, and so compiles faster; LLVM knows that no two of them overlap.
     """
     if not isinstance(n, types.IntegerLiteral):
         raise RequireLiteralValue(n)
-    kind, count = types.Array(dtype.dtype, 1, "C"), n.literal_value * LANES
+    kind, count = types.CPointer(dtype.dtype), n.literal_value * LANES
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         element = context.get_data_type(kind.dtype)
         with builder.goto_entry_block():
             space = builder.alloca(ir.ArrayType(element, count))
             space.align = 4 * LANES
-        data = builder.bitcast(space, ir.PointerType(element))
-        return _array_at(context, builder, kind, data, context.get_constant(types.intp, count))
+        return builder.bitcast(space, ir.PointerType(element))
 
     return kind(dtype, n), codegen
 
 
 @intrinsic
 def part(typingctx: Any, array: Any, start: Any, n: Any) -> Any:
-    """The `n` elements of a contiguous 1-D array from `start` on: `array[start : start + n]`, unchecked."""
+    """The `n` elements of a contiguous 1-D array from `start` on: `array[start : start + n]`, unchecked.
+
+    Of scratch all that is there from `start` on.
+    """
     if not _contiguous(array):
         return None
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         position, count = (context.cast(builder, args[i], sig.args[i], types.intp) for i in (1, 2))
         data = address(context, builder, sig.args[0], args[0], position)
-        return _array_at(context, builder, array, data, count)
+        return data if isinstance(array, types.CPointer) else _array_at(context, builder, array, data, count)
 
     return array(array, start, n), codegen
 

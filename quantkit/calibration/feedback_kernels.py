@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.blocks.lane_memory import add_products, load, scratch, store, store_all
+from quantkit.blocks.lane_memory import add_products, load, part, scratch, store, store_all
 from quantkit.blocks.lanes import (
     LANES,
     ZERO,
@@ -210,7 +210,7 @@ def settle_points(
         if signed == 2 and j0 % 8 == 0:
             choose_signs(ts, chain, left, at, first, sub, j0, scale, levels, borders, gaps, signs, misses)
         offset = j0 % 8 if signed == 2 else 0
-        own = signs[offset * LANES :]
+        own = part(signs, offset * LANES, 0)
         for i in range(dim):
             j = j0 + i
             base = load(ts, j * LANES)
