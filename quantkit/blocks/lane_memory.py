@@ -79,6 +79,20 @@ def part(typingctx: Any, array: Any, start: Any, n: Any) -> Any:
 
 
 @intrinsic
+def numbers(typingctx: Any, data: Any, dtype: Any) -> Any:
+    """The bytes of a contiguous 1-D array, which begins where such numbers may, as numbers of `dtype`, like scratch."""
+    if not _contiguous(data):
+        return None
+    kind = types.CPointer(dtype.dtype)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        start = address(context, builder, sig.args[0], args[0], context.get_constant(types.intp, 0))
+        return builder.bitcast(start, context.get_value_type(kind))
+
+    return kind(data, dtype), codegen
+
+
+@intrinsic
 def load(typingctx: Any, array: Any, index: Any) -> Any:
     """Sixteen neighbours of a contiguous 1-D array from `index` on: float32 to f32x16, integers to i32x16."""
     if not _contiguous(array):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from quantkit.blocks.base import Block
-from quantkit.blocks.lane_memory import load, store
+from quantkit.blocks.lane_memory import load, numbers, store
 from quantkit.blocks.lanes import (
     LANES,
     Bytes,
@@ -35,10 +35,10 @@ def first_nonfinite(x: Floats) -> int:
     for start in range(0, x.size - LANES + 1, LANES):
         if bits((as_int_bits(load(x, start)) & splat(exponent)) == splat(exponent)) != 0:
             for i in range(start, start + LANES):
-                if not np.isfinite(x[i]):
+                if float_bits(x[i]) & exponent == exponent:
                     return i
     for i in range(x.size - x.size % LANES, x.size):
-        if not np.isfinite(x[i]):
+        if float_bits(x[i]) & exponent == exponent:
             return i
     return -1
 
@@ -62,7 +62,7 @@ class F32(Block, type=GGMLType.F32):
     @kernel
     def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block."""
-        to = out.view(np.float32)
+        to = numbers(out, np.float32)
         for i in range(x.size):
             to[i] = x[i]
 
@@ -70,7 +70,7 @@ class F32(Block, type=GGMLType.F32):
     @kernel
     def decode(data: Bytes, out: Floats) -> None:
         """See Block."""
-        source = data.view(np.float32)
+        source = numbers(data, np.float32)
         for i in range(out.size):
             out[i] = source[i]
 
@@ -82,7 +82,7 @@ class F16(Block, type=GGMLType.F16):
     @kernel
     def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after ggml_fp32_to_fp16_row."""
-        to = out.view(np.uint16)
+        to = numbers(out, np.uint16)
         for i in range(0, x.size - LANES + 1, LANES):
             store(to, i, halves(load(x, i)))
         for i in range(x.size - x.size % LANES, x.size):
@@ -92,7 +92,7 @@ class F16(Block, type=GGMLType.F16):
     @kernel
     def decode(data: Bytes, out: Floats) -> None:
         """See Block; after ggml_fp16_to_fp32_row."""
-        source = data.view(np.uint16)
+        source = numbers(data, np.uint16)
         for i in range(0, out.size - LANES + 1, LANES):
             store(out, i, from_halves(load(source, i)))
         for i in range(out.size - out.size % LANES, out.size):
@@ -106,7 +106,7 @@ class BF16(Block, type=GGMLType.BF16):
     @kernel
     def encode(x: Floats, out: Bytes, n_per_row: int, weights: Floats | None) -> None:
         """See Block; after ggml_compute_fp32_to_bf16."""
-        to = out.view(np.uint16)
+        to = numbers(out, np.uint16)
         for i in range(x.size):
             word = np.int64(float_bits(x[i])) & 0xFFFFFFFF
             if word & 0x7FFFFFFF > 0x7F800000:
@@ -118,7 +118,7 @@ class BF16(Block, type=GGMLType.BF16):
     @kernel
     def decode(data: Bytes, out: Floats) -> None:
         """See Block; after ggml_bf16_to_fp32_row."""
-        source = data.view(np.uint16)
+        source = numbers(data, np.uint16)
         for i in range(0, out.size - LANES + 1, LANES):
             store(out, i, as_float_bits(load(source, i) << splat(16)))
         for i in range(out.size - out.size % LANES, out.size):
