@@ -14,7 +14,7 @@ import numpy as np
 
 from quantkit.blocks.base import Block
 from quantkit.blocks.bytes import get_half, get_word, put_half, put_word
-from quantkit.blocks.lane_memory import load, scratch, store
+from quantkit.blocks.lane_memory import load, numbers, scratch, store
 from quantkit.blocks.lanes import (
     ALL,
     LANES,
@@ -417,7 +417,7 @@ class Q8_0(Block, type=GGMLType.Q8_0):
     @kernel
     def decode(data: Bytes, out: Floats) -> None:
         """See Block; after dequantize_row_q8_0."""
-        levels = data.view(np.int8)
+        levels = numbers(data, np.int8)
         for block in range(out.size // QK):
             at, to = block * Q8_0_BYTES.nbytes, block * QK
             d = splat(get_half(data, at + Q8_0_BYTES.d))

@@ -11,8 +11,8 @@ import numpy as np
 from llvmlite.binding import get_host_cpu_features
 
 from quantkit.blocks import lane_memory
-from quantkit.blocks.lane_memory import add_products, load, store, store_all
-from quantkit.blocks.lanes import LANES, largest, maximum, repeat, select, splat
+from quantkit.blocks.lane_memory import add_products, load, part, store, store_all
+from quantkit.blocks.lanes import LANES, largest, maximum, minimum, repeat, select, splat
 from quantkit.compile.kernel import kernel, piece
 from quantkit.evaluate.row_pieces import capped, exp, lanes_total
 
@@ -66,14 +66,21 @@ def split_heads(
 
 
 @piece
+def _fill(row: Any, start: int, stop: int, value: Any) -> None:
+    """Numbers `start` to `stop` of a row, as far as there are any: a slice would compile for longer."""
+    for j in range(start, minimum(stop, row.size)):
+        row[j] = value
+
+
+@piece
 def _softmax(row: Any, start: int, stop: int, cap: Any, sink: Any) -> Any:
     """Exponentials of the scores from `start` to `stop` less their maximum, in place, and zeros around; their sum.
 
     `row` holds a multiple of sixteen. Unless `cap` is 0 scores are bent by `soft_cap` first. `sink` counts as a score
     that belongs to no key.
     """
-    row[:start] = _NOTHING
-    row[stop:] = _NOTHING
+    _fill(row, 0, start, _NOTHING)
+    _fill(row, stop, row.size, _NOTHING)
     highest = splat(_NOTHING)
     for j in range(0, row.size, LANES):
         x = load(row, j)
@@ -88,8 +95,8 @@ def _softmax(row: Any, start: int, stop: int, cap: Any, sink: Any) -> Any:
         store(row, j, x)
         total = total + x
     # Masked scores were exp(-87), about 1e-38: too small to change the sum, so zero them.
-    row[:start] = _ZERO
-    row[stop:] = _ZERO
+    _fill(row, 0, start, _ZERO)
+    _fill(row, stop, row.size, _ZERO)
     return np.float32(lanes_total(total)) + (exp(sink - top) if sink > _NOTHING else _ZERO)
 
 
@@ -155,16 +162,16 @@ def attention(
     width = n_tiles * LANES
     whole, v_tiles = head_v // LANES, (head_v + LANES - 1) // LANES
     at = width * head_k
-    keys = scratch[:at]
-    values = scratch[at : at + width * v_tiles * LANES]
+    keys = part(scratch, 0, at)
+    values = part(scratch, at, width * v_tiles * LANES)
     at += values.size
-    scores = scratch[at : at + _TILE_ROWS * width]
+    scores = part(scratch, at, _TILE_ROWS * width)
     at += scores.size
-    rows = scratch[at : at + _TILE_ROWS * head_k]
+    rows = part(scratch, at, _TILE_ROWS * head_k)
     at += rows.size
-    result = scratch[at : at + _TILE_ROWS * LANES]
-    keys[(n_tiles - 1) * LANES * head_k :] = _ZERO
-    values[:] = _ZERO
+    result = part(scratch, at, _TILE_ROWS * LANES)
+    _fill(keys, (n_tiles - 1) * LANES * head_k, keys.size, _ZERO)
+    _fill(values, 0, values.size, _ZERO)
     for i in range(stop - low):
         key, value = k[low + i], v[low + i]
         to = i // LANES * LANES * head_k + i % LANES
@@ -178,7 +185,7 @@ def attention(
     scales = lane_memory.scratch(np.float32, 1)
     for row in range(0, n_rows, _TILE_ROWS):
         n = min(_TILE_ROWS, n_rows - row)
-        rows[n * head_k :] = _ZERO
+        _fill(rows, n * head_k, rows.size, _ZERO)
         for r in range(n):
             query = q[first + (row + r) // heads, (row + r) % heads]
             for d in range(head_k):  # an assignment of slices compiles for two seconds longer
@@ -192,7 +199,7 @@ def attention(
             _multiply_tile(rows, 0, head_k, head_k, keys, t * LANES * head_k, scores, t * LANES, width)
         for r in range(n):
             position = base + (row + r) // heads
-            seen = scores[r * width + begin * LANES : r * width + end * LANES]
+            seen = part(scores, r * width + begin * LANES, (end - begin) * LANES)
             origin = low + begin * LANES
             head = (row + r) % heads
             if bias.size:
