@@ -147,7 +147,7 @@ def codec_kernels(encoded: Iterable[tuple[GGMLType, bool]] = (), decoded: Iterab
         kernel, tables = block(kind).encode_kernel()
         on_grid = issubclass(block(kind), GridBlock)  # which takes an empty array for no weights
         signature = (floats, packed, types.int64, floats if weighted or on_grid else types.none, *tables)
-        encoders.append(KernelJob(kernel, signature, 8.0 if on_grid else 2.0))
+        encoders.append(KernelJob(kernel, signature, 4.0 if on_grid else 2.0))
     if any(issubclass(block(kind), GridBlock) for kind, _ in encoded):
         found.append(neighbour_job())
     if encoders:

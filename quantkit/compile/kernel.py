@@ -39,12 +39,12 @@ _OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 _ALLOCATING = {"_nrt": True}
 # Passes of numba's for what no kernel has: closures, `with`, `raise` of what is not constant, array expressions,
-# tuples to unroll. Each would look through every piece.
+# tuples to unroll. Each would look through every piece. (IRProcessing does what numba does after every other pass.)
 _NEEDLESS = {
     "AnnotateTypes", "DeadBranchPrune", "FindLiterallyCalls", "InlineClosureLikes", "InlineInlinables",
-    "InlineOverloads", "LiteralPropagationSubPipelinePass", "LiteralUnroll", "MakeFunctionToJitFunction",
-    "NoPythonSupportedFeatureValidation", "NopythonRewrites", "RewriteDynamicRaises", "RewriteSemanticConstants",
-    "WithLifting",
+    "InlineOverloads", "IRProcessing", "LiteralPropagationSubPipelinePass", "LiteralUnroll",
+    "MakeFunctionToJitFunction", "NoPythonSupportedFeatureValidation", "NopythonRewrites", "RewriteDynamicRaises",
+    "RewriteSemanticConstants", "WithLifting",
 }  # fmt: skip
 
 
