@@ -31,7 +31,7 @@ PRIVATE_OF_NUMBA = {
     "numba.core.codegen": {"JITCodeLibrary"},
     "numba.core.compiler": {"Compiler"},
     "numba.core.compiler_machinery": {"register_pass"},
-    "numba.core.errors": {"RequireLiteralValue"},
+    "numba.core.errors": {"RequireLiteralValue", "TypingError"},
     "numba.core.imputils": {"lower_builtin", "lower_constant", "lower_getattr_generic"},
     "numba.core.lowering": {"Lower"},
     "numba.core.typed_passes": {"NativeLowering"},

@@ -7,7 +7,6 @@ docstring. Sub-blocks are stored transposed: element i of sixteen sub-blocks is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +34,6 @@ from quantkit.blocks.lanes import (
     sqrt,
     to_float,
 )
-from quantkit.compile.fixed import Fixed
 from quantkit.compile.kernel import piece
 
 # Adding 1.5 * 2**23 leaves the number, rounded half to even, in the low bits: right up to 2**22 in magnitude.
@@ -116,8 +114,7 @@ def affine_sums(
     return sum_l, sum_l2, sum_xl
 
 
-@dataclass(frozen=True)
-class AffineTrials(Fixed):
+class AffineTrials(NamedTuple):
     """Which inverse scales an affine search tries, and what it counts.
 
     The smallest weight of a sub-block is level 0. The largest would be the highest level, `top`: it is tried at

@@ -18,6 +18,7 @@ from numba.core import event, types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.compiler_machinery import register_pass
+from numba.core.errors import TypingError
 from numba.core.imputils import lower_constant, lower_getattr_generic
 from numba.core.typed_passes import NativeLowering
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
@@ -48,6 +49,9 @@ _NEEDLESS = {
 }  # fmt: skip
 
 
+_NUMBERS = (types.IntegerLiteral, types.BooleanLiteral)
+
+
 class _Typing:
     """numba's typing context, with a memory: what functions make of arguments of the same types again and again.
 
@@ -65,17 +69,28 @@ class _Typing:
 
     def resolve_function_type(self, function: Any, args: Any, kws: Any) -> Any:
         """The signature of `function` for arguments of these types; see numba."""
-        # Not of pieces and kernels, which are types of numba's as well, and know what they have been compiled for.
-        ours = isinstance(function, (types.Function, types.NumberClass)) or not isinstance(function, types.Type)
-        if not ours or kws:
+        args = tuple(args)
+        if isinstance(function, types.Dispatcher):
+            return self._resolve_piece(function, args, kws)
+        if kws or (isinstance(function, types.Type) and not isinstance(function, (types.Function, types.NumberClass))):
             return self._context.resolve_function_type(function, args, kws)
-        key = function, tuple(args)
-        found = self._found.get(key)
+        found = self._found.get((function, args))
         if found is None:
             found = self._context.resolve_function_type(function, args, kws)
             if found is not None and found.return_type.is_precise():
-                self._found[key] = found
+                self._found[function, args] = found
         return found
+
+    def _resolve_piece(self, function: Any, args: tuple[Any, ...], kws: Any) -> Any:
+        # numba would compile a piece anew for every constant that it is given.
+        numbers = tuple(types.unliteral(kind) if isinstance(kind, _NUMBERS) else kind for kind in args)
+        try:
+            return self._context.resolve_function_type(function, numbers, kws)
+        except TypingError:
+            if numbers == args:
+                raise
+            # Some need one, such as those with scratch of that size.
+            return self._context.resolve_function_type(function, args, kws)
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
