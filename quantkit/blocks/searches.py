@@ -118,13 +118,13 @@ class AffineTrials(NamedTuple):
     """Which inverse scales an affine search tries, and what it counts.
 
     The smallest weight of a sub-block is level 0. The largest would be the highest level, `top`: it is tried at
-    `top + first`, at one `step` more, and so on, `count` times.
+    `top + first`, at one `step` more, and so on, `n_trials` times.
     """
 
     top: int
     first: np.float32
     step: np.float32
-    count: int
+    n_trials: int
     absolute: bool = False  # whether it counts absolute instead of square errors
 
 
@@ -175,7 +175,7 @@ def affine_search(xs: Floats, ws: Floats, ls: Floats, n: int, trials: AffineTria
         error = error + load(ws, i * LANES) * (absolute(diff) if trials.absolute else diff * diff)
     best_error = error
 
-    for trial in range(trials.count):
+    for trial in range(trials.n_trials):
         inverse = splat(trials.first + trials.step * np.float32(trial) + np.float32(nmax)) / (high - low)
         # Rounding is monotonic, so when both ends of the data are within 2**22, all of it is.
         ends = maximum(absolute(inverse * (high - low)), absolute(inverse * (lowest - low)))
