@@ -22,19 +22,16 @@ import torch
 from quantkit import blocks
 from quantkit.blocks.parts import parts
 from quantkit.blocks.types import GGMLType
+from quantkit.calibration.curvature import DAMPING, Curvature
 from quantkit.calibration.feedback import (
     COUPLED_SWEEPS,
-    DAMPING,
     OUTPUT_DAMPING,
-    PANEL,
     SWEEPS,
-    Curvature,
-    LevelRule,
     Rounded,
     coupled_groups,
-    level_rule,
     round_with_feedback,
 )
+from quantkit.calibration.settling import PANEL, LevelRule, level_rule
 from quantkit.errors import QuantkitError
 from quantkit.evaluate.torch_blocks import decode
 from quantkit.evaluate.torch_parts import exact_products
@@ -68,7 +65,7 @@ class _PanelSteps:
 
 
 class TorchCurvature:
-    """`feedback.Curvature` on torch's device: there are its moments, damped and factored in float64."""
+    """`curvature.Curvature` on torch's device: there are its moments, damped and factored in float64."""
 
     def __init__(self, damped: Any, factor: Any, importance: np.ndarray, scale: float, damping: float) -> None:
         self.n = len(damped)
@@ -86,7 +83,7 @@ class TorchCurvature:
         with running(device):
             given = torch.as_tensor(moments).to(device)
             importance = given.diagonal().float().cpu().numpy()
-            # Turned round, so that the lower triangular factor becomes the upper triangular one.
+            # Reversed, so that the lower triangular factor becomes the upper triangular one.
             work, scale = normalised(given.flip(0, 1), "second moments")
             work.diagonal().add_(damping)
             damped = work.flip(0, 1).float()
@@ -139,7 +136,7 @@ class TorchCurvature:
 
 
 def normalised(moments: Any, what: str) -> tuple[Any, float]:
-    """`feedback`'s on torch's device: moments by the mean of their diagonal, float64, a copy, and that mean."""
+    """`curvature`'s on torch's device: moments by the mean of their diagonal, float64, a copy, and that mean."""
     if moments.ndim != 2 or moments.shape[0] != moments.shape[1] or moments.shape[0] == 0:
         raise QuantkitError(f"{what} must be a square matrix, not of shape {tuple(moments.shape)}")
     diagonal = moments.diagonal().double()
@@ -415,8 +412,8 @@ def _coupled(
         raise QuantkitError(f"{n_rows} outputs cannot be coupled by moments of shape {outputs.shape}")
     groups = coupled_groups(n_rows)
     order = torch.from_numpy(np.concatenate(groups)).to(targets.device)
-    turned = order.flip(0)
-    work, _ = normalised(torch.from_numpy(outputs).to(targets.device)[turned][:, turned], "moments of outputs")
+    backwards = order.flip(0)
+    work, _ = normalised(torch.from_numpy(outputs).to(targets.device)[backwards][:, backwards], "moments of outputs")
     work.diagonal().add_(OUTPUT_DAMPING)
     coupling, factor = (each.flip(0, 1) for each in (work, factorised(work)))
     targets = targets[:, order]
@@ -442,7 +439,7 @@ def _coupled(
 
 
 class _TorchRounding:
-    """Rows on their way to being rounded: `feedback`'s, all in arrays of float32 [columns, rows] on the device."""
+    """Rows on their way to being rounded: `settling`'s, all in arrays of float32 [columns, rows] on the device."""
 
     def __init__(
         self, targets: Any, curvature: TorchCurvature, kind: GGMLType, panel: Callable[..., _Panel],

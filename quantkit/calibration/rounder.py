@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from quantkit.blocks.types import GGMLType
-from quantkit.calibration.feedback import Curvature, Rounded, round_with_feedback
+from quantkit.calibration.curvature import Curvature
+from quantkit.calibration.feedback import Rounded, round_with_feedback
 from quantkit.evaluate.inputs import on_host
 from quantkit.evaluate.model import Model
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
-from quantkit.calibration.feedback import DAMPING, OUTPUT_DAMPING, SUPPORTED
+from quantkit.calibration.curvature import DAMPING
+from quantkit.calibration.feedback import OUTPUT_DAMPING, SUPPORTED
 from quantkit.calibration.gradients import coupled, embeds, gradient_moments
 from quantkit.calibration.moments import LayerMoments, Moments, MomentsPass, SharedInput
 from quantkit.calibration.progress import Step

@@ -19,7 +19,8 @@ import numpy as np
 
 from quantkit import blocks
 from quantkit.blocks.types import GGMLType
-from quantkit.calibration.feedback import DAMPING, SUPPORTED, Curvature, round_with_feedback
+from quantkit.calibration.curvature import DAMPING, Curvature
+from quantkit.calibration.feedback import SUPPORTED, round_with_feedback
 from quantkit.calibration.moments import Moments, MomentsPass, SharedInput, batches
 from quantkit.calibration.progress import Step
 from quantkit.calibration.rounder import rounder

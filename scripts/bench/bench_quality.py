@@ -34,7 +34,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import quantkit
 from quantkit.calibration import moments
-from quantkit.calibration.feedback import DAMPING
+from quantkit.calibration.curvature import DAMPING
 from quantkit.calibration.planning import Target, TypeChooser, Wishes, load_plan, save_plan
 from quantkit.calibration.rounding import execute_with_feedback
 from quantkit.calibration.run import Calibration

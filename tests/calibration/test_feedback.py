@@ -8,7 +8,8 @@ from support import block_rows
 
 import quantkit
 from quantkit import GGMLType, QuantkitError
-from quantkit.calibration.feedback import SUPPORTED, Curvature, round_with_feedback
+from quantkit.calibration.curvature import Curvature
+from quantkit.calibration.feedback import SUPPORTED, round_with_feedback
 
 each_kind = pytest.mark.parametrize("kind", sorted(SUPPORTED), ids=lambda kind: kind.name)
 N = 512
