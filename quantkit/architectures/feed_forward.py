@@ -13,6 +13,7 @@ class Activation(Enum):
 
     SILU = "silu"
     GELU = "gelu"  # the tanh approximation, as llama.cpp computes it
+    RELU = "relu"
     RELU_SQUARED = "squared relu"
     CLAMPED_SILU = "clamped silu"  # gpt-oss's: within bounds, steeper, and with a gate that is added to
 

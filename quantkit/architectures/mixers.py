@@ -110,21 +110,34 @@ class Mixer(ABC):
 
 
 @dataclass(frozen=True)
+class LearnedDistances:
+    """What scores gain by how far a key stands before or after the query, as T5 learns it (Raffel et al. 2020).
+
+    `table` names a tensor of `n_buckets` rows with a number for each head. Half of the rows are for keys after the
+    query; of each half, one in two is for one distance, and the others for longer and longer ranges, up to 128.
+    """
+
+    table: str
+    n_buckets: int
+
+
+@dataclass(frozen=True)
 class Attention(Mixer):
     """Self-attention of one layer, causal unless a query sees later positions too.
 
     Either `q`, `k` and `v` are given, or `qkv`, one product whose rows are q's, then k's, then v's. `scale` multiplies
     q . k. `window` counts the positions that a query sees, itself included; where attention is not causal, half of
-    them, at most, stand on either side. With `chunk` it sees none before the last
-    multiple of that. `sinks` names a score of each head that belongs to no position. `softcap` c turns a score s into
-    c * tanh(s / c). `q_norm` and `k_norm` run over each head before it is rotated, or after it with `norm_rotated`, and
-    with `norm_whole` over all heads together. Queries, keys and values are clamped to `clamp` in magnitude. With
-    `alibi`, scores fall by the distance from query to key, for each head with a slope of its own (ALiBi, Press et al.
-    2022): the last slope of as many heads as the largest power of two among theirs is 2 to the power of minus `alibi`.
-    With `gated` the product `q` makes a query and then a gate of each head, and what the head sees is multiplied with
-    the gate's sigmoid. Without `v` values are what `k` makes, before it is normalised and rotated; `v_norm` runs over
-    each head of values. With `shared` keys and values are those that another layer has made, and there is neither `k`
-    nor `v`; a layer whose keys and values others use leaves them in the columns of a row from `kept_at` on.
+    them, at most, stand on either side. With `chunk` it sees none before the last multiple of that. `sinks` names a
+    score of each head that belongs to no position. `softcap` c turns a score s into c * tanh(s / c). `q_norm` and
+    `k_norm` run over each head before it is rotated, or after it with `norm_rotated`, and with `norm_whole` over all
+    heads together. Queries, keys and values are clamped to `clamp` in magnitude. With `alibi`, scores fall by the
+    distance from query to key, for each head with a slope of its own (ALiBi, Press et al. 2022): the last slope of as
+    many heads as the largest power of two among theirs is 2 to the power of minus `alibi`. With `distances` they gain
+    what is learned of it. With `gated` the product `q` makes a query and then a gate of each head, and what the head
+    sees is multiplied with the gate's sigmoid. Without `v` values are what `k` makes, before it is normalised and
+    rotated; `v_norm` runs over each head of values. With `shared` keys and values are those that another layer has
+    made, and there is neither `k` nor `v`; a layer whose keys and values others use leaves them in the columns of a row
+    from `kept_at` on.
     """
 
     n_head: int
@@ -150,6 +163,7 @@ class Attention(Mixer):
     temperature: Temperature | None = None
     causal: bool = True
     alibi: float | None = None
+    distances: LearnedDistances | None = None
     gated: bool = False
     v_norm: Norm | None = None
     shared: SharedKeys | None = None
@@ -180,7 +194,9 @@ class Attention(Mixer):
     @property
     def constants(self) -> Shapes:
         """See `Mixer`."""
-        return named((self.sinks, (self.n_head,)))
+        learned = self.distances
+        distances = () if learned is None else ((learned.table, (learned.n_buckets, self.n_head)),)
+        return named((self.sinks, (self.n_head,)), *distances)
 
 
 @dataclass(frozen=True)

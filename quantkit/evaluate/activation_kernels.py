@@ -80,6 +80,15 @@ def gelu(x: np.ndarray, out: np.ndarray) -> None:
 
 
 @kernel
+def relu(x: np.ndarray, out: np.ndarray) -> None:
+    """What is above 0, and 0: rows of n to rows of n."""
+    for i in range(out.shape[0]):
+        row, to = x[i], out[i]
+        for j in range(row.size):
+            to[j] = row[j] if row[j] > _ZERO or row[j] != row[j] else _ZERO
+
+
+@kernel
 def relu_squared(x: np.ndarray, out: np.ndarray) -> None:
     """The square of what is above 0, and 0: rows of n to rows of n."""
     for i in range(out.shape[0]):

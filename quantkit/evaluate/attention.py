@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
@@ -26,6 +27,23 @@ def temperatures(temperature: Temperature, positions: np.ndarray) -> np.ndarray:
     """What queries at these positions are multiplied with: float32 [positions, 1]."""
     grown = 1.0 + temperature.scale * np.log((positions + temperature.offset) // temperature.step + 1.0)
     return grown.astype(np.float32)[:, None]
+
+
+# What scores gain where a key stands this far from the query, or further.
+_FAR = 128
+
+
+def buckets(n_buckets: int, n_positions: int) -> np.ndarray:
+    """The rows of `LearnedDistances` by the distance from query to key: int64 [2 * n_positions - 1]."""
+    half = n_buckets // 2
+    exact = half // 2
+    distance = np.arange(1 - n_positions, n_positions)
+    size = np.abs(distance)
+    # In float32, as T5 was trained: at the ends of ranges the last bit decides.
+    logarithms = np.log(np.maximum(size, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(_FAR / exact))
+    ranges = exact + (logarithms * np.float32(half - exact)).astype(np.int64)
+    rows: np.ndarray = np.where(size < exact, size, np.minimum(ranges, half - 1)) + half * (distance > 0)
+    return rows
 
 
 @lru_cache(maxsize=2)
@@ -77,6 +95,8 @@ class AttentionRunner(MixerRunner[Attention]):
             yield "gates of heads in one product with keys and values"
         if mixer.temperature is not None and not 0 < mixer.temperature.step < 1 << 62:
             yield f"queries that grow every {mixer.temperature.step} positions"
+        if mixer.alibi is not None and mixer.distances is not None:
+            yield "two kinds of scores by distance"
         yield from unsupported_rotation(mixer.rope, mixer.head_k)
 
     @staticmethod
@@ -92,6 +112,7 @@ class AttentionRunner(MixerRunner[Attention]):
         queries = a.qkv or a.q
         assert queries is not None
         self.qkv, self.sinks = parts.product(queries.weight), parts.constant(a.sinks)
+        self.learned = parts.constant(None if a.distances is None else a.distances.table)
 
     def run(
         self,
@@ -160,7 +181,7 @@ class AttentionRunner(MixerRunner[Attention]):
             half = stop if attention.window is None else attention.window // 2
             reach = half + 1, half, 0
         cap, sinks = np.float32(attention.softcap or 0.0), self.sinks
-        distances = None if attention.alibi is None else falling(attention.alibi, attention.n_head, k.shape[1])
+        distances = self._by_distance(k.shape[1])
 
         def mix_group(group: int) -> None:
             scratch = self.parts.take("attention", attention_kernels.attention_scratch(stop, head_k, head_v))
@@ -172,6 +193,15 @@ class AttentionRunner(MixerRunner[Attention]):
             )
 
         each(mix_group, len(q))
+
+    def _by_distance(self, n_positions: int) -> np.ndarray | None:
+        """What is added to scores by the distance from query to key: float32 [n_head, 2 * n_positions - 1], or None."""
+        a = self.mixer
+        if a.alibi is not None:
+            return falling(a.alibi, a.n_head, n_positions)
+        if a.distances is not None:
+            return np.ascontiguousarray(self.learned[buckets(a.distances.n_buckets, n_positions)].T)
+        return None
 
     def _queries_keys_values(
         self, x: np.ndarray, continued: Sequence[Part] | None, at: int

@@ -324,6 +324,8 @@ def _curve(activation: Activation | XIELU, x: np.ndarray) -> tuple[np.ndarray, n
         made = np.where(x > 0, above * x * x, (beta + below) * (exp - 1 - x)) + beta * x
         slope = np.where(x > 0, 2 * above * x, (beta + below) * (exp * (x < eps) - 1)) + beta
         return made.astype(np.float32), slope.astype(np.float32)
+    if activation is Activation.RELU:
+        return np.maximum(x, 0), (x > 0).astype(np.float32)
     if activation is Activation.RELU_SQUARED:
         positive = np.maximum(x, 0)
         return positive * positive, 2 * positive

@@ -52,7 +52,11 @@ _GATED = {
     Activation.GELU: activation_kernels.gelu_gate,
     Activation.CLAMPED_SILU: activation_kernels.clamped_silu_gate,
 }
-_PLAIN = {Activation.GELU: activation_kernels.gelu, Activation.RELU_SQUARED: activation_kernels.relu_squared}
+_PLAIN = {
+    Activation.GELU: activation_kernels.gelu,
+    Activation.RELU: activation_kernels.relu,
+    Activation.RELU_SQUARED: activation_kernels.relu_squared,
+}
 _GATING = {
     Gating.SOFTMAX: expert_kernels.SOFTMAX,
     Gating.SIGMOID: expert_kernels.SIGMOID,

@@ -28,7 +28,7 @@ def aligned(n_ctx: int) -> int:
 
 
 # What names of a layer's tensors begin with.
-_NUMBER = re.compile(r"^blk\.\d+\.")
+_NUMBER = re.compile(r"^(enc\.)?blk\.\d+\.")
 _NOTHING = np.empty(0, np.float32)
 # The widest product of that many rows may take this many numbers (64 MB); of wider ones fewer rows go together.
 _WIDEST = 1 << 24

@@ -12,7 +12,16 @@ from torch.nn import functional
 
 from quantkit.architectures.feed_forward import XIELU, Activation, Apart, Experts, FeedForward, Gating
 from quantkit.architectures.forward import AltUp, ForwardSpec, Head, Laurel, Layer, SideEmbedding, SideInput, Streams
-from quantkit.architectures.mixers import Attention, LatentAttention, Mixer, Rope, SharedKeys, Temperature, Yarn
+from quantkit.architectures.mixers import (
+    Attention,
+    LatentAttention,
+    LearnedDistances,
+    Mixer,
+    Rope,
+    SharedKeys,
+    Temperature,
+    Yarn,
+)
 from quantkit.architectures.products import Linear, Norm
 from quantkit.architectures.recurrent_mixers import (
     ChannelMix,
@@ -71,6 +80,7 @@ _KNOWN: dict[type, str] = {
     Rope: "n_dims freq_base style freq_scale magnitude factors long_factors n_ctx_orig yarn",
     Yarn: "ext_factor beta_fast beta_slow",
     SharedKeys: "layer at",
+    LearnedDistances: "table n_buckets",
     Convolution: "kernel size n_channels bias silu",
     LowRank: "rank down up bias",
     SideInput: "at size gate out norm",
@@ -109,6 +119,8 @@ def _activate(activation: Activation | XIELU, x: Any) -> Any:
         )
         below = torch.expm1(x.clamp(max=activation.eps)) - x
         return torch.where(x > 0, positive * x * x, (activation.beta + negative) * below) + activation.beta * x
+    if activation is Activation.RELU:
+        return functional.relu(x)
     if activation is Activation.RELU_SQUARED:
         return functional.relu(x).square()
     if activation is Activation.SILU:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from quantkit.architectures.mixers import Attention, LatentAttention, Mixer
 from quantkit.architectures.products import Norm
-from quantkit.evaluate.attention import falling
+from quantkit.evaluate.attention import buckets, falling
 from quantkit.evaluate.torch_parts import TorchParts
 
 M = TypeVar("M", bound=Mixer)
@@ -46,7 +46,7 @@ class TorchAttention(TorchMixer[Attention]):
 
     fields = (
         "n_head n_head_kv head_k head_v scale out q k v qkv rope window chunk sinks softcap q_norm k_norm norm_whole "
-        "norm_rotated clamp temperature causal alibi gated v_norm shared kept_at"
+        "norm_rotated clamp temperature causal alibi distances gated v_norm shared kept_at"
     )
 
     @property
@@ -136,7 +136,7 @@ class TorchAttention(TorchMixer[Attention]):
     def _mixed(self, q: Any, k: Any, v: Any, span: slice) -> Any:
         """What queries at positions of `span` see: [n_seq, heads, positions, head size]."""
         a, n_ctx = self.mixer, k.shape[2]
-        if a.softcap is None and a.sinks is None and a.alibi is None:
+        if a.softcap is None and a.sinks is None and a.alibi is None and a.distances is None:
             plain = a.window is None and a.chunk is None
             mask: Any = None
             if not plain or (a.causal and q.shape[2] != n_ctx):
@@ -144,14 +144,22 @@ class TorchAttention(TorchMixer[Attention]):
             causal = a.causal and mask is None
             return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=a.scale)
         mask = self._mask(n_ctx, span, q.device)
-        far: Any = None
-        if a.alibi is not None:
-            table = torch.from_numpy(falling(a.alibi, a.n_head, n_ctx)).to(q.device)
-            positions = torch.arange(n_ctx, device=q.device)
-            far = table[:, positions[span, None] - positions + n_ctx - 1]
+        far = self._by_distance(n_ctx, span, q.device)
         step = _together(q, n_ctx)
         parts = [slice(at, at + step) for at in range(0, max(1, len(q)), step)]
         return torch.cat([self._seen(q[part], k[part], v[part], mask, far) for part in parts])
+
+    def _by_distance(self, n_ctx: int, span: slice, device: Any) -> Any:
+        """What is added to scores by the distance from query to key: [heads, positions, n_ctx], or None."""
+        a, positions = self.mixer, torch.arange(n_ctx, device=device)
+        if a.alibi is not None:
+            table = torch.from_numpy(falling(a.alibi, a.n_head, n_ctx)).to(device)
+        elif a.distances is not None:
+            rows = torch.from_numpy(buckets(a.distances.n_buckets, n_ctx)).to(device)
+            table = self.parts.tensor(a.distances.table)[rows].t()
+        else:
+            return None
+        return table[:, positions - positions[span, None] + n_ctx - 1]
 
     def _seen(self, q: Any, k: Any, v: Any, mask: Any, far: Any) -> Any:
         """Attention whose scores are bent, or have company."""

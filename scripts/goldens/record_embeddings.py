@@ -36,9 +36,10 @@ def tokens(length: int) -> np.ndarray:
 def record(checkpoint: Path) -> dict[str, Any]:
     """The vectors of each text."""
     import torch
-    from transformers import AutoModel
+    from transformers import AutoModel, T5EncoderModel
 
-    model = AutoModel.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+    kind = T5EncoderModel if "t5" in checkpoint.name else AutoModel
+    model = kind.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
     texts = []
     for length in LENGTHS:
         with torch.no_grad():

@@ -18,9 +18,10 @@ from support.program import refusal
 
 import quantkit
 from quantkit.errors import QuantkitError
+from quantkit.evaluate.attention import buckets
 from quantkit.evaluate.backends import load
 from quantkit.evaluate.embeddings import POOLINGS, embed, pooled, pooling_of
-from quantkit.evaluate.settings import Compute
+from quantkit.evaluate.settings import Chunking, Compute
 from quantkit.evaluate.transformer import Transformer
 from quantkit.sources.checkpoint import CheckpointSource
 from quantkit.sources.source import GGUFSource
@@ -77,6 +78,25 @@ def test_later_tokens_count_in_an_encoder_and_not_in_a_decoder(tmp_path: Path) -
         short, long = (model.hidden(tokens(48)[None, :n].astype(np.int32), 0, 8) for n in (20, 48))
         assert (np.abs(short - long).max() < 1e-5) == causal
         assert model.spec.causal == causal
+
+
+@requires_torch
+@pytest.mark.parametrize("n_buckets", [4, 8, 32, 36, 64, 128, 256, 508])
+def test_learned_distances_are_looked_up_as_in_transformers(n_buckets: int) -> None:
+    import torch
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    distances = torch.arange(1 - 600, 600)
+    expected = T5Attention._relative_position_bucket(distances, num_buckets=n_buckets, max_distance=128)
+    np.testing.assert_array_equal(buckets(n_buckets, 600), expected.numpy())
+
+
+def test_the_importance_of_an_encoder_and_its_decoder_left_alone(tmp_path: Path) -> None:
+    source = CheckpointSource(make_checkpoint("tiny-t5", tmp_path))
+    matrix = quantkit.importance_matrix(source, tokens(96).astype(np.int32), chunking=Chunking(n_ctx=32), compute=ONE)
+    matrices = {name for name in matrix.weights() if name.startswith("enc.blk.")}
+    assert matrices == set(matrix.weights()) and len(matrices) == 2 * 7
+    assert {name for name in source.tensors if name.startswith("dec.")}
 
 
 def test_an_encoder_has_no_perplexity(tmp_path: Path) -> None:

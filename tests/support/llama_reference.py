@@ -153,7 +153,8 @@ def llama_vector(model: Path, tokens: Sequence[int], pooling: int, n_out: int | 
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, True
-        assert llama_cpp.llama_decode(llm.ctx, batch) == 0
+        run = llama_cpp.llama_encode if llama_cpp.llama_model_has_encoder(llm.model) else llama_cpp.llama_decode
+        assert run(llm.ctx, batch) == 0
         vector = llama_cpp.llama_get_embeddings_seq(llm.ctx, 0)
         result = np.array(vector[: n_out or llama_cpp.llama_model_n_embd(llm.model)], np.float32)
         llama_cpp.llama_batch_free(batch)
