@@ -67,6 +67,8 @@ Activate = Callable[[np.ndarray, np.ndarray], None]
 # The sparse mixer leaves out experts whose logits are further than this from the best, relative to the larger of the
 # two: twice the jitter that the models were trained with.
 NEAR = np.float32(0.02)
+# transformers divides the squares by their number, llama.cpp by one less.
+_deviation = np.std
 
 
 def _activate(block: FeedForward | Experts) -> Activate | None:
@@ -84,8 +86,7 @@ def _sparse(activate: Activate, cutoff: float) -> Activate:
 
     def activate_few(x: np.ndarray, out: np.ndarray) -> None:
         gate = x[:, : out.shape[1]]
-        # transformers divides the squares by their number, not by one less (llama.cpp does).
-        mean, deviation = (f(gate, axis=1, dtype=np.float64, keepdims=True) for f in (np.mean, np.std))
+        mean, deviation = (f(gate, axis=1, dtype=np.float64, keepdims=True) for f in (np.mean, _deviation))
         gate -= (mean + deviation * cutoff).astype(np.float32)
         np.maximum(gate, 0.0, out=gate)
         activate(x, out)
