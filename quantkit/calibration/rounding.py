@@ -35,6 +35,7 @@ from quantkit.errors import QuantkitError
 from quantkit.evaluate.activations import Activations
 from quantkit.evaluate.inputs import on_host
 from quantkit.evaluate.model import Model
+from quantkit.evaluate.refusals import require_predictions
 from quantkit.formats.atomic import OutputGroup
 from quantkit.formats.gguf import TensorInfo, encode_header
 from quantkit.formats.unfinished import WorkDirectory
@@ -102,6 +103,8 @@ def execute_with_feedback(
     when the work directory is in the way, or another run's, and for a model that the backend takes no gradients
     through.
     """
+    if rounding == "yaqa":
+        require_predictions(model.spec, model.source.label, "rounding yaqa")
     looked_up = rounding == "yaqa" and embeds(model.spec)
     wanted = wanted_types(model.spec, outputs, looked_up)
     run = LayerRounding(model, wanted, text, rounding, damping, threads, allow_nonfinite, progress)

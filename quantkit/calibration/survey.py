@@ -28,6 +28,7 @@ from quantkit.calibration.text import CalibrationText
 from quantkit.evaluate.activations import Activations
 from quantkit.evaluate.model import Model
 from quantkit.evaluate.parts import aligned
+from quantkit.evaluate.refusals import require_predictions
 
 # Chunks of the text that perturbed copies are made of, and copies compared with the base together.
 _CHUNKS = 4
@@ -83,6 +84,7 @@ def survey(
     columns. Divergence is measured on `chunks` chunks of the text, or on some more. Activations that are larger than
     their share of memory go to a file in `directory`. What is said of a tensor does not depend on the others.
     """
+    require_predictions(model.spec, model.source.label, "choosing types")
     return _Survey(model, text, candidates, feedback, damping, chunks, directory, progress).run()
 
 

@@ -8,6 +8,13 @@ from quantkit.evaluate.layers import unsupported
 from quantkit.evaluate.streams import unsupported as unsupported_streams
 
 
+def require_predictions(spec: ForwardSpec, label: str, what: str) -> None:
+    """Raise QuantkitError for a model that predicts no tokens; `what` goes by predictions."""
+    if not spec.causal or spec.head is not None:
+        kind = "a reranker" if spec.causal else "an encoder"
+        raise QuantkitError(f"{label}: {what} goes by what a model predicts, and {kind} ({spec.architecture}) does not")
+
+
 def refuse_encoder(spec: ForwardSpec, label: str) -> None:
     """Raise QuantkitError for a model that does not predict what comes next."""
     if not spec.causal:

@@ -107,6 +107,16 @@ def test_an_encoder_has_no_perplexity(tmp_path: Path) -> None:
     assert "an encoder" in refusal("generate", path, "--prompt", "the")
 
 
+@pytest.mark.parametrize("name", ["tiny-t5-encoder", "tiny-qwen3-reranker"])
+def test_what_goes_by_predictions_is_refused(tmp_path: Path, name: str) -> None:
+    path = convert(make_checkpoint(name, tmp_path), tmp_path / "m.gguf", "f16")
+    (tmp_path / "text.txt").write_text("the other hats on it " * 400)
+    calibrated = ("--calibration", tmp_path / "text.txt", "-o", tmp_path / "out.gguf")
+    told = refusal("quantize", path, "Q4_K_M", "--rounding", "yaqa", *calibrated)
+    assert "rounding yaqa goes by what a model predicts" in told
+    assert "choosing types goes by what" in refusal("quantize", path, "--target-size", "Q4_K_M", *calibrated)
+
+
 def test_wrong_requests(tmp_path: Path) -> None:
     with pytest.raises(QuantkitError, match="there is no pooling 'max'"):
         embed(TINYLM, ["a"], pooling="max", compute=ONE)
