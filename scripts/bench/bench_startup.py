@@ -59,6 +59,10 @@ def main() -> None:
             f"quantize tinylm, {kind}": ["quantize", str(TINYLM), "--type", kind, *out]
             for kind in options.types.split(",")
         }
+        calibrated = ["--calibration", str(FIXTURES / "tinylm-calib.txt"), *out]
+        for kind, rounding in (("IQ3_XXS", "nearest"), ("Q4_K_M", "gptq"), ("IQ2_M", "gptq")):
+            name = f"quantize tinylm, {kind}, with a calibration, {rounding}"
+            commands[name] = ["quantize", str(TINYLM), "--type", kind, "--rounding", rounding, *calibrated]
         commands["perplexity of tinylm"] = ["perplexity", str(TINYLM), "--text", str(TEXT), "-q"]
         commands["report on tinylm, three types"] = report
         for name, command in commands.items():
